@@ -1,0 +1,2040 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.4", "timm>=1.0.9", "pydicom>=3.0", "opencv-python>=4.8",
+#                 "numpy>=1.26", "pandas>=2.1", "tqdm>=4.64"]
+# ///
+"""cspine: neck CT studies in, fracture probabilities of C1..C7 and the patient out.
+
+    study folder --read_volume--> Volume (HU, Z Y X, head first)
+    Volume --segmenter_input--> (1, 128, 128, 128) --Segmenter--> probability (7, 128, 128, 128)
+    Volume + probability --vertebra_slices--> uint8 (7, 15, 6, 224, 224), 5 slices + 1 mask a step
+    (15, 6, 224, 224) --VertebraClassifier--> 15 logits --> P(Ck)
+    (105, 6, 224, 224) --PatientClassifier--> 105 + 1 logits --> P(C1..C7), P(patient_overall)
+    all models --ensemble--> submission.csv
+
+Shapes: B batch, C channels, Z Y X voxel axes (head to foot, front to back, right to left),
+V 7 vertebrae, T 15 steps, K 6 channels a step, S crop edge, D cube edge, F features.
+
+    python cspine.py demo                              phantoms in, scored submission.csv out
+    python cspine.py train-seg --data DIR              then extract, train-cls, train-patient
+    python cspine.py evaluate --data DIR --folds       the out-of-fold score
+    python cspine.py predict --data DIR                submission.csv
+    torchrun --nproc_per_node=2 cspine.py predict ...  on two GPUs
+
+Pasted into a notebook cell, the file defines everything and runs nothing; then
+main(["predict", "--weights", "/kaggle/input/..."]) runs a mode. Not a medical device.
+"""
+
+import argparse
+import contextlib
+import copy
+import hashlib
+import json
+import math
+import os
+import re
+import resource
+import runpy
+import signal
+import struct
+import sys
+import threading
+import time
+import zlib
+from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from itertools import permutations
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import pandas as pd
+import pydicom
+import timm
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from pydicom.encaps import generate_frames
+from pydicom.pixels import get_decoder, pixel_array
+from pydicom.errors import BytesLengthException
+from pydicom.uid import (UID, ImplicitVRLittleEndian, JPEG2000TransferSyntaxes, JPEGLossless,
+                         JPEGLosslessSV1)
+from timm.layers import BatchNormAct2d, Conv2dSame
+from tqdm import tqdm
+
+
+# ======================================= Facts and settings ======================================
+# Every number of the road. Source: the starting solution, unless another is named.
+
+VERTEBRAE = ("C1", "C2", "C3", "C4", "C5", "C6", "C7")
+TARGETS = VERTEBRAE + ("patient_overall",)
+STUDY = "StudyInstanceUID"
+STEPS, SLICES_PER_STEP, CROP = 15, 5, 224
+CHANNELS = SLICES_PER_STEP + 1  # five slices and one mask
+TARGET_WEIGHTS = np.array([1.0] * 7 + [7.0])  # the metric's; a positive weighs double
+POSITIVE_FACTOR = 2.0
+# The constants with the lowest score on the 2019 training labels (0.5573): a blind answer.
+PRIOR = np.array([0.1027, 0.1930, 0.0512, 0.0752, 0.1105, 0.1842, 0.2559, 0.5309])
+FLOOR = 1e-4  # answers stay within (FLOOR, 1 - FLOOR): no infinite loss
+AIR_HU = -1024  # padding outside the scanner's circle lies below it
+SEGMENTER_WINDOW, BONE_WINDOW = (300, 1600), (500, 2000)  # (level, width) HU: cube, crops
+MIN_SLICES, MAX_VOXELS = 16, 2**30  # fewer are no study, more do not fit a notebook
+MAX_GAP_MM = 30.0  # a longer hole along the normal separates two series
+ENCODER_STRIDE = 16  # four encoder levels at strides 2, 4, 8, 16
+MASK_THRESHOLDS = (0.2, 0.05)  # first place's: the second when the first leaves nothing
+MIN_CELLS, BOX_MARGIN = 12, 1.0  # cube cells: fewer are no vertebra; around a box (first place)
+CROPS_AT_ONCE = {"cpu": STEPS, "cuda": 210}  # 15 stay in a CPU's cache
+KAGGLE_DATA = "/kaggle/input/rsna-2022-cervical-spine-fracture-detection"
+KAGGLE_MINUTES = 510.0  # of the 540 that a submission has
+MAX_SKIPPED_STEPS = 20  # in a row without a finite gradient before a training gives up
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a training does; plain values, stored in its checkpoint."""
+
+    backbone: str
+    epochs: int
+    batch_size: int
+    lr: float  # peak of AdamW
+    size: int = CROP  # edge of the cube or the crop
+    mixup: float = 0.0  # share of batches whose two losses are mixed
+    accumulate: int = 1  # parts in which a batch is computed
+    weight_decay: float = 0.01  # not on norms and biases
+    warm_up: float = 0.05  # share of the steps
+    ema: float = 0.998  # averaged weights are evaluated and shipped
+    clip: float = 1.0  # norm of the gradient
+    drop_path: float = 0.05
+    dropout: float = 0.2
+    shuffle: float = 0.2  # share of samples with steps and vertebrae permuted (first place)
+    mask_of: str = "last"  # slice of a step whose mask is the sixth channel
+    seed: int = 0
+
+
+RECIPES = {
+    "segmenter": Recipe("tf_efficientnetv2_s", 60, 4, 1e-3, 128, dropout=0.1),
+    "vertebra": Recipe("tf_efficientnetv2_s", 20, 8, 3e-4, mixup=0.2),
+    "patient": Recipe("convnext_nano", 15, 2, 2e-4, mixup=0.2),
+}
+
+
+class Answers(NamedTuple):
+    """How logits become answers: README, "Better answers"."""
+
+    top_k: int = 5  # a vertebra's probability is the mean of its largest steps (first place)
+    views: int = 1  # dihedral views a model, the i-th starting at view i mod 8; 0: none
+    average: str = "logit"  # space of the ensemble's mean, or "probability"
+    noisy_or: float = 0.3  # share of 1 - prod(1 - P(Ck)) in patient_overall
+
+
+# ========================================== House tools ==========================================
+
+
+class UserError(Exception):
+    """What the user can mend: one line on stderr, status 2."""
+
+
+class StudyError(UserError):
+    """One study that cannot be used."""
+
+
+class Stopped(Exception):
+    """A run that ended early, all saved."""
+
+
+def say(text):
+    tqdm.write(text, file=sys.stderr)  # does not tear a progress bar
+
+
+def progress(items, unit, total):
+    """A bar on a terminal, silence elsewhere."""
+    return tqdm(items, unit=unit, total=total, disable=None, leave=False)
+
+
+def write_atomic(path, write):
+    """write(temporary path), then move the file into place: never half a file."""
+    path = Path(path)
+    new = path.with_name(f".{os.getpid()}.{threading.get_ident()}.{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(new)
+        with open(new, "rb") as file:
+            os.fsync(file.fileno())
+        new.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        if new.exists():
+            new.unlink()
+
+
+def write_csv(path, table):
+    write_atomic(path, lambda new: table.to_csv(new, index=False))
+
+
+def read_csv(path, columns):
+    """A table. UserError if it is missing, unreadable or lacks a column."""
+    try:
+        table = pd.read_csv(path, dtype={STUDY: str, "row_id": str})
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: no readable csv ({str(error).splitlines()[0]})") from None
+    missing = ", ".join(c for c in columns if c not in table)
+    if missing:
+        raise UserError(f"{path}: no column {missing}; found {', '.join(table)}")
+    return table
+
+
+def prefetch(work, items, workers, ahead=1):
+    """Pairs (item, future of work(item)) in order, started `ahead` of the one yielded."""
+    pool, waiting = ThreadPoolExecutor(max(1, workers)), []
+    try:
+        for item in items:
+            waiting.append((item, pool.submit(work, item)))
+            if len(waiting) > ahead:
+                yield waiting.pop(0)
+        yield from waiting
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def ranks():
+    """(rank, number of processes) of torchrun."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def over_ranks(value):
+    """The list of every rank's value."""
+    out = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if len(out) > 1:
+        dist.all_gather_object(out, value)
+    return out
+
+
+def pick_device(name):
+    """A torch.device that works; "auto": this rank's GPU if there is one."""
+    if name == "auto":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+
+
+def half_type(device):
+    """bfloat16 where it is native, else float16 (T4); None on the CPU."""
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if native else torch.float16
+
+
+def autocast(device):
+    return torch.autocast(device.type, half_type(device), enabled=device.type == "cuda")
+
+
+def peak_gb():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux: KiB
+
+
+class Stop:
+    """Why a run should end: a signal or its deadline."""
+
+    def __init__(self, minutes=0.0, clock=time.monotonic):
+        self.clock, self.signal = clock, ""
+        self.until = clock() + (60 * minutes or math.inf)
+        with contextlib.suppress(ValueError):  # another thread gets no signals
+            for kind in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(kind, self.note)
+
+    def note(self, number, _):
+        self.signal = signal.Signals(number).name
+
+    def left(self):
+        return self.until - self.clock()
+
+    def reason(self, needed=0.0):
+        """Why not to begin what takes `needed` seconds, or ""."""
+        return self.signal or ("--time-limit" if self.left() < needed else "")
+
+
+# ============================================ Reading ============================================
+# In: a folder of DICOM slices, a NIfTI mask. Out: a Volume, labels on its grid. The trap: names
+# and instance numbers say nothing about where a slice lies; only its position does.
+
+
+class Volume(NamedTuple):
+    """One CT study: `hu` int16 (Z, Y, X), head first, front to back, right to left.
+
+    `spacing` (z, y, x) in mm; `affine` LPS mm from (z, y, x, 1); `problems` in words.
+    """
+
+    uid: str
+    hu: np.ndarray
+    spacing: tuple
+    affine: np.ndarray
+    problems: tuple = ()
+
+
+@contextlib.contextmanager
+def study_errors(where):
+    """Whatever damaged bytes raise becomes a StudyError: libraries raise nearly every kind."""
+    try:
+        yield
+    except StudyError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:150] or type(error).__name__
+        raise StudyError(f"{where}: {reason}") from error
+
+
+def read_frame(dataset, frame, stored):
+    """(series, place, int16 (Y, X) HU) of one frame. StudyError if it cannot be placed.
+
+    `place` (11,): first voxel's centre, direction of a row, of a column (LPS), row and column mm.
+    """
+    shared = dataset.get("SharedFunctionalGroupsSequence") or []
+    own = dataset.get("PerFrameFunctionalGroupsSequence") or []
+    groups = [*shared[:1], *own[frame : frame + 1]]
+    tags = {part.keyword: part.value for group in groups for part in group.iterall()}
+
+    def numbers(keyword, *default):
+        value = tags.get(keyword, dataset.get(keyword))
+        try:
+            values = np.array(value, float).ravel()
+        except (TypeError, ValueError):
+            return default
+        return values if len(values) == len(default) and np.isfinite(values).all() else default
+
+    spacing = numbers("PixelSpacing", 0, 0)
+    position = numbers("ImagePositionPatient", *[math.nan] * 3)
+    directions = numbers("ImageOrientationPatient", 1, 0, 0, 0, 1, 0)
+    normal = np.cross(directions[:3], directions[3:])
+    if min(spacing) <= 0 or math.isnan(position[0]) or not 0.81 < normal @ normal < 1.21:
+        raise StudyError("no PixelSpacing, ImagePositionPatient or ImageOrientationPatient")
+    if not own:  # plain multi-frame
+        step, = numbers("SpacingBetweenSlices", *numbers("SliceThickness", 1))
+        position = position + normal * step * frame
+    slope, = numbers("RescaleSlope", 1.0)
+    intercept, = numbers("RescaleIntercept", 0.0)
+    if slope == 1 and intercept.is_integer() and abs(intercept) < 2**20:
+        hu = stored + np.int32(intercept)
+    else:
+        hu = np.rint(stored * slope + intercept)
+    padding, = numbers("PixelPaddingValue", None)
+    if padding is not None:  # the tag's own sign need not be that of the pixels
+        hu[stored.astype(np.uint16) == int(padding) & 0xFFFF] = AIR_HU
+    hu = np.clip(hu, AIR_HU, 32767).astype(np.int16)
+    return str(dataset.get("SeriesInstanceUID", "")), [*position, *directions, *spacing], hu
+
+
+@study_errors("damaged or unreadable")
+def read_slices(path):
+    """[read_frame of each frame] of one file, opened once. StudyError says why there is none."""
+    try:
+        dataset = pydicom.dcmread(path)
+    except pydicom.errors.InvalidDicomError:
+        raise StudyError("not DICOM" if os.path.getsize(path) else "empty file") from None
+    return [read_frame(dataset, k, image) for k, image in enumerate(decode_pixels(dataset))]
+
+
+def decode_study(folder, workers, give_up):
+    """(stacks, problems): (places, HU (N, Y, X)) of each series, orientation, spacing and size."""
+    try:
+        entries = list(os.scandir(folder))
+    except OSError as error:
+        raise StudyError(f"{folder}: {error.strerror}") from None
+    files = [Path(entry.path) for entry in entries if entry.is_file()]
+    files.sort(key=lambda path: (len(path.name), path.name))  # mostly spatial order already
+    stacks = {}
+    problems = [f"{e.name}: no plain file; left out" for e in entries if not e.is_file()]
+    for path, future in prefetch(read_slices, files, workers, 4 * max(1, workers)):
+        if give_up():
+            raise StudyError("out of time while reading")
+        try:
+            for series, place, hu in future.result():
+                key = series, hu.shape, *np.round(place[3:9], 2), *np.round(place[9:], 3)
+                places, stack = stacks.setdefault(key, ([], np.empty((0, *hu.shape), np.int16)))
+                if (len(places) + 1) * hu.size > MAX_VOXELS:
+                    raise MemoryError
+                places.append(place)
+                stack.resize((len(places), *hu.shape), refcheck=False)  # moves pages, not bytes
+                stack[-1] = hu
+        except StudyError as error:
+            problems.append(f"{path.name}: {error}; left out")
+        except MemoryError:
+            raise StudyError(f"more than {MAX_VOXELS} voxels, or than memory holds") from None
+    return list(stacks.values()), problems
+
+
+def one_series(stacks, problems):
+    """(places, HU, mm along their normal): the largest stack, head (front, right) first.
+
+    No position twice, nothing beyond a gap.
+    """
+    places, hu = max(stacks, key=lambda stack: len(stack[0]))
+    places, total = np.array(places), sum(len(stack[0]) for stack in stacks)
+    normal = np.cross(places[0, 3:6], places[0, 6:9])
+    axis = np.abs(normal).argmax()
+    normal *= np.sign(normal[axis]) * (1, 1, -1)[axis]  # to the left, the back, the feet
+    distance = places[:, :3] @ normal
+    order = np.argsort(distance, kind="stable")
+    order = order[np.diff(distance[order], prepend=-np.inf) > 0.01]
+    runs = np.split(order, np.flatnonzero(np.diff(distance[order]) > MAX_GAP_MM) + 1)
+    run = max(runs, key=len)
+    for count, what in ((total - len(places), "of another series or size"),
+                        (len(places) - len(order), "at duplicated positions"),
+                        (len(order) - len(run), "beyond a gap")):
+        if count:
+            problems.append(f"{count} images {what} left out")
+    for i, k in enumerate(run):  # hu[run] would hold the volume twice
+        while k < i:  # its content was swapped away before
+            k = run[k]
+        if k != i:
+            hu[[i, k]] = hu[[k, i]]
+    return places[run], hu[: len(run)], distance[run]
+
+
+def fill_gaps(hu, distance, problems):
+    """HU on even positions: missing slices are interpolated by position, not by index."""
+    gaps = np.diff(distance)
+    step = np.median(gaps)
+    if np.abs(gaps - step).max() <= 0.25 * step:
+        return hu
+    count = round((distance[-1] - distance[0]) / step) + 1
+    if count * hu[0].size > MAX_VOXELS:
+        raise StudyError("positions too uneven to fill")
+    problems.append(f"uneven positions: {len(hu)} slices put on {count} even ones")
+    filled = np.empty((count, *hu.shape[1:]), np.int16)
+    even = np.linspace(distance[0], distance[-1], count)
+    for k, at in enumerate(np.interp(even, distance, range(len(hu)))):
+        below = min(int(at), len(hu) - 2)
+        filled[k] = cv2.addWeighted(hu[below], below + 1 - at, hu[below + 1], at - below, 0)
+    return filled
+
+
+def reorient(hu, affine):
+    """(hu, affine) with axes head to foot, front to back, right to left."""
+    size = np.abs(affine[2::-1, :3]) / np.linalg.norm(affine[:3, :3], axis=0)  # (z y x, old axis)
+    axes = max(permutations(range(3)), key=lambda axes: size[range(3), axes].sum())
+    hu, affine = hu.transpose(axes), affine[:, [*axes, 3]]
+    for k in range(3):
+        if affine[2 - k, k] * (-1, 1, 1)[k] < 0:
+            hu = np.flip(hu, k)
+            affine[:, 3] += affine[:, k] * (hu.shape[k] - 1)
+            affine[:, k] *= -1
+    return np.ascontiguousarray(hu), affine
+
+
+def read_volume(folder, workers=2, give_up=lambda: False):
+    """One CT study, head first, in Hounsfield units.
+
+    Ordered by position along the slice normal (PS3.3 C.7.6.2.1.1); each file is decoded once, on
+    `workers` threads. StudyError, nothing else: under MIN_SLICES usable, or give_up() is true.
+    """
+    stacks, problems = decode_study(folder, workers, give_up)
+    count = sum(len(places) for places, _ in stacks)
+    if count >= MIN_SLICES:
+        places, hu, distance = one_series(stacks, problems)
+        count = len(places)
+    if count < MIN_SLICES:
+        why = f" ({problems[0]})" if problems else ""
+        raise StudyError(f"{count} usable slices of at least {MIN_SLICES} in {folder}{why}")
+    stacks.clear()
+    hu = fill_gaps(hu, distance, problems)
+    position, row, column = places[0, :9].reshape(3, 3)
+    span = places[-1, :3] - position
+    affine = np.eye(4)  # columns: step to the next slice, row, column; first voxel
+    affine[:3] = np.c_[span / (len(hu) - 1), column * places[0, 9], row * places[0, 10], position]
+    straight = (distance[-1] - distance[0]) / np.linalg.norm(span)
+    if straight < 0.99:
+        problems.append(f"gantry tilted by {math.degrees(math.acos(straight)):.0f} degrees")
+    hu, affine = reorient(hu, affine)
+    spacing = tuple(np.linalg.norm(affine[:3, :3], axis=0).tolist())
+    return Volume(Path(folder).name, hu, spacing, affine, tuple(problems))
+
+
+NIFTI_TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4",
+               1024: "i8", 1280: "u8"}
+
+
+def nifti_affine(shape, zooms, form, quaternion, rows):
+    """RAS mm from voxel (i, j, k, 1): sform, else qform (nifti1.h), else centred as nibabel."""
+    affine = np.eye(4)
+    if form[1] > 0:
+        affine[:3] = np.reshape(rows, (3, 4))
+    elif form[0] > 0:
+        b, c, d, *origin = quaternion
+        skew = np.array([[0, -d, c], [d, 0, -b], [-c, b, 0]])
+        a = math.sqrt(max(0, 1 - b * b - c * c - d * d))
+        turn = np.eye(3) + 2 * (a * skew + skew @ skew)
+        mirror = -1 if zooms[0] < 0 else 1
+        affine[:3] = np.c_[turn * zooms[1:4] * (1, 1, mirror), origin]
+    else:
+        zooms = np.multiply(zooms[1:4], (-1, 1, 1))
+        affine[:3] = np.c_[np.diag(zooms), -zooms * (np.array(shape) - 1) / 2]
+    return affine
+
+
+def read_nifti(path):
+    """(labels uint8 (I, J, K), LPS mm from voxel) of a NIfTI-1 file, .nii or .nii.gz."""
+    with study_errors(f"{path}: not a whole NIfTI-1 mask in one file"):
+        raw = Path(path).read_bytes()
+        if raw[:2] == b"\x1f\x8b":
+            raw = zlib.decompressobj(31).decompress(raw, MAX_VOXELS // 2)
+        order = "<" if raw[:2] == b"\x5c\x01" else ">"
+        head = struct.unpack_from(order + "i36x8h14xh4x8f3f132x2h6f12f16x3s", raw)
+        rank, shape, others = head[1], head[2:5], head[5:9]
+        start, slope, intercept = head[18:21]
+        if head[0] != 348 or head[-1] != b"n+1" or start < 348:
+            raise StudyError("magic")
+        if not 3 <= rank <= 7 or max([1, *others[: rank - 3]]) > 1:
+            raise StudyError("not one 3-D image")
+        kind = np.dtype(order + NIFTI_TYPES[head[9]])
+        data = np.ndarray(shape, kind, raw, int(start), order="F")
+        affine = nifti_affine(shape, head[10:18], head[21:23], head[23:29], head[29:41])
+        affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # RAS -> LPS
+        np.linalg.inv(affine)
+        if math.isfinite(slope) and slope and (slope, intercept) != (1, 0):
+            data = data * slope + intercept
+    if data.dtype != np.uint8:
+        data = np.where((data > 0) & (data < 255), np.rint(data), 0).astype(np.uint8)
+    return data, affine
+
+
+def read_mask(path, volume, shape=None):
+    """uint8 (Z, Y, X): 1-7 = C1-C7, 8-19 = T1-T12, placed on the volume by the NIfTI affine.
+
+    Nearest label, 0 outside; `shape`: of a coarser grid. StudyError for another format.
+    """
+    labels, lps_from_labels = read_nifti(path)
+    out = np.zeros(shape or volume.hu.shape, np.uint8)
+    scale = np.divide(volume.hu.shape, out.shape)
+    voxel_from_cell = np.diag([*scale, 1.0])
+    voxel_from_cell[:3, 3] = scale / 2 - 0.5
+    matrix = np.linalg.inv(lps_from_labels) @ (volume.affine @ voxel_from_cell)
+    y, x = np.ogrid[: out.shape[1], : out.shape[2]]
+    for z, plane in enumerate(out):
+        at = [np.floor(m[0] * z + m[1] * y + m[2] * x + m[3] + 0.5)
+              for m in matrix[:3].astype(np.float32)]
+        inside = np.all([(i >= 0) & (i < n) for i, n in zip(at, labels.shape)], axis=0)
+        plane[inside] = labels[tuple(i[inside].astype(int) for i in at)]
+    return out
+
+
+def cube_labels(path, volume, size):
+    """uint8 (D, D, D): the mask at the centres of the segmenter's cells."""
+    return read_mask(path, volume, (size, size, size))
+
+
+def segmenter_input(volume, size=128, window=SEGMENTER_WINDOW):
+    """float32 (1, D, D, D) in 0..1: the whole study averaged onto a cube.
+
+    Cell i covers the voxels [i * Z / D, (i + 1) * Z / D), along Y and X likewise.
+    """
+    low, high = window[0] - window[1] // 2, window[0] + window[1] // 2
+    planes = np.empty((len(volume.hu), size * size), np.float32)  # (Z, D * D)
+    for k, hu in enumerate(volume.hu):
+        plane = cv2.resize(np.clip(hu, low, high), (size, size), interpolation=cv2.INTER_AREA)
+        planes[k] = plane.ravel()
+    how = cv2.INTER_AREA if len(planes) > size else cv2.INTER_LINEAR
+    cube = cv2.resize(planes, (size * size, size), interpolation=how)  # (Z, D * D) -> (D, D * D)
+    return torch.from_numpy((cube.reshape(1, size, size, size) - low) / (high - low))
+
+
+# =========================================== Segmenter ===========================================
+# In: the cube. Out: seven logits a cell. The trap: a timm network made 3-D can be wrong without
+# an error (activations inside norms, means over two axes); to_3d refuses what it does not know.
+
+
+class Conv3dSame(nn.Conv3d):
+    """TensorFlow's SAME padding in three dimensions."""
+
+    def forward(self, x):
+        padding = []
+        for n, k, stride in zip(x.shape[:1:-1], self.kernel_size, self.stride):
+            total = max(k - (n % stride or stride), 0)
+            padding += [total // 2, total - total // 2]  # F.pad takes the last axis first
+        return super().forward(F.pad(x, padding))
+
+
+class BatchNormAct3d(nn.BatchNorm3d):
+    """Batch norm with the dropout and activation that timm's 2-D one holds."""
+
+    def forward(self, x):
+        return self.act(self.drop(super().forward(x)))
+
+
+class SqueezeExcite3d(nn.Sequential):
+    """Squeeze-excite over three axes; its layers keep their names and order."""
+
+    def forward(self, x):
+        return x * super().forward(x.mean((2, 3, 4), keepdim=True))
+
+
+SOLID = {nn.Conv2d: nn.Conv3d, Conv2dSame: Conv3dSame, nn.MaxPool2d: nn.MaxPool3d,
+         nn.AvgPool2d: nn.AvgPool3d, nn.BatchNorm2d: nn.BatchNorm3d, BatchNormAct2d: BatchNormAct3d}
+
+
+def to_3d(module, path=""):
+    """The 3-D twin of a timm network: same module paths, weights copied, kernels divided.
+
+    UserError naming the first layer that it cannot convert.
+    """
+    kind, path = type(module), path or type(module).__name__
+    name, home, bad = kind.__name__, kind.__module__, f"cannot make {path} three-dimensional: "
+    if kind in (nn.Conv2d, Conv2dSame):
+        k, width = module.kernel_size
+        if k != width or module.dilation != (1, 1) or isinstance(module.padding, str):
+            raise UserError(f"{bad}{module}")
+        twin = SOLID[kind](module.in_channels, module.out_channels, k, module.stride[0],
+                           module.padding[0], 1, module.groups, module.bias is not None)
+        weight = module.weight[:, :, None].repeat(1, 1, k, 1, 1) / k  # (O, I, k, k, k)
+        twin.load_state_dict(module.state_dict() | {"weight": weight})
+        return twin
+    if kind in SOLID:  # norms and pools hold the same in 2-D and 3-D
+        twin = copy.deepcopy(module)
+        twin.__class__ = SOLID[kind]
+        return twin
+    squeeze = name in ("SqueezeExcite", "SEModule")
+    known = squeeze or name == "DropPath" or "activation" in home
+    if home.startswith("timm.layers") and not known or "2d" in name or list(module.parameters(False)):
+        raise UserError(f"{bad}unknown layer {name}")
+    twin = SqueezeExcite3d() if squeeze else copy.copy(module)
+    twin._modules = {n: to_3d(child, f"{path}.{n}")
+                     for n, child in module._modules.items() if child is not None}
+    return twin
+
+
+def create_backbone(name, **arguments):
+    """A timm model with random weights. UserError for a name timm does not know."""
+    try:
+        return timm.create_model(name, pretrained=False, **arguments)
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        raise UserError(f"--backbone {name}: {str(error).splitlines()[0]}") from None
+
+
+class ConvBlock(nn.Module):
+    """Convolution, norm, ReLU and scSE: channels and places weighed (Roy et al. 2018)."""
+
+    def __init__(self, before, width):
+        super().__init__()
+        self.conv = nn.Conv3d(before, width, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm3d(width)
+        self.squeeze = nn.Conv3d(width, width // 4, 1)
+        self.excite = nn.Conv3d(width // 4, width, 1)
+        self.place = nn.Conv3d(width, 1, 1)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.conv(x)))
+        channel = self.excite(F.relu(self.squeeze(x.mean((2, 3, 4), keepdim=True))))
+        return x * (torch.sigmoid(channel) + torch.sigmoid(self.place(x)))
+
+
+class Segmenter(nn.Module):
+    """3-D U-Net: (B, 1, Z, Y, X) in 0..1 -> (B, 7, Z, Y, X) logits; axes multiples of 16.
+
+    The last decoder level works at stride 2 and answers for 2 x 2 x 2 cells a place.
+    """
+
+    def __init__(self, backbone="tf_efficientnetv2_s", size=128, window=SEGMENTER_WINDOW,
+                 decoder=(64, 32, 24), drop_path=0.0, dropout=0.0):
+        super().__init__()
+        self.settings = dict(backbone=backbone, size=size, window=window, decoder=decoder)
+        flat = create_backbone(backbone, features_only=True, out_indices=(0, 1, 2, 3),
+                               drop_path_rate=drop_path)
+        if flat.feature_info.reduction() != [2, 4, 8, ENCODER_STRIDE]:
+            raise UserError(f"--backbone {backbone}: needs features at strides 2, 4, 8 and 16")
+        self.encoder = to_3d(flat)
+        stem = next(m for m in self.encoder.modules() if isinstance(m, nn.Conv3d))
+        stem.in_channels = 1  # the sum over colours equals repeating the volume
+        stem.weight = nn.Parameter(stem.weight.detach().sum(1, keepdim=True))
+        *skips, deepest = flat.feature_info.channels()
+        self.decoder = nn.ModuleList(ConvBlock(a + b, c) for a, b, c in zip(
+            (deepest, *decoder), skips[::-1], decoder))
+        self.dropout = nn.Dropout3d(dropout)
+        self.head = nn.Conv3d(decoder[-1], 7 * 8, 1)
+        nn.init.constant_(self.head.bias, -4.0)  # most cells belong to no vertebra
+
+    def forward(self, x):
+        if any(n % ENCODER_STRIDE for n in x.shape[2:]):
+            raise UserError(f"cube {tuple(x.shape[2:])}: axes must be multiples of 16")
+        *skips, x = self.encoder((x - 0.5) * 4)
+        for block, skip in zip(self.decoder, skips[::-1]):
+            x = block(torch.cat([F.interpolate(x, skip.shape[2:]), skip], 1))
+        x = self.head(self.dropout(x)).unflatten(1, (7, 2, 2, 2)).permute(0, 1, 5, 2, 6, 3, 7, 4)
+        return x.flatten(6).flatten(4, 5).flatten(2, 3)  # (B, 56, Z/2, ...) -> (B, 7, Z, Y, X)
+
+
+def segmenter_loss(logits, labels):
+    """BCE + soft Dice of logits (B, 7, Z, Y, X) and labels uint8 (B, Z, Y, X).
+
+    Dice only where a vertebra is in view: BCE alone teaches that one is not.
+    """
+    logits = logits.float()
+    truth = torch.stack([labels == v for v in range(1, 8)], 1).float()
+    mask, seen = torch.sigmoid(logits), truth.amax((2, 3, 4))
+    dice = (2 * (mask * truth).sum((2, 3, 4)) + 1) / ((mask + truth).sum((2, 3, 4)) + 1)
+    entropy = F.binary_cross_entropy_with_logits(logits, truth)
+    return 10 * entropy + 1 - (dice * seen).sum() / seen.sum().clamp(min=1)
+
+
+# ============================================= Slices ============================================
+# In: a Volume and the cube's probability. Out: the ninety images of each vertebra. The trap:
+# the cube is stretched, so cells and voxels differ by another factor on every axis.
+
+
+def interleave(images, masks):
+    """(75, S, S) images and (15, S, S) masks -> (15, 6, S, S): images 5i .. 5i + 4, then mask i."""
+    steps = images.reshape(STEPS, SLICES_PER_STEP, *masks.shape[1:])
+    return np.concatenate([steps, masks[:, None]], 1)
+
+
+def vertebra_box(probability):
+    """Cells [(z0, z1), (y0, y1), (x0, x1)], ends inclusive, of (D, D, D); None if not seen.
+
+    On each axis the run of cells with most mask: strays elsewhere do not widen it.
+    """
+    for threshold in MASK_THRESHOLDS:
+        mask, box = probability > threshold, []
+        if mask.sum() >= MIN_CELLS:
+            for others in ((1, 2), (0, 2), (0, 1)):
+                profile = mask.sum(others)
+                inside = np.flatnonzero(profile)
+                runs = np.split(inside, np.flatnonzero(np.diff(inside) > 2) + 1)
+                longest = max(runs, key=lambda run: profile[run].sum())
+                box.append((longest[0], longest[-1]))
+            return box
+
+
+def apply_window(hu, window):
+    """uint8: (level, width) HU to 0..255."""
+    low, scale = window[0] - window[1] // 2, 255 / window[1]
+    return cv2.convertScaleAbs(np.maximum(hu, low), alpha=scale, beta=-low * 255 / window[1])
+
+
+def crop_plane(plane, box, size):
+    """(S, S): the part of an image inside ((y0, y1), (x0, x1)) pixels, edge repeated."""
+    (y, _), (x, _) = box
+    dy, dx = np.diff(box)[:, 0] / size
+    source = np.array([[dx, 0, x + dx / 2 - 0.5], [0, dy, y + dy / 2 - 0.5]])
+    return cv2.warpAffine(plane, source, (size, size), borderMode=cv2.BORDER_REPLICATE,
+                          flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
+
+
+def vertebra_slices(volume, probability, size=CROP, mask_of="last", window=BONE_WINDOW):
+    """uint8 (7, 15, 6, S, S): a step is five neighbouring native slices and one soft mask.
+
+    `probability` (7, D, D, D) covers the whole study. The 15 centres are spaced evenly over the
+    vertebra; its box is square in mm, so that its shape is kept. A vertebra that is not seen is
+    all zero, mask included, which tells the classifiers that it is absent.
+    """
+    out = np.zeros((7, STEPS, CHANNELS, size, size), np.uint8)
+    probability = np.asarray(probability, np.float32)
+    voxels = np.array(volume.hu.shape) / probability.shape[1:]  # a cell's edges
+    cell_mm = (voxels * volume.spacing)[1:, None]
+    near = np.arange(SLICES_PER_STEP) - SLICES_PER_STEP // 2
+    for v, cells in enumerate(probability):
+        found = vertebra_box(cells)
+        if found is None:
+            continue
+        sides = (np.array(found[1:]) + [-BOX_MARGIN, 1 + BOX_MARGIN]) * cell_mm
+        half = np.ptp(sides, 1).max() / 2
+        box = (sides.mean(1, keepdims=True) + [-half, half]) / cell_mm  # of cells
+        (first, last), scale = found[0], voxels[0]
+        index = np.rint(np.linspace(first * scale, (last + 1) * scale - 1, STEPS))[:, None] + near
+        index = np.clip(index, 0, len(volume.hu) - 1).astype(int)  # (15, 5)
+        shown, which = np.unique(index.ravel(), return_inverse=True)
+        images = [crop_plane(apply_window(volume.hu[z], window), box * voxels[1:, None], size)
+                  for z in shown]
+        z = (index[:, -1 if mask_of == "last" else SLICES_PER_STEP // 2] + 0.5) / scale - 0.5
+        z = np.clip(z, 0, len(cells) - 1)[:, None, None]
+        below = np.minimum(z.astype(int), len(cells) - 2)
+        share, below = (z - below).astype(np.float32), below.ravel()
+        planes = cells[below] * (1 - share) + cells[below + 1] * share
+        masks = np.array([crop_plane(plane, box, size) for plane in planes])
+        masks = np.rint(np.maximum(masks, 1 / 255) * 255).astype(np.uint8)  # 0 means absent
+        out[v] = interleave(np.array(images)[which], masks)
+    return out
+
+
+def write_crops(path, crops):
+    """One study's crops, lossless: each different image once, as PNG (steps share slices)."""
+    index, known = np.full(crops.shape[:3], -1, np.int16), {}
+    for place in np.ndindex(index.shape):
+        if crops[place].any():
+            index[place], _ = known.setdefault(crops[place].tobytes(), (len(known), place))
+    images = [cv2.imencode(".png", crops[place])[1].ravel() for _, place in known.values()]
+    ends, data = np.cumsum([0, *map(len, images)]), np.concatenate([np.uint8([]), *images])
+    write_atomic(path, lambda temporary: np.savez(
+        temporary, index=index, ends=ends, data=data, edge=crops.shape[-1]))
+
+
+def read_crops(path, vertebrae=range(7)):
+    """uint8 (len(vertebrae), 15, 6, S, S) of a study. StudyError if the file is damaged."""
+    try:
+        with np.load(path) as file:
+            index, ends, data, edge = (file[k] for k in ("index", "ends", "data", "edge"))
+        index = index[list(vertebrae)]
+        out = np.zeros((*index.shape, edge, edge), np.uint8)
+        for k in np.unique(index[index >= 0]):
+            out[index == k] = cv2.imdecode(data[ends[k] : ends[k + 1]], cv2.IMREAD_GRAYSCALE)
+        return out
+    except Exception as error:  # NumPy, zipfile, zlib and OpenCV each have their own
+        raise StudyError(f"{path}: no crops of this version ({type(error).__name__})") from None
+
+
+def crops_seen(path):
+    """bool (7,): which vertebrae a file of crops holds."""
+    with np.load(path) as file:
+        return (file["index"] >= 0).any((1, 2))
+
+
+# ========================================== Classifiers ==========================================
+# In: crops, uint8 or 0..1. Out: a logit for every step, and one for the patient.
+
+
+class StepEncoder(nn.Module):
+    """A timm backbone, then an LSTM: crops (B, N, K, S, S) -> (B, N, F) and (B, N, 2H)."""
+
+    def __init__(self, backbone, hidden, drop_path, dropout):
+        super().__init__()
+        self.backbone = create_backbone(backbone, in_chans=CHANNELS, num_classes=0,
+                                        global_pool="avg", drop_path_rate=drop_path)
+        width = self.backbone.eval()(torch.zeros(1, CHANNELS, 64, 64)).shape[1]
+        self.absent = nn.Parameter(torch.zeros(width))  # in the place of a vertebra out of view
+        self.lstm = nn.LSTM(width, hidden, 2, batch_first=True, bidirectional=True, dropout=dropout)
+
+    def forward(self, crops):
+        masks = crops[:, :, -1].unflatten(1, (-1, STEPS)).flatten(2)
+        seen = masks.any(2).repeat_interleave(STEPS, 1).flatten()
+        features = self.absent.float().expand(len(seen), -1)
+        if seen.any():  # absent vertebrae cost nothing
+            shown = crops.flatten(0, 1)[seen]  # (B, N, K, S, S) -> (M, K, S, S)
+            at_once = len(shown) if self.training else CROPS_AT_ONCE[crops.device.type]
+            found = torch.cat([self.backbone(to_unit(part)) for part in shown.split(at_once)])
+            features = features.index_put((seen.nonzero()[:, 0],), found.float())
+        features = features.unflatten(0, crops.shape[:2])  # (B * N, F) -> (B, N, F)
+        return features, self.lstm(features)[0]
+
+
+def to_unit(crops):
+    """Channels-last floats in -1..1 from uint8 or 0..1."""
+    crops = crops / 255 if crops.dtype == torch.uint8 else crops
+    return (crops * 2 - 1).contiguous(memory_format=torch.channels_last)
+
+
+def logit_head(width, hidden, dropout):
+    return nn.Sequential(nn.Linear(width, hidden), nn.LayerNorm(hidden), nn.LeakyReLU(0.1),
+                         nn.Dropout(dropout), nn.Linear(hidden, 1))
+
+
+class VertebraClassifier(nn.Module):
+    """One vertebra: (B, 15, 6, S, S) -> (B, 15) logits of a fracture."""
+
+    def __init__(self, backbone="tf_efficientnetv2_s", size=CROP, mask_of="last", hidden=256,
+                 drop_path=0.0, dropout=0.0):
+        super().__init__()
+        self.settings = dict(backbone=backbone, size=size, mask_of=mask_of, hidden=hidden)
+        self.encoder = StepEncoder(backbone, hidden, drop_path, dropout)
+        self.head = logit_head(2 * hidden, hidden, dropout)
+
+    def forward(self, crops):
+        return self.head(self.encoder(crops)[1])[..., 0]
+
+
+class PatientClassifier(VertebraClassifier):
+    """All vertebrae: (B, 105, 6, S, S) -> (B, 105) logits of the steps, (B,) of the patient."""
+
+    def __init__(self, backbone="convnext_nano", size=CROP, mask_of="last", hidden=256,
+                 drop_path=0.0, dropout=0.0):
+        super().__init__(backbone, size, mask_of, hidden, drop_path, dropout)
+        self.patient_lstm = nn.LSTM(self.encoder.lstm.input_size, hidden, 2, batch_first=True,
+                                    bidirectional=True, dropout=dropout)
+        self.patient_head = logit_head(4 * hidden, hidden, dropout)
+
+    def forward(self, crops):
+        features, context = self.encoder(crops)
+        whole = self.patient_lstm(features)[0]
+        whole = torch.cat([whole.amax(1), whole.mean(1)], 1)  # (B, N, 2H) -> (B, 4H)
+        return self.head(context)[..., 0], self.patient_head(whole)[..., 0]
+
+
+KINDS = {"segmenter": Segmenter, "vertebra": VertebraClassifier, "patient": PatientClassifier}
+
+
+def classifier_loss(outputs, labels):
+    """The competition's loss. Outputs (B, 15) and labels (B, 1), or (B, 105), (B,) and (B, 8).
+
+    A vertebra's label stands on each of its steps, which share its weight; NaN is unknown.
+    """
+    if not torch.is_tensor(outputs):
+        outputs = torch.cat([outputs[0], outputs[1][:, None]], 1)
+    counts = [STEPS] * 7 + [1]
+    which = np.repeat(range(8), counts)[: outputs.shape[1]]  # the label of every logit
+    truth, share = labels[:, which], labels.new_tensor((TARGET_WEIGHTS / counts)[which])
+    known, truth = ~truth.isnan(), truth.nan_to_num()
+    weight = share * known * (1 + (POSITIVE_FACTOR - 1) * truth)
+    loss = F.binary_cross_entropy_with_logits(outputs.float(), truth, reduction="none")
+    return (weight * loss).sum() / weight.sum().clamp(min=1e-6)
+
+
+# ========================================== Augmentation =========================================
+# Batches, on the device they train on. Everything random about a sample comes from its own
+# generator: workers, ranks and resuming cannot change it.
+
+# Ranges: degrees, log scale, share of the edge, share mirrored along an axis; window, log gamma,
+# noise (of 0..1); share seen at half resolution, share with a hole. The cube never loses its
+# order head to foot. Shift of the cube: top teams; the rest: README, ablations.
+VOLUME_RANGES = dict(rotation=15, scale=0.2, shift=0.3, mirror=0.5, window=0.2, gamma=0.3,
+                     noise=0.06, blur=0.3, hole=0.0)
+CROP_RANGES = dict(rotation=20, scale=0.15, shift=0.1, mirror=0.5, window=0.15, gamma=0.25,
+                   noise=0.04, blur=0.15, hole=0.3)
+
+
+def draw_grid(rngs, ranges, shape, device):
+    """A random affine grid a sample, for grid_sample, of images of this shape."""
+    maps, axes = [], len(shape) - 2
+    for rng in rngs:
+        matrix = np.diag(np.exp(rng.uniform(-1, 1, axes) * ranges["scale"]))
+        for i, j in ((0, 1), (0, 2), (1, 2))[: 2 * axes - 3]:
+            angle = math.radians(rng.uniform(-1, 1) * ranges["rotation"])
+            turn = np.eye(axes)
+            turn[i, i] = turn[j, j] = math.cos(angle)
+            turn[j, i] = math.sin(angle)
+            turn[i, j] = -turn[j, i]
+            matrix = turn @ matrix
+        flips = rng.random(3) < ranges["mirror"]  # cubes: X alone; crops: X, Y and transposed
+        matrix[:, : 4 - axes] *= 1 - 2 * flips[: 4 - axes]
+        if axes == 2 and flips[2]:
+            matrix = matrix[::-1]
+        maps.append(np.c_[matrix, 2 * ranges["shift"] * rng.uniform(-1, 1, axes)])
+    maps = torch.tensor(np.array(maps), dtype=torch.float32, device=device)
+    return F.affine_grid(maps, shape, align_corners=False)
+
+
+def grey_levels(image, rng, ranges):
+    """Window, gamma, resolution, noise and a hole for one sample (N, ...) in 0..1."""
+    stretch, shift = ranges["window"] * rng.uniform(-1, 1, 2)
+    gamma = math.exp(ranges["gamma"] * rng.uniform(-1, 1))
+    noise, coarse, hole = rng.random(3)
+    generator = torch.Generator(image.device).manual_seed(int(rng.integers(2**31)))
+    image = (image * (1 + stretch) + shift).clamp(0, 1) ** gamma
+    if coarse < ranges["blur"]:
+        size, mode = image.shape[1:], "trilinear" if image.ndim == 4 else "bilinear"
+        half = F.interpolate(image[None], [n // 2 for n in size], mode=mode)
+        image = F.interpolate(half, size, mode=mode)[0]
+    grain = torch.randn(image.shape, generator=generator, device=image.device)
+    image = image + ranges["noise"] * noise**2 * grain
+    if hole < ranges["hole"]:
+        edge = int(image.shape[-1] * rng.uniform(0.05, 0.25))
+        top, left = rng.integers(0, image.shape[-1] - edge, 2)
+        image[..., top : top + edge, left : left + edge] = 0
+    return image.clamp(0, 1)
+
+
+def augment_volumes(cubes, labels, rngs, ranges=VOLUME_RANGES):
+    """Cubes (B, 1, D, D, D) and labels (B, D, D, D) moved together; then the cubes' grey values."""
+    grid = draw_grid(rngs, ranges, cubes.shape, cubes.device)
+    cubes = F.grid_sample(cubes, grid, align_corners=False)
+    labels = F.grid_sample(labels[:, None].float(), grid, mode="nearest", align_corners=False)
+    for cube, rng in zip(cubes, rngs):
+        cube[:] = grey_levels(cube, rng, ranges)
+    return cubes, labels[:, 0].to(torch.uint8)
+
+
+def augment_crops(crops, rngs, size=CROP, ranges=CROP_RANGES):
+    """Crops (B, N, K, S, S) in 0..1: one geometry a sample; grey values of the slices only."""
+    grid = draw_grid(rngs, ranges, (len(crops), 1, size, size), crops.device)
+    moved = F.grid_sample(crops.flatten(1, 2), grid, align_corners=False)
+    moved = moved.unflatten(1, crops.shape[1:3])
+    for slices, rng in zip(moved[:, :, :-1], rngs):
+        slices[:] = grey_levels(slices.flatten(0, 1), rng, ranges).view_as(slices)
+    return moved
+
+
+def shuffle_order(crops, labels, rngs, share):
+    """A share of the samples with vertebrae, and the steps of each, in another order."""
+    crops, labels = crops.unflatten(1, (-1, STEPS)).clone(), labels.clone()
+    for crop, label, rng in zip(crops, labels, rngs):
+        steps, order = rng.permutation(STEPS), rng.permutation(len(crop))
+        if rng.random() < share:
+            crop[:] = crop[order][:, steps]
+            label[: len(crop)] = label[order]
+    return crops.flatten(1, 2), labels
+
+
+# ======================================== Metric and folds =======================================
+# The competition's weighted log loss (lower is better), AUC, Dice, and folds.
+
+
+def element_losses(answers, labels):
+    """Log loss of every answer, clipped as the competition does."""
+    p = np.clip(np.asarray(answers, np.float64), 1e-15, 1 - 1e-15)
+    return -np.where(np.asarray(labels) > 0, np.log(p), np.log1p(-p))
+
+
+def competition_scores(answers, labels):
+    """(per study, per column) score of (N, 8) answers: sum(w * loss) / sum(w) of each study, mean.
+
+    The second form divides by the weights of a column first; the page can be read either way.
+    """
+    loss = element_losses(answers, labels)
+    weight = np.where(np.asarray(labels) > 0, POSITIVE_FACTOR, 1.0)
+    study = np.average(loss, 1, weight * TARGET_WEIGHTS).mean()
+    column = np.average(np.average(loss, 0, weight), weights=TARGET_WEIGHTS)
+    return float(study), float(column)
+
+
+def auc(answers, labels):
+    """Area under the ROC curve, ties count half (Mann-Whitney); NaN with one class only."""
+    positive = np.asarray(labels) > 0
+    n, m = positive.sum(), (~positive).sum()
+    rank = pd.Series(np.asarray(answers, np.float64)).rank()[positive].sum()
+    return float((rank - n * (n + 1) / 2) / (n * m)) if n and m else math.nan
+
+
+def dice_scores(probability, labels):
+    """Dice (7,) of masks at 0.5; NaN for a vertebra that labels (D, D, D) do not hold."""
+    out = np.full(7, np.nan)
+    for v in range(7):
+        mask, truth = probability[v] > 0.5, labels == v + 1
+        if truth.any():
+            out[v] = 2 * (mask & truth).sum() / (mask.sum() + truth.sum())
+    return out
+
+
+def assign_folds(table, folds, masked):
+    """uid -> fold, stratified by mask, patient and number of fractures.
+
+    Within a stratum by a hash of the uid: the same on every machine and in any order of rows.
+    """
+    fractures = table[list(VERTEBRAE)].sum(axis=1).clip(upper=2)
+    keys = sorted((uid in masked, overall, n, hashlib.sha256(uid.encode()).digest(), uid)
+                  for uid, overall, n in zip(table[STUDY], table.patient_overall, fractures))
+    return {uid: k % folds for k, (*_, uid) in enumerate(keys)}
+
+
+# ============================================ Training ===========================================
+# One loop for three models. Whatever is random is drawn from (seed, step or epoch, sample): a
+# resumed run repeats an uninterrupted one bit for bit on the CPU.
+
+# train: samples; held_out: studies; load(sample) -> arrays; score(model, study) -> a row;
+# loss(model, tensors, generators, recipe); judge(table of rows) -> {"score": low is good, ...}
+Task = namedtuple("Task", "kind fold train held_out load loss score judge")
+
+
+def save_checkpoint(path, kind, recipe, **content):
+    content |= dict(program="cspine", kind=kind, recipe=asdict(recipe))
+    write_atomic(path, lambda new: torch.save(content, new))
+
+
+def load_checkpoint(path):
+    """The plain content of a checkpoint of ours; nothing in it can run code."""
+    with contextlib.suppress(Exception):  # torch has a dozen kinds
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if content["program"] == "cspine":
+            return content
+    raise UserError(f"{path}: missing, damaged or not one of our checkpoints; refused")
+
+
+def load_model(path, kind):
+    """The model of a checkpoint, ready for inference. UserError if it holds another."""
+    content = load_checkpoint(path)
+    try:
+        model = KINDS[kind](**content["settings"])
+        model.load_state_dict(content["tensors"])
+    except (KeyError, TypeError, RuntimeError, AttributeError):
+        raise UserError(f"{path} holds a {content.get('kind')}, not a {kind} that fits") from None
+    return to_channels_last(model).eval()
+
+
+def to_channels_last(model):
+    deep = any(p.ndim == 5 for p in model.parameters())
+    return model.to(memory_format=torch.channels_last_3d if deep else torch.channels_last)
+
+
+def adapt(tensor, like):
+    """An ImageNet tensor (3 colours, 2-D) in the shape of our layer, or None."""
+    if tensor.ndim == 4 <= like.ndim:
+        channels, depth = like.shape[1:3]
+        if tensor.shape[1] == 3 != channels:
+            tensor = tensor.sum(1, keepdim=True).repeat(1, channels, 1, 1) / channels
+        if like.ndim == 5:
+            tensor = tensor[:, :, None].repeat(1, 1, depth, 1, 1) / depth
+    return tensor.clone() if tensor.shape == like.shape else None
+
+
+def load_init(model, path):
+    """Start from a timm file, less its head, or one of ours: by name, else in order."""
+    try:
+        source = timm.models.load_state_dict(str(path), weights_only=True)
+    except Exception as error:  # any file may be given here
+        raise UserError(f"--init {path}: cannot be read ({type(error).__name__})") from None
+    part = getattr(model.encoder, "backbone", model.encoder)
+    if source.get("program") == "cspine":
+        source, part = source.get("tensors", {}), model
+    target = part.state_dict()
+    taken, how = {n: source[n] for n in target if n in source}, "by name"
+    if len(taken) < len(target) / 2 <= len(source):
+        taken, how = dict(zip(target, source.values())), "in order, as the names differ"
+    taken = {n: adapt(t, target[n]) for n, t in taken.items()}
+    if len(taken) < len(target) / 2 or any(t is None for t in taken.values()):
+        raise UserError(f"--init {path}: not the architecture {model.settings['backbone']}")
+    part.load_state_dict(taken, strict=False)
+    say(f"--init: {len(taken)} of {len(target)} tensors taken {how}; "
+        f"{len(source) - len(taken)} of the file left out")
+
+
+class Trainer:
+    """The state of a training, and its step."""
+
+    def __init__(self, task, recipe, device, init):
+        torch.manual_seed(recipe.seed)
+        self.recipe, self.device = recipe, device
+        names = ["backbone", "size", "drop_path", "dropout", "mask_of"]
+        if task.kind == "segmenter":
+            names.pop()
+        model = KINDS[task.kind](**{name: getattr(recipe, name) for name in names})
+        if init:
+            load_init(model, init)
+        self.model = to_channels_last(model).to(device)
+        self.averaged = copy.deepcopy(model).eval()
+        flat = dict(params=[p for p in model.parameters() if p.ndim < 2], weight_decay=0.0)
+        rest = dict(params=[p for p in model.parameters() if p.ndim > 1])
+        self.optimizer = torch.optim.AdamW([rest, flat], recipe.lr,
+                                           weight_decay=recipe.weight_decay)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=half_type(device) is torch.float16)
+        self.step = self.skipped = self.in_a_row = 0
+        self.losses, self.seconds, self.history = [], 0.0, []
+
+    def state(self):
+        return {k: v.state_dict() if hasattr(v, "state_dict") else v
+                for k, v in vars(self).items() if k not in ("recipe", "device")}
+
+    def load(self, state):
+        for name, part in vars(self).items():
+            if hasattr(part, "load_state_dict"):
+                part.load_state_dict(state[name])
+            elif name in state:
+                setattr(self, name, state[name])
+
+    def update(self, task, batch, total):
+        """One optimiser step on this rank's pairs (arrays, generator)."""
+        recipe, model = self.recipe, self.model.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = recipe.lr * lr_factor(self.step / total, recipe.warm_up)
+        torch.manual_seed((recipe.seed * 1009 + self.step) * 64 + ranks()[0])  # for dropout
+        self.optimizer.zero_grad()
+        mean, parts = 0.0, min(recipe.accumulate, len(batch))
+        for k in range(parts):
+            samples, rngs = zip(*batch[k::parts])
+            tensors = [torch.from_numpy(np.stack(x)).to(self.device) for x in zip(*samples)]
+            with autocast(self.device):
+                loss = task.loss(model, tensors, rngs, recipe) * len(rngs) / len(batch)
+            self.scaler.scale(loss).backward()
+            mean += loss.item()
+        self.scaler.unscale_(self.optimizer)
+        mean_gradients(model)
+        if torch.isfinite(nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)):
+            self.scaler.step(self.optimizer)
+            self.losses.append(mean)
+            self.in_a_row = 0
+        else:
+            self.skipped += 1
+            self.in_a_row += 1
+        self.scaler.update()
+        self.step += 1
+        share = 1 - min(recipe.ema, (1 + self.step) / (10 + self.step))
+        for slow, fast in zip(self.averaged.state_dict().values(), model.state_dict().values()):
+            slow.lerp_(fast, share) if slow.is_floating_point() else slow.copy_(fast)
+        if self.in_a_row > MAX_SKIPPED_STEPS:
+            raise UserError(f"{self.in_a_row} steps without a finite gradient: lower --lr")
+
+
+def lr_factor(done, warm_up):
+    """Linear warm-up, then half a cosine down to 1 %; `done` is a share of the steps."""
+    if done < warm_up:
+        return (done + 1e-3) / (warm_up + 1e-3)
+    return 0.505 + 0.495 * math.cos(math.pi * (done - warm_up) / (1 - warm_up))
+
+
+def mean_gradients(model):
+    """Each gradient becomes its mean over ranks."""
+    for p in model.parameters() if dist.is_initialized() else ():
+        if p.grad is None:  # this rank saw no vertebra
+            p.grad = torch.zeros_like(p)
+        dist.all_reduce(p.grad)
+        p.grad /= ranks()[1]
+
+
+def sample_stream(task, recipe, step, total, per_epoch):
+    """(sample, seed) for this rank from `step` on; each epoch has its own order."""
+    rank, world = ranks()
+    for step in range(step, total):
+        epoch, row = divmod(step, per_epoch)
+        order = np.random.default_rng([recipe.seed, epoch]).permutation(len(task.train))
+        order = np.resize(order, (per_epoch, recipe.batch_size))
+        for k in order[row, rank::world].tolist():
+            yield task.train[k], [recipe.seed, epoch, k]
+
+
+def close_epoch(trainer, task, name, weights):
+    """Score the averaged weights; write the best, their held-out answers and the log."""
+    started, (rank, world), recipe = time.monotonic(), ranks(), trainer.recipe
+    with torch.inference_mode(), autocast(trainer.device):
+        rows = [task.score(trainer.averaged, uid) for uid in task.held_out[rank::world]]
+    table, history = pd.DataFrame(sum(over_ranks(rows), [])), trainer.history
+    loss = np.mean(trainer.losses or math.nan)
+    result = task.judge(table) if len(table) else {"score": loss}
+    result = {k: float(v) for k, v in result.items()}  # plain data, as load_checkpoint asks
+    best = min([line["score"] for line in history], default=math.inf)
+    line = dict(epoch=len(history) + 1, lr=trainer.optimizer.param_groups[0]["lr"],
+                train_loss=float(loss), **result, seconds=trainer.seconds,
+                evaluation_s=time.monotonic() - started, skipped_steps=trainer.skipped,
+                samples_per_s=len(trainer.losses) * recipe.batch_size / trainer.seconds,
+                peak_gb=peak_gb())
+    history.append(line)
+    trainer.losses, trainer.seconds = [], 0.0
+    if rank == 0:
+        shown = "  ".join(f"{k} {line[k]:.4g}" for k in ("train_loss", *result, "lr", "seconds"))
+        say(f"{name}  epoch {len(history)}/{recipe.epochs}  {shown}")
+        if not result["score"] >= best:  # ships matrices in half precision
+            tensors = trainer.averaged.state_dict()
+            tensors = {n: (t.half() if t.ndim > 1 else t).cpu() for n, t in tensors.items()}
+            save_checkpoint(weights / f"{name}.pt", task.kind, recipe, tensors=tensors,
+                            settings=trainer.model.settings, result=result)
+            write_csv(weights / f"{name}_heldout.csv", table)
+        write_csv(weights / f"{name}_log.csv", pd.DataFrame(history))
+
+
+def resume(trainer, task, last):
+    """Take up a saved state. UserError if settings or data differ."""
+    saved = load_checkpoint(last)
+    other = [k for k, v in asdict(trainer.recipe).items() if v != saved["recipe"].get(k)]
+    if other or saved["samples"] != len(task.train):
+        raise UserError(f"{last} was made with other {', '.join(other) or 'data'}: give the same "
+                        "options, or delete it")
+    trainer.load(saved["state"])
+
+
+def train(task, recipe, weights, device, stop, workers=2, go_on=False, init=""):
+    """Train one fold into <kind>_fold<k>.pt under `weights`; Stopped if cut short."""
+    name, (rank, world) = f"{task.kind}_fold{task.fold}", ranks()
+    count, size = len(task.train), recipe.batch_size
+    if not count or size % world:
+        raise UserError(f"{name}: {count} samples, --batch-size {size}: needs samples, and a "
+                        f"multiple of {world} processes")
+    trainer, last = Trainer(task, recipe, device, init), weights / f"{name}_last.pt"
+    per_epoch = max(1, count // size)
+    total = per_epoch * recipe.epochs
+    if go_on and last.exists():
+        resume(trainer, task, last)
+    if rank == 0:
+        million = sum(p.numel() for p in trainer.model.parameters()) / 1e6
+        say(f"{name}: {recipe.backbone}, {million:.1f} M parameters, {count} samples, "
+            f"{len(task.held_out)} studies held out, step {trainer.step} of {total}, {device}")
+
+    def load(item):
+        return task.load(item[0]), np.random.default_rng(item[1])
+
+    stream = sample_stream(task, recipe, trainer.step, total, per_epoch)
+    loaded = prefetch(load, stream, workers, 2 * size // world + workers)
+    bar, slowest = progress(range(trainer.step, total), "step", total - trainer.step), 0.0
+    for _ in bar:
+        started = time.monotonic()
+        batch = [future.result() for _, (_, future) in zip(range(size // world), loaded)]
+        trainer.update(task, batch, total)
+        seconds = time.monotonic() - started
+        trainer.seconds, slowest = trainer.seconds + seconds, max(0.9 * slowest, seconds)
+        bar.set_postfix(loss=np.mean(trainer.losses[-20:] or math.nan))
+        closing = trainer.step % per_epoch == 0
+        if closing:
+            close_epoch(trainer, task, name, weights)
+        evaluation = max([line["evaluation_s"] for line in trainer.history], default=slowest)
+        reason = max(over_ranks(stop.reason(2 * slowest + evaluation)))
+        if rank == 0 and (closing or reason):
+            save_checkpoint(last, task.kind, recipe, samples=count, state=trainer.state())
+        if reason and trainer.step < total:
+            raise Stopped(f"{name}: stopped by {reason} at step {trainer.step} of {total}; the "
+                          "same command with --resume goes on")
+
+
+# =========================================== Prediction ==========================================
+# Studies to rows. A complete submission is on disk from the first second, at worst with the prior.
+
+
+class Ensemble(NamedTuple):
+    """Models by kind; calibration: (8, 2) scale and shift in logit space, or None."""
+
+    models: dict
+    device: torch.device
+    calibration: object = None
+
+
+class Effort(NamedTuple):
+    """What a study is given; without folds the prior."""
+
+    views: int
+    folds: int
+
+    def work(self):
+        return self.folds * max(self.views, 1)
+
+
+def load_models(weights, kind, device):
+    """{fold: model} of <kind>_fold<k>.pt."""
+    paths = sorted(Path(weights).glob(f"{kind}_fold*[0-9].pt"))
+    return {int(p.stem.split("fold")[1]): load_model(p, kind).to(device) for p in paths}
+
+
+def load_ensemble(weights, device):
+    """All models under `weights`. UserError without a segmenter and a classifier."""
+    models = {kind: [*load_models(weights, kind, device).values()] for kind in KINDS}
+    if not models["segmenter"] or not models["vertebra"] + models["patient"]:
+        raise UserError(f"no weights in {weights}: needs segmenter_fold*.pt and vertebra_fold*.pt "
+                        "or patient_fold*.pt; train, or give --weights")
+    path, calibration = Path(weights) / "calibration.json", None
+    if path.exists():
+        try:
+            table = json.loads(path.read_text())
+            calibration = np.array([table[t] for t in TARGETS], float).reshape(8, 2)
+        except (OSError, ValueError, LookupError, TypeError):
+            raise UserError(f"{path}: expected a [scale, shift] for each target") from None
+    return Ensemble(models, device, calibration)
+
+
+@torch.inference_mode()
+def segment(models, volume, device):
+    """float32 (7, D, D, D): mean probability of the segmenters, in_order."""
+    edge, total = max(model.settings["size"] for model in models), 0
+    for model in models:
+        cube = segmenter_input(volume, model.settings["size"], model.settings["window"])[None]
+        with autocast(device):
+            logits = model(cube.to(device, memory_format=torch.channels_last_3d))
+        total += F.interpolate(logits.float().sigmoid(), (edge,) * 3, mode="trilinear")[0]
+    return in_order(np.nan_to_num((total / len(models)).cpu().numpy()))
+
+
+def in_order(probability):
+    """(7, D, D, D); of two vertebrae against the order head to foot the fainter is emptied."""
+    weight = (probability * (probability > 0.5)).sum((2, 3))  # (7, D)
+    mass = weight.sum(1)
+    centre = weight @ np.arange(weight.shape[1]) / np.maximum(mass, 1)
+    while True:
+        seen = np.flatnonzero(mass > MIN_CELLS)
+        wrong = np.diff(centre[seen]) <= 0
+        if not wrong.any():
+            return probability
+        drop = min(seen[wrong.argmax() :][:2], key=lambda v: mass[v])
+        mass[drop] = probability[drop] = 0
+
+
+@torch.inference_mode()
+def classify(ensemble, crops, effort):
+    """[(step probability (7, 15), patient probability)], one a model and view; NaN: none."""
+    absent, out = ~crops.any((1, 2, 3, 4)), []
+    crops = torch.from_numpy(crops).to(ensemble.device)
+    runs = [(model, n) for kind, n in (("vertebra", STEPS), ("patient", 7 * STEPS))
+            for model in ensemble.models[kind][: effort.folds]]
+    for i, (model, n) in enumerate(runs):
+        for view in range(i, i + effort.views) or [0]:
+            turned = torch.rot90(crops, view, (-2, -1)).flatten(0, 1)
+            turned = turned.flip(-1) if view & 4 else turned
+            if (size := model.settings["size"]) != CROP:
+                turned = F.interpolate(turned.float() / 255, (size, size), mode="bilinear")
+            with autocast(ensemble.device):
+                steps = model(turned.unflatten(0, (-1, n)))
+            steps, patient = (steps, torch.tensor(math.nan)) if n == STEPS else steps
+            steps = steps.float().sigmoid().double().view(7, STEPS).cpu().numpy()
+            steps[absent] = np.nan
+            out.append((steps, float(patient.float().sigmoid())))
+    return out
+
+
+def ensemble_mean(values, space):
+    """Mean over the first axis in logit or probability space, without NaN."""
+    values = torch.tensor(np.array(values, float))
+    if space == "logit":
+        return values.logit(FLOOR).nanmean(0).sigmoid().numpy()
+    return values.nanmean(0).numpy()
+
+
+def combine(outputs, options, calibration=None):
+    """(8,) answers from what classify gave; what is NaN gets the prior."""
+    rows = [[*np.sort(steps, 1)[:, -options.top_k :].mean(1), head] for steps, head in outputs]
+    answer, share = ensemble_mean(rows, options.average), options.noisy_or
+    either = 1 - pd.Series(1 - answer[:7]).prod(min_count=1)  # NaN with no vertebra in sight
+    answer[7] = share * either + (1 - share) * np.nan_to_num(answer[7], nan=either)
+    if calibration is not None:
+        scale, shift = torch.from_numpy(calibration).T
+        answer = (torch.tensor(answer).logit(FLOOR) * scale + shift).sigmoid().numpy()
+    return np.where(np.isnan(answer), PRIOR, answer).clip(FLOOR, 1 - FLOOR)
+
+
+def answer_study(volume, ensemble, effort, options):
+    """((8,) answers, report) of one study."""
+    models, clock = ensemble.models, time.monotonic
+    start = clock()
+    probability = segment(models["segmenter"][: effort.folds], volume, ensemble.device)
+    found = clock()
+    mask_of = (models["vertebra"] + models["patient"])[0].settings["mask_of"]
+    crops = vertebra_slices(volume, probability, mask_of=mask_of)
+    cut = clock()
+    answers = combine(classify(ensemble, crops, effort), options, ensemble.calibration)
+    seen = [name for name, crop in zip(VERTEBRAE, crops) if crop.any()]
+    status = "ok" if len(seen) == 7 else "partial" if seen else "nothing seen"
+    return answers, dict(status=status, slices=len(volume.hu), seen="+".join(seen),
+                         segment_s=found - start, crops_s=cut - found, classify_s=clock() - cut)
+
+
+def answer_or_prior(uid, future, ensemble, effort, options, stop):
+    """((8,) answers, report): whatever goes wrong with a study ends here."""
+    if not effort.folds:
+        return PRIOR, dict(status="no time")
+    try:
+        volume, seconds = future.result(min(max(stop.left(), 1), threading.TIMEOUT_MAX))
+        try:
+            answers, report = answer_study(volume, ensemble, effort, options)
+        except torch.OutOfMemoryError:  # the CPU has room for this study
+            models = {k: [copy.deepcopy(m).cpu() for m in ms] for k, ms in ensemble.models.items()}
+            ensemble = ensemble._replace(models=models, device=torch.device("cpu"))
+            answers, report = answer_study(volume, ensemble, effort, options)
+        return answers, dict(report, read_s=seconds, warnings="; ".join(volume.problems)[:500])
+    except Exception as error:  # the one place that must outlive all that a study can do
+        what = f"{type(error).__name__}: {error}"[:300]
+        say(f"study {uid}: {what.splitlines()[0]}; answered with the prior")
+        return PRIOR, dict(status="failed", warnings=what)
+
+
+def effort_levels(options, folds):
+    """What is given up when time runs short: views, then folds, then all."""
+    levels, few = [Effort(options.views, folds)], min(options.views, 1)
+    while folds:
+        levels.append(Effort(few, folds))
+        folds = (folds + 1) // 2 if folds > 1 else 0
+    return [*dict.fromkeys(levels), Effort(0, 0)]
+
+
+def choose_effort(levels, seconds, left, studies):
+    """The first level whose seconds a study, measured or in proportion, fit the time left."""
+    unit = min([s / level.work() for level, s in seconds.items()], default=0)
+    fit = (e for e in levels if seconds.get(e, unit * e.work()) * studies <= left)
+    return next(fit, levels[-1])
+
+
+def safe_folder(root, uid):
+    """root / uid. StudyError if the uid, from a csv, is no plain folder name."""
+    if uid in ("", ".", "..") or re.search(r"[/\\\0]", uid):
+        raise StudyError(f"{uid!r} is no plain folder name")
+    return Path(root) / uid
+
+
+def submission_rows(table):
+    """[(row_id, study, target)] of test.csv, each row_id once; its ending says the target."""
+    table = table.astype(str).drop_duplicates("row_id")
+    ending = table.row_id.str.extract(f"_({'|'.join(TARGETS)})$")[0]
+    target = ending.fillna(table.prediction_type)
+    return [*zip(table.row_id, table[STUDY], target.where(target.isin(TARGETS), TARGETS[-1]))]
+
+
+def read_reports(out):
+    """The report rows of all processes that write beside `out`."""
+    return [row for path in sorted(out.parent.glob("predict_report*.csv"))
+            for row in read_csv(path, (STUDY, "status", *TARGETS)).to_dict("records")]
+
+
+def write_submission(out, rows, reports):
+    """Every row of test.csv, with the prior where no report has an answer."""
+    answers, prior = {r[STUDY]: r for r in reports}, dict(zip(TARGETS, PRIOR))
+    values = [(row, answers.get(uid, prior)[target]) for row, uid, target in rows]
+    write_csv(out, pd.DataFrame(values, columns=["row_id", "fractured"]))
+
+
+def predict_studies(images, out, rows, todo, ensemble, options, stop, workers):
+    """Answer the studies `todo`; report and submission are rewritten after each."""
+    rank, world = ranks()
+    path = out.with_name(f"predict_report{rank if world > 1 else ''}.csv")
+    reports = [r for r in read_reports(out) if world == 1 and r[STUDY] not in todo]
+    levels, seconds = effort_levels(options, max(map(len, ensemble.models.values()))), {}
+    effort, finished = levels[0], stop.clock()
+
+    def read(uid):
+        start = time.monotonic()
+        volume = read_volume(safe_folder(images, uid), workers, lambda: stop.left() < 0)
+        return volume, time.monotonic() - start
+
+    for k, (uid, future) in enumerate(progress(prefetch(read, todo, 1), "study", len(todo))):
+        last, effort = effort, choose_effort(levels, seconds, stop.left(), len(todo) - k)
+        if effort != last:
+            say(f"time is short: {effort.folds} folds, {effort.views} views from study {k + 1} on")
+        answers, report = answer_or_prior(uid, future, ensemble, effort, options, stop)
+        reports.append({STUDY: uid, **report, "peak_gb": peak_gb(), **dict(zip(TARGETS, answers))})
+        write_csv(path, pd.DataFrame(reports))
+        if rank == 0:
+            write_submission(out, rows, read_reports(out))
+        if effort.folds:
+            seconds[effort] = max(stop.clock() - finished, 0.8 * seconds.get(effort, 0))
+        finished = stop.clock()
+        if stop.signal:
+            raise Stopped(f"stopped by {stop.signal}: {out} is complete, the rest with the prior; "
+                          "--resume goes on")
+
+
+# ============================================ Decoding ===========================================
+# In: a DICOM data set. Out: its stored values. The trap: headers lie, so every size is checked
+# before memory is taken.
+
+MAX_EDGE, MAX_FILE_BYTES = 4096, 2**29  # rows, columns or frames; all decoded pixels of one file
+MAX_JPEG_2000 = 2**20, 99, 9  # pixels, layers, levels: hostile ones cost OpenJPEG gigabytes
+CHUNK, GUARD = 2**15, 66  # bytes of a JPEG handled at once; those a jump may reach beyond
+STRIDE = 8  # codes a jump; a code has at most 31 bits, so that a jump fits a byte
+NO_CODE = 32  # category of bits that are no Huffman code: T.81 ends at 16
+HALVES = {1: (2, 0, 0), 2: (0, 2, 0), 3: (0, 0, 2), 4: (2, 2, -2),  # of left, above, corner
+          5: (2, 1, -1), 6: (1, 2, -1), 7: (1, 1, 0)}  # by predictor (T.81 table H.1)
+
+
+@study_errors("pixel data")
+def decode_pixels(dataset):
+    """Stored values (frames, rows, columns) of a DICOM file, 16 or 32 bits; else StudyError."""
+    shape = (int(dataset.get("NumberOfFrames") or 1), dataset.Rows, dataset.Columns)
+    samples, allocated = dataset.get("SamplesPerPixel", 1), dataset.BitsAllocated
+    stored = dataset.get("BitsStored") or allocated
+    if samples != 1 or allocated not in (8, 16, 32) or not 1 <= stored <= allocated:
+        raise StudyError(f"{samples} samples of {stored} bits in {allocated}: not a CT slice")
+    if min(shape) < 1 or max(shape) > MAX_EDGE or np.prod(shape) * allocated > 8 * MAX_FILE_BYTES:
+        raise StudyError(f"absurd size: frames, rows, columns = {shape}")
+    syntax = UID(dataset.file_meta.get("TransferSyntaxUID", ImplicitVRLittleEndian))
+    if syntax in JPEG2000TransferSyntaxes:
+        words = _each_frame(dataset.PixelData, shape, _jpeg_2000)
+    elif syntax.is_little_endian and not syntax.is_encapsulated:
+        words = np.frombuffer(dataset.PixelData, f"<u{allocated // 8}", np.prod(shape))
+    elif get_decoder(syntax).is_available:  # big endian and RLE always, others by a plug-in
+        words = pixel_array(dataset, raw=True)
+    elif syntax in (JPEGLossless, JPEGLosslessSV1):
+        words = _each_frame(dataset.PixelData, shape, decode_lossless_jpeg)
+    else:
+        raise StudyError(f"{syntax.name}: pip install pylibjpeg pylibjpeg-libjpeg")
+    size, kind = max(2, words.itemsize), "i" if dataset.get("PixelRepresentation") == 1 else "u"
+    spare = 8 * size - stored  # bits above the pixel, which may hold overlays
+    return (words.reshape(shape).astype(f"u{size}") << spare).view(f"{kind}{size}") >> spare
+
+
+def _each_frame(data, shape, decode):
+    """Encapsulated frames, however split over items, as 16-bit words."""
+    out, frames = np.empty(shape, np.uint16), generate_frames(data, number_of_frames=shape[0])
+    for target in out:
+        words = decode(next(frames))
+        if words.shape != target.shape:
+            raise StudyError(f"JPEG of {words.shape} pixels, header of {target.shape}")
+        target[:] = words
+    return out
+
+
+def _jpeg_2000(jpeg):
+    """(rows, columns) of a JPEG 2000 image, negative numbers as two's complement."""
+    stream = bytearray(jpeg[max(0, jpeg.find(b"\xff\x4f\xff\x51")):])  # without JP2 boxes
+    width, height, components, depth = struct.unpack_from(">2I24xHB", stream, 8)
+    layers, levels = struct.unpack_from(">HxB", stream, stream.find(b"\xff\x52") + 6)
+    size = width * height, layers, levels
+    if components != 1 or depth % 128 > 15 or any(np.greater(size, MAX_JPEG_2000)):
+        raise StudyError(f"JPEG 2000 of {components} components, {depth % 128 + 1} bits, "
+                         f"{height}x{width}, {layers} layers, {levels} levels")
+    stream[42] = depth % 128  # OpenCV refuses signed images; unsigned, it adds half the range
+    cv2.utils.logging.setLogLevel(0)  # else OpenCV prints a line a slice
+    words = cv2.imdecode(np.frombuffer(stream, np.uint8), cv2.IMREAD_UNCHANGED)
+    if words is None:
+        raise StudyError("broken JPEG 2000")
+    return words.astype(np.uint16) - np.uint16(1 << depth % 128 if depth > 127 else 0)
+
+
+@study_errors("pixel data")
+def decode_lossless_jpeg(data):
+    """(rows, columns) uint16 of a one-component JPEG Lossless stream, bit exact; else StudyError.
+
+    ITU-T T.81 annex H: predictors 1-7, point transform, restarts, 2-16 bits.
+    """
+    at, segments, tables = 2, {}, {}  # by marker; Huffman tables by destination (annex B)
+    while 0xFFDA not in segments:
+        while data[at + 1] == 0xFF:  # fill bytes
+            at += 1
+        marker, length = struct.unpack_from(">HH", data, at)
+        segments[marker] = body = data[at + 4:at + 2 + length]
+        at += 2 + length
+        while marker == 0xFFC4 and body:
+            end = 17 + sum(body[1:17])
+            tables[body[0]], body = body[1:end], body[end:]
+    bits, rows, columns, components = struct.unpack_from(">BHHB", segments.get(0xFFC3, bytes(6)))
+    _, _, table, predictor, _, shift = segments[0xFFDA][:6]
+    restart = int.from_bytes(segments.get(0xFFDD, b""), "big")
+    if components != 1 or predictor not in HALVES or not shift < bits <= 16 or restart % columns:
+        raise StudyError("not a JPEG Lossless stream of one component")
+    if max(rows, columns) > MAX_EDGE or rows * columns > 8 * len(data):
+        raise StudyError(f"JPEG of absurd size {rows}x{columns} in {len(data)} bytes")
+    scan = re.sub(rb"\xff+(?=\xff)", b"", data[at:])  # fill bytes
+    scan = re.split(rb"\xff[^\x00\xd0-\xd7]", scan, maxsplit=1)[0]
+    intervals = re.split(rb"\xff[\xd0-\xd7]", scan)
+    codes, band = _code_tables(tables[table >> 4]), restart // columns or rows
+    grid = np.zeros((-(-rows // band), band * columns), int)  # a restart interval a row
+    for number, found in enumerate(grid):
+        count = min(band, rows - number * band) * columns
+        found[:count] = _differences(intervals[number].replace(b"\xff\0", b"\xff"), count, *codes)
+    grid[:, 0] += 1 << bits - shift - 1
+    samples = _undo_prediction(grid.reshape(-1, band, columns), *HALVES[predictor])
+    return samples.reshape(-1, columns)[:rows] << shift
+
+
+def _code_tables(table):
+    """Category, and bits of code and difference together, by the next 16 bits (T.81 annex C)."""
+    length = np.repeat(range(1, 17), [*table[:16]])
+    share = 2 ** (16 - length)
+    share = np.append(share, 2**16 - share.sum())
+    category = np.array([*table[16:], NO_CODE])
+    category[category > 16] = NO_CODE
+    advance = np.append(length, 1) + category % 16
+    return np.repeat(category, share), np.repeat(advance, share).astype(np.uint8)
+
+
+def _differences(coded, count, category_of, advance_of):
+    """The `count` differences of one restart interval.
+
+    At every bit: how far the next code is, then by doubling the eighth next. Only these jumps
+    are walked one by one; the codes between them are looked up for all jumps at once.
+    """
+    coded, at, found = coded[:4 * count], 0, []
+    stream = np.frombuffer(coded + bytes(GUARD), np.uint8)
+    for first in range(0, len(coded), CHUNK):
+        piece = stream[first:first + CHUNK + GUARD].astype(int)
+        words = piece[:-2] << 16 | piece[1:-1] << 8 | piece[2:]
+        windows = (words[:, None] >> np.arange(8, 0, -1) & 0xFFFF).ravel()  # 16 bits from each on
+        advance = jump = advance_of.take(windows)
+        for _ in range(3):
+            jump = jump + jump.take(np.arange(len(jump)) + jump, mode="clip")
+        starts, end, jumps = [], 8 * (len(piece) - GUARD), jump.tobytes()
+        while at < end:
+            starts.append(at)
+            at += jumps[at]
+        at -= end
+        codes = [np.array(starts, int)]
+        for _ in range(STRIDE):
+            codes.append(codes[-1] + advance.take(codes[-1]))
+        codes = np.stack(codes, 1)  # (jumps, STRIDE + 1): each starts where the one before ends
+        category = category_of.take(windows.take(codes[:, :-1]))
+        category[codes[:, 1:] > 8 * (len(coded) - first)] = NO_CODE
+        extra = category % 16
+        value = windows.take(codes[:, 1:] - extra) >> 16 - extra
+        value -= np.where(value < 1 << extra >> 1, (1 << extra) - 1, 0)
+        found.append((value + (category >> 4 << 15)).ravel())  # 16 means 32768, NO_CODE more
+    found = np.concatenate(found)[:count]
+    if len(found) < count or found.max() > 2**15:
+        raise StudyError("JPEG Lossless cut short or broken")
+    return found
+
+
+def _undo_prediction(grid, left, above, corner):
+    """Samples uint16 of differences (bands, rows, columns), modulo 2**16 (T.81 H.1.2.1)."""
+    bands, rows, columns = grid.shape
+    grid[:, :, 0] = grid[:, :, 0].cumsum(1)
+    if (left, above) == (2, 0):
+        return grid.cumsum(2).astype(np.uint16)
+    grid[:, 0] = grid[:, 0].cumsum(1)
+    flat = grid.reshape(bands, -1).T & 0xFFFF  # (rows * columns, bands)
+    for diagonal in range(2, rows + columns - 1):
+        met = np.arange(max(1, diagonal - columns + 1), min(rows, diagonal))
+        at = met * (columns - 1) + diagonal
+        halves = left * flat[at - 1] + above * flat[at - columns] + corner * flat[at - columns - 1]
+        flat[at] = flat[at] + (halves >> 1) & 0xFFFF
+    return flat.T.astype(np.uint16).reshape(grid.shape)
+
+
+# ============================================= Modes =============================================
+# One short function a mode. Options stand once, in OPTIONS; a mode names those it takes.
+
+HERE = Path(globals().get("__file__", "cspine.py")).resolve().parent
+
+
+def data_folder(o, *needed):
+    """--data as a path. UserError naming what is missing in it."""
+    for name in needed:
+        if not (Path(o.data) / name).exists():
+            raise UserError(f"no {name} in {o.data}/: --data must name the folder that holds it")
+    return Path(o.data)
+
+
+def training_data(o):
+    """(labels by uid, uid -> fold, uid -> mask path), for the studies whose images are there."""
+    data = data_folder(o, "train.csv", "train_images")
+    table = read_csv(data / "train.csv", (STUDY, *TARGETS))
+    table = table[[(data / "train_images" / str(uid)).is_dir() for uid in table[STUDY]]]
+    masks = {p.name.split(".nii")[0]: p for p in sorted((data / "segmentations").glob("*.nii*"))}
+    masks = {uid: masks[uid] for uid in table[STUDY] if uid in masks}
+    return table.set_index(STUDY)[list(TARGETS)], assign_folds(table, o.folds, masks), masks
+
+
+def recipe_from(o, kind):
+    """The recipe of a kind with the options given, checked."""
+    given = {k: v for k, v in vars(o).items() if v and k in Recipe.__dataclass_fields__}
+    recipe = replace(RECIPES[kind], **given)
+    if min(recipe.epochs, recipe.batch_size, recipe.size, recipe.accumulate, o.folds) < 1:
+        raise UserError("--epochs, --batch-size, --size, --accumulate and --folds start at 1")
+    if kind == "segmenter" and recipe.size % ENCODER_STRIDE:
+        raise UserError(f"--size {recipe.size}: not a multiple of {ENCODER_STRIDE}")
+    return recipe
+
+
+def run_training(o, recipe, make_task):
+    """Train the folds asked for; with --fold all, finished ones are not repeated."""
+    if o.fold != "all" and not (o.fold.isdigit() and int(o.fold) < o.folds):
+        raise UserError(f"--fold {o.fold}: there are folds 0 to {o.folds - 1}, or all")
+    device = pick_device(o.device)
+    try:
+        if ranks()[1] > 1:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        stop = Stop(o.time_limit)
+        for fold in range(o.folds) if o.fold == "all" else [int(o.fold)]:
+            train(make_task(fold), recipe, Path(o.weights), device, stop, o.workers,
+                  o.resume or o.fold == "all", o.init)
+    except torch.OutOfMemoryError:
+        raise UserError("out of GPU memory: lower --batch-size, raise --accumulate") from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def load_cube(uid, data, mask, cache, size):
+    """(cube float32 (1, D, D, D), labels uint8 (D, D, D)); the second time from a small file."""
+    path = cache / f"cube{size}" / f"{uid}.npz"
+    if not path.exists():
+        volume = read_volume(data / "train_images" / uid)
+        cube = np.rint(segmenter_input(volume, size).numpy() * 255).astype(np.uint8)
+        labels = cube_labels(mask, volume, size)
+        write_atomic(path, lambda temporary: np.savez(temporary, cube=cube, labels=labels))
+    with np.load(path) as stored:
+        return stored["cube"] / np.float32(255), stored["labels"]
+
+
+def segmenter_batch(model, tensors, rngs, recipe):
+    cubes, labels = augment_volumes(*tensors, rngs)
+    return segmenter_loss(model(cubes.to(memory_format=torch.channels_last_3d)), labels)
+
+
+def classifier_batch(model, tensors, rngs, recipe):
+    """Loss of an augmented batch; mixup mixes the two losses, never the labels."""
+    crops = augment_crops(tensors[0].float() / 255, rngs, recipe.size)
+    crops, labels = shuffle_order(crops, tensors[1], rngs, recipe.shuffle)
+    if len(crops) < 2 or rngs[0].random() >= recipe.mixup:
+        return classifier_loss(model(crops), labels)
+    share = rngs[0].random()
+    outputs = model(share * crops + (1 - share) * crops.flip(0))
+    other = classifier_loss(outputs, labels.flip(0))
+    return share * classifier_loss(outputs, labels) + (1 - share) * other
+
+
+def mode_train_seg(o):
+    """Train segmenters on the studies with masks: writes segmenter_fold<k>.pt under --weights."""
+    recipe, (_, folds, masks) = recipe_from(o, "segmenter"), training_data(o)
+    if not masks:
+        raise UserError(f"no masks of training studies in {o.data}/segmentations")
+
+    def load(uid):
+        return load_cube(uid, Path(o.data), masks[uid], Path(o.work), recipe.size)
+
+    def score(model, uid):
+        cube, labels = load(uid)
+        cube = torch.from_numpy(cube)[None].to(next(model.parameters()).device)
+        dice = dice_scores(torch.sigmoid(model(cube)[0].float()).cpu().numpy(), labels)
+        return {STUDY: uid, **dict(zip(VERTEBRAE, dice))}
+
+    def judge(table):
+        dice = table[list(VERTEBRAE)].mean()
+        return dict(score=1 - dice.mean(), **{f"dice_{v}": dice[v] for v in VERTEBRAE})
+
+    run_training(o, recipe, lambda fold: Task(
+        "segmenter", fold, [u for u in masks if folds[u] != fold or o.folds == 1],
+        [u for u in masks if folds[u] == fold], load, segmenter_batch, score, judge))
+
+
+def mode_extract(o):
+    """Write every study's crops under --work, masked by segmenters that did not train on it."""
+    labels, folds, _ = training_data(o)
+    device, out, (rank, world) = pick_device(o.device), Path(o.work) / "crops", ranks()
+    models = load_models(o.weights, "segmenter", device)
+    if not models:
+        raise UserError(f"no segmenter_fold*.pt in {o.weights}: run train-seg first")
+    todo, bad = [u for u in labels.index[rank::world] if not (out / f"{u}.npz").exists()], 0
+
+    def read(uid):
+        return read_volume(Path(o.data) / "train_images" / uid, o.workers)
+
+    stop = Stop(o.time_limit)
+    for uid, future in progress(prefetch(read, todo, 1), "study", len(todo)):
+        try:
+            volume = future.result()
+            own = [models[folds[uid]]] if folds[uid] in models else list(models.values())
+            crops = vertebra_slices(volume, segment(own, volume, device), mask_of=o.mask_of)
+            write_crops(out / f"{uid}.npz", crops)
+        except StudyError as error:
+            bad += 1
+            say(f"study {uid}: {error}; left out")
+        if stop.reason():
+            raise Stopped(f"extract: stopped by {stop.reason()}; the same command goes on")
+    print(f"{out}: {len(todo) - bad} studies written, {bad} left out")
+
+
+def mode_train_cls(o, kind="vertebra"):
+    """Train vertebra classifiers on the crops: writes vertebra_fold<k>.pt under --weights."""
+    recipe, (labels, folds, _) = recipe_from(o, kind), training_data(o)
+    truth = {uid: row for uid, row in zip(labels.index, labels.to_numpy(np.float32))}
+    path = {uid: Path(o.work) / "crops" / f"{uid}.npz" for uid in truth}
+    seen = {uid: crops_seen(path[uid]) for uid in truth if path[uid].exists()}
+    if not seen:
+        raise UserError(f"no crops in {o.work}/crops: run extract with the same --work first")
+
+    def load(sample):
+        uid, v = sample
+        if v is not None:
+            return read_crops(path[uid], [v])[0], truth[uid][v : v + 1]
+        known = np.where([*seen[uid], True], truth[uid], np.float32("nan"))
+        return read_crops(path[uid]).reshape(-1, CHANNELS, CROP, CROP), known
+
+    def score(model, uid):
+        models = {"vertebra": [], "patient": [], kind: [model]}
+        one = Ensemble(models, next(model.parameters()).device)
+        (steps, patient), = classify(one, read_crops(path[uid]), Effort(0, 1))
+        largest = np.sort(steps, 1)[:, -Answers().top_k :].mean(1)
+        return {STUDY: uid, **dict(zip(TARGETS, [*largest, patient]))}
+
+    def judge(table):
+        return judge_answers(table[list(TARGETS)].to_numpy(float), labels.loc[table[STUDY]])
+
+    def task(fold):
+        mine = [u for u in seen if folds[u] != fold or o.folds == 1]
+        which = range(7) if kind == "vertebra" else [None]
+        samples = [(u, v) for u in mine for v in which if v is None or seen[u][v]]
+        held_out = [u for u in seen if folds[u] == fold]
+        return Task(kind, fold, samples, held_out, load, classifier_batch, score, judge)
+
+    run_training(o, recipe, task)
+
+
+def mode_train_patient(o):
+    """Train patient classifiers on the crops: writes patient_fold<k>.pt under --weights."""
+    mode_train_cls(o, "patient")
+
+
+def judge_answers(answers, labels):
+    """Weighted log loss and AUCs of (N, 8) answers; what is NaN was not asked."""
+    labels, known = labels.to_numpy(), ~np.isnan(answers)
+    weight = known * TARGET_WEIGHTS * np.where(labels > 0, POSITIVE_FACTOR, 1)
+    loss = element_losses(np.where(known, answers, 0.5), labels)
+    inside = known[:, :7]
+    result = dict(score=(weight * loss).sum() / weight.sum(),
+                  vertebra_auc=auc(answers[:, :7][inside], labels[:, :7][inside]))
+    if known[:, 7].all():
+        result["patient_auc"] = auc(answers[:, 7], labels[:, 7])
+    return result
+
+
+def mode_predict(o):
+    """Answer every row of test.csv: writes --out and predict_report.csv beside it."""
+    data, out, (rank, world) = data_folder(o, "test.csv"), Path(o.out), ranks()
+    rows = submission_rows(read_csv(data / "test.csv", ("row_id", STUDY, "prediction_type")))
+    stop = Stop(o.time_limit)
+    if not o.resume and rank == 0:
+        for path in out.parent.glob("predict_report*.csv"):
+            path.unlink()
+    reports = read_reports(out) if o.resume else []
+    if rank == 0:
+        write_submission(out, rows, reports)
+    ensemble = load_ensemble(o.weights, pick_device(o.device))
+    done = {r[STUDY] for r in reports if r["status"] not in ("failed", "no time")}
+    todo = [u for u in dict.fromkeys(row[1] for row in rows) if u not in done]
+    predict_studies(data / "test_images", out, rows, todo[rank::world], ensemble,
+                    Answers(o.top_k, o.views, o.average, o.noisy_or), stop, o.workers)
+    if rank == 0:
+        status = [r["status"] for r in read_reports(out)]
+        bad = sum(s in ("failed", "no time", "nothing seen") for s in status)
+        print(f"{out}: {len(rows)} rows, {len(status)} studies, {bad} fell back to the prior")
+
+
+def held_out_answers(weights):
+    """Out-of-fold answers by uid, blended over the kinds as predict does."""
+    tables = [read_csv(p, (STUDY, *TARGETS)) for kind in ("vertebra", "patient")
+              for p in sorted(weights.glob(f"{kind}_fold*_heldout.csv"))]
+    if not tables:
+        raise UserError(f"no vertebra_fold*_heldout.csv or patient_fold*_heldout.csv in {weights}")
+    blended = {}
+    for uid, rows in pd.concat(tables).groupby(STUDY)[list(TARGETS)]:
+        outputs = [(np.repeat(row[:7, None], STEPS, 1), row[7]) for row in rows.to_numpy()]
+        blended[uid] = combine(outputs, Answers())
+    return pd.DataFrame.from_dict(blended, orient="index", columns=TARGETS)
+
+
+def mode_evaluate(o):
+    """Score --submission, and Dice where masks are; or with --folds the held-out answers."""
+    data = data_folder(o)
+    files = [p for p in (data / "train.csv", data / "test_labels.csv") if p.exists()]
+    labels = pd.concat([read_csv(p, (STUDY, *TARGETS)) for p in files or [data / "train.csv"]])
+    labels = labels.drop_duplicates(STUDY).set_index(STUDY)[list(TARGETS)]
+    if o.held_out:
+        answers = held_out_answers(Path(o.weights))
+    else:
+        table = read_csv(o.submission, ("row_id", "fractured"))
+        table[["uid", "target"]] = table.row_id.str.extract(rf"^(.*)_({'|'.join(TARGETS)})$")
+        answers = table.pivot_table("fractured", "uid", "target").reindex(columns=TARGETS)
+    answers = answers[answers.index.isin(labels.index)].fillna(dict(zip(TARGETS, PRIOR)))
+    if not len(answers):
+        raise UserError(f"nothing to score: no answered study has labels in {data}/")
+    print_scores(answers.to_numpy(), labels.loc[answers.index].to_numpy())
+    models = load_models(o.weights, "segmenter", pick_device(o.device))
+    if not o.held_out and models:
+        print_dice(data, answers.index, list(models.values()), o.workers)
+
+
+def print_scores(answers, labels):
+    """The metric, and log loss and AUC of every target."""
+    study, column = competition_scores(answers, labels)
+    blind = competition_scores(np.tile(PRIOR, (len(labels), 1)), labels)
+    print(f"{len(labels)} studies; weighted log loss, lower is better: {study:.4f} per study, "
+          f"{column:.4f} per column; the best constants: {blind[0]:.4f}, {blind[1]:.4f}")
+    print(f"{'':16}{'fractured':>10}{'log loss':>10}{'AUC':>8}")
+    for name, k in [*zip(TARGETS, range(8)), ("C1 to C7", slice(0, 7))]:
+        p, y = answers[:, k].ravel(), labels[:, k].ravel()
+        print(f"{name:16}{int(y.sum()):10}{element_losses(p, y).mean():10.4f}{auc(p, y):8.3f}")
+
+
+def print_dice(data, uids, models, workers):
+    """Dice, and vertebrae named right: more of the mask lies in the true one than elsewhere."""
+    rows, named = [], []
+    for uid in progress(uids, "study", len(uids)):
+        masks = sorted((data / "segmentations").glob(f"{uid}.nii*"))
+        folders = [f for f in (data / "train_images" / uid, data / "test_images" / uid) if f.is_dir()]
+        if masks and folders:
+            volume = read_volume(folders[0], workers)
+            probability = segment(models, volume, next(models[0].parameters()).device)
+            labels = cube_labels(masks[0], volume, probability.shape[-1])
+            rows.append(dice_scores(probability, labels))
+            for v in np.flatnonzero(~np.isnan(rows[-1])):
+                found = labels[probability[v] > 0.5]
+                named.append((found == v + 1).mean() > 0.5 if len(found) else False)
+    if rows:
+        dice = np.nanmean(rows, 0)
+        print(f"{len(rows)} masks: Dice {dice.mean():.3f}; "
+              + ", ".join(f"{n} {d:.3f}" for n, d in zip(VERTEBRAE, dice))
+              + f"; {np.mean(named):.1%} of {len(named)} vertebrae named right")
+
+
+def mode_phantom(o):
+    """Make a synthetic data set in the layout of the competition, in the folder OUT."""
+    script = HERE / "tests" / "phantoms.py"
+    if not script.exists():
+        raise UserError(f"no {script}: phantoms are made where the repository is")
+    make_dataset = runpy.run_path(str(script))["make_dataset"]
+    make_dataset(Path(o.target), o.studies, o.test_studies, o.seed, o.matrix, o.workers, o.variety)
+    print(f"{o.target}: {o.studies} training and {o.test_studies} test studies")
+
+
+def mode_demo(o):
+    """Make phantoms no training saw, predict them with the shipped weights, score the answers."""
+    o = argparse.Namespace(**{k: v for k, (v, _) in OPTIONS.items()} | vars(o))
+    o.data = o.target = str(Path(o.work) / "demo")
+    o.studies, o.held_out, o.submission = 0, False, o.out
+    mode_phantom(o)
+    mode_predict(o)
+    answers = read_csv(o.out, ("fractured",)).fractured.to_numpy().reshape(-1, 8)
+    labels = read_csv(Path(o.data) / "test_labels.csv", (STUDY, *TARGETS)).set_index(STUDY)
+    print(f"{'probability (* fractured)':40}" + "".join(f"{t[:7]:>8} " for t in TARGETS))
+    for uid, row, truth in zip(labels.index, answers, labels[list(TARGETS)].to_numpy()):
+        cells = [f"{p:8.2f}{'*' if t else ' '}" for p, t in zip(row, truth)]
+        print(f"{uid:40}" + "".join(cells))
+    mode_evaluate(o)
+
+
+OPTIONS = {  # default, meaning
+    "data": (KAGGLE_DATA, "folder with train.csv, train_images, test.csv, ..."),
+    "weights": (str(HERE / "weights"), "folder of the weights"),
+    "work": ("work", "folder for crops and caches"),
+    "out": ("submission.csv", "file to write"),
+    "submission": ("submission.csv", "file to score"),
+    "device": ("auto", "auto, cpu, cuda, cuda:1, ..."),
+    "seed": (0, "of everything random"),
+    "workers": (os.cpu_count() or 1, "threads that read and decode"),
+    "backbone": ("", "timm network; else the recipe's"),
+    "fold": ("all", "one fold, or all"),
+    "folds": (5, "number of folds"),
+    "epochs": (0, "0: the recipe's"),
+    "batch_size": (0, "over all processes; 0: the recipe's"),
+    "accumulate": (0, "parts in which a batch is computed; 0: the recipe's"),
+    "lr": (0.0, "peak learning rate; 0: the recipe's"),
+    "size": (0, "edge of the cube, or of the crops shown; 0: the recipe's"),
+    "resume": (False, "go on where the last run stopped"),
+    "time_limit": (0.0, "minutes after which to stop, all saved; 0: none"),
+    "init": ("", "weights to start from: a timm file, or one of ours"),
+    "mask_of": ("last", "slice of a step whose mask is shown: last or center"),
+    "top_k": (Answers().top_k, "steps whose mean is a vertebra's probability"),
+    "views": (Answers().views, "dihedral views a model; 0: none"),
+    "average": (Answers().average, "space of the ensemble's mean: logit or probability"),
+    "noisy_or": (Answers().noisy_or, "share of noisy-or in patient_overall"),
+    "studies": (20, "training studies"),
+    "test_studies": (4, "test studies"),
+    "matrix": (256, "rows and columns of a slice"),
+    "variety": (1.0, "1: realistic; 2: far beyond, for training"),
+}
+TRAINING = ("data weights work device seed workers backbone fold folds epochs batch_size accumulate "
+            "lr resume time_limit init ")
+MODES = {  # function, options
+    "phantom": (mode_phantom, "studies test_studies seed matrix variety workers"),
+    "train-seg": (mode_train_seg, TRAINING + "size"),
+    "extract": (mode_extract, "data weights work device workers folds mask_of time_limit"),
+    "train-cls": (mode_train_cls, TRAINING + "size mask_of"),
+    "train-patient": (mode_train_patient, TRAINING + "size mask_of"),
+    "predict": (mode_predict,
+                "data weights out device workers resume time_limit top_k views average noisy_or"),
+    "evaluate": (mode_evaluate, "data weights submission device workers"),
+    "demo": (mode_demo, "weights work out device workers seed test_studies"),
+}
+
+
+def build_parser():
+    """The command line, made from MODES and OPTIONS."""
+    parser = argparse.ArgumentParser("cspine.py", description=__doc__.splitlines()[0])
+    modes = parser.add_subparsers(dest="mode", required=True, metavar="MODE")
+    for name, (function, options) in MODES.items():
+        mode = modes.add_parser(name, help=function.__doc__, description=function.__doc__)
+        mode.set_defaults(function=function)
+        if name == "phantom":
+            mode.add_argument("target", metavar="OUT", help="folder to write")
+        if name == "evaluate":
+            mode.add_argument("--folds", dest="held_out", action="store_true",
+                              help="score the held-out answers of all folds")
+        for option in options.split():
+            (default, meaning), flag = OPTIONS[option], "--" + option.replace("_", "-")
+            if default is False:
+                mode.add_argument(flag, action="store_true", help=meaning)
+            else:
+                mode.add_argument(flag, type=type(default), default=default,
+                                  help=f"{meaning} (default: {default!r})")
+    return parser
+
+
+def main(argv=None):
+    """Run a mode; its exit status. The only place that turns errors into text."""
+    o = build_parser().parse_args(argv)
+    cv2.setNumThreads(1)  # the threads of prefetch share the cores
+    if Path(KAGGLE_DATA).exists() and o.mode == "predict":
+        o.time_limit = o.time_limit or KAGGLE_MINUTES
+    try:
+        o.function(o)
+        return 0
+    except (UserError, Stopped) as error:
+        print(f"cspine: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 130 if "by SIG" in str(error) else 0
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+if __name__ == "__main__" and "__file__" in globals():
+    sys.exit(main())
