@@ -63,7 +63,7 @@ class Scale(NamedTuple):
 FULL = Scale(512, 300, {k: r.backbone for k, r in cspine.RECIPES.items()}, 128, 3, 2,
              (70, 300, 1000))
 QUICK = Scale(128, 30, dict(segmenter="mobilenetv3_small_050", vertebra="lcnet_050",
-                            patient="lcnet_050"), 32, 1, 2, (20, 40))
+                            patient="lcnet_050"), 64, 1, 2, (20, 40))
 
 
 # ------------------------------------------- measuring -------------------------------------------
