@@ -13,6 +13,7 @@ augmented slice by slice on the CPU, a mask spread over 7 full-size channels tha
 """
 
 import argparse
+import contextlib
 import copy
 import io
 import json
@@ -177,8 +178,9 @@ def see_truth(probability):
 
 def predict(root, weights):
     """Ours, from the command line's function on."""
-    status = cspine.main(["predict", "--data", str(root), "--weights", str(weights), "--out",
-                          str(root / "submission.csv"), "--device", "cpu"])
+    with contextlib.redirect_stdout(io.StringIO()):
+        status = cspine.main(["predict", "--data", str(root), "--weights", str(weights), "--out",
+                              str(root / "submission.csv"), "--device", "cpu"])
     report = pd.read_csv(root / "predict_report.csv")
     assert status == 0 and set(report.status) == {"ok"}, report.to_string()
     return report
@@ -281,12 +283,17 @@ def old_predict(folder, probability, models, spent):
 def old_sample(study, size):
     """(cube, masks float32 (7, D, D, D)): the mask as 7 full-size channels, resized each."""
     cube = old_cube(study.folder, size)
-    labels, _ = cspine.read_nifti(study.mask)
+    return cube, old_mask(study.mask, size)
+
+
+def old_mask(path, size):
+    """float32 (7, D, D, D)."""
+    labels, _ = cspine.read_nifti(path)
     labels = labels.transpose(2, 1, 0)[::-1, ::-1]
     channels = np.stack([labels == v for v in range(1, 8)]).astype(np.uint8) * 255
     small = [F.interpolate(torch.from_numpy(c)[None, None].float(), (size,) * 3, mode="area")[0, 0]
              for c in channels]
-    return cube, torch.stack(small) / 255
+    return torch.stack(small) / 255
 
 
 def old_augment(image, rng):
@@ -399,7 +406,7 @@ def bench_predict(scale, root):
     for count in (1, scale.studies + 1):
         write_test_csv(root, "study", count)
         save_truth(root, study)
-        row(f"peak memory, fresh process, {count} studies, GB", child(root)["peak_gb"])
+        row(f"peak memory, fresh process, {count} studies, GB", finish(child(root))["peak_gb"])
 
 
 def predict_stages(ours, spent, study, scale):
@@ -417,17 +424,15 @@ def save_truth(root, study):
     np.save(root / "truth.npy", study.probability)
 
 
-def child(root, threads=CORES, studies_of=None):
-    """predict in a fresh process: {"peak_gb", "seconds"}."""
+def child(root, threads=CORES):
+    """A fresh process that predicts; finish() waits for it."""
     command = [sys.executable, __file__, "child", "--root", str(root), "--threads", str(threads)]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-    if studies_of is not None:
-        return process
-    return finish(process)
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 
 def finish(process):
+    """{"peak_gb", "seconds"} of a child."""
     output = process.communicate()[0]
     if process.returncode:
         raise SystemExit(f"the fresh process failed:\n{output}")
@@ -437,9 +442,8 @@ def finish(process):
 def run_child(root, threads):
     torch.set_num_threads(threads)
     see_truth(np.load(root / "truth.npy"))
-    write_child = time.perf_counter()
-    predict(root, root / "weights")
-    print(json.dumps(dict(peak_gb=cspine.peak_gb(), seconds=time.perf_counter() - write_child)))
+    took = seconds(lambda: predict(root, root / "weights"))
+    print(json.dumps(dict(peak_gb=cspine.peak_gb(), seconds=took)))
 
 
 def bench_train(scale, root):
@@ -465,10 +469,8 @@ def bench_loading(scale, root, study):
     row("cube with mask, first epoch, s", *compare(lambda: load(True), theirs, scale.repeats))
     row("cube with mask, later epochs, s", *compare(lambda: load(False), theirs, scale.repeats))
     volume = cspine.read_volume(study.folder, CORES)
-    volume_size = (scale.cube,) * 3
-    row("mask alone, s", *compare(
-        lambda: cspine.read_mask(study.mask, volume, volume_size),
-        lambda: old_mask(study.mask, scale.cube), scale.repeats))
+    row("mask alone, s", *compare(lambda: cspine.cube_labels(study.mask, volume, scale.cube),
+                                  lambda: old_mask(study.mask, scale.cube), scale.repeats))
     crops, rng = our_crops(study, volume), np.random.default_rng(SEED)
     cspine.write_crops(root / "crops.npz", crops)
     files = [root / f"{k}.npy" for k in range(cspine.STEPS)]
@@ -491,17 +493,16 @@ def bench_step(scale, kind, crops, study):
     recipe = cspine.replace(cspine.RECIPES[kind], backbone=scale.backbones[kind], batch_size=1)
     if kind == "segmenter":
         recipe = cspine.replace(recipe, size=scale.cube)
-        sample = (old_cube(study.folder, scale.cube)[0, :1].numpy(),
-                  study.probability.argmax(0).astype(np.uint8))
-        batch, loss = cspine.segmenter_batch, None
+        labels = (study.probability.argmax(0) + 1) * (study.probability.max(0) > 0.5)
+        sample = old_cube(study.folder, scale.cube)[0, :1].numpy(), labels.astype(np.uint8)
+        batch = cspine.segmenter_batch
     else:
         label = np.zeros(1 if kind == "vertebra" else 8, np.float32)
         chosen = crops[3] if kind == "vertebra" else crops.reshape(-1, *crops.shape[2:])
         sample, batch = (chosen, label), cspine.classifier_batch
     task = cspine.Task(kind, 0, [0], [], None, batch, None, None)
     trainer = cspine.Trainer(task, recipe, CPU, "")
-    model = old_models({"segmenter": random_models(scale)["segmenter"]})["segmenter"] \
-        if kind == "segmenter" else random_models(scale)[kind]
+    model = old_models(random_models(scale))[kind]
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
     tensors = [torch.from_numpy(x)[None] for x in sample]
 
@@ -516,14 +517,6 @@ def bench_step(scale, kind, crops, study):
         lambda: old_step(model, optimizer, tensors, loss), scale.repeats))
 
 
-def old_mask(path, size):
-    labels, _ = cspine.read_nifti(path)
-    labels = labels.transpose(2, 1, 0)[::-1, ::-1]
-    channels = np.stack([labels == v for v in range(1, 8)]).astype(np.uint8) * 255
-    return [F.interpolate(torch.from_numpy(c)[None, None].float(), (size,) * 3, mode="area")
-            for c in channels]
-
-
 def bench_scale(scale, root):
     heading("scale: all but the networks, s a study")
     studies = {n: make_study(root, f"n{n}", scale, slices=n) for n in scale.lengths}
@@ -534,12 +527,12 @@ def bench_scale(scale, root):
     write_models(root / "weights", scale)
     save_truth(root, study)
     write_test_csv(root, study.folder.name, 2 * scale.studies)
-    seconds_alone = child(root)["seconds"]
+    seconds_alone = finish(child(root))["seconds"]
     rate = 3600 * 2 * scale.studies / seconds_alone
     heading("scale: predict from the command line, models' loading included")
     row(f"1 process, {CORES} threads, studies/hour", rate)
     roots = [half_of(root, k, study, scale.studies) for k in range(2)]
-    both = [child(half, max(1, CORES // 2), True) for half in roots]
+    both = [child(half, max(1, CORES // 2)) for half in roots]
     slowest = max(finish(process)["seconds"] for process in both)
     row(f"2 processes, {max(1, CORES // 2)} threads each, studies/hour",
         3600 * 2 * scale.studies / slowest)
