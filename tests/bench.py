@@ -273,7 +273,8 @@ def old_predict(folder, probability, models, spent):
     stages["crops"] = clock()
     steps = [old_classifier(models["vertebra"], crops).sigmoid().numpy()]
     stages["vertebra"] = clock()
-    steps += [x.sigmoid().numpy() for x in old_classifier(models["patient"], crops.flatten(0, 1)[None])]
+    outputs = old_classifier(models["patient"], crops.flatten(0, 1)[None])
+    steps += [x.sigmoid().numpy() for x in outputs]
     stages["patient"] = clock()
     for name, now in stages.items():
         spent.setdefault(name, []).append(now - start)
@@ -379,7 +380,8 @@ def bench_read(scale, root):
         ours, theirs, ratio = compare(lambda: cspine.read_volume(study.folder, CORES),
                                       lambda: [old_decode(p) for p in part], scale.repeats)
         each = theirs / len(part)
-        row(f"{name}: slices/s{' (no plug-in: both our decoder)' * own}", len(files) / ours, 1 / each, each * len(files) / ours)
+        row(f"{name}: slices/s{' (no plug-in: both our decoder)' * own}", len(files) / ours,
+            1 / each, each * len(files) / ours)
 
 
 def bench_predict(scale, root):
@@ -573,7 +575,7 @@ def estimate_t4(scale, others):
     hours = studies * study / cards / 3600
     print(f"  estimate for {studies} studies, {folds} folds of each kind, {cards} x T4: "
           f"{hours:.1f} h of the 9 h\n"
-          f"    rests on: {tera:.0f} TFLOP/s reached of a T4's 65 in half precision (not measured); "
+          f"    rests on: {tera:.0f} TFLOP/s reached of a T4's 65 in half precision (assumed); "
           f"a study then takes\n    {card:.2f} s of a card, beside {others:.2f} s of reading and "
           f"cropping on {CORES} cores as measured here;\n    a process a card, each with half of "
           "Kaggle's 4 cores; reading overlaps with the networks")
