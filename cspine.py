@@ -63,6 +63,7 @@ from pydicom.errors import BytesLengthException
 from pydicom.uid import (UID, ImplicitVRLittleEndian, JPEG2000TransferSyntaxes, JPEGLossless,
                          JPEGLosslessSV1)
 from timm.layers import BatchNormAct2d, Conv2dSame
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 from tqdm import tqdm
 
 
@@ -1047,7 +1048,21 @@ def load_model(path, kind):
         model.load_state_dict(content["tensors"])
     except (KeyError, TypeError, RuntimeError, AttributeError):
         raise UserError(f"{path} holds a {content.get('kind')}, not a {kind} that fits") from None
-    return to_channels_last(model).eval()
+    return to_channels_last(fold_norms(model.eval()))
+
+
+def fold_norms(model):
+    """The same model with each batch norm merged into the convolution before it: quicker."""
+    for parent in [*model.modules()]:
+        layers = [*parent.named_children()]
+        for (_, conv), (name, norm) in zip(layers, layers[1:]):
+            if (isinstance(norm, (nn.BatchNorm2d, nn.BatchNorm3d))
+                    and isinstance(conv, (nn.Conv2d, nn.Conv3d))):
+                conv.weight, conv.bias = fuse_conv_bn_weights(
+                    conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps,
+                    norm.weight, norm.bias)
+                setattr(parent, name, getattr(norm, "act", nn.Identity()))
+    return model
 
 
 def to_channels_last(model):
