@@ -453,7 +453,7 @@ def bench_train(scale, root):
     (root / "train_images").symlink_to(root / "images")
     heading("train: loading a sample")
     bench_loading(scale, root, study)
-    heading("train: a step of batch 1, fp32, ours with its augmentation")
+    heading("train: a step of batch 1, fp32, ours augmenting too")
     crops = our_crops(study)
     for kind in cspine.KINDS:
         bench_step(scale, kind, crops, study)
