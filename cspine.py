@@ -809,7 +809,7 @@ class StepEncoder(nn.Module):
 
     def forward(self, crops):
         masks = crops[:, :, -1].unflatten(1, (-1, STEPS)).flatten(2)
-        seen = masks.any(2).repeat_interleave(STEPS, 1).flatten()
+        seen = masks.any(2).bool().repeat_interleave(STEPS, 1).flatten()
         features = self.absent.float().expand(len(seen), -1)
         if seen.any():  # absent vertebrae cost nothing
             shown = crops.flatten(0, 1)[seen]  # (B, N, K, S, S) -> (M, K, S, S)
