@@ -1,6 +1,6 @@
 """How long everything takes, beside the starting solution's way, in one run.
 
-    python tests/bench.py [read|train|predict|scale|all] [--quick] [--repeats N]
+    python tests/bench.py [read|train|predict|scale|all] [--quick]
 
 Both ways take turns on the same made-up study (512x512, 300 slices; random weights, the true masks
 in place of the untrained segmenter's), the medians are shown and the median of the ratios. --quick
@@ -587,15 +587,16 @@ def main():
                         choices=["read", "train", "predict", "scale", "all", "child"])
     parser.add_argument("--quick", action="store_true", help="small networks and study, once")
     parser.add_argument("--repeats", type=int, help="turns of either way")
-    parser.add_argument("--threads", type=int, default=CORES, help=argparse.SUPPRESS)
+    parser.add_argument("--threads", type=int, default=CORES,
+                        help="of torch in this process; 1 on a machine busy with other things")
     parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)
     o = parser.parse_args()
     if o.topic == "child":
         return run_child(o.root, o.threads)
     scale = QUICK if o.quick else FULL
     scale = scale._replace(repeats=o.repeats or scale.repeats)
-    torch.set_num_threads(CORES)
-    print(f"{platform.machine()}, {CORES} cores, torch {torch.__version__}, "
+    torch.set_num_threads(o.threads)
+    print(f"{platform.machine()}, {CORES} cores, {o.threads} threads, torch {torch.__version__}, "
           f"{'quick: shows that the bench works' if o.quick else 'full size'}; median of "
           f"{scale.repeats}, ratio = starting / ours (of rates: ours / starting)")
     for name, bench in (("read", bench_read), ("train", bench_train),
