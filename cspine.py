@@ -1931,7 +1931,8 @@ def mode_phantom(o):
     if not script.exists():
         raise UserError(f"no {script}: phantoms are made where the repository is")
     make_dataset = runpy.run_path(str(script))["make_dataset"]
-    make_dataset(Path(o.target), o.studies, o.test_studies, o.seed, o.matrix, o.workers, o.variety)
+    make_dataset(Path(o.target), o.studies, o.test_studies, o.seed, o.matrix, o.workers, o.variety,
+                 o.fractures)
     print(f"{o.target}: {o.studies} training and {o.test_studies} test studies")
 
 
@@ -1980,11 +1981,12 @@ OPTIONS = {  # default, meaning
     "test_studies": (4, "test studies"),
     "matrix": (256, "rows and columns of a slice"),
     "variety": (1.0, "1: realistic; 2: far beyond, for training"),
+    "fractures": (1.0, "1: as often as in the competition; 2: twice, for training"),
 }
 TRAINING = ("data weights work device seed workers backbone fold folds epochs batch_size accumulate "
             "lr resume time_limit init ")
 MODES = {  # function, options
-    "phantom": (mode_phantom, "studies test_studies seed matrix variety workers"),
+    "phantom": (mode_phantom, "studies test_studies seed matrix variety fractures workers"),
     "train-seg": (mode_train_seg, TRAINING + "size"),
     "extract": (mode_extract, "data weights work device workers folds mask_of time_limit"),
     "train-cls": (mode_train_cls, TRAINING + "size mask_of"),
