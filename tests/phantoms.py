@@ -255,7 +255,7 @@ def draw_grid(rng, level, matrix, variety):
     slices = int(np.clip((top - bottom) / rng.uniform(0.5, 3 if wild else 1.25), 60, 400))
     pixel = rng.uniform(*((140, 225) if usual else (90, 400) if wild else (120, 260))) / matrix
     spacing = (top - bottom) / slices, pixel, pixel
-    other = int(matrix * min(1, rng.uniform(0.85, 2)))
+    other = int(matrix * min(1, rng.uniform(0.85, 1.4)))
     shape = (slices, *map(int, rng.permutation([matrix, other])))
     middle = level[:7].mean(0) + rng.normal(0, 0.04 * pixel * matrix, 3) + (0, 8, 0)
     affine = np.eye(4)
