@@ -549,25 +549,25 @@ def segmenter_input(volume, size=128, window=SEGMENTER_WINDOW):
 
 
 class Conv3dSame(nn.Conv3d):
-    """TensorFlow's SAME padding in three dimensions."""
+    """TensorFlow's SAME padding."""
 
     def forward(self, x):
-        padding = []
-        for n, k, stride in zip(x.shape[:1:-1], self.kernel_size, self.stride):
-            total = max(k - (n % stride or stride), 0)
-            padding += [total // 2, total - total // 2]  # F.pad takes the last axis first
+        padding, (k, stride, dilation) = [], (self.kernel_size[0], self.stride[0], self.dilation[0])
+        for n in x.shape[:1:-1]:  # F.pad takes the last axis first
+            total = max((k - 1) * dilation + 1 - (n % stride or stride), 0)
+            padding += [total // 2, total - total // 2]
         return super().forward(F.pad(x, padding))
 
 
 class BatchNormAct3d(nn.BatchNorm3d):
-    """Batch norm with the dropout and activation that timm's 2-D one holds."""
+    """With the activation inside, as in timm's."""
 
     def forward(self, x):
         return self.act(self.drop(super().forward(x)))
 
 
 class SqueezeExcite3d(nn.Sequential):
-    """Squeeze-excite over three axes; its layers keep their names and order."""
+    """Its mean is over three axes; the layers keep their names and order."""
 
     def forward(self, x):
         return x * super().forward(x.mean((2, 3, 4), keepdim=True))
@@ -575,6 +575,7 @@ class SqueezeExcite3d(nn.Sequential):
 
 SOLID = {nn.Conv2d: nn.Conv3d, Conv2dSame: Conv3dSame, nn.MaxPool2d: nn.MaxPool3d,
          nn.AvgPool2d: nn.AvgPool3d, nn.BatchNorm2d: nn.BatchNorm3d, BatchNormAct2d: BatchNormAct3d}
+SQUEEZES = ("SqueezeExcite", "SEModule", "EffectiveSEModule")
 
 
 def to_3d(module, path=""):
@@ -582,28 +583,29 @@ def to_3d(module, path=""):
 
     UserError naming the first layer that it cannot convert.
     """
-    kind, path = type(module), path or type(module).__name__
-    name, home, bad = kind.__name__, kind.__module__, f"cannot make {path} three-dimensional: "
-    if kind in (nn.Conv2d, Conv2dSame):
-        k, width = module.kernel_size
-        if k != width or module.dilation != (1, 1) or isinstance(module.padding, str):
-            raise UserError(f"{bad}{module}")
-        twin = SOLID[kind](module.in_channels, module.out_channels, k, module.stride[0],
-                           module.padding[0], 1, module.groups, module.bias is not None)
-        weight = module.weight[:, :, None].repeat(1, 1, k, 1, 1) / k  # (O, I, k, k, k)
-        twin.load_state_dict(module.state_dict() | {"weight": weight})
+    kind, name, home = type(module), type(module).__name__, type(module).__module__
+    path, squeeze = path or name, name in SQUEEZES and not getattr(module, "add_maxpool", False)
+    sizes = {n: v for n, v in vars(module).items() if isinstance(v, tuple) and len(v) == 2}
+    if kind in SOLID:
+        known = getattr(module, "padding_mode", "zeros") == "zeros"
+        known = known and all(height == width for height, width in sizes.values())
+    else:
+        known = squeeze or name in ("ConvNormAct", "DropPath") or "activation" in home
+        known = known or "2d" not in name and not home.startswith("timm.layers")
+        known = known and not [*module.parameters(False), *module.buffers(False)]
+    if not known:
+        raise UserError(f"cannot make {path} three-dimensional: unknown layer {name}")
+    if kind not in SOLID:
+        twin = SqueezeExcite3d() if squeeze else copy.copy(module)
+        twin._modules = {n: child if child is None else to_3d(child, f"{path}.{n}")
+                         for n, child in module._modules.items()}
         return twin
-    if kind in SOLID:  # norms and pools hold the same in 2-D and 3-D
-        twin = copy.deepcopy(module)
-        twin.__class__ = SOLID[kind]
-        return twin
-    squeeze = name in ("SqueezeExcite", "SEModule")
-    known = squeeze or name == "DropPath" or "activation" in home
-    if home.startswith("timm.layers") and not known or "2d" in name or list(module.parameters(False)):
-        raise UserError(f"{bad}unknown layer {name}")
-    twin = SqueezeExcite3d() if squeeze else copy.copy(module)
-    twin._modules = {n: to_3d(child, f"{path}.{n}")
-                     for n, child in module._modules.items() if child is not None}
+    twin = copy.deepcopy(module)
+    twin.__class__ = SOLID[kind]
+    vars(twin).update({n: size[:1] * 3 for n, size in sizes.items()})
+    if isinstance(module, nn.Conv2d):
+        k, weight = module.kernel_size[0], module.weight.detach()
+        twin.weight = nn.Parameter(weight[:, :, None].repeat(1, 1, k, 1, 1) / k)  # (O, I, k, k, k)
     return twin
 
 
@@ -612,6 +614,8 @@ def create_backbone(name, **arguments):
     try:
         return timm.create_model(name, pretrained=False, **arguments)
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        if arguments.pop("drop_path_rate", None) is not None and "drop_path" in str(error):
+            return create_backbone(name, **arguments)  # DenseNet and others have none
         raise UserError(f"--backbone {name}: {str(error).splitlines()[0]}") from None
 
 
@@ -642,14 +646,11 @@ class Segmenter(nn.Module):
                  decoder=(64, 32, 24), drop_path=0.0, dropout=0.0):
         super().__init__()
         self.settings = dict(backbone=backbone, size=size, window=window, decoder=decoder)
-        flat = create_backbone(backbone, features_only=True, out_indices=(0, 1, 2, 3),
+        flat = create_backbone(backbone, features_only=True, out_indices=(0, 1, 2, 3), in_chans=1,
                                drop_path_rate=drop_path)
         if flat.feature_info.reduction() != [2, 4, 8, ENCODER_STRIDE]:
             raise UserError(f"--backbone {backbone}: needs features at strides 2, 4, 8 and 16")
         self.encoder = to_3d(flat)
-        stem = next(m for m in self.encoder.modules() if isinstance(m, nn.Conv3d))
-        stem.in_channels = 1  # the sum over colours equals repeating the volume
-        stem.weight = nn.Parameter(stem.weight.detach().sum(1, keepdim=True))
         *skips, deepest = flat.feature_info.channels()
         self.decoder = nn.ModuleList(ConvBlock(a + b, c) for a, b, c in zip(
             (deepest, *decoder), skips[::-1], decoder))
@@ -658,13 +659,14 @@ class Segmenter(nn.Module):
         nn.init.constant_(self.head.bias, -4.0)  # most cells belong to no vertebra
 
     def forward(self, x):
-        if any(n % ENCODER_STRIDE for n in x.shape[2:]):
-            raise UserError(f"cube {tuple(x.shape[2:])}: axes must be multiples of 16")
+        size = x.shape[2:]
+        if any(n % ENCODER_STRIDE for n in size):
+            raise UserError(f"cube {tuple(size)}: axes must be multiples of {ENCODER_STRIDE}")
         *skips, x = self.encoder((x - 0.5) * 4)
         for block, skip in zip(self.decoder, skips[::-1]):
             x = block(torch.cat([F.interpolate(x, skip.shape[2:]), skip], 1))
         x = self.head(self.dropout(x)).unflatten(1, (7, 2, 2, 2)).permute(0, 1, 5, 2, 6, 3, 7, 4)
-        return x.flatten(6).flatten(4, 5).flatten(2, 3)  # (B, 56, Z/2, ...) -> (B, 7, Z, Y, X)
+        return x.reshape(len(x), 7, *size)  # (B, 7, Z/2, 2, Y/2, 2, X/2, 2) -> (B, 7, Z, Y, X)
 
 
 def segmenter_loss(logits, labels):
