@@ -148,4 +148,4 @@ def test_folds_are_these_on_every_machine():
     assert [folds[uid] for uid in labelled(12)[STUDY]] == PINNED
 
 
-PINNED = []
+PINNED = [1, 2, 3, 0, 1, 0, 0, 3, 3, 2, 1, 2]
