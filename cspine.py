@@ -579,7 +579,7 @@ SOLID = {nn.Conv2d: nn.Conv3d, Conv2dSame: Conv3dSame, nn.MaxPool2d: nn.MaxPool3
 
 
 def to_3d(module, path=""):
-    """The 3-D twin of a timm network: same module paths, weights copied, kernels divided.
+    """The 3-D twin of a timm network: paths kept, weights divided by the new edge of the kernel.
 
     UserError naming the first layer that it cannot convert.
     """
@@ -595,7 +595,7 @@ def to_3d(module, path=""):
             twin.weight = nn.Parameter(weight.repeat(1, 1, k, 1, 1) / k)  # (O, I, k, k, k)
         return twin
     squeeze = name in ("SqueezeExcite", "SEModule", "EffectiveSEModule")
-    known = squeeze or name in ("ConvNormAct", "DropPath") or "activation" in home
+    known = squeeze or name.endswith(("ConvNormAct", "DropPath")) or "activation" in home
     strange = kind in SOLID or "2d" in name or home.startswith("timm.layers")
     own = [*module.parameters(False), *module.buffers(False)]
     if own or strange and not known or getattr(module, "add_maxpool", False):
@@ -665,10 +665,7 @@ class Segmenter(nn.Module):
 
 
 def segmenter_loss(logits, labels):
-    """BCE + soft Dice of logits (B, 7, Z, Y, X) and labels uint8 (B, Z, Y, X).
-
-    Dice only where a vertebra is in view: BCE alone teaches that one is not.
-    """
+    """BCE, and soft Dice of what is in view: logits (B, 7, Z, Y, X), uint8 labels (B, Z, Y, X)."""
     logits, space = logits.float(), (2, 3, 4)
     truth = torch.stack([labels == v for v in range(1, 8)], 1).float()
     mask, seen = logits.sigmoid(), truth.amax(space)
@@ -854,23 +851,21 @@ KINDS = {"segmenter": Segmenter, "vertebra": VertebraClassifier, "patient": Pati
 
 
 def fold_norms(model):
-    """The model for inference, its batch norms folded into the convolutions before them.
+    """The model for inference, batch norms folded into the convolutions before them.
 
-    Found by running it: a norm is given what a convolution of the same part has returned.
+    Seen by running it: a norm is given what a convolution of the same part returned.
     """
     paths, calls = {m: path for path, m in model.named_modules()}, []
     kinds = (nn.Conv2d, nn.Conv3d, nn.BatchNorm2d, nn.BatchNorm3d)
 
     def note(module, given, out):
-        calls.append((getattr(given[0], "made_by", None), module))
-        out.made_by = module
+        if isinstance(module, kinds):
+            calls.append((getattr(given[0], "made_by", None), module))
+            out.made_by = module
 
-    hooks = [m.register_forward_hook(note) for m in paths if isinstance(m, kinds)]
     shape = (1, 1, 32, 32, 32) if isinstance(model, Segmenter) else (1, STEPS, CHANNELS, 64, 64)
-    with torch.no_grad():
+    with torch.no_grad(), nn.modules.module.register_module_forward_hook(note):
         model.eval()(torch.ones(shape))
-    for hook in hooks:
-        hook.remove()
     used = [module for _, module in calls]
     for conv, norm in calls:
         home, _, name = paths[norm].rpartition(".")
