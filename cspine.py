@@ -549,25 +549,26 @@ def segmenter_input(volume, size=128, window=SEGMENTER_WINDOW):
 
 
 class Conv3dSame(nn.Conv3d):
-    """TensorFlow's SAME padding in three dimensions."""
+    """TensorFlow's SAME padding."""
 
     def forward(self, x):
+        reach, stride = (self.kernel_size[0] - 1) * self.dilation[0] + 1, self.stride[0]
         padding = []
-        for n, k, stride in zip(x.shape[:1:-1], self.kernel_size, self.stride):
-            total = max(k - (n % stride or stride), 0)
-            padding += [total // 2, total - total // 2]  # F.pad takes the last axis first
+        for n in x.shape[:1:-1]:  # F.pad takes the last axis first
+            total = max(reach - (n % stride or stride), 0)
+            padding += [total // 2, total - total // 2]
         return super().forward(F.pad(x, padding))
 
 
 class BatchNormAct3d(nn.BatchNorm3d):
-    """Batch norm with the dropout and activation that timm's 2-D one holds."""
+    """With the activation inside, as timm's."""
 
     def forward(self, x):
         return self.act(self.drop(super().forward(x)))
 
 
 class SqueezeExcite3d(nn.Sequential):
-    """Squeeze-excite over three axes; its layers keep their names and order."""
+    """Layers of timm's, in their order; the mean over three axes."""
 
     def forward(self, x):
         return x * super().forward(x.mean((2, 3, 4), keepdim=True))
@@ -578,32 +579,30 @@ SOLID = {nn.Conv2d: nn.Conv3d, Conv2dSame: Conv3dSame, nn.MaxPool2d: nn.MaxPool3
 
 
 def to_3d(module, path=""):
-    """The 3-D twin of a timm network: same module paths, weights copied, kernels divided.
+    """The 3-D twin of a timm network: paths kept, weights divided by the new edge of the kernel.
 
     UserError naming the first layer that it cannot convert.
     """
-    kind, path = type(module), path or type(module).__name__
-    name, home, bad = kind.__name__, kind.__module__, f"cannot make {path} three-dimensional: "
-    if kind in (nn.Conv2d, Conv2dSame):
-        k, width = module.kernel_size
-        if k != width or module.dilation != (1, 1) or isinstance(module.padding, str):
-            raise UserError(f"{bad}{module}")
-        twin = SOLID[kind](module.in_channels, module.out_channels, k, module.stride[0],
-                           module.padding[0], 1, module.groups, module.bias is not None)
-        weight = module.weight[:, :, None].repeat(1, 1, k, 1, 1) / k  # (O, I, k, k, k)
-        twin.load_state_dict(module.state_dict() | {"weight": weight})
-        return twin
-    if kind in SOLID:  # norms and pools hold the same in 2-D and 3-D
+    kind, name, home = type(module), type(module).__name__, type(module).__module__
+    path = path or name
+    sides = {n: v for n, v in vars(module).items() if isinstance(v, tuple) and len(v) == 2}
+    if kind in SOLID and all(height == width for height, width in sides.values()):
         twin = copy.deepcopy(module)
         twin.__class__ = SOLID[kind]
+        vars(twin).update({n: v[:1] * 3 for n, v in sides.items()})  # kernel, stride, padding
+        if isinstance(module, nn.Conv2d):
+            k, weight = module.kernel_size[0], module.weight.detach()[:, :, None]
+            twin.weight = nn.Parameter(weight.repeat(1, 1, k, 1, 1) / k)  # (O, I, k, k, k)
         return twin
-    squeeze = name in ("SqueezeExcite", "SEModule")
-    known = squeeze or name == "DropPath" or "activation" in home
-    if home.startswith("timm.layers") and not known or "2d" in name or list(module.parameters(False)):
-        raise UserError(f"{bad}unknown layer {name}")
+    squeeze = name in ("SqueezeExcite", "SEModule", "EffectiveSEModule")
+    known = squeeze or name.endswith(("ConvNormAct", "DropPath")) or "activation" in home
+    strange = kind in SOLID or "2d" in name or home.startswith("timm.layers")
+    own = [*module.parameters(False), *module.buffers(False)]
+    if own or strange and not known or getattr(module, "add_maxpool", False):
+        raise UserError(f"cannot make {path} three-dimensional: unknown layer {name}")
     twin = SqueezeExcite3d() if squeeze else copy.copy(module)
-    twin._modules = {n: to_3d(child, f"{path}.{n}")
-                     for n, child in module._modules.items() if child is not None}
+    twin._modules = {n: to_3d(child, f"{path}.{n}") if child is not None else None
+                     for n, child in module._modules.items()}
     return twin
 
 
@@ -612,11 +611,14 @@ def create_backbone(name, **arguments):
     try:
         return timm.create_model(name, pretrained=False, **arguments)
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        if "drop_path_rate" in arguments and "drop_path_rate" in str(error):
+            del arguments["drop_path_rate"]  # DenseNet and others have none
+            return create_backbone(name, **arguments)
         raise UserError(f"--backbone {name}: {str(error).splitlines()[0]}") from None
 
 
 class ConvBlock(nn.Module):
-    """Convolution, norm, ReLU and scSE: channels and places weighed (Roy et al. 2018)."""
+    """Convolution, norm, ReLU, then scSE (Roy et al. 2018): channels and places weighed."""
 
     def __init__(self, before, width):
         super().__init__()
@@ -629,60 +631,52 @@ class ConvBlock(nn.Module):
     def forward(self, x):
         x = F.relu(self.norm(self.conv(x)))
         channel = self.excite(F.relu(self.squeeze(x.mean((2, 3, 4), keepdim=True))))
-        return x * (torch.sigmoid(channel) + torch.sigmoid(self.place(x)))
+        return x * (channel.sigmoid() + self.place(x).sigmoid())
 
 
 class Segmenter(nn.Module):
-    """3-D U-Net: (B, 1, Z, Y, X) in 0..1 -> (B, 7, Z, Y, X) logits; axes multiples of 16.
-
-    The last decoder level works at stride 2 and answers for 2 x 2 x 2 cells a place.
-    """
+    """3-D U-Net: (B, 1, Z, Y, X) in 0..1 -> (B, 7, Z, Y, X) logits; axes multiples of 16."""
 
     def __init__(self, backbone="tf_efficientnetv2_s", size=128, window=SEGMENTER_WINDOW,
                  decoder=(64, 32, 24), drop_path=0.0, dropout=0.0):
         super().__init__()
         self.settings = dict(backbone=backbone, size=size, window=window, decoder=decoder)
-        flat = create_backbone(backbone, features_only=True, out_indices=(0, 1, 2, 3),
+        flat = create_backbone(backbone, features_only=True, out_indices=(0, 1, 2, 3), in_chans=1,
                                drop_path_rate=drop_path)
         if flat.feature_info.reduction() != [2, 4, 8, ENCODER_STRIDE]:
             raise UserError(f"--backbone {backbone}: needs features at strides 2, 4, 8 and 16")
         self.encoder = to_3d(flat)
-        stem = next(m for m in self.encoder.modules() if isinstance(m, nn.Conv3d))
-        stem.in_channels = 1  # the sum over colours equals repeating the volume
-        stem.weight = nn.Parameter(stem.weight.detach().sum(1, keepdim=True))
         *skips, deepest = flat.feature_info.channels()
         self.decoder = nn.ModuleList(ConvBlock(a + b, c) for a, b, c in zip(
             (deepest, *decoder), skips[::-1], decoder))
         self.dropout = nn.Dropout3d(dropout)
-        self.head = nn.Conv3d(decoder[-1], 7 * 8, 1)
+        self.head = nn.Conv3d(decoder[-1], 7 * 8, 1)  # at stride 2: answers for 2 x 2 x 2 cells
         nn.init.constant_(self.head.bias, -4.0)  # most cells belong to no vertebra
 
     def forward(self, x):
-        if any(n % ENCODER_STRIDE for n in x.shape[2:]):
-            raise UserError(f"cube {tuple(x.shape[2:])}: axes must be multiples of 16")
+        size = x.shape[2:]
+        if any(n % ENCODER_STRIDE for n in size):
+            raise UserError(f"cube {tuple(size)}: axes must be multiples of {ENCODER_STRIDE}")
         *skips, x = self.encoder((x - 0.5) * 4)
         for block, skip in zip(self.decoder, skips[::-1]):
             x = block(torch.cat([F.interpolate(x, skip.shape[2:]), skip], 1))
         x = self.head(self.dropout(x)).unflatten(1, (7, 2, 2, 2)).permute(0, 1, 5, 2, 6, 3, 7, 4)
-        return x.flatten(6).flatten(4, 5).flatten(2, 3)  # (B, 56, Z/2, ...) -> (B, 7, Z, Y, X)
+        return x.reshape(len(x), 7, *size)  # (B, 7, Z/2, 2, Y/2, 2, X/2, 2) -> (B, 7, Z, Y, X)
 
 
 def segmenter_loss(logits, labels):
-    """BCE + soft Dice of logits (B, 7, Z, Y, X) and labels uint8 (B, Z, Y, X).
-
-    Dice only where a vertebra is in view: BCE alone teaches that one is not.
-    """
-    logits = logits.float()
+    """BCE, and soft Dice of what is in view: logits (B, 7, Z, Y, X), uint8 labels (B, Z, Y, X)."""
+    logits, space = logits.float(), (2, 3, 4)
     truth = torch.stack([labels == v for v in range(1, 8)], 1).float()
-    mask, seen = torch.sigmoid(logits), truth.amax((2, 3, 4))
-    dice = (2 * (mask * truth).sum((2, 3, 4)) + 1) / ((mask + truth).sum((2, 3, 4)) + 1)
+    mask, seen = logits.sigmoid(), truth.amax(space)
+    dice = (2 * (mask * truth).sum(space) + 1) / ((mask + truth).sum(space) + 1)
     entropy = F.binary_cross_entropy_with_logits(logits, truth)
     return 10 * entropy + 1 - (dice * seen).sum() / seen.sum().clamp(min=1)
 
 
 # ============================================= Slices ============================================
-# In: a Volume and the cube's probability. Out: the ninety images of each vertebra. The trap:
-# the cube is stretched, so cells and voxels differ by another factor on every axis.
+# In: a Volume and the cube's probability. Out: ninety images a vertebra. The trap: the cube is
+# stretched, so cells and voxels differ by another factor on every axis.
 
 
 def interleave(images, masks):
@@ -692,10 +686,7 @@ def interleave(images, masks):
 
 
 def vertebra_box(probability):
-    """Cells [(z0, z1), (y0, y1), (x0, x1)], ends inclusive, of (D, D, D); None if not seen.
-
-    On each axis the run of cells with most mask: strays elsewhere do not widen it.
-    """
+    """First and last cell on each axis of (D, D, D): the run with most mask; None if not seen."""
     for threshold in MASK_THRESHOLDS:
         mask, box = probability > threshold, []
         if mask.sum() >= MIN_CELLS:
@@ -711,7 +702,7 @@ def vertebra_box(probability):
 def apply_window(hu, window):
     """uint8: (level, width) HU to 0..255."""
     low, scale = window[0] - window[1] // 2, 255 / window[1]
-    return cv2.convertScaleAbs(np.maximum(hu, low), alpha=scale, beta=-low * 255 / window[1])
+    return cv2.convertScaleAbs(np.maximum(hu, low), alpha=scale, beta=-low * scale)
 
 
 def crop_plane(plane, box, size):
@@ -726,49 +717,46 @@ def crop_plane(plane, box, size):
 def vertebra_slices(volume, probability, size=CROP, mask_of="last", window=BONE_WINDOW):
     """uint8 (7, 15, 6, S, S): a step is five neighbouring native slices and one soft mask.
 
-    `probability` (7, D, D, D) covers the whole study. The 15 centres are spaced evenly over the
-    vertebra; its box is square in mm, so that its shape is kept. A vertebra that is not seen is
-    all zero, mask included, which tells the classifiers that it is absent.
+    `probability` (7, D, D, D) covers the study. Boxes are square in mm: the shape is kept.
+    A vertebra not seen is all zero, mask included, which tells the classifiers.
     """
     out = np.zeros((7, STEPS, CHANNELS, size, size), np.uint8)
     probability = np.asarray(probability, np.float32)
     voxels = np.array(volume.hu.shape) / probability.shape[1:]  # a cell's edges
-    cell_mm = (voxels * volume.spacing)[1:, None]
+    scale, cell_mm = voxels[0], (voxels * volume.spacing)[1:, None]
     near = np.arange(SLICES_PER_STEP) - SLICES_PER_STEP // 2
     for v, cells in enumerate(probability):
         found = vertebra_box(cells)
         if found is None:
             continue
-        sides = (np.array(found[1:]) + [-BOX_MARGIN, 1 + BOX_MARGIN]) * cell_mm
+        (first, last), *sides = found
+        sides = (np.array(sides) + [-BOX_MARGIN, 1 + BOX_MARGIN]) * cell_mm
         half = np.ptp(sides, 1).max() / 2
         box = (sides.mean(1, keepdims=True) + [-half, half]) / cell_mm  # of cells
-        (first, last), scale = found[0], voxels[0]
-        index = np.rint(np.linspace(first * scale, (last + 1) * scale - 1, STEPS))[:, None] + near
-        index = np.clip(index, 0, len(volume.hu) - 1).astype(int)  # (15, 5)
+        centres = np.rint(np.linspace(first * scale, (last + 1) * scale - 1, STEPS))
+        index = np.clip(centres[:, None] + near, 0, len(volume.hu) - 1).astype(int)  # (15, 5)
         shown, which = np.unique(index.ravel(), return_inverse=True)
         images = [crop_plane(apply_window(volume.hu[z], window), box * voxels[1:, None], size)
                   for z in shown]
         z = (index[:, -1 if mask_of == "last" else SLICES_PER_STEP // 2] + 0.5) / scale - 0.5
-        z = np.clip(z, 0, len(cells) - 1)[:, None, None]
-        below = np.minimum(z.astype(int), len(cells) - 2)
-        share, below = (z - below).astype(np.float32), below.ravel()
-        planes = cells[below] * (1 - share) + cells[below + 1] * share
-        masks = np.array([crop_plane(plane, box, size) for plane in planes])
-        masks = np.rint(np.maximum(masks, 1 / 255) * 255).astype(np.uint8)  # 0 means absent
+        z = np.divmod(np.clip(z, 0, len(cells) - 1.001), 1)  # whole planes, share of the next
+        masks = [crop_plane(cells[int(k)] * (1 - share) + cells[int(k) + 1] * share, box, size)
+                 for k, share in zip(*z)]
+        masks = np.rint(np.maximum(np.array(masks) * 255, 1)).astype(np.uint8)  # 0: absent
         out[v] = interleave(np.array(images)[which], masks)
     return out
 
 
 def write_crops(path, crops):
-    """One study's crops, lossless: each different image once, as PNG (steps share slices)."""
+    """One study's crops: each different image once, as PNG (steps share slices)."""
     index, known = np.full(crops.shape[:3], -1, np.int16), {}
     for place in np.ndindex(index.shape):
         if crops[place].any():
             index[place], _ = known.setdefault(crops[place].tobytes(), (len(known), place))
     images = [cv2.imencode(".png", crops[place])[1].ravel() for _, place in known.values()]
     ends, data = np.cumsum([0, *map(len, images)]), np.concatenate([np.uint8([]), *images])
-    write_atomic(path, lambda temporary: np.savez(
-        temporary, index=index, ends=ends, data=data, edge=crops.shape[-1]))
+    write_atomic(path, lambda new: np.savez(
+        new, index=index, ends=ends, data=data, edge=crops.shape[-1]))
 
 
 def read_crops(path, vertebrae=range(7)):
@@ -792,11 +780,10 @@ def crops_seen(path):
 
 
 # ========================================== Classifiers ==========================================
-# In: crops, uint8 or 0..1. Out: a logit for every step, and one for the patient.
 
 
 class StepEncoder(nn.Module):
-    """A timm backbone, then an LSTM: crops (B, N, K, S, S) -> (B, N, F) and (B, N, 2H)."""
+    """Backbone, then LSTM: crops (B, N, K, S, S), uint8 or 0..1 -> (B, N, F), (B, N, 2H)."""
 
     def __init__(self, backbone, hidden, drop_path, dropout):
         super().__init__()
@@ -808,13 +795,13 @@ class StepEncoder(nn.Module):
 
     def forward(self, crops):
         masks = crops[:, :, -1].unflatten(1, (-1, STEPS)).flatten(2)
-        seen = masks.any(2).repeat_interleave(STEPS, 1).flatten()
-        features = self.absent.float().expand(len(seen), -1)
+        seen = (masks.amax(2) > 0).flatten().repeat_interleave(STEPS)  # (B * N,)
+        features = self.absent.float().repeat(len(seen), 1)
         if seen.any():  # absent vertebrae cost nothing
             shown = crops.flatten(0, 1)[seen]  # (B, N, K, S, S) -> (M, K, S, S)
             at_once = len(shown) if self.training else CROPS_AT_ONCE[crops.device.type]
-            found = torch.cat([self.backbone(to_unit(part)) for part in shown.split(at_once)])
-            features = features.index_put((seen.nonzero()[:, 0],), found.float())
+            found = [self.backbone(to_unit(part)) for part in shown.split(at_once)]
+            features[seen] = torch.cat(found).float()
         features = features.unflatten(0, crops.shape[:2])  # (B * N, F) -> (B, N, F)
         return features, self.lstm(features)[0]
 
@@ -847,12 +834,11 @@ class VertebraClassifier(nn.Module):
 class PatientClassifier(VertebraClassifier):
     """All vertebrae: (B, 105, 6, S, S) -> (B, 105) logits of the steps, (B,) of the patient."""
 
-    def __init__(self, backbone="convnext_nano", size=CROP, mask_of="last", hidden=256,
-                 drop_path=0.0, dropout=0.0):
-        super().__init__(backbone, size, mask_of, hidden, drop_path, dropout)
-        self.patient_lstm = nn.LSTM(self.encoder.lstm.input_size, hidden, 2, batch_first=True,
-                                    bidirectional=True, dropout=dropout)
-        self.patient_head = logit_head(4 * hidden, hidden, dropout)
+    def __init__(self, backbone="convnext_nano", **settings):
+        super().__init__(backbone, **settings)
+        lstm = self.encoder.lstm
+        self.patient_lstm = copy.deepcopy(lstm)
+        self.patient_head = logit_head(4 * lstm.hidden_size, lstm.hidden_size, lstm.dropout)
 
     def forward(self, crops):
         features, context = self.encoder(crops)
@@ -864,29 +850,56 @@ class PatientClassifier(VertebraClassifier):
 KINDS = {"segmenter": Segmenter, "vertebra": VertebraClassifier, "patient": PatientClassifier}
 
 
-def classifier_loss(outputs, labels):
-    """The competition's loss. Outputs (B, 15) and labels (B, 1), or (B, 105), (B,) and (B, 8).
+def fold_norms(model):
+    """The model for inference, batch norms folded into the convolutions before them.
 
-    A vertebra's label stands on each of its steps, which share its weight; NaN is unknown.
+    Seen by running it: a norm is given what a convolution of the same part returned.
     """
-    if not torch.is_tensor(outputs):
+    paths, calls = {m: path for path, m in model.named_modules()}, []
+    kinds = (nn.Conv2d, nn.Conv3d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+    def note(module, given, out):
+        if isinstance(module, kinds):
+            calls.append((getattr(given[0], "made_by", None), module))
+            out.made_by = module
+
+    shape = (1, 1, 32, 32, 32) if isinstance(model, Segmenter) else (1, STEPS, CHANNELS, 64, 64)
+    with torch.no_grad(), nn.modules.module.register_module_forward_hook(note):
+        model.eval()(torch.ones(shape))
+    used = [module for _, module in calls]
+    for conv, norm in calls:
+        home, _, name = paths[norm].rpartition(".")
+        pair = isinstance(conv, kinds[:2]) and isinstance(norm, kinds[2:])
+        if pair and used.count(conv) == used.count(norm) == 1 and paths[conv].startswith(home):
+            conv.weight, conv.bias = nn.utils.fuse_conv_bn_weights(
+                conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps,
+                norm.weight, norm.bias)
+            setattr(model.get_submodule(home), name, getattr(norm, "act", nn.Identity()))
+    return model
+
+
+def classifier_loss(outputs, labels):
+    """The metric, of outputs (B, 15) and labels (B, 1), or (B, 105), (B,) and (B, 8).
+
+    The steps of a vertebra share its label and weight; NaN is unknown.
+    """
+    if isinstance(outputs, tuple):
         outputs = torch.cat([outputs[0], outputs[1][:, None]], 1)
-    counts = [STEPS] * 7 + [1]
-    which = np.repeat(range(8), counts)[: outputs.shape[1]]  # the label of every logit
-    truth, share = labels[:, which], labels.new_tensor((TARGET_WEIGHTS / counts)[which])
-    known, truth = ~truth.isnan(), truth.nan_to_num()
-    weight = share * known * (1 + (POSITIVE_FACTOR - 1) * truth)
-    loss = F.binary_cross_entropy_with_logits(outputs.float(), truth, reduction="none")
-    return (weight * loss).sum() / weight.sum().clamp(min=1e-6)
+    which = np.arange(outputs.shape[1]) // STEPS  # the label of every logit
+    share = labels.new_tensor(TARGET_WEIGHTS[which] / np.bincount(which)[which])
+    truth = labels[:, which]
+    weight = share * torch.where(truth > 0, POSITIVE_FACTOR, 1.0) * ~truth.isnan()
+    loss = F.binary_cross_entropy_with_logits(outputs.float(), truth.nan_to_num(), weight,
+                                              reduction="sum")
+    return loss / weight.sum().clamp(min=1e-6)
 
 
 # ========================================== Augmentation =========================================
-# Batches, on the device they train on. Everything random about a sample comes from its own
-# generator: workers, ranks and resuming cannot change it.
+# Batches, on the device they train on. All that is random about a sample comes from its own
+# generator: batches, workers and ranks cannot change it.
 
-# Ranges: degrees, log scale, share of the edge, share mirrored along an axis; window, log gamma,
-# noise (of 0..1); share seen at half resolution, share with a hole. The cube never loses its
-# order head to foot. Shift of the cube: top teams; the rest: README, ablations.
+# Degrees, log scale, share of the edge (the cube's: top teams), share mirrored along an axis;
+# window, log gamma, noise (of 0..1), shares seen at half resolution and with a hole.
 VOLUME_RANGES = dict(rotation=15, scale=0.2, shift=0.3, mirror=0.5, window=0.2, gamma=0.3,
                      noise=0.06, blur=0.3, hole=0.0)
 CROP_RANGES = dict(rotation=20, scale=0.15, shift=0.1, mirror=0.5, window=0.15, gamma=0.25,
@@ -894,38 +907,34 @@ CROP_RANGES = dict(rotation=20, scale=0.15, shift=0.1, mirror=0.5, window=0.15, 
 
 
 def draw_grid(rngs, ranges, shape, device):
-    """A random affine grid a sample, for grid_sample, of images of this shape."""
+    """A random affine grid for grid_sample a sample."""
     maps, axes = [], len(shape) - 2
     for rng in rngs:
-        matrix = np.diag(np.exp(rng.uniform(-1, 1, axes) * ranges["scale"]))
-        for i, j in ((0, 1), (0, 2), (1, 2))[: 2 * axes - 3]:
-            angle = math.radians(rng.uniform(-1, 1) * ranges["rotation"])
-            turn = np.eye(axes)
-            turn[i, i] = turn[j, j] = math.cos(angle)
-            turn[j, i] = math.sin(angle)
-            turn[i, j] = -turn[j, i]
-            matrix = turn @ matrix
-        flips = rng.random(3) < ranges["mirror"]  # cubes: X alone; crops: X, Y and transposed
+        scale, shift, *angles = rng.uniform(-1, 1, (2 + axes, axes))
+        angles = np.triu(angles, 1) * math.radians(ranges["rotation"])
+        turn = torch.matrix_exp(torch.from_numpy(angles - angles.T)).numpy()
+        matrix = turn * np.exp(scale * ranges["scale"])
+        flips = rng.random(3) < ranges["mirror"]  # cubes: X, never Z; crops: X, Y and transposed
         matrix[:, : 4 - axes] *= 1 - 2 * flips[: 4 - axes]
         if axes == 2 and flips[2]:
             matrix = matrix[::-1]
-        maps.append(np.c_[matrix, 2 * ranges["shift"] * rng.uniform(-1, 1, axes)])
+        maps.append(np.c_[matrix, 2 * ranges["shift"] * shift])
     maps = torch.tensor(np.array(maps), dtype=torch.float32, device=device)
     return F.affine_grid(maps, shape, align_corners=False)
 
 
 def grey_levels(image, rng, ranges):
-    """Window, gamma, resolution, noise and a hole for one sample (N, ...) in 0..1."""
+    """One sample (N, ...) in 0..1 as another scanner might show it, perhaps with a hole."""
     stretch, shift = ranges["window"] * rng.uniform(-1, 1, 2)
     gamma = math.exp(ranges["gamma"] * rng.uniform(-1, 1))
     noise, coarse, hole = rng.random(3)
-    generator = torch.Generator(image.device).manual_seed(int(rng.integers(2**31)))
+    seeded = torch.Generator(image.device).manual_seed(int(rng.integers(2**31)))
     image = (image * (1 + stretch) + shift).clamp(0, 1) ** gamma
     if coarse < ranges["blur"]:
-        size, mode = image.shape[1:], "trilinear" if image.ndim == 4 else "bilinear"
-        half = F.interpolate(image[None], [n // 2 for n in size], mode=mode)
-        image = F.interpolate(half, size, mode=mode)[0]
-    grain = torch.randn(image.shape, generator=generator, device=image.device)
+        mode = "trilinear" if image.ndim == 4 else "bilinear"
+        half = F.interpolate(image[None], scale_factor=0.5, mode=mode)
+        image = F.interpolate(half, image.shape[1:], mode=mode)[0]
+    grain = torch.randn(image.shape, generator=seeded, device=image.device)
     image = image + ranges["noise"] * noise**2 * grain
     if hole < ranges["hole"]:
         edge = int(image.shape[-1] * rng.uniform(0.05, 0.25))
@@ -935,20 +944,19 @@ def grey_levels(image, rng, ranges):
 
 
 def augment_volumes(cubes, labels, rngs, ranges=VOLUME_RANGES):
-    """Cubes (B, 1, D, D, D) and labels (B, D, D, D) moved together; then the cubes' grey values."""
+    """Cubes (B, 1, D, D, D) in 0..1 and labels (B, D, D, D) moved together; cubes regreyed."""
     grid = draw_grid(rngs, ranges, cubes.shape, cubes.device)
     cubes = F.grid_sample(cubes, grid, align_corners=False)
     labels = F.grid_sample(labels[:, None].float(), grid, mode="nearest", align_corners=False)
-    for cube, rng in zip(cubes, rngs):
-        cube[:] = grey_levels(cube, rng, ranges)
+    cubes = torch.stack([grey_levels(cube, rng, ranges) for cube, rng in zip(cubes, rngs)])
     return cubes, labels[:, 0].to(torch.uint8)
 
 
 def augment_crops(crops, rngs, size=CROP, ranges=CROP_RANGES):
-    """Crops (B, N, K, S, S) in 0..1: one geometry a sample; grey values of the slices only."""
+    """Crops (B, N, K, S, S) in 0..1: a sample moved as one, its slices regreyed, not its masks."""
     grid = draw_grid(rngs, ranges, (len(crops), 1, size, size), crops.device)
     moved = F.grid_sample(crops.flatten(1, 2), grid, align_corners=False)
-    moved = moved.unflatten(1, crops.shape[1:3])
+    moved = moved.unflatten(1, crops.shape[1:3])  # (B, N * K, S, S) -> (B, N, K, S, S)
     for slices, rng in zip(moved[:, :, :-1], rngs):
         slices[:] = grey_levels(slices.flatten(0, 1), rng, ranges).view_as(slices)
     return moved
@@ -966,53 +974,42 @@ def shuffle_order(crops, labels, rngs, share):
 
 
 # ======================================== Metric and folds =======================================
-# The competition's weighted log loss (lower is better), AUC, Dice, and folds.
 
 
 def element_losses(answers, labels):
     """Log loss of every answer, clipped as the competition does."""
-    p = np.clip(np.asarray(answers, np.float64), 1e-15, 1 - 1e-15)
-    return -np.where(np.asarray(labels) > 0, np.log(p), np.log1p(-p))
+    right = np.where(labels, answers, 1 - np.asarray(answers))
+    return -np.log(np.clip(right, 1e-15, 1))
 
 
 def competition_scores(answers, labels):
-    """(per study, per column) score of (N, 8) answers: sum(w * loss) / sum(w) of each study, mean.
-
-    The second form divides by the weights of a column first; the page can be read either way.
-    """
-    loss = element_losses(answers, labels)
-    weight = np.where(np.asarray(labels) > 0, POSITIVE_FACTOR, 1.0)
+    """Mean of sum(w * loss) / sum(w) over studies, and over columns, of (N, 8) answers."""
+    loss, weight = element_losses(answers, labels), np.where(labels, POSITIVE_FACTOR, 1.0)
     study = np.average(loss, 1, weight * TARGET_WEIGHTS).mean()
     column = np.average(np.average(loss, 0, weight), weights=TARGET_WEIGHTS)
-    return float(study), float(column)
+    return study, column
 
 
 def auc(answers, labels):
-    """Area under the ROC curve, ties count half (Mann-Whitney); NaN with one class only."""
+    """Area under the ROC curve, ties counting half; NaN with one class only."""
     positive = np.asarray(labels) > 0
     n, m = positive.sum(), (~positive).sum()
-    rank = pd.Series(np.asarray(answers, np.float64)).rank()[positive].sum()
+    rank = pd.Series(answers, dtype=float).rank()[positive].sum()
     return float((rank - n * (n + 1) / 2) / (n * m)) if n and m else math.nan
 
 
 def dice_scores(probability, labels):
     """Dice (7,) of masks at 0.5; NaN for a vertebra that labels (D, D, D) do not hold."""
-    out = np.full(7, np.nan)
-    for v in range(7):
-        mask, truth = probability[v] > 0.5, labels == v + 1
-        if truth.any():
-            out[v] = 2 * (mask & truth).sum() / (mask.sum() + truth.sum())
-    return out
+    mask, truth = probability > 0.5, labels == np.arange(1, 8)[:, None, None, None]
+    overlap, found, size = (x.sum((1, 2, 3)) for x in (mask & truth, mask, truth))
+    return np.where(size, 2 * overlap / np.maximum(found + size, 1), np.nan)
 
 
 def assign_folds(table, folds, masked):
-    """uid -> fold, stratified by mask, patient and number of fractures.
-
-    Within a stratum by a hash of the uid: the same on every machine and in any order of rows.
-    """
-    fractures = table[list(VERTEBRAE)].sum(axis=1).clip(upper=2)
-    keys = sorted((uid in masked, overall, n, hashlib.sha256(uid.encode()).digest(), uid)
-                  for uid, overall, n in zip(table[STUDY], table.patient_overall, fractures))
+    """uid -> fold: strata by mask, patient, number of fractures; within one by the uid's hash."""
+    uids, fractures = table[STUDY], table[list(VERTEBRAE)].sum(axis=1).clip(upper=2)
+    hashes = [hashlib.sha256(uid.encode()).digest() for uid in uids]
+    keys = sorted(zip(uids.isin(list(masked)), table.patient_overall, fractures, hashes, uids))
     return {uid: k % folds for k, (*_, uid) in enumerate(keys)}
 
 
