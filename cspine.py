@@ -1447,40 +1447,38 @@ def predict_studies(images, out, rows, todo, ensemble, options, stop, workers):
 
 
 # ============================================ Decoding ===========================================
-# In: a DICOM data set. Out: its stored values. The trap: headers lie, so every size is checked
-# before memory is taken.
+# In: a DICOM data set. Out: its stored values. The trap: headers lie, so every size is checked.
 
-MAX_EDGE, MAX_FILE_BYTES = 4096, 2**29  # rows, columns or frames; all decoded pixels of one file
+MAX_EDGE, MAX_BITS = 4096, 2**32  # rows, columns or frames; all decoded pixels of one file
 MAX_JPEG_2000 = 2**20, 99, 9  # pixels, layers, levels: hostile ones cost OpenJPEG gigabytes
 CHUNK, GUARD = 2**15, 66  # bytes of a JPEG handled at once; those a jump may reach beyond
-STRIDE = 8  # codes a jump; a code has at most 31 bits, so that a jump fits a byte
 NO_CODE = 32  # category of bits that are no Huffman code: T.81 ends at 16
 HALVES = {1: (2, 0, 0), 2: (0, 2, 0), 3: (0, 0, 2), 4: (2, 2, -2),  # of left, above, corner
           5: (2, 1, -1), 6: (1, 2, -1), 7: (1, 1, 0)}  # by predictor (T.81 table H.1)
 
 
 @study_errors("pixel data")
-def decode_pixels(dataset):
-    """Stored values (frames, rows, columns) of a DICOM file, 16 or 32 bits; else StudyError."""
-    shape = (int(dataset.get("NumberOfFrames") or 1), dataset.Rows, dataset.Columns)
-    samples, allocated = dataset.get("SamplesPerPixel", 1), dataset.BitsAllocated
-    stored = dataset.get("BitsStored") or allocated
+def decode_pixels(data):
+    """Stored values (frames, rows, columns) of a DICOM data set, 16 or 32 bits."""
+    shape = int(data.get("NumberOfFrames") or 1), data.Rows, data.Columns
+    samples, allocated = data.get("SamplesPerPixel", 1), data.BitsAllocated
+    stored = data.get("BitsStored") or allocated
     if samples != 1 or allocated not in (8, 16, 32) or not 1 <= stored <= allocated:
         raise StudyError(f"{samples} samples of {stored} bits in {allocated}: not a CT slice")
-    if min(shape) < 1 or max(shape) > MAX_EDGE or np.prod(shape) * allocated > 8 * MAX_FILE_BYTES:
+    if min(shape) < 1 or max(shape) > MAX_EDGE or math.prod(shape) * allocated > MAX_BITS:
         raise StudyError(f"absurd size: frames, rows, columns = {shape}")
-    syntax = UID(dataset.file_meta.get("TransferSyntaxUID", ImplicitVRLittleEndian))
+    syntax = UID(data.file_meta.get("TransferSyntaxUID", ImplicitVRLittleEndian))
     if syntax in JPEG2000TransferSyntaxes:
-        words = _each_frame(dataset.PixelData, shape, _jpeg_2000)
+        words = _each_frame(data.PixelData, shape, _jpeg_2000)
     elif syntax.is_little_endian and not syntax.is_encapsulated:
-        words = np.frombuffer(dataset.PixelData, f"<u{allocated // 8}", np.prod(shape))
+        words = np.frombuffer(data.PixelData, f"<u{allocated // 8}", math.prod(shape))
     elif get_decoder(syntax).is_available:  # big endian and RLE always, others by a plug-in
-        words = pixel_array(dataset, raw=True)
+        words = pixel_array(data, raw=True)
     elif syntax in (JPEGLossless, JPEGLosslessSV1):
-        words = _each_frame(dataset.PixelData, shape, decode_lossless_jpeg)
+        words = _each_frame(data.PixelData, shape, decode_lossless_jpeg)
     else:
         raise StudyError(f"{syntax.name}: pip install pylibjpeg pylibjpeg-libjpeg")
-    size, kind = max(2, words.itemsize), "i" if dataset.get("PixelRepresentation") == 1 else "u"
+    size, kind = max(2, words.itemsize), "i" if data.get("PixelRepresentation") == 1 else "u"
     spare = 8 * size - stored  # bits above the pixel, which may hold overlays
     return (words.reshape(shape).astype(f"u{size}") << spare).view(f"{kind}{size}") >> spare
 
@@ -1488,8 +1486,8 @@ def decode_pixels(dataset):
 def _each_frame(data, shape, decode):
     """Encapsulated frames, however split over items, as 16-bit words."""
     out, frames = np.empty(shape, np.uint16), generate_frames(data, number_of_frames=shape[0])
-    for target in out:
-        words = decode(next(frames))
+    for target, frame in zip(out, frames, strict=True):
+        words = decode(frame)
         if words.shape != target.shape:
             raise StudyError(f"JPEG of {words.shape} pixels, header of {target.shape}")
         target[:] = words
@@ -1501,16 +1499,13 @@ def _jpeg_2000(jpeg):
     stream = bytearray(jpeg[max(0, jpeg.find(b"\xff\x4f\xff\x51")):])  # without JP2 boxes
     width, height, components, depth = struct.unpack_from(">2I24xHB", stream, 8)
     layers, levels = struct.unpack_from(">HxB", stream, stream.find(b"\xff\x52") + 6)
-    size = width * height, layers, levels
-    if components != 1 or depth % 128 > 15 or any(np.greater(size, MAX_JPEG_2000)):
-        raise StudyError(f"JPEG 2000 of {components} components, {depth % 128 + 1} bits, "
-                         f"{height}x{width}, {layers} layers, {levels} levels")
-    stream[42] = depth % 128  # OpenCV refuses signed images; unsigned, it adds half the range
+    size, bits, signed = (width * height, layers, levels), depth % 128 + 1, depth > 127
+    if components != 1 or bits > 16 or any(np.greater(size, MAX_JPEG_2000)):
+        raise StudyError(f"JPEG 2000 of {components} x {bits} bits, {size} pixels, layers, levels")
+    stream[42] = bits - 1  # OpenCV refuses signed images; unsigned, it adds half the range
     cv2.utils.logging.setLogLevel(0)  # else OpenCV prints a line a slice
     words = cv2.imdecode(np.frombuffer(stream, np.uint8), cv2.IMREAD_UNCHANGED)
-    if words is None:
-        raise StudyError("broken JPEG 2000")
-    return words.astype(np.uint16) - np.uint16(1 << depth % 128 if depth > 127 else 0)
+    return words.astype(np.uint16) - np.uint16(signed << bits - 1)
 
 
 @study_errors("pixel data")
@@ -1524,7 +1519,7 @@ def decode_lossless_jpeg(data):
         while data[at + 1] == 0xFF:  # fill bytes
             at += 1
         marker, length = struct.unpack_from(">HH", data, at)
-        segments[marker] = body = data[at + 4:at + 2 + length]
+        segments[marker] = body = data[at + 4 : at + 2 + length]
         at += 2 + length
         while marker == 0xFFC4 and body:
             end = 17 + sum(body[1:17])
@@ -1534,8 +1529,8 @@ def decode_lossless_jpeg(data):
     restart = int.from_bytes(segments.get(0xFFDD, b""), "big")
     if components != 1 or predictor not in HALVES or not shift < bits <= 16 or restart % columns:
         raise StudyError("not a JPEG Lossless stream of one component")
-    if max(rows, columns) > MAX_EDGE or rows * columns > 8 * len(data):
-        raise StudyError(f"JPEG of absurd size {rows}x{columns} in {len(data)} bytes")
+    if rows * columns > 8 * len(data):  # a sample takes a bit
+        raise StudyError(f"JPEG of {rows}x{columns} in {len(data)} bytes")
     scan = re.sub(rb"\xff+(?=\xff)", b"", data[at:])  # fill bytes
     scan = re.split(rb"\xff[^\x00\xd0-\xd7]", scan, maxsplit=1)[0]
     intervals = re.split(rb"\xff[\xd0-\xd7]", scan)
@@ -1563,8 +1558,8 @@ def _code_tables(table):
 def _differences(coded, count, category_of, advance_of):
     """The `count` differences of one restart interval.
 
-    At every bit: how far the next code is, then by doubling the eighth next. Only these jumps
-    are walked one by one; the codes between them are looked up for all jumps at once.
+    At every bit: how far the next code is, then by doubling the eighth next (a byte holds it:
+    codes end at 31 bits). Only these jumps are walked; the codes between are looked up at once.
     """
     coded, at, found = coded[:4 * count], 0, []
     stream = np.frombuffer(coded + bytes(GUARD), np.uint8)
@@ -1581,9 +1576,9 @@ def _differences(coded, count, category_of, advance_of):
             at += jumps[at]
         at -= end
         codes = [np.array(starts, int)]
-        for _ in range(STRIDE):
+        for _ in range(8):
             codes.append(codes[-1] + advance.take(codes[-1]))
-        codes = np.stack(codes, 1)  # (jumps, STRIDE + 1): each starts where the one before ends
+        codes = np.stack(codes, 1)  # (jumps, 9): each starts where the one before ends
         category = category_of.take(windows.take(codes[:, :-1]))
         category[codes[:, 1:] > 8 * (len(coded) - first)] = NO_CODE
         extra = category % 16
