@@ -310,19 +310,19 @@ def read_frame(data, number, stored):
     row, column = numbers("ImageOrientationPatient", 1, 0, 0, 0, 1, 0).reshape(2, 3)
     height, width = numbers("PixelSpacing", 0, 0)
     position = numbers("ImagePositionPatient", *[math.nan] * 3)
-    place = np.array([position, column * height, row * width])
-    if not np.isfinite(place).all() or not np.cross(*place[1:]).any():
+    place, normal = np.array([position, column * height, row * width]), np.cross(row, column)
+    if not (min(height, width) > 0 and np.abs(place).max() < 1e6 and 0.9 < normal @ normal < 1.1):
         raise StudyError("no PixelSpacing, ImagePositionPatient or ImageOrientationPatient")
     if not own:  # plain multi-frame
         step = numbers("SpacingBetweenSlices", *numbers("SliceThickness", 1))
-        place[0] += np.cross(row, column) * step * number
+        place[0] += normal * step * number
     slope, intercept = numbers("RescaleSlope", 1), numbers("RescaleIntercept", 0)
     hu = np.rint(stored * slope.astype(np.float32) + intercept.astype(np.float32))
     pages = mmap.mmap(-1, 2 * hu.size, mmap.MAP_PRIVATE)  # unlike malloc's, free when let go
     plane = np.frombuffer(pages, np.int16).reshape(hu.shape)
     plane[:] = hu.clip(AIR_HU, 32767)
-    series = data.get("SeriesInstanceUID"), hu.shape, *np.rint(place[1:].ravel() / SAME_STEP_MM)
-    return series, place, plane
+    steps = np.rint(place[1:].ravel() / SAME_STEP_MM)
+    return (str(data.get("SeriesInstanceUID")), hu.shape, *steps), place, plane
 
 
 @study_errors("damaged or unreadable")
@@ -364,16 +364,20 @@ def one_series(stacks, problems):
     order = np.argsort(mm, kind="stable")
     order = order[np.diff(mm[order], prepend=-np.inf) > 0.01]
     run = max(np.split(order, np.flatnonzero(np.diff(mm[order]) > MAX_GAP_MM) + 1), key=len)
-    left_out = {"of another series or size": total - len(places), "beyond a gap": len(order) - len(run),
-                "at duplicated positions": len(places) - len(order)}
+    left_out = {"of another series or size": total - len(places),
+                "at duplicated positions": len(places) - len(order),
+                "beyond a gap": len(order) - len(run)}
     problems += [f"{count} images {what} left out" for what, count in left_out.items() if count]
-    mm, steps = mm[run], np.arange(len(run))
+    places, mm, steps = places[run], mm[run], np.arange(len(run))
     step = np.median(np.diff(mm)) if len(run) > 1 else 1
     even = np.linspace(mm[0], mm[-1], round(np.ptp(mm) / step) + 1)
     if len(even) != len(mm) or np.abs(mm - even).max() > 0.25 * step:
         problems.append(f"uneven positions: {len(mm)} slices put on {len(even)} even ones")
         steps = np.interp(even, mm, steps)
-    return places[run], [planes[k] for k in run], steps
+    straight = np.ptp(mm) / (np.linalg.norm(places[-1, 0] - places[0, 0]) or 1)
+    if len(run) > 1 and straight < 0.999:
+        problems.append(f"gantry tilted by {math.degrees(math.acos(straight)):.0f} degrees")
+    return places, [planes[k] for k in run], steps
 
 
 def head_first(shape, affine):
@@ -390,6 +394,7 @@ def head_first(shape, affine):
     return hu, slices.transpose(np.argsort(axes)), affine
 
 
+@study_errors("no readable study")
 def read_volume(folder, workers=2, give_up=lambda: False):
     """One CT study, head first, in Hounsfield units, on `workers` threads.
 
@@ -400,15 +405,11 @@ def read_volume(folder, workers=2, give_up=lambda: False):
     places, planes, steps = one_series(stacks, problems) if stacks else ((), (), ())
     if len(planes) < MIN_SLICES or len(steps) * planes[0].size > MAX_VOXELS:
         found = f"{folder}: {len(planes)} usable slices of at least {MIN_SLICES}"
-        raise StudyError("; ".join([found, *problems[:1]]))
+        raise StudyError("; ".join([found, *problems[-1:]]))
     stacks.clear()
-    (position, column, row), span = places[0], places[-1, 0] - places[0, 0]
-    normal = np.cross(column, row)
-    straight = abs(normal @ span) / np.linalg.norm(normal) / np.linalg.norm(span)
-    if straight < 0.999:
-        problems.append(f"gantry tilted by {math.degrees(math.acos(straight)):.0f} degrees")
+    (position, column, row), last = places[0], places[-1, 0]
     affine = np.eye(4)
-    affine[:3] = np.c_[span / (len(steps) - 1), column, row, position]
+    affine[:3] = np.c_[(last - position) / (len(steps) - 1), column, row, position]
     hu, slices, affine = head_first((len(steps), *planes[0].shape), affine)
     for k, at in enumerate(steps):
         below = min(int(at), len(planes) - 2)
@@ -440,24 +441,30 @@ def nifti_affine(shape, zooms, forms, quaternion, rows):
 
 
 def read_nifti(path):
-    """(stored labels (I, J, K), (slope, intercept), voxel from LPS mm) of .nii or .nii.gz."""
+    """(labels uint8 (I, J, K), voxel from LPS mm) of a .nii or .nii.gz file."""
     with study_errors(f"{path}: not a whole NIfTI-1 mask in one file"):
         raw = Path(path).read_bytes()
         if raw[:2] == b"\x1f\x8b":
             raw = zlib.decompressobj(31).decompress(raw, MAX_VOXELS)
         order = "<" if raw[:2] == b"\x5c\x01" else ">"
         head = struct.unpack_from(order + "i36x8h14xh4x8f3f132x2h6f12f16x3s", raw)
-        rank, shape, (start, *scale) = head[1], head[2:5], head[18:21]
+        rank, shape, (start, slope, intercept) = head[1], head[2:5], head[18:21]
         if head[0] != 348 or head[-1] != b"n+1" or start < 348:
             raise ValueError(f"its magic is {head[-1]}")
         if not 3 <= rank <= 7 or max((1, *head[5 : rank + 2])) > 1:
             raise ValueError("not one 3-D image")
-        labels = np.ndarray(shape, order + NIFTI_TYPES[head[9]], raw, int(start), order="F")
+        stored = np.ndarray(shape, order + NIFTI_TYPES[head[9]], raw, int(start), order="F")
         affine = nifti_affine(shape, head[10:18], head[21:23], head[23:29], head[29:41])
         voxel_from_lps = np.linalg.inv(affine) * (-1, -1, 1, 1)
         if not np.isfinite(voxel_from_lps).all():
             raise ValueError("it has no place")
-    return labels, scale if math.isfinite(scale[0]) and scale[0] else (1, 0), voxel_from_lps
+    if not math.isfinite(slope) or slope == 0:
+        slope, intercept = 1, 0
+    labels = np.empty(shape, np.uint8, order="F")
+    for plane, values in zip(labels.T, stored.T):
+        values = values * slope + intercept
+        plane[:] = np.where((values > 0) & (values < 255), np.rint(values), 0)
+    return labels, voxel_from_lps
 
 
 def read_mask(path, volume, shape=None):
@@ -465,19 +472,15 @@ def read_mask(path, volume, shape=None):
 
     Nearest label, 0 outside; `shape`: of a coarser grid. StudyError for another format.
     """
-    labels, (slope, intercept), voxel_from_lps = read_nifti(path)
+    labels, voxel_from_lps = read_nifti(path)
     out = np.zeros(shape or volume.hu.shape, np.uint8)
-    scale = np.divide(volume.hu.shape, out.shape)
-    voxel_from_cell = np.diag([*scale, 1.0])
-    voxel_from_cell[:3, 3] = scale / 2 - 0.5
-    matrix = (voxel_from_lps @ volume.affine @ voxel_from_cell)[:3]
-    y, x = np.ogrid[: out.shape[1], : out.shape[2]]
-    first = np.array([m[1] * y + m[2] * x + m[3] + 0.5 for m in matrix])  # (3, Y, X)
-    for z, plane in enumerate(out):
-        at = np.floor(first + matrix[:, :1, None] * z).astype(int)
+    matrix = (voxel_from_lps @ volume.affine)[:3, :, None, None]
+    z, y, x = ((np.arange(n) + 0.5) * m / n - 0.5 for m, n in zip(volume.hu.shape, out.shape))
+    flat = matrix[:, 1] * y[:, None] + matrix[:, 2] * x + matrix[:, 3] + 0.5  # (3, Y, X)
+    for plane, above in zip(out, z):
+        at = np.floor(flat + matrix[:, 0] * above).astype(int)
         inside = ((at >= 0) & (at < np.reshape(labels.shape, (3, 1, 1)))).all(0)
-        found = labels[tuple(at[:, inside])] * slope + intercept
-        plane[inside] = np.where((found > 0) & (found < 255), np.rint(found), 0)
+        plane[inside] = labels[tuple(at[:, inside])]
     return out
 
 
