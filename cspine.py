@@ -31,6 +31,7 @@ import copy
 import hashlib
 import json
 import math
+import mmap
 import os
 import re
 import resource
@@ -83,6 +84,7 @@ AIR_HU = -1024  # padding outside the scanner's circle lies below it
 SEGMENTER_WINDOW, BONE_WINDOW = (300, 1600), (500, 2000)  # (level, width) HU: cube, crops
 MIN_SLICES, MAX_VOXELS = 16, 2**30  # fewer are no study, more do not fit a notebook
 MAX_GAP_MM = 30.0  # a longer hole along the normal separates two series
+SAME_STEP_MM = 0.0031  # within a series; odd, so that no usual spacing lies on the edge
 ENCODER_STRIDE = 16  # four encoder levels at strides 2, 4, 8, 16
 MASK_THRESHOLDS = (0.2, 0.05)  # first place's: the second when the first leaves nothing
 MIN_CELLS, BOX_MARGIN = 12, 1.0  # cube cells: fewer are no vertebra; around a box (first place)
@@ -289,168 +291,130 @@ def study_errors(where):
         raise StudyError(f"{where}: {reason}") from error
 
 
-def read_frame(dataset, frame, stored):
-    """(series, place, int16 (Y, X) HU) of one frame. StudyError if it cannot be placed.
+def read_frame(data, number, stored):
+    """(key of its series, place (3, 3), HU int16 (Y, X)) of one frame.
 
-    `place` (11,): first voxel's centre, direction of a row, of a column (LPS), row and column mm.
+    `place`, LPS mm: the first voxel's centre, the step to the next row, to the next column.
     """
-    shared = dataset.get("SharedFunctionalGroupsSequence") or []
-    own = dataset.get("PerFrameFunctionalGroupsSequence") or []
-    groups = [*shared[:1], *own[frame : frame + 1]]
+    own = data.get("PerFrameFunctionalGroupsSequence") or []
+    groups = [*(data.get("SharedFunctionalGroupsSequence") or []), *own[number : number + 1]]
     tags = {part.keyword: part.value for group in groups for part in group.iterall()}
 
     def numbers(keyword, *default):
-        value = tags.get(keyword, dataset.get(keyword))
-        try:
-            values = np.array(value, float).ravel()
-        except (TypeError, ValueError):
-            return default
-        return values if len(values) == len(default) and np.isfinite(values).all() else default
+        with contextlib.suppress(TypeError, ValueError):
+            values = np.array(tags.get(keyword, data.get(keyword)), float).ravel()
+            if len(values) == len(default) and np.isfinite(values).all():
+                return values
+        return np.array(default, float)
 
-    spacing = numbers("PixelSpacing", 0, 0)
+    row, column = numbers("ImageOrientationPatient", 1, 0, 0, 0, 1, 0).reshape(2, 3)
+    height, width = numbers("PixelSpacing", 0, 0)
     position = numbers("ImagePositionPatient", *[math.nan] * 3)
-    directions = numbers("ImageOrientationPatient", 1, 0, 0, 0, 1, 0)
-    normal = np.cross(directions[:3], directions[3:])
-    if min(spacing) <= 0 or math.isnan(position[0]) or not 0.81 < normal @ normal < 1.21:
+    place, normal = np.array([position, column * height, row * width]), np.cross(row, column)
+    if not (min(height, width) > 0 and np.abs(place).max() < 1e6 and 0.9 < normal @ normal < 1.1):
         raise StudyError("no PixelSpacing, ImagePositionPatient or ImageOrientationPatient")
     if not own:  # plain multi-frame
-        step, = numbers("SpacingBetweenSlices", *numbers("SliceThickness", 1))
-        position = position + normal * step * frame
-    slope, = numbers("RescaleSlope", 1.0)
-    intercept, = numbers("RescaleIntercept", 0.0)
-    if slope == 1 and intercept.is_integer() and abs(intercept) < 2**20:
-        hu = stored + np.int32(intercept)
-    else:
-        hu = np.rint(stored * slope + intercept)
-    padding, = numbers("PixelPaddingValue", None)
-    if padding is not None:  # the tag's own sign need not be that of the pixels
-        hu[stored.astype(np.uint16) == int(padding) & 0xFFFF] = AIR_HU
-    hu = np.clip(hu, AIR_HU, 32767).astype(np.int16)
-    return str(dataset.get("SeriesInstanceUID", "")), [*position, *directions, *spacing], hu
+        step = numbers("SpacingBetweenSlices", *numbers("SliceThickness", 1))
+        place[0] += normal * step * number
+    slope, intercept = numbers("RescaleSlope", 1), numbers("RescaleIntercept", 0)
+    hu = np.rint(stored * slope.astype(np.float32) + intercept.astype(np.float32))
+    pages = mmap.mmap(-1, 2 * hu.size, mmap.MAP_PRIVATE)  # unlike malloc's, free when let go
+    plane = np.frombuffer(pages, np.int16).reshape(hu.shape)
+    plane[:] = hu.clip(AIR_HU, 32767)
+    steps = np.rint(place[1:].ravel() / SAME_STEP_MM)
+    return (str(data.get("SeriesInstanceUID")), hu.shape, *steps), place, plane
 
 
 @study_errors("damaged or unreadable")
 def read_slices(path):
-    """[read_frame of each frame] of one file, opened once. StudyError says why there is none."""
-    try:
-        dataset = pydicom.dcmread(path)
-    except pydicom.errors.InvalidDicomError:
-        raise StudyError("not DICOM" if os.path.getsize(path) else "empty file") from None
-    return [read_frame(dataset, k, image) for k, image in enumerate(decode_pixels(dataset))]
+    """[read_frame of each frame] of one file, opened once."""
+    if not os.path.isfile(path):
+        raise StudyError("no plain file")
+    data = pydicom.dcmread(path, force=True)
+    return [read_frame(data, number, stored) for number, stored in enumerate(decode_pixels(data))]
 
 
 def decode_study(folder, workers, give_up):
-    """(stacks, problems): (places, HU (N, Y, X)) of each series, orientation, spacing and size."""
-    try:
-        entries = list(os.scandir(folder))
-    except OSError as error:
-        raise StudyError(f"{folder}: {error.strerror}") from None
-    files = [Path(entry.path) for entry in entries if entry.is_file()]
-    files.sort(key=lambda path: (len(path.name), path.name))  # mostly spatial order already
-    stacks = {}
-    problems = [f"{e.name}: no plain file; left out" for e in entries if not e.is_file()]
+    """({series: [(place, HU), ...]}, problems)."""
+    with study_errors(folder):
+        files = sorted(sorted(Path(folder).iterdir()), key=lambda path: len(path.name))
+    stacks, problems, voxels = {}, [], 0
     for path, future in prefetch(read_slices, files, workers, 4 * max(1, workers)):
         if give_up():
             raise StudyError("out of time while reading")
         try:
             for series, place, hu in future.result():
-                key = series, hu.shape, *np.round(place[3:9], 2), *np.round(place[9:], 3)
-                places, stack = stacks.setdefault(key, ([], np.empty((0, *hu.shape), np.int16)))
-                if (len(places) + 1) * hu.size > MAX_VOXELS:
-                    raise MemoryError
-                places.append(place)
-                stack.resize((len(places), *hu.shape), refcheck=False)  # moves pages, not bytes
-                stack[-1] = hu
+                stacks.setdefault(series, []).append((place, hu))
+                voxels += hu.size
         except StudyError as error:
             problems.append(f"{path.name}: {error}; left out")
-        except MemoryError:
-            raise StudyError(f"more than {MAX_VOXELS} voxels, or than memory holds") from None
-    return list(stacks.values()), problems
+        if voxels > MAX_VOXELS:
+            raise StudyError(f"{folder}: more than {MAX_VOXELS} voxels")
+    return stacks, problems
 
 
 def one_series(stacks, problems):
-    """(places, HU, mm along their normal): the largest stack, head (front, right) first.
+    """The largest stack in order: places (N, 3, 3), planes, where even steps lie among these.
 
-    No position twice, nothing beyond a gap.
+    No position twice, nothing beyond a gap; missing slices are filled by position, not by index.
     """
-    places, hu = max(stacks, key=lambda stack: len(stack[0]))
-    places, total = np.array(places), sum(len(stack[0]) for stack in stacks)
-    normal = np.cross(places[0, 3:6], places[0, 6:9])
-    axis = np.abs(normal).argmax()
-    normal *= np.sign(normal[axis]) * (1, 1, -1)[axis]  # to the left, the back, the feet
-    distance = places[:, :3] @ normal
-    order = np.argsort(distance, kind="stable")
-    order = order[np.diff(distance[order], prepend=-np.inf) > 0.01]
-    runs = np.split(order, np.flatnonzero(np.diff(distance[order]) > MAX_GAP_MM) + 1)
-    run = max(runs, key=len)
-    for count, what in ((total - len(places), "of another series or size"),
-                        (len(places) - len(order), "at duplicated positions"),
-                        (len(order) - len(run), "beyond a gap")):
-        if count:
-            problems.append(f"{count} images {what} left out")
-    for i, k in enumerate(run):  # hu[run] would hold the volume twice
-        while k < i:  # its content was swapped away before
-            k = run[k]
-        if k != i:
-            hu[[i, k]] = hu[[k, i]]
-    return places[run], hu[: len(run)], distance[run]
+    total, (places, planes) = sum(map(len, stacks.values())), zip(*max(stacks.values(), key=len))
+    places, normal = np.array(places), np.cross(*places[0][1:])
+    mm = places[:, 0] @ normal / np.linalg.norm(normal)
+    order = np.argsort(mm, kind="stable")
+    order = order[np.diff(mm[order], prepend=-np.inf) > 0.01]
+    run = max(np.split(order, np.flatnonzero(np.diff(mm[order]) > MAX_GAP_MM) + 1), key=len)
+    left_out = {"of another series or size": total - len(places),
+                "at duplicated positions": len(places) - len(order),
+                "beyond a gap": len(order) - len(run)}
+    problems += [f"{count} images {what} left out" for what, count in left_out.items() if count]
+    places, mm, steps = places[run], mm[run], np.arange(len(run))
+    step = np.median(np.diff(mm)) if len(run) > 1 else 1
+    even = np.linspace(mm[0], mm[-1], round(np.ptp(mm) / step) + 1)
+    if len(even) != len(mm) or np.abs(mm - even).max() > 0.25 * step:
+        problems.append(f"uneven positions: {len(mm)} slices put on {len(even)} even ones")
+        steps = np.interp(even, mm, steps)
+    straight = np.ptp(mm) / (np.linalg.norm(places[-1, 0] - places[0, 0]) or 1)
+    if len(run) > 1 and straight < 0.999:
+        problems.append(f"gantry tilted by {math.degrees(math.acos(straight)):.0f} degrees")
+    return places, [planes[k] for k in run], steps
 
 
-def fill_gaps(hu, distance, problems):
-    """HU on even positions: missing slices are interpolated by position, not by index."""
-    gaps = np.diff(distance)
-    step = np.median(gaps)
-    if np.abs(gaps - step).max() <= 0.25 * step:
-        return hu
-    count = round((distance[-1] - distance[0]) / step) + 1
-    if count * hu[0].size > MAX_VOXELS:
-        raise StudyError("positions too uneven to fill")
-    problems.append(f"uneven positions: {len(hu)} slices put on {count} even ones")
-    filled = np.empty((count, *hu.shape[1:]), np.int16)
-    even = np.linspace(distance[0], distance[-1], count)
-    for k, at in enumerate(np.interp(even, distance, range(len(hu)))):
-        below = min(int(at), len(hu) - 2)
-        filled[k] = cv2.addWeighted(hu[below], below + 1 - at, hu[below + 1], at - below, 0)
-    return filled
-
-
-def reorient(hu, affine):
-    """(hu, affine) with axes head to foot, front to back, right to left."""
+def head_first(shape, affine):
+    """(empty HU, the same memory in the axes of `affine`, affine of the HU), as in Volume."""
     size = np.abs(affine[2::-1, :3]) / np.linalg.norm(affine[:3, :3], axis=0)  # (z y x, old axis)
     axes = max(permutations(range(3)), key=lambda axes: size[range(3), axes].sum())
-    hu, affine = hu.transpose(axes), affine[:, [*axes, 3]]
+    affine = affine[:, [*axes, 3]]
+    hu = slices = np.empty([shape[k] for k in axes], np.int16)
     for k in range(3):
         if affine[2 - k, k] * (-1, 1, 1)[k] < 0:
-            hu = np.flip(hu, k)
+            slices = np.flip(slices, k)
             affine[:, 3] += affine[:, k] * (hu.shape[k] - 1)
             affine[:, k] *= -1
-    return np.ascontiguousarray(hu), affine
+    return hu, slices.transpose(np.argsort(axes)), affine
 
 
+@study_errors("no readable study")
 def read_volume(folder, workers=2, give_up=lambda: False):
-    """One CT study, head first, in Hounsfield units.
+    """One CT study, head first, in Hounsfield units, on `workers` threads.
 
-    Ordered by position along the slice normal (PS3.3 C.7.6.2.1.1); each file is decoded once, on
-    `workers` threads. StudyError, nothing else: under MIN_SLICES usable, or give_up() is true.
+    Ordered by position along the slice normal (PS3.3 C.7.6.2.1.1).
+    StudyError, nothing else: under MIN_SLICES usable, or give_up() is true.
     """
     stacks, problems = decode_study(folder, workers, give_up)
-    count = sum(len(places) for places, _ in stacks)
-    if count >= MIN_SLICES:
-        places, hu, distance = one_series(stacks, problems)
-        count = len(places)
-    if count < MIN_SLICES:
-        why = f" ({problems[0]})" if problems else ""
-        raise StudyError(f"{count} usable slices of at least {MIN_SLICES} in {folder}{why}")
+    places, planes, steps = one_series(stacks, problems) if stacks else ((), (), ())
+    if len(planes) < MIN_SLICES or len(steps) * planes[0].size > MAX_VOXELS:
+        found = f"{folder}: {len(planes)} usable slices of at least {MIN_SLICES}"
+        raise StudyError("; ".join([found, *problems[-1:]]))
     stacks.clear()
-    hu = fill_gaps(hu, distance, problems)
-    position, row, column = places[0, :9].reshape(3, 3)
-    span = places[-1, :3] - position
-    affine = np.eye(4)  # columns: step to the next slice, row, column; first voxel
-    affine[:3] = np.c_[span / (len(hu) - 1), column * places[0, 9], row * places[0, 10], position]
-    straight = (distance[-1] - distance[0]) / np.linalg.norm(span)
-    if straight < 0.99:
-        problems.append(f"gantry tilted by {math.degrees(math.acos(straight)):.0f} degrees")
-    hu, affine = reorient(hu, affine)
+    (position, column, row), last = places[0], places[-1, 0]
+    affine = np.eye(4)
+    affine[:3] = np.c_[(last - position) / (len(steps) - 1), column, row, position]
+    hu, slices, affine = head_first((len(steps), *planes[0].shape), affine)
+    for k, at in enumerate(steps):
+        below = min(int(at), len(planes) - 2)
+        planes[:below] = [None] * below  # the volume is never held twice
+        slices[k] = cv2.addWeighted(planes[below], below + 1 - at, planes[below + 1], at - below, 0)
     spacing = tuple(np.linalg.norm(affine[:3, :3], axis=0).tolist())
     return Volume(Path(folder).name, hu, spacing, affine, tuple(problems))
 
@@ -459,48 +423,48 @@ NIFTI_TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u
                1024: "i8", 1280: "u8"}
 
 
-def nifti_affine(shape, zooms, form, quaternion, rows):
+def nifti_affine(shape, zooms, forms, quaternion, rows):
     """RAS mm from voxel (i, j, k, 1): sform, else qform (nifti1.h), else centred as nibabel."""
     affine = np.eye(4)
-    if form[1] > 0:
+    if forms[1] > 0:
         affine[:3] = np.reshape(rows, (3, 4))
-    elif form[0] > 0:
-        b, c, d, *origin = quaternion
+    elif forms[0] > 0:
+        b, c, d, *affine[:3, 3] = quaternion
         skew = np.array([[0, -d, c], [d, 0, -b], [-c, b, 0]])
         a = math.sqrt(max(0, 1 - b * b - c * c - d * d))
         turn = np.eye(3) + 2 * (a * skew + skew @ skew)
-        mirror = -1 if zooms[0] < 0 else 1
-        affine[:3] = np.c_[turn * zooms[1:4] * (1, 1, mirror), origin]
+        affine[:3, :3] = turn * zooms[1:4] * (1, 1, -1 if zooms[0] < 0 else 1)
     else:
-        zooms = np.multiply(zooms[1:4], (-1, 1, 1))
-        affine[:3] = np.c_[np.diag(zooms), -zooms * (np.array(shape) - 1) / 2]
+        affine[:3, :3] = np.diag(zooms[1:4]) * (-1, 1, 1)
+        affine[:3, 3] = affine[:3, :3] @ (1 - np.array(shape)) / 2
     return affine
 
 
 def read_nifti(path):
-    """(labels uint8 (I, J, K), LPS mm from voxel) of a NIfTI-1 file, .nii or .nii.gz."""
+    """(labels uint8 (I, J, K), voxel from LPS mm) of a .nii or .nii.gz file."""
     with study_errors(f"{path}: not a whole NIfTI-1 mask in one file"):
         raw = Path(path).read_bytes()
         if raw[:2] == b"\x1f\x8b":
-            raw = zlib.decompressobj(31).decompress(raw, MAX_VOXELS // 2)
+            raw = zlib.decompressobj(31).decompress(raw, MAX_VOXELS)
         order = "<" if raw[:2] == b"\x5c\x01" else ">"
         head = struct.unpack_from(order + "i36x8h14xh4x8f3f132x2h6f12f16x3s", raw)
-        rank, shape, others = head[1], head[2:5], head[5:9]
-        start, slope, intercept = head[18:21]
+        rank, shape, (start, slope, intercept) = head[1], head[2:5], head[18:21]
         if head[0] != 348 or head[-1] != b"n+1" or start < 348:
-            raise StudyError("magic")
-        if not 3 <= rank <= 7 or max([1, *others[: rank - 3]]) > 1:
-            raise StudyError("not one 3-D image")
-        kind = np.dtype(order + NIFTI_TYPES[head[9]])
-        data = np.ndarray(shape, kind, raw, int(start), order="F")
+            raise ValueError(f"its magic is {head[-1]}")
+        if not 3 <= rank <= 7 or max((1, *head[5 : rank + 2])) > 1:
+            raise ValueError("not one 3-D image")
+        stored = np.ndarray(shape, order + NIFTI_TYPES[head[9]], raw, int(start), order="F")
         affine = nifti_affine(shape, head[10:18], head[21:23], head[23:29], head[29:41])
-        affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # RAS -> LPS
-        np.linalg.inv(affine)
-        if math.isfinite(slope) and slope and (slope, intercept) != (1, 0):
-            data = data * slope + intercept
-    if data.dtype != np.uint8:
-        data = np.where((data > 0) & (data < 255), np.rint(data), 0).astype(np.uint8)
-    return data, affine
+        voxel_from_lps = np.linalg.inv(affine) * (-1, -1, 1, 1)
+        if not np.isfinite(voxel_from_lps).all():
+            raise ValueError("it has no place")
+    if not math.isfinite(slope) or slope == 0:
+        slope, intercept = 1, 0
+    labels = np.empty(shape, np.uint8, order="F")
+    for plane, values in zip(labels.T, stored.T):
+        values = values * slope + intercept
+        plane[:] = np.where((values > 0) & (values < 255), np.rint(values), 0)
+    return labels, voxel_from_lps
 
 
 def read_mask(path, volume, shape=None):
@@ -508,24 +472,29 @@ def read_mask(path, volume, shape=None):
 
     Nearest label, 0 outside; `shape`: of a coarser grid. StudyError for another format.
     """
-    labels, lps_from_labels = read_nifti(path)
+    labels, voxel_from_lps = read_nifti(path)
     out = np.zeros(shape or volume.hu.shape, np.uint8)
-    scale = np.divide(volume.hu.shape, out.shape)
-    voxel_from_cell = np.diag([*scale, 1.0])
-    voxel_from_cell[:3, 3] = scale / 2 - 0.5
-    matrix = np.linalg.inv(lps_from_labels) @ (volume.affine @ voxel_from_cell)
-    y, x = np.ogrid[: out.shape[1], : out.shape[2]]
-    for z, plane in enumerate(out):
-        at = [np.floor(m[0] * z + m[1] * y + m[2] * x + m[3] + 0.5)
-              for m in matrix[:3].astype(np.float32)]
-        inside = np.all([(i >= 0) & (i < n) for i, n in zip(at, labels.shape)], axis=0)
-        plane[inside] = labels[tuple(i[inside].astype(int) for i in at)]
+    matrix = (voxel_from_lps @ volume.affine)[:3, :, None, None]
+    z, y, x = ((np.arange(n) + 0.5) * m / n - 0.5 for m, n in zip(volume.hu.shape, out.shape))
+    flat = matrix[:, 1] * y[:, None] + matrix[:, 2] * x + matrix[:, 3] + 0.5  # (3, Y, X)
+    for plane, above in zip(out, z):
+        at = np.floor(flat + matrix[:, 0] * above).astype(int)
+        inside = ((at >= 0) & (at < np.reshape(labels.shape, (3, 1, 1)))).all(0)
+        plane[inside] = labels[tuple(at[:, inside])]
     return out
 
 
 def cube_labels(path, volume, size):
     """uint8 (D, D, D): the mask at the centres of the segmenter's cells."""
     return read_mask(path, volume, (size, size, size))
+
+
+def to_cells(image, rows, columns):
+    """The image averaged along an axis that gets shorter, interpolated along one that does not."""
+    for size in ((image.shape[1], rows), (columns, rows)):  # OpenCV's: width first
+        how = cv2.INTER_AREA if size <= image.shape[::-1] else cv2.INTER_LINEAR
+        image = cv2.resize(image, size, interpolation=how)
+    return image
 
 
 def segmenter_input(volume, size=128, window=SEGMENTER_WINDOW):
@@ -536,10 +505,8 @@ def segmenter_input(volume, size=128, window=SEGMENTER_WINDOW):
     low, high = window[0] - window[1] // 2, window[0] + window[1] // 2
     planes = np.empty((len(volume.hu), size * size), np.float32)  # (Z, D * D)
     for k, hu in enumerate(volume.hu):
-        plane = cv2.resize(np.clip(hu, low, high), (size, size), interpolation=cv2.INTER_AREA)
-        planes[k] = plane.ravel()
-    how = cv2.INTER_AREA if len(planes) > size else cv2.INTER_LINEAR
-    cube = cv2.resize(planes, (size * size, size), interpolation=how)  # (Z, D * D) -> (D, D * D)
+        planes[k] = to_cells(np.clip(hu, low, high).astype(np.float32), size, size).ravel()
+    cube = to_cells(planes, size, size * size)  # (Z, D * D) -> (D, D * D)
     return torch.from_numpy((cube.reshape(1, size, size, size) - low) / (high - low))
 
 
@@ -1480,40 +1447,38 @@ def predict_studies(images, out, rows, todo, ensemble, options, stop, workers):
 
 
 # ============================================ Decoding ===========================================
-# In: a DICOM data set. Out: its stored values. The trap: headers lie, so every size is checked
-# before memory is taken.
+# In: a DICOM data set. Out: its stored values. The trap: headers lie, so every size is checked.
 
-MAX_EDGE, MAX_FILE_BYTES = 4096, 2**29  # rows, columns or frames; all decoded pixels of one file
+MAX_EDGE, MAX_BITS = 4096, 2**32  # rows, columns or frames; all decoded pixels of one file
 MAX_JPEG_2000 = 2**20, 99, 9  # pixels, layers, levels: hostile ones cost OpenJPEG gigabytes
 CHUNK, GUARD = 2**15, 66  # bytes of a JPEG handled at once; those a jump may reach beyond
-STRIDE = 8  # codes a jump; a code has at most 31 bits, so that a jump fits a byte
 NO_CODE = 32  # category of bits that are no Huffman code: T.81 ends at 16
 HALVES = {1: (2, 0, 0), 2: (0, 2, 0), 3: (0, 0, 2), 4: (2, 2, -2),  # of left, above, corner
           5: (2, 1, -1), 6: (1, 2, -1), 7: (1, 1, 0)}  # by predictor (T.81 table H.1)
 
 
 @study_errors("pixel data")
-def decode_pixels(dataset):
-    """Stored values (frames, rows, columns) of a DICOM file, 16 or 32 bits; else StudyError."""
-    shape = (int(dataset.get("NumberOfFrames") or 1), dataset.Rows, dataset.Columns)
-    samples, allocated = dataset.get("SamplesPerPixel", 1), dataset.BitsAllocated
-    stored = dataset.get("BitsStored") or allocated
+def decode_pixels(data):
+    """Stored values (frames, rows, columns) of a DICOM data set, 16 or 32 bits."""
+    shape = int(data.get("NumberOfFrames") or 1), data.Rows, data.Columns
+    samples, allocated = data.get("SamplesPerPixel", 1), data.BitsAllocated
+    stored = data.get("BitsStored") or allocated
     if samples != 1 or allocated not in (8, 16, 32) or not 1 <= stored <= allocated:
         raise StudyError(f"{samples} samples of {stored} bits in {allocated}: not a CT slice")
-    if min(shape) < 1 or max(shape) > MAX_EDGE or np.prod(shape) * allocated > 8 * MAX_FILE_BYTES:
+    if min(shape) < 1 or max(shape) > MAX_EDGE or math.prod(shape) * allocated > MAX_BITS:
         raise StudyError(f"absurd size: frames, rows, columns = {shape}")
-    syntax = UID(dataset.file_meta.get("TransferSyntaxUID", ImplicitVRLittleEndian))
+    syntax = UID(data.file_meta.get("TransferSyntaxUID", ImplicitVRLittleEndian))
     if syntax in JPEG2000TransferSyntaxes:
-        words = _each_frame(dataset.PixelData, shape, _jpeg_2000)
+        words = _each_frame(data.PixelData, shape, _jpeg_2000)
     elif syntax.is_little_endian and not syntax.is_encapsulated:
-        words = np.frombuffer(dataset.PixelData, f"<u{allocated // 8}", np.prod(shape))
+        words = np.frombuffer(data.PixelData, f"<u{allocated // 8}", math.prod(shape))
     elif get_decoder(syntax).is_available:  # big endian and RLE always, others by a plug-in
-        words = pixel_array(dataset, raw=True)
+        words = pixel_array(data, raw=True)
     elif syntax in (JPEGLossless, JPEGLosslessSV1):
-        words = _each_frame(dataset.PixelData, shape, decode_lossless_jpeg)
+        words = _each_frame(data.PixelData, shape, decode_lossless_jpeg)
     else:
         raise StudyError(f"{syntax.name}: pip install pylibjpeg pylibjpeg-libjpeg")
-    size, kind = max(2, words.itemsize), "i" if dataset.get("PixelRepresentation") == 1 else "u"
+    size, kind = max(2, words.itemsize), "i" if data.get("PixelRepresentation") == 1 else "u"
     spare = 8 * size - stored  # bits above the pixel, which may hold overlays
     return (words.reshape(shape).astype(f"u{size}") << spare).view(f"{kind}{size}") >> spare
 
@@ -1521,8 +1486,8 @@ def decode_pixels(dataset):
 def _each_frame(data, shape, decode):
     """Encapsulated frames, however split over items, as 16-bit words."""
     out, frames = np.empty(shape, np.uint16), generate_frames(data, number_of_frames=shape[0])
-    for target in out:
-        words = decode(next(frames))
+    for target, frame in zip(out, frames, strict=True):
+        words = decode(frame)
         if words.shape != target.shape:
             raise StudyError(f"JPEG of {words.shape} pixels, header of {target.shape}")
         target[:] = words
@@ -1534,16 +1499,13 @@ def _jpeg_2000(jpeg):
     stream = bytearray(jpeg[max(0, jpeg.find(b"\xff\x4f\xff\x51")):])  # without JP2 boxes
     width, height, components, depth = struct.unpack_from(">2I24xHB", stream, 8)
     layers, levels = struct.unpack_from(">HxB", stream, stream.find(b"\xff\x52") + 6)
-    size = width * height, layers, levels
-    if components != 1 or depth % 128 > 15 or any(np.greater(size, MAX_JPEG_2000)):
-        raise StudyError(f"JPEG 2000 of {components} components, {depth % 128 + 1} bits, "
-                         f"{height}x{width}, {layers} layers, {levels} levels")
-    stream[42] = depth % 128  # OpenCV refuses signed images; unsigned, it adds half the range
+    size, bits, signed = (width * height, layers, levels), depth % 128 + 1, depth > 127
+    if components != 1 or bits > 16 or any(np.greater(size, MAX_JPEG_2000)):
+        raise StudyError(f"JPEG 2000 of {components} x {bits} bits, {size} pixels, layers, levels")
+    stream[42] = bits - 1  # OpenCV refuses signed images; unsigned, it adds half the range
     cv2.utils.logging.setLogLevel(0)  # else OpenCV prints a line a slice
     words = cv2.imdecode(np.frombuffer(stream, np.uint8), cv2.IMREAD_UNCHANGED)
-    if words is None:
-        raise StudyError("broken JPEG 2000")
-    return words.astype(np.uint16) - np.uint16(1 << depth % 128 if depth > 127 else 0)
+    return words.astype(np.uint16) - np.uint16(signed << bits - 1)
 
 
 @study_errors("pixel data")
@@ -1557,7 +1519,7 @@ def decode_lossless_jpeg(data):
         while data[at + 1] == 0xFF:  # fill bytes
             at += 1
         marker, length = struct.unpack_from(">HH", data, at)
-        segments[marker] = body = data[at + 4:at + 2 + length]
+        segments[marker] = body = data[at + 4 : at + 2 + length]
         at += 2 + length
         while marker == 0xFFC4 and body:
             end = 17 + sum(body[1:17])
@@ -1567,8 +1529,8 @@ def decode_lossless_jpeg(data):
     restart = int.from_bytes(segments.get(0xFFDD, b""), "big")
     if components != 1 or predictor not in HALVES or not shift < bits <= 16 or restart % columns:
         raise StudyError("not a JPEG Lossless stream of one component")
-    if max(rows, columns) > MAX_EDGE or rows * columns > 8 * len(data):
-        raise StudyError(f"JPEG of absurd size {rows}x{columns} in {len(data)} bytes")
+    if rows * columns > 8 * len(data):  # a sample takes a bit
+        raise StudyError(f"JPEG of {rows}x{columns} in {len(data)} bytes")
     scan = re.sub(rb"\xff+(?=\xff)", b"", data[at:])  # fill bytes
     scan = re.split(rb"\xff[^\x00\xd0-\xd7]", scan, maxsplit=1)[0]
     intervals = re.split(rb"\xff[\xd0-\xd7]", scan)
@@ -1596,8 +1558,8 @@ def _code_tables(table):
 def _differences(coded, count, category_of, advance_of):
     """The `count` differences of one restart interval.
 
-    At every bit: how far the next code is, then by doubling the eighth next. Only these jumps
-    are walked one by one; the codes between them are looked up for all jumps at once.
+    At every bit: how far the next code is, then by doubling the eighth next (a byte holds it:
+    codes end at 31 bits). Only these jumps are walked; the codes between are looked up at once.
     """
     coded, at, found = coded[:4 * count], 0, []
     stream = np.frombuffer(coded + bytes(GUARD), np.uint8)
@@ -1614,9 +1576,9 @@ def _differences(coded, count, category_of, advance_of):
             at += jumps[at]
         at -= end
         codes = [np.array(starts, int)]
-        for _ in range(STRIDE):
+        for _ in range(8):
             codes.append(codes[-1] + advance.take(codes[-1]))
-        codes = np.stack(codes, 1)  # (jumps, STRIDE + 1): each starts where the one before ends
+        codes = np.stack(codes, 1)  # (jumps, 9): each starts where the one before ends
         category = category_of.take(windows.take(codes[:, :-1]))
         category[codes[:, 1:] > 8 * (len(coded) - first)] = NO_CODE
         extra = category % 16
