@@ -95,23 +95,23 @@ MAX_SKIPPED_STEPS = 20  # in a row without a finite gradient before a training g
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a training does; plain values, stored in its checkpoint."""
+    """What a training does; plain values, stored in its checkpoint. Ours, but where a source is."""
 
     backbone: str
     epochs: int
     batch_size: int
     lr: float  # peak of AdamW
     size: int = CROP  # edge of the cube or the crop
-    mixup: float = 0.0  # share of batches whose two losses are mixed
+    mixup: float = 0.0  # share of batches whose two losses are mixed (first place)
     accumulate: int = 1  # parts in which a batch is computed
-    weight_decay: float = 0.01  # not on norms and biases
+    weight_decay: float = 0.01  # AdamW's default; not on norms and biases
     warm_up: float = 0.05  # share of the steps
     ema: float = 0.998  # averaged weights are evaluated and shipped
     clip: float = 1.0  # norm of the gradient
     drop_path: float = 0.05
-    dropout: float = 0.2
+    dropout: float = 0.2  # EfficientNetV2-S's (Tan and Le 2021)
     positives: float = 0.0  # share of an epoch drawn from fractured vertebrae; 0: as they come
-    hidden: int = 256  # width of the LSTMs
+    hidden: int = 256  # width of the LSTMs (starting solution)
     shuffle: float = 0.2  # share of samples with steps and vertebrae permuted (first place)
     mask_of: str = "last"  # slice of a step whose mask is the sixth channel
     seed: int = 0
@@ -1020,12 +1020,13 @@ def assign_folds(table, folds, masked):
 
 
 # ============================================ Training ===========================================
-# One loop for three models. What is random is drawn from (seed, step) or (seed, epoch, place in
-# it): a resumed run repeats an uninterrupted one, on the CPU bit for bit.
+# One loop for three models. What is random is drawn from (seed, step) or (seed, epoch, place): a
+# resumed run repeats an uninterrupted one, on the CPU bit for bit.
 
-# train: samples; fractured: bool of each; load(sample) -> arrays; loss(model, tensors, generators,
-# recipe); held_out: studies; score(model, study) -> columns; judge(table) -> {"score": low is good}
-Task = namedtuple("Task", "kind fold train fractured load loss held_out columns score judge")
+# One fold. train: samples; fractured: bool of each; load(sample) -> arrays; loss(model, tensors,
+# generators, recipe); score(model, held-out study) -> columns; judge(table) -> "score": low is good
+Task = namedtuple("Task", "kind name recipe device train fractured load loss held_out columns "
+                  "score judge")
 
 
 def save_checkpoint(path, kind, recipe, **content):
@@ -1042,20 +1043,23 @@ def load_checkpoint(path):
     raise UserError(f"{path}: missing, damaged or not one of our checkpoints; refused")
 
 
+def new_model(kind, settings):
+    """A model with those of the settings that it knows, channels last."""
+    known = inspect.signature(KINDS[kind]).parameters
+    model = KINDS[kind](**{k: v for k, v in settings.items() if k in known})
+    deep = kind == "segmenter"
+    return model.to(memory_format=torch.channels_last_3d if deep else torch.channels_last)
+
+
 def load_model(path, kind):
     """The model of a checkpoint, ready for inference. UserError if it holds another."""
     content = load_checkpoint(path)
     try:
-        model = KINDS[kind](**content["settings"])
+        model = new_model(kind, content["settings"])
         model.load_state_dict(content["tensors"])
     except (KeyError, TypeError, RuntimeError, AttributeError):
         raise UserError(f"{path} holds a {content.get('kind')}, not a {kind} that fits") from None
-    return to_channels_last(model).eval()
-
-
-def to_channels_last(model):
-    deep = isinstance(model, Segmenter)
-    return model.to(memory_format=torch.channels_last_3d if deep else torch.channels_last)
+    return model.eval()
 
 
 def adapt(tensor, like):
@@ -1066,19 +1070,18 @@ def adapt(tensor, like):
             tensor = tensor.sum(1, keepdim=True).repeat(1, channels, 1, 1) / channels
         if like.ndim == 5:
             tensor = tensor[:, :, None].repeat(1, 1, depth, 1, 1) / depth
-    return tensor.clone() if tensor.shape == like.shape else None
+    return tensor if tensor.shape == like.shape else None
 
 
 def load_init(model, path):
-    """Start from a timm file, less its head, or from one of ours, less what is the patient's.
+    """Start from a timm file, less its head, or one of ours: by name, else in order.
 
-    By name, or in order where names differ. UserError for another architecture.
+    Only a patient classifier's own part may be missing. UserError for another architecture.
     """
     try:
         source = timm.models.load_state_dict(str(path), weights_only=True)
         part = model if "program" in source else getattr(model.encoder, "backbone", model.encoder)
-        source = source["tensors"] if part is model else source
-        source = {n: t for n, t in source.items() if t.ndim}  # counters of batches do not matter
+        source = {n: t for n, t in source.get("tensors", source).items() if t.ndim}
     except Exception as error:  # any file may be given here
         raise UserError(f"--init {path}: cannot be read ({type(error).__name__})") from None
     target = {n: t for n, t in part.state_dict().items()
@@ -1087,47 +1090,43 @@ def load_init(model, path):
     pairs = dict(zip(target, target if named else source))
     taken = {n: adapt(source[other], target[n]) for n, other in pairs.items()}
     if len(taken) < len(target) or any(t is None for t in taken.values()):
-        raise UserError(f"--init {path}: not the architecture {model.settings}")
+        raise UserError(f"--init {path}: not the architecture of {model.settings}")
     part.load_state_dict(taken, strict=False)
     left = [n for n in source if n not in pairs.values()]
     say(f"--init: {len(taken)} tensors taken {'by name' if named else 'in order: names differ'}; "
-        f"{len(left)} of the file left out: {', '.join(left[-4:])}")
+        f"{len(left)} left out, last {', '.join(left[-2:])}")
 
 
 class Trainer:
     """The state of a training, all of it saved, and its step."""
 
-    def __init__(self, task, recipe, device, init=""):
+    def __init__(self, task, init=""):
+        recipe = task.recipe
         torch.manual_seed(recipe.seed)
-        kind = KINDS[task.kind]
-        known = inspect.signature(kind).parameters
-        model = kind(**{k: v for k, v in asdict(recipe).items() if k in known})
+        self.model = model = new_model(task.kind, asdict(recipe))
         if init:
             load_init(model, init)
-        self.model = to_channels_last(model).to(device)
+        model.to(task.device)
         self.averaged = copy.deepcopy(model).eval()
-        flat = [p for p in model.parameters() if p.ndim < 2]
-        rest = [p for p in model.parameters() if p.ndim > 1]
-        self.optimizer = torch.optim.AdamW([dict(params=rest), dict(params=flat, weight_decay=0)],
-                                           recipe.lr, weight_decay=recipe.weight_decay)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=half_type(device) is torch.float16)
+        groups = [dict(params=[p for p in model.parameters() if p.ndim > 1]),
+                  dict(params=[p for p in model.parameters() if p.ndim < 2], weight_decay=0.0)]
+        self.optimizer = torch.optim.AdamW(groups, recipe.lr, weight_decay=recipe.weight_decay)
+        half = half_type(task.device) is torch.float16
+        self.scaler = torch.amp.GradScaler(task.device.type, enabled=half)
         self.step = self.skipped = self.in_a_row = 0
-        self.losses, self.seconds, self.history = [], 0.0, []
+        self.losses, self.history, self.seconds, self.evaluation_s = [], [], 0.0, 0.0
 
     def state(self):
         return {k: getattr(v, "state_dict", lambda: v)() for k, v in vars(self).items()}
 
     def load(self, state):
         for name, value in state.items():
-            if hasattr(part := getattr(self, name), "load_state_dict"):
-                part.load_state_dict(value)
-            else:
-                setattr(self, name, value)
+            part = getattr(self, name)
+            getattr(part, "load_state_dict", lambda v: setattr(self, name, v))(value)
 
-    def update(self, task, recipe, batch, total):
-        """One optimiser step on this rank's pairs (arrays, generator)."""
-        model, done = self.model.train(), self.step / total
-        device = next(model.parameters()).device
+    def update(self, task, batch, total):
+        """One of `total` optimiser steps, on this rank's pairs (arrays, generator)."""
+        recipe, model, done = task.recipe, self.model.train(), self.step / total
         warm = min(1, (done + 1e-3) / (recipe.warm_up + 1e-3))
         for group in self.optimizer.param_groups:  # half a cosine, down to 1 %
             group["lr"] = recipe.lr * warm * (0.505 + 0.495 * math.cos(math.pi * done))
@@ -1136,8 +1135,8 @@ class Trainer:
         mean, parts = 0.0, min(recipe.accumulate, len(batch))
         for k in range(parts):
             samples, rngs = zip(*batch[k::parts])
-            tensors = [torch.from_numpy(np.stack(x)).to(device) for x in zip(*samples)]
-            with autocast(device):
+            tensors = [torch.from_numpy(np.stack(x)).to(task.device) for x in zip(*samples)]
+            with autocast(task.device):
                 loss = task.loss(model, tensors, rngs, recipe) * len(rngs) / len(batch)
             self.scaler.scale(loss).backward()
             mean += loss.item()
@@ -1145,20 +1144,19 @@ class Trainer:
         for p in model.parameters() if dist.is_initialized() else ():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # no vertebra on this rank
         mean_over_ranks([p.grad for p in model.parameters()])
+        self.in_a_row += 1
         if torch.isfinite(nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)):
             self.scaler.step(self.optimizer)
             self.losses.append(mean)
             self.in_a_row = 0
-        else:
-            self.skipped += 1
-            self.in_a_row += 1
+        self.skipped += self.in_a_row > 0
+        if self.in_a_row > MAX_SKIPPED_STEPS:
+            raise UserError(f"{self.in_a_row} steps without a finite gradient: lower --lr")
         self.scaler.update()
         self.step += 1
         share = 1 - min(recipe.ema, (1 + self.step) / (10 + self.step))
         for slow, fast in zip(self.averaged.state_dict().values(), model.state_dict().values()):
             slow.lerp_(fast, share) if slow.is_floating_point() else slow.copy_(fast)
-        if self.in_a_row > MAX_SKIPPED_STEPS:
-            raise UserError(f"{self.in_a_row} steps without a finite gradient: lower --lr")
 
 
 def mean_over_ranks(tensors):
@@ -1169,105 +1167,97 @@ def mean_over_ranks(tensors):
         nn.utils.vector_to_parameters(flat, tensors)
 
 
-def epoch_order(task, recipe, epoch, count):
+def epoch_order(task, epoch, count):
     """(count,) places in task.train; a share of `positives` fractured, or (0) as they come."""
-    rng = np.random.default_rng([recipe.seed, epoch])
+    rng, share = np.random.default_rng([task.recipe.seed, epoch]), task.recipe.positives
     order = rng.permutation(len(task.train))
     hit = np.resize(task.fractured or [False], len(order))[order]
-    if recipe.positives and hit.any() and not hit.all():
-        n = round(recipe.positives * count)
+    if share and hit.any() and not hit.all():
+        n = round(share * count)
         order = np.r_[np.resize(order[hit], n), np.resize(order[~hit], count - n)]
         order = rng.permutation(order)
     return np.resize(order, count)
 
 
-def sample_stream(task, recipe, step, count):
+def sample_stream(task, step, count):
     """(sample, generator) for this rank from `step` on; an epoch is `count` samples."""
-    (rank, world), size = ranks(), recipe.batch_size
-    for epoch in range(step * size // count, recipe.epochs):
-        order = epoch_order(task, recipe, epoch, count)
-        for place in range(max(0, step * size - epoch * count) + rank, count, world):
-            yield task.train[order[place]], np.random.default_rng([recipe.seed, epoch, place])
+    (rank, world), start = ranks(), step * task.recipe.batch_size
+    for epoch in range(start // count, task.recipe.epochs):
+        order = epoch_order(task, epoch, count)
+        for place in range(max(0, start - epoch * count) + rank, count, world):
+            seed = [task.recipe.seed, epoch, place]
+            yield task.train[order[place]], np.random.default_rng(seed)
 
 
-def close_epoch(trainer, task, recipe, weights, clock):
+def close_epoch(trainer, task, weights, clock):
     """Score the averaged weights; write the best, their held-out answers and the log."""
     started, (rank, world), history = clock(), ranks(), trainer.history
     mean_over_ranks([b for b in trainer.averaged.buffers() if b.is_floating_point()])
-    with torch.inference_mode(), autocast(next(trainer.model.parameters()).device):
+    with torch.inference_mode(), autocast(task.device):
         rows = [(uid, *task.score(trainer.averaged, uid)) for uid in task.held_out[rank::world]]
     table = pd.DataFrame(sum(over_ranks(rows), []), columns=[STUDY, *task.columns])
     losses = sum(over_ranks(trainer.losses), [])
-    loss = float(np.mean(losses or math.nan))
-    count = len(losses) // world * recipe.batch_size
-    result = task.judge(table) if len(table) else {"score": loss}
+    loss = np.mean(losses or math.nan)
+    result = dict(task.judge(table) if len(table) else {"score": loss}, train_loss=loss)
     result = {k: float(v) for k, v in result.items()}  # plain data, as load_checkpoint asks
     if math.isnan(result["score"]):
         result["score"] = math.inf
     best = result["score"] <= min([line["score"] for line in history], default=math.inf)
-    line = dict(epoch=len(history) + 1, lr=trainer.optimizer.param_groups[0]["lr"],
-                train_loss=loss, **result, seconds=trainer.seconds, evaluation_s=clock() - started,
-                skipped_steps=trainer.skipped, samples_per_s=count / trainer.seconds,
-                peak_gb=peak_gb())
-    history.append(line)
-    trainer.losses, trainer.seconds = [], 0.0
+    samples = len(losses) // world * task.recipe.batch_size
+    result |= dict(lr=trainer.optimizer.param_groups[0]["lr"], seconds=trainer.seconds)
+    shown = "  ".join(f"{k} {v:.4g}" for k, v in result.items())
+    history.append(dict(epoch=len(history) + 1, **result, peak_gb=peak_gb(),
+                        samples_per_s=samples / trainer.seconds, skipped_steps=trainer.skipped))
+    trainer.losses, trainer.seconds, trainer.evaluation_s = [], 0.0, clock() - started
     if rank == 0:
-        name = f"{task.kind}_fold{task.fold}"
-        shown = "  ".join(f"{k} {line[k]:.4g}" for k in ("train_loss", *result, "lr", "seconds"))
-        say(f"{name}  epoch {len(history)}/{recipe.epochs}  {shown}")
+        say(f"{task.name}  epoch {len(history)}/{task.recipe.epochs}  {shown}")
         if best:  # ships matrices in half precision
             tensors = trainer.averaged.state_dict()
             tensors = {n: (t.half() if t.ndim > 1 else t).cpu() for n, t in tensors.items()}
-            save_checkpoint(weights / f"{name}.pt", task.kind, recipe, tensors=tensors,
+            save_checkpoint(weights / f"{task.name}.pt", task.kind, task.recipe, tensors=tensors,
                             settings=trainer.model.settings, result=result)
-            write_csv(weights / f"{name}_heldout.csv", table)
-        write_csv(weights / f"{name}_log.csv", pd.DataFrame(history))
+            write_csv(weights / f"{task.name}_heldout.csv", table)
+        write_csv(weights / f"{task.name}_log.csv", pd.DataFrame(history))
 
 
-def train(task, recipe, weights, device, stop, workers=2, go_on=False, init=""):
-    """Train one fold into <kind>_fold<k>.pt under `weights`; Stopped if cut short."""
-    name, (rank, world) = f"{task.kind}_fold{task.fold}", ranks()
-    samples, size, clock = len(task.train), recipe.batch_size, stop.clock
+def train(task, weights, stop, workers=2, go_on=False, init=""):
+    """Train one fold into <name>.pt under `weights`; Stopped if cut short."""
+    (rank, world), samples, size = ranks(), len(task.train), task.recipe.batch_size
     if not samples or size % world:
-        raise UserError(f"{name}: {samples} samples, --batch-size {size}: needs samples, and a "
-                        f"multiple of {world} processes")
-    trainer, last = Trainer(task, recipe, device, init), weights / f"{name}_last.pt"
-    per_epoch = max(1, samples // size)
-    total, slowest = per_epoch * recipe.epochs, 0.0
+        raise UserError(f"{task.name}: {samples} samples, --batch-size {size}: needs samples, and "
+                        f"a multiple of {world} processes")
+    trainer, last, clock = Trainer(task, init), weights / f"{task.name}_last.pt", stop.clock
     if go_on and last.exists():
         saved = load_checkpoint(last)
-        other = [k for k, v in asdict(recipe).items() if v != saved["recipe"].get(k)]
+        other = [k for k, v in asdict(task.recipe).items() if v != saved["recipe"].get(k)]
         if other or saved["samples"] != samples:
             raise UserError(f"{last} was made with other {', '.join(other) or 'data'}: give the "
                             "same options, or delete it")
         trainer.load(saved["state"])
+    per_epoch, slowest = max(1, samples // size), 0.0
+    total = per_epoch * task.recipe.epochs
     if rank == 0:
-        million = sum(p.numel() for p in trainer.model.parameters()) / 1e6
-        say(f"{name}: {recipe.backbone}, {million:.1f} M parameters, {samples} samples, "
-            f"{len(task.held_out)} studies held out, step {trainer.step} of {total}, {device}")
+        say(f"{task.name}: {task.recipe.backbone}, {samples} samples, {len(task.held_out)} studies "
+            f"held out, step {trainer.step} of {total}, {task.device}")
 
     def save():
         if rank == 0:
-            save_checkpoint(last, task.kind, recipe, samples=samples, state=trainer.state())
+            save_checkpoint(last, task.kind, task.recipe, samples=samples, state=trainer.state())
 
-    def load(item):
-        return task.load(item[0]), item[1]
-
-    stream = sample_stream(task, recipe, trainer.step, per_epoch * size)
-    loaded = prefetch(load, stream, workers, 2 * size // world + workers)
+    stream = sample_stream(task, trainer.step, per_epoch * size)
+    loaded = prefetch(lambda pair: (task.load(pair[0]), pair[1]), stream, workers, 2 * size)
     for _ in progress(range(trainer.step, total), "step", total - trainer.step):
-        started, unknown = clock(), slowest * len(task.held_out)
-        evaluation = max([line["evaluation_s"] for line in trainer.history], default=unknown)
+        started, evaluation = clock(), trainer.evaluation_s or slowest * len(task.held_out)
         if reason := max(over_ranks(stop.reason(2 * slowest + evaluation))):
             save()
-            raise Stopped(f"{name}: stopped by {reason} at step {trainer.step} of {total}; the "
-                          "same command with --resume goes on")
+            raise Stopped(f"{task.name}: stopped by {reason} at step {trainer.step} of {total}; "
+                          "the same command with --resume goes on")
         batch = [future.result() for _, (_, future) in zip(range(size // world), loaded)]
-        trainer.update(task, recipe, batch, total)
+        trainer.update(task, batch, total)
         seconds = clock() - started
         trainer.seconds, slowest = trainer.seconds + seconds, max(0.9 * slowest, seconds)
         if trainer.step % per_epoch == 0:
-            close_epoch(trainer, task, recipe, weights, clock)
+            close_epoch(trainer, task, weights, clock)
             save()
 
 
@@ -1690,17 +1680,17 @@ def recipe_from(o, kind):
     return replace(RECIPES[kind], **given)
 
 
-def run_training(o, recipe, make_task):
+def run_training(o, make_task):
     """Train the folds asked for; with --fold all, finished ones are not repeated."""
     folds = [k for k in range(o.folds) if o.fold in ("all", str(k))]
     if not folds:
         raise UserError(f"--fold {o.fold}: there are folds 0 to {o.folds - 1}, or all")
-    device, stop = pick_device(o.device), Stop(o.time_limit)
+    stop = Stop(o.time_limit)
     if ranks()[1] > 1:
         dist.init_process_group()  # gloo, and nccl for what is on a GPU
     try:
         for fold in folds:
-            train(make_task(fold), recipe, Path(o.weights), device, stop, o.workers,
+            train(make_task(fold), Path(o.weights), stop, o.workers,
                   o.resume or o.fold == "all", o.init)
     except (torch.OutOfMemoryError, MemoryError):
         raise UserError("out of memory: lower --batch-size, --size or --workers, raise "
@@ -1741,22 +1731,27 @@ def classifier_batch(model, tensors, rngs, recipe):
 def mode_train_seg(o):
     """Train segmenters on the studies with masks: writes segmenter_fold<k>.pt under --weights."""
     recipe, (_, folds, masks) = recipe_from(o, "segmenter"), training_data(o)
+    device = pick_device(o.device)
 
     def load(uid):
         return load_cube(uid, Path(o.data), masks[uid], Path(o.work), recipe.size)
 
     def score(model, uid):
         cube, labels = load(uid)
-        cube = torch.from_numpy(cube)[None].to(next(model.parameters()).device)
+        cube = torch.from_numpy(cube)[None].to(device)
         return dice_scores(model(cube)[0].float().sigmoid().cpu().numpy(), labels)
 
     def judge(table):
         dice = table[list(VERTEBRAE)].mean()
         return dict(score=1 - dice.mean(), **dice.add_prefix("dice_"))
 
-    run_training(o, recipe, lambda fold: Task(
-        "segmenter", fold, [u for u in masks if folds[u] != fold or o.folds == 1], [], load,
-        segmenter_batch, [u for u in masks if folds[u] == fold], VERTEBRAE, score, judge))
+    def task(fold):
+        mine = [u for u in masks if folds[u] != fold or o.folds == 1]
+        held_out = [u for u in masks if folds[u] == fold]
+        return Task("segmenter", f"segmenter_fold{fold}", recipe, device, mine, [], load,
+                    segmenter_batch, held_out, VERTEBRAE, score, judge)
+
+    run_training(o, task)
 
 
 def mode_extract(o):
@@ -1767,31 +1762,29 @@ def mode_extract(o):
     if not models:
         raise UserError(f"no segmenter_fold*.pt in {o.weights}: run train-seg first")
     todo = [u for u in labels.index[rank::world] if not (out / f"{u}.npz").exists()]
-    stop, bad, slowest = Stop(o.time_limit), 0, 0.0
+    stop, written = Stop(o.time_limit), 0
 
     def read(uid):
         return read_volume(Path(o.data) / "train_images" / uid, o.workers)
 
     for uid, future in progress(prefetch(read, todo, 1), "study", len(todo)):
-        if reason := stop.reason(slowest):
+        if reason := stop.reason():
             raise Stopped(f"extract: stopped by {reason}; the same command goes on")
-        started = stop.clock()
         try:
             volume = future.result()
-            own = [models[folds[uid]]] if folds[uid] in models else list(models.values())
+            own = [models[folds[uid]]] if folds[uid] in models else [*models.values()]
             crops = vertebra_slices(volume, segment(own, volume, device), mask_of=o.mask_of)
             write_crops(out / f"{uid}.npz", crops)
+            written += 1
         except StudyError as error:
-            bad += 1
             say(f"study {uid}: {error}; left out")
-        slowest = max(slowest, stop.clock() - started)
-    print(f"{out}: {len(todo) - bad} studies written, {bad} left out")
+    print(f"{out}: {written} studies written, {len(todo) - written} left out")
 
 
 def mode_train_cls(o, kind="vertebra"):
     """Train vertebra classifiers on the crops: writes vertebra_fold<k>.pt under --weights."""
     recipe, (labels, folds, _) = recipe_from(o, kind), training_data(o)
-    folder, truth = Path(o.work) / "crops", {}  # NaN: not in view
+    device, folder, truth = pick_device(o.device), Path(o.work) / "crops", {}  # NaN: not in view
     for uid, row in zip(labels.index, labels.to_numpy(np.float32)):
         if (folder / f"{uid}.npz").exists():
             seen = [*crops_seen(folder / f"{uid}.npz"), True]
@@ -1805,8 +1798,7 @@ def mode_train_cls(o, kind="vertebra"):
         return crops.reshape(-1, CHANNELS, CROP, CROP), truth[uid][targets]
 
     def score(model, uid):
-        models = {"vertebra": [], "patient": [], kind: [model]}
-        one = Ensemble(models, next(model.parameters()).device)
+        one = Ensemble({"vertebra": [], "patient": [], kind: [model]}, device)
         (steps, patient), = classify(one, read_crops(folder / f"{uid}.npz"), Effort(0, 1))
         return [*np.sort(steps, 1)[:, -Answers().top_k :].mean(1), patient]
 
@@ -1818,10 +1810,12 @@ def mode_train_cls(o, kind="vertebra"):
         samples = [(u, [*range(8)]) for u in mine]
         if kind == "vertebra":
             samples = [(u, [v]) for u in mine for v in np.flatnonzero(truth[u][:7] >= 0)]
-        return Task(kind, fold, samples, [truth[u][t[0]] > 0 for u, t in samples], load,
-                    classifier_batch, [u for u in truth if folds[u] == fold], TARGETS, score, judge)
+        fractured = [truth[u][targets[0]] > 0 for u, targets in samples]
+        held_out = [u for u in truth if folds[u] == fold]
+        return Task(kind, f"{kind}_fold{fold}", recipe, device, samples, fractured, load,
+                    classifier_batch, held_out, TARGETS, score, judge)
 
-    run_training(o, recipe, task)
+    run_training(o, task)
 
 
 def mode_train_patient(o):
