@@ -29,6 +29,7 @@ import argparse
 import contextlib
 import copy
 import hashlib
+import inspect
 import json
 import math
 import mmap
@@ -96,21 +97,23 @@ MAX_SKIPPED_STEPS = 20  # in a row without a finite gradient before a training g
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a training does; plain values, stored in its checkpoint."""
+    """What a training does; plain values, stored in its checkpoint. Ours, but where a source is."""
 
     backbone: str
     epochs: int
     batch_size: int
     lr: float  # peak of AdamW
     size: int = CROP  # edge of the cube or the crop
-    mixup: float = 0.0  # share of batches whose two losses are mixed
+    mixup: float = 0.0  # share of batches whose two losses are mixed (first place)
     accumulate: int = 1  # parts in which a batch is computed
-    weight_decay: float = 0.01  # not on norms and biases
+    weight_decay: float = 0.01  # AdamW's default; not on norms and biases
     warm_up: float = 0.05  # share of the steps
     ema: float = 0.998  # averaged weights are evaluated and shipped
     clip: float = 1.0  # norm of the gradient
     drop_path: float = 0.05
-    dropout: float = 0.2
+    dropout: float = 0.2  # EfficientNetV2-S's (Tan and Le 2021)
+    positives: float = 0.0  # share of an epoch drawn from fractured vertebrae; 0: as they come
+    hidden: int = 256  # width of the LSTMs (starting solution)
     shuffle: float = 0.2  # share of samples with steps and vertebrae permuted (first place)
     mask_of: str = "last"  # slice of a step whose mask is the sixth channel
     seed: int = 0
@@ -118,7 +121,7 @@ class Recipe:
 
 RECIPES = {
     "segmenter": Recipe("tf_efficientnetv2_s", 60, 4, 1e-3, 128, dropout=0.1),
-    "vertebra": Recipe("tf_efficientnetv2_s", 20, 8, 3e-4, mixup=0.2),
+    "vertebra": Recipe("tf_efficientnetv2_s", 20, 8, 3e-4, mixup=0.2, positives=0.35),
     "patient": Recipe("convnext_nano", 15, 2, 2e-4, mixup=0.2),
 }
 
@@ -981,12 +984,13 @@ def assign_folds(table, folds, masked):
 
 
 # ============================================ Training ===========================================
-# One loop for three models. Whatever is random is drawn from (seed, step or epoch, sample): a
-# resumed run repeats an uninterrupted one bit for bit on the CPU.
+# One loop for three models. What is random is drawn from (seed, step) or (seed, epoch, place): a
+# resumed run repeats an uninterrupted one, on the CPU bit for bit.
 
-# train: samples; held_out: studies; load(sample) -> arrays; score(model, study) -> a row;
-# loss(model, tensors, generators, recipe); judge(table of rows) -> {"score": low is good, ...}
-Task = namedtuple("Task", "kind fold train held_out load loss score judge")
+# One fold. train: samples; fractured: bool of each; load(sample) -> arrays; loss(model, tensors,
+# generators, recipe); score(model, held-out study) -> columns; judge(table) -> "score": low is good
+Task = namedtuple("Task", "kind name recipe device train fractured load loss held_out columns "
+                  "score judge")
 
 
 def save_checkpoint(path, kind, recipe, **content):
@@ -1003,20 +1007,23 @@ def load_checkpoint(path):
     raise UserError(f"{path}: missing, damaged or not one of our checkpoints; refused")
 
 
+def new_model(kind, settings):
+    """A model with those of the settings that it knows, channels last."""
+    known = inspect.signature(KINDS[kind]).parameters
+    model = KINDS[kind](**{k: v for k, v in settings.items() if k in known})
+    deep = kind == "segmenter"
+    return model.to(memory_format=torch.channels_last_3d if deep else torch.channels_last)
+
+
 def load_model(path, kind):
     """The model of a checkpoint, ready for inference. UserError if it holds another."""
     content = load_checkpoint(path)
     try:
-        model = KINDS[kind](**content["settings"])
+        model = new_model(kind, content["settings"])
         model.load_state_dict(content["tensors"])
     except (KeyError, TypeError, RuntimeError, AttributeError):
         raise UserError(f"{path} holds a {content.get('kind')}, not a {kind} that fits") from None
-    return to_channels_last(model).eval()
-
-
-def to_channels_last(model):
-    deep = any(p.ndim == 5 for p in model.parameters())
-    return model.to(memory_format=torch.channels_last_3d if deep else torch.channels_last)
+    return model.eval()
 
 
 def adapt(tensor, like):
@@ -1027,202 +1034,195 @@ def adapt(tensor, like):
             tensor = tensor.sum(1, keepdim=True).repeat(1, channels, 1, 1) / channels
         if like.ndim == 5:
             tensor = tensor[:, :, None].repeat(1, 1, depth, 1, 1) / depth
-    return tensor.clone() if tensor.shape == like.shape else None
+    return tensor if tensor.shape == like.shape else None
 
 
 def load_init(model, path):
-    """Start from a timm file, less its head, or one of ours: by name, else in order."""
+    """Start from a timm file, less its head, or one of ours: by name, else in order.
+
+    Only a patient classifier's own part may be missing. UserError for another architecture.
+    """
     try:
         source = timm.models.load_state_dict(str(path), weights_only=True)
+        part = model if "program" in source else getattr(model.encoder, "backbone", model.encoder)
+        source = {n: t for n, t in source.get("tensors", source).items() if t.ndim}
     except Exception as error:  # any file may be given here
         raise UserError(f"--init {path}: cannot be read ({type(error).__name__})") from None
-    part = getattr(model.encoder, "backbone", model.encoder)
-    if source.get("program") == "cspine":
-        source, part = source.get("tensors", {}), model
-    target = part.state_dict()
-    taken, how = {n: source[n] for n in target if n in source}, "by name"
-    if len(taken) < len(target) / 2 <= len(source):
-        taken, how = dict(zip(target, source.values())), "in order, as the names differ"
-    taken = {n: adapt(t, target[n]) for n, t in taken.items()}
-    if len(taken) < len(target) / 2 or any(t is None for t in taken.values()):
-        raise UserError(f"--init {path}: not the architecture {model.settings['backbone']}")
+    target = {n: t for n, t in part.state_dict().items()
+              if t.ndim and (n in source or not n.startswith("patient_"))}
+    named = target.keys() <= source.keys()
+    pairs = dict(zip(target, target if named else source))
+    taken = {n: adapt(source[other], target[n]) for n, other in pairs.items()}
+    if len(taken) < len(target) or any(t is None for t in taken.values()):
+        raise UserError(f"--init {path}: not the architecture of {model.settings}")
     part.load_state_dict(taken, strict=False)
-    say(f"--init: {len(taken)} of {len(target)} tensors taken {how}; "
-        f"{len(source) - len(taken)} of the file left out")
+    left = [n for n in source if n not in pairs.values()]
+    say(f"--init: {len(taken)} tensors taken {'by name' if named else 'in order: names differ'}; "
+        f"{len(left)} left out, last {', '.join(left[-2:])}")
 
 
 class Trainer:
-    """The state of a training, and its step."""
+    """The state of a training, all of it saved, and its step."""
 
-    def __init__(self, task, recipe, device, init):
+    def __init__(self, task, init=""):
+        recipe = task.recipe
         torch.manual_seed(recipe.seed)
-        self.recipe, self.device = recipe, device
-        names = ["backbone", "size", "drop_path", "dropout", "mask_of"]
-        if task.kind == "segmenter":
-            names.pop()
-        model = KINDS[task.kind](**{name: getattr(recipe, name) for name in names})
+        self.model = model = new_model(task.kind, asdict(recipe))
         if init:
             load_init(model, init)
-        self.model = to_channels_last(model).to(device)
+        model.to(task.device)
         self.averaged = copy.deepcopy(model).eval()
-        flat = dict(params=[p for p in model.parameters() if p.ndim < 2], weight_decay=0.0)
-        rest = dict(params=[p for p in model.parameters() if p.ndim > 1])
-        self.optimizer = torch.optim.AdamW([rest, flat], recipe.lr,
-                                           weight_decay=recipe.weight_decay)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=half_type(device) is torch.float16)
+        groups = [dict(params=[p for p in model.parameters() if p.ndim > 1]),
+                  dict(params=[p for p in model.parameters() if p.ndim < 2], weight_decay=0.0)]
+        self.optimizer = torch.optim.AdamW(groups, recipe.lr, weight_decay=recipe.weight_decay)
+        half = half_type(task.device) is torch.float16
+        self.scaler = torch.amp.GradScaler(task.device.type, enabled=half)
         self.step = self.skipped = self.in_a_row = 0
-        self.losses, self.seconds, self.history = [], 0.0, []
+        self.losses, self.history, self.seconds, self.evaluation_s = [], [], 0.0, 0.0
 
     def state(self):
-        return {k: v.state_dict() if hasattr(v, "state_dict") else v
-                for k, v in vars(self).items() if k not in ("recipe", "device")}
+        return {k: getattr(v, "state_dict", lambda: v)() for k, v in vars(self).items()}
 
     def load(self, state):
-        for name, part in vars(self).items():
-            if hasattr(part, "load_state_dict"):
-                part.load_state_dict(state[name])
-            elif name in state:
-                setattr(self, name, state[name])
+        for name, value in state.items():
+            part = getattr(self, name)
+            getattr(part, "load_state_dict", lambda v: setattr(self, name, v))(value)
 
     def update(self, task, batch, total):
-        """One optimiser step on this rank's pairs (arrays, generator)."""
-        recipe, model = self.recipe, self.model.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = recipe.lr * lr_factor(self.step / total, recipe.warm_up)
+        """One of `total` optimiser steps, on this rank's pairs (arrays, generator)."""
+        recipe, model, done = task.recipe, self.model.train(), self.step / total
+        warm = min(1, (done + 1e-3) / (recipe.warm_up + 1e-3))
+        for group in self.optimizer.param_groups:  # half a cosine, down to 1 %
+            group["lr"] = recipe.lr * warm * (0.505 + 0.495 * math.cos(math.pi * done))
         torch.manual_seed((recipe.seed * 1009 + self.step) * 64 + ranks()[0])  # for dropout
         self.optimizer.zero_grad()
         mean, parts = 0.0, min(recipe.accumulate, len(batch))
         for k in range(parts):
             samples, rngs = zip(*batch[k::parts])
-            tensors = [torch.from_numpy(np.stack(x)).to(self.device) for x in zip(*samples)]
-            with autocast(self.device):
+            tensors = [torch.from_numpy(np.stack(x)).to(task.device) for x in zip(*samples)]
+            with autocast(task.device):
                 loss = task.loss(model, tensors, rngs, recipe) * len(rngs) / len(batch)
             self.scaler.scale(loss).backward()
             mean += loss.item()
         self.scaler.unscale_(self.optimizer)
-        mean_gradients(model)
+        for p in model.parameters() if dist.is_initialized() else ():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # no vertebra on this rank
+        mean_over_ranks([p.grad for p in model.parameters()])
+        self.in_a_row += 1
         if torch.isfinite(nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)):
             self.scaler.step(self.optimizer)
             self.losses.append(mean)
             self.in_a_row = 0
-        else:
-            self.skipped += 1
-            self.in_a_row += 1
+        self.skipped += self.in_a_row > 0
+        if self.in_a_row > MAX_SKIPPED_STEPS:
+            raise UserError(f"{self.in_a_row} steps without a finite gradient: lower --lr")
         self.scaler.update()
         self.step += 1
         share = 1 - min(recipe.ema, (1 + self.step) / (10 + self.step))
         for slow, fast in zip(self.averaged.state_dict().values(), model.state_dict().values()):
             slow.lerp_(fast, share) if slow.is_floating_point() else slow.copy_(fast)
-        if self.in_a_row > MAX_SKIPPED_STEPS:
-            raise UserError(f"{self.in_a_row} steps without a finite gradient: lower --lr")
 
 
-def lr_factor(done, warm_up):
-    """Linear warm-up, then half a cosine down to 1 %; `done` is a share of the steps."""
-    if done < warm_up:
-        return (done + 1e-3) / (warm_up + 1e-3)
-    return 0.505 + 0.495 * math.cos(math.pi * (done - warm_up) / (1 - warm_up))
+def mean_over_ranks(tensors):
+    """Each tensor becomes its mean over the ranks."""
+    if dist.is_initialized() and tensors:
+        flat = nn.utils.parameters_to_vector(tensors) / ranks()[1]
+        dist.all_reduce(flat)
+        nn.utils.vector_to_parameters(flat, tensors)
 
 
-def mean_gradients(model):
-    """Each gradient becomes its mean over ranks."""
-    for p in model.parameters() if dist.is_initialized() else ():
-        if p.grad is None:  # this rank saw no vertebra
-            p.grad = torch.zeros_like(p)
-        dist.all_reduce(p.grad)
-        p.grad /= ranks()[1]
+def epoch_order(task, epoch, count):
+    """(count,) places in task.train; a share of `positives` fractured, or (0) as they come."""
+    rng, share = np.random.default_rng([task.recipe.seed, epoch]), task.recipe.positives
+    order = rng.permutation(len(task.train))
+    hit = np.resize(task.fractured or [False], len(order))[order]
+    if share and hit.any() and not hit.all():
+        n = round(share * count)
+        order = np.r_[np.resize(order[hit], n), np.resize(order[~hit], count - n)]
+        order = rng.permutation(order)
+    return np.resize(order, count)
 
 
-def sample_stream(task, recipe, step, total, per_epoch):
-    """(sample, seed) for this rank from `step` on; each epoch has its own order."""
-    rank, world = ranks()
-    for step in range(step, total):
-        epoch, row = divmod(step, per_epoch)
-        order = np.random.default_rng([recipe.seed, epoch]).permutation(len(task.train))
-        order = np.resize(order, (per_epoch, recipe.batch_size))
-        for k in order[row, rank::world].tolist():
-            yield task.train[k], [recipe.seed, epoch, k]
+def sample_stream(task, step, count):
+    """(sample, generator) for this rank from `step` on; an epoch is `count` samples."""
+    (rank, world), start = ranks(), step * task.recipe.batch_size
+    for epoch in range(start // count, task.recipe.epochs):
+        order = epoch_order(task, epoch, count)
+        for place in range(max(0, start - epoch * count) + rank, count, world):
+            seed = [task.recipe.seed, epoch, place]
+            yield task.train[order[place]], np.random.default_rng(seed)
 
 
-def close_epoch(trainer, task, name, weights):
+def close_epoch(trainer, task, weights, clock):
     """Score the averaged weights; write the best, their held-out answers and the log."""
-    started, (rank, world), recipe = time.monotonic(), ranks(), trainer.recipe
-    with torch.inference_mode(), autocast(trainer.device):
-        rows = [task.score(trainer.averaged, uid) for uid in task.held_out[rank::world]]
-    table, history = pd.DataFrame(sum(over_ranks(rows), [])), trainer.history
-    loss = np.mean(trainer.losses or math.nan)
-    result = task.judge(table) if len(table) else {"score": loss}
+    started, (rank, world), history = clock(), ranks(), trainer.history
+    mean_over_ranks([b for b in trainer.averaged.buffers() if b.is_floating_point()])
+    with torch.inference_mode(), autocast(task.device):
+        rows = [(uid, *task.score(trainer.averaged, uid)) for uid in task.held_out[rank::world]]
+    table = pd.DataFrame(sum(over_ranks(rows), []), columns=[STUDY, *task.columns])
+    losses = sum(over_ranks(trainer.losses), [])
+    loss = np.mean(losses or math.nan)
+    result = dict(task.judge(table) if len(table) else {"score": loss}, train_loss=loss)
     result = {k: float(v) for k, v in result.items()}  # plain data, as load_checkpoint asks
-    best = min([line["score"] for line in history], default=math.inf)
-    line = dict(epoch=len(history) + 1, lr=trainer.optimizer.param_groups[0]["lr"],
-                train_loss=float(loss), **result, seconds=trainer.seconds,
-                evaluation_s=time.monotonic() - started, skipped_steps=trainer.skipped,
-                samples_per_s=len(trainer.losses) * recipe.batch_size / trainer.seconds,
-                peak_gb=peak_gb())
-    history.append(line)
-    trainer.losses, trainer.seconds = [], 0.0
+    if math.isnan(result["score"]):
+        result["score"] = math.inf
+    best = result["score"] <= min([line["score"] for line in history], default=math.inf)
+    samples = len(losses) // world * task.recipe.batch_size
+    result |= dict(lr=trainer.optimizer.param_groups[0]["lr"], seconds=trainer.seconds)
+    shown = "  ".join(f"{k} {v:.4g}" for k, v in result.items())
+    history.append(dict(epoch=len(history) + 1, **result, peak_gb=peak_gb(),
+                        samples_per_s=samples / trainer.seconds, skipped_steps=trainer.skipped))
+    trainer.losses, trainer.seconds, trainer.evaluation_s = [], 0.0, clock() - started
     if rank == 0:
-        shown = "  ".join(f"{k} {line[k]:.4g}" for k in ("train_loss", *result, "lr", "seconds"))
-        say(f"{name}  epoch {len(history)}/{recipe.epochs}  {shown}")
-        if not result["score"] >= best:  # ships matrices in half precision
+        say(f"{task.name}  epoch {len(history)}/{task.recipe.epochs}  {shown}")
+        if best:  # ships matrices in half precision
             tensors = trainer.averaged.state_dict()
             tensors = {n: (t.half() if t.ndim > 1 else t).cpu() for n, t in tensors.items()}
-            save_checkpoint(weights / f"{name}.pt", task.kind, recipe, tensors=tensors,
+            save_checkpoint(weights / f"{task.name}.pt", task.kind, task.recipe, tensors=tensors,
                             settings=trainer.model.settings, result=result)
-            write_csv(weights / f"{name}_heldout.csv", table)
-        write_csv(weights / f"{name}_log.csv", pd.DataFrame(history))
+            write_csv(weights / f"{task.name}_heldout.csv", table)
+        write_csv(weights / f"{task.name}_log.csv", pd.DataFrame(history))
 
 
-def resume(trainer, task, last):
-    """Take up a saved state. UserError if settings or data differ."""
-    saved = load_checkpoint(last)
-    other = [k for k, v in asdict(trainer.recipe).items() if v != saved["recipe"].get(k)]
-    if other or saved["samples"] != len(task.train):
-        raise UserError(f"{last} was made with other {', '.join(other) or 'data'}: give the same "
-                        "options, or delete it")
-    trainer.load(saved["state"])
-
-
-def train(task, recipe, weights, device, stop, workers=2, go_on=False, init=""):
-    """Train one fold into <kind>_fold<k>.pt under `weights`; Stopped if cut short."""
-    name, (rank, world) = f"{task.kind}_fold{task.fold}", ranks()
-    count, size = len(task.train), recipe.batch_size
-    if not count or size % world:
-        raise UserError(f"{name}: {count} samples, --batch-size {size}: needs samples, and a "
-                        f"multiple of {world} processes")
-    trainer, last = Trainer(task, recipe, device, init), weights / f"{name}_last.pt"
-    per_epoch = max(1, count // size)
-    total = per_epoch * recipe.epochs
+def train(task, weights, stop, workers=2, go_on=False, init=""):
+    """Train one fold into <name>.pt under `weights`; Stopped if cut short."""
+    (rank, world), samples, size = ranks(), len(task.train), task.recipe.batch_size
+    if not samples or size % world:
+        raise UserError(f"{task.name}: {samples} samples, --batch-size {size}: needs samples, and "
+                        f"a multiple of {world} processes")
+    trainer, last, clock = Trainer(task, init), weights / f"{task.name}_last.pt", stop.clock
     if go_on and last.exists():
-        resume(trainer, task, last)
+        saved = load_checkpoint(last)
+        other = [k for k, v in asdict(task.recipe).items() if v != saved["recipe"].get(k)]
+        if other or saved["samples"] != samples:
+            raise UserError(f"{last} was made with other {', '.join(other) or 'data'}: give the "
+                            "same options, or delete it")
+        trainer.load(saved["state"])
+    per_epoch, slowest = max(1, samples // size), 0.0
+    total = per_epoch * task.recipe.epochs
     if rank == 0:
-        million = sum(p.numel() for p in trainer.model.parameters()) / 1e6
-        say(f"{name}: {recipe.backbone}, {million:.1f} M parameters, {count} samples, "
-            f"{len(task.held_out)} studies held out, step {trainer.step} of {total}, {device}")
+        say(f"{task.name}: {task.recipe.backbone}, {samples} samples, {len(task.held_out)} studies "
+            f"held out, step {trainer.step} of {total}, {task.device}")
 
-    def load(item):
-        return task.load(item[0]), np.random.default_rng(item[1])
+    def save():
+        if rank == 0:
+            save_checkpoint(last, task.kind, task.recipe, samples=samples, state=trainer.state())
 
-    stream = sample_stream(task, recipe, trainer.step, total, per_epoch)
-    loaded = prefetch(load, stream, workers, 2 * size // world + workers)
-    bar, slowest = progress(range(trainer.step, total), "step", total - trainer.step), 0.0
-    for _ in bar:
-        started = time.monotonic()
+    stream = sample_stream(task, trainer.step, per_epoch * size)
+    loaded = prefetch(lambda pair: (task.load(pair[0]), pair[1]), stream, workers, 2 * size)
+    for _ in progress(range(trainer.step, total), "step", total - trainer.step):
+        started, evaluation = clock(), trainer.evaluation_s or slowest * len(task.held_out)
+        if reason := max(over_ranks(stop.reason(2 * slowest + evaluation))):
+            save()
+            raise Stopped(f"{task.name}: stopped by {reason} at step {trainer.step} of {total}; "
+                          "the same command with --resume goes on")
         batch = [future.result() for _, (_, future) in zip(range(size // world), loaded)]
         trainer.update(task, batch, total)
-        seconds = time.monotonic() - started
+        seconds = clock() - started
         trainer.seconds, slowest = trainer.seconds + seconds, max(0.9 * slowest, seconds)
-        bar.set_postfix(loss=np.mean(trainer.losses[-20:] or math.nan))
-        closing = trainer.step % per_epoch == 0
-        if closing:
-            close_epoch(trainer, task, name, weights)
-        evaluation = max([line["evaluation_s"] for line in trainer.history], default=slowest)
-        reason = max(over_ranks(stop.reason(2 * slowest + evaluation)))
-        if rank == 0 and (closing or reason):
-            save_checkpoint(last, task.kind, recipe, samples=count, state=trainer.state())
-        if reason and trainer.step < total:
-            raise Stopped(f"{name}: stopped by {reason} at step {trainer.step} of {total}; the "
-                          "same command with --resume goes on")
+        if trainer.step % per_epoch == 0:
+            close_epoch(trainer, task, weights, clock)
+            save()
 
 
 # =========================================== Prediction ==========================================
@@ -1634,28 +1634,26 @@ def training_data(o):
 def recipe_from(o, kind):
     """The recipe of a kind with the options given, checked."""
     given = {k: v for k, v in vars(o).items() if v and k in Recipe.__dataclass_fields__}
-    recipe = replace(RECIPES[kind], **given)
-    if min(recipe.epochs, recipe.batch_size, recipe.size, recipe.accumulate, o.folds) < 1:
-        raise UserError("--epochs, --batch-size, --size, --accumulate and --folds start at 1")
-    if kind == "segmenter" and recipe.size % ENCODER_STRIDE:
-        raise UserError(f"--size {recipe.size}: not a multiple of {ENCODER_STRIDE}")
-    return recipe
+    if any(v < 0 for k, v in given.items() if not isinstance(v, str)) or o.folds < 1:
+        raise UserError("--folds and the recipe's numbers start above 0")
+    return replace(RECIPES[kind], **given)
 
 
-def run_training(o, recipe, make_task):
+def run_training(o, make_task):
     """Train the folds asked for; with --fold all, finished ones are not repeated."""
-    if o.fold != "all" and not (o.fold.isdigit() and int(o.fold) < o.folds):
+    folds = [k for k in range(o.folds) if o.fold in ("all", str(k))]
+    if not folds:
         raise UserError(f"--fold {o.fold}: there are folds 0 to {o.folds - 1}, or all")
-    device = pick_device(o.device)
+    stop = Stop(o.time_limit)
+    if ranks()[1] > 1:
+        dist.init_process_group()  # gloo, and nccl for what is on a GPU
     try:
-        if ranks()[1] > 1:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        stop = Stop(o.time_limit)
-        for fold in range(o.folds) if o.fold == "all" else [int(o.fold)]:
-            train(make_task(fold), recipe, Path(o.weights), device, stop, o.workers,
+        for fold in folds:
+            train(make_task(fold), Path(o.weights), stop, o.workers,
                   o.resume or o.fold == "all", o.init)
-    except torch.OutOfMemoryError:
-        raise UserError("out of GPU memory: lower --batch-size, raise --accumulate") from None
+    except (torch.OutOfMemoryError, MemoryError):
+        raise UserError("out of memory: lower --batch-size, --size or --workers, raise "
+                        "--accumulate, or choose a smaller --backbone") from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -1663,14 +1661,14 @@ def run_training(o, recipe, make_task):
 
 def load_cube(uid, data, mask, cache, size):
     """(cube float32 (1, D, D, D), labels uint8 (D, D, D)); the second time from a small file."""
-    path = cache / f"cube{size}" / f"{uid}.npz"
+    path = cache / f"cube{size}" / f"{uid}.npy"
     if not path.exists():
         volume = read_volume(data / "train_images" / uid)
         cube = np.rint(segmenter_input(volume, size).numpy() * 255).astype(np.uint8)
-        labels = cube_labels(mask, volume, size)
-        write_atomic(path, lambda temporary: np.savez(temporary, cube=cube, labels=labels))
-    with np.load(path) as stored:
-        return stored["cube"] / np.float32(255), stored["labels"]
+        pair = np.concatenate([cube, cube_labels(mask, volume, size)[None]])
+        write_atomic(path, lambda new: np.save(new, pair))
+    pair = np.load(path)
+    return pair[:1] / np.float32(255), pair[1]
 
 
 def segmenter_batch(model, tensors, rngs, recipe):
@@ -1682,36 +1680,37 @@ def classifier_batch(model, tensors, rngs, recipe):
     """Loss of an augmented batch; mixup mixes the two losses, never the labels."""
     crops = augment_crops(tensors[0].float() / 255, rngs, recipe.size)
     crops, labels = shuffle_order(crops, tensors[1], rngs, recipe.shuffle)
-    if len(crops) < 2 or rngs[0].random() >= recipe.mixup:
-        return classifier_loss(model(crops), labels)
-    share = rngs[0].random()
-    outputs = model(share * crops + (1 - share) * crops.flip(0))
+    share = rngs[0].random() if rngs[0].random() < recipe.mixup else 1.0
+    outputs = model(crops.flip(0).lerp(crops, share))
     other = classifier_loss(outputs, labels.flip(0))
-    return share * classifier_loss(outputs, labels) + (1 - share) * other
+    loss = share * classifier_loss(outputs, labels) + (1 - share) * other
+    return loss * (1 + labels).nanmean()  # the mean over parts and ranks: by their weights
 
 
 def mode_train_seg(o):
     """Train segmenters on the studies with masks: writes segmenter_fold<k>.pt under --weights."""
     recipe, (_, folds, masks) = recipe_from(o, "segmenter"), training_data(o)
-    if not masks:
-        raise UserError(f"no masks of training studies in {o.data}/segmentations")
+    device = pick_device(o.device)
 
     def load(uid):
         return load_cube(uid, Path(o.data), masks[uid], Path(o.work), recipe.size)
 
     def score(model, uid):
         cube, labels = load(uid)
-        cube = torch.from_numpy(cube)[None].to(next(model.parameters()).device)
-        dice = dice_scores(torch.sigmoid(model(cube)[0].float()).cpu().numpy(), labels)
-        return {STUDY: uid, **dict(zip(VERTEBRAE, dice))}
+        cube = torch.from_numpy(cube)[None].to(device)
+        return dice_scores(model(cube)[0].float().sigmoid().cpu().numpy(), labels)
 
     def judge(table):
         dice = table[list(VERTEBRAE)].mean()
-        return dict(score=1 - dice.mean(), **{f"dice_{v}": dice[v] for v in VERTEBRAE})
+        return dict(score=1 - dice.mean(), **dice.add_prefix("dice_"))
 
-    run_training(o, recipe, lambda fold: Task(
-        "segmenter", fold, [u for u in masks if folds[u] != fold or o.folds == 1],
-        [u for u in masks if folds[u] == fold], load, segmenter_batch, score, judge))
+    def task(fold):
+        mine = [u for u in masks if folds[u] != fold or o.folds == 1]
+        held_out = [u for u in masks if folds[u] == fold]
+        return Task("segmenter", f"segmenter_fold{fold}", recipe, device, mine, [], load,
+                    segmenter_batch, held_out, VERTEBRAE, score, judge)
+
+    run_training(o, task)
 
 
 def mode_extract(o):
@@ -1721,60 +1720,61 @@ def mode_extract(o):
     models = load_models(o.weights, "segmenter", device)
     if not models:
         raise UserError(f"no segmenter_fold*.pt in {o.weights}: run train-seg first")
-    todo, bad = [u for u in labels.index[rank::world] if not (out / f"{u}.npz").exists()], 0
+    todo = [u for u in labels.index[rank::world] if not (out / f"{u}.npz").exists()]
+    stop, written = Stop(o.time_limit), 0
 
     def read(uid):
         return read_volume(Path(o.data) / "train_images" / uid, o.workers)
 
-    stop = Stop(o.time_limit)
     for uid, future in progress(prefetch(read, todo, 1), "study", len(todo)):
+        if reason := stop.reason():
+            raise Stopped(f"extract: stopped by {reason}; the same command goes on")
         try:
             volume = future.result()
-            own = [models[folds[uid]]] if folds[uid] in models else list(models.values())
+            own = [models[folds[uid]]] if folds[uid] in models else [*models.values()]
             crops = vertebra_slices(volume, segment(own, volume, device), mask_of=o.mask_of)
             write_crops(out / f"{uid}.npz", crops)
+            written += 1
         except StudyError as error:
-            bad += 1
             say(f"study {uid}: {error}; left out")
-        if stop.reason():
-            raise Stopped(f"extract: stopped by {stop.reason()}; the same command goes on")
-    print(f"{out}: {len(todo) - bad} studies written, {bad} left out")
+    print(f"{out}: {written} studies written, {len(todo) - written} left out")
 
 
 def mode_train_cls(o, kind="vertebra"):
     """Train vertebra classifiers on the crops: writes vertebra_fold<k>.pt under --weights."""
     recipe, (labels, folds, _) = recipe_from(o, kind), training_data(o)
-    truth = {uid: row for uid, row in zip(labels.index, labels.to_numpy(np.float32))}
-    path = {uid: Path(o.work) / "crops" / f"{uid}.npz" for uid in truth}
-    seen = {uid: crops_seen(path[uid]) for uid in truth if path[uid].exists()}
-    if not seen:
-        raise UserError(f"no crops in {o.work}/crops: run extract with the same --work first")
+    device, folder, truth = pick_device(o.device), Path(o.work) / "crops", {}  # NaN: not in view
+    for uid, row in zip(labels.index, labels.to_numpy(np.float32)):
+        if (folder / f"{uid}.npz").exists():
+            seen = [*crops_seen(folder / f"{uid}.npz"), True]
+            truth[uid] = np.where(seen, row, np.float32("nan"))
+    if not truth:
+        raise UserError(f"no crops in {folder}: run extract with the same --work first")
 
     def load(sample):
-        uid, v = sample
-        if v is not None:
-            return read_crops(path[uid], [v])[0], truth[uid][v : v + 1]
-        known = np.where([*seen[uid], True], truth[uid], np.float32("nan"))
-        return read_crops(path[uid]).reshape(-1, CHANNELS, CROP, CROP), known
+        uid, targets = sample
+        crops = read_crops(folder / f"{uid}.npz", targets[:7])
+        return crops.reshape(-1, CHANNELS, CROP, CROP), truth[uid][targets]
 
     def score(model, uid):
-        models = {"vertebra": [], "patient": [], kind: [model]}
-        one = Ensemble(models, next(model.parameters()).device)
-        (steps, patient), = classify(one, read_crops(path[uid]), Effort(0, 1))
-        largest = np.sort(steps, 1)[:, -Answers().top_k :].mean(1)
-        return {STUDY: uid, **dict(zip(TARGETS, [*largest, patient]))}
+        one = Ensemble({"vertebra": [], "patient": [], kind: [model]}, device)
+        (steps, patient), = classify(one, read_crops(folder / f"{uid}.npz"), Effort(0, 1))
+        return [*np.sort(steps, 1)[:, -Answers().top_k :].mean(1), patient]
 
     def judge(table):
-        return judge_answers(table[list(TARGETS)].to_numpy(float), labels.loc[table[STUDY]])
+        return judge_answers(table[list(TARGETS)].to_numpy(), labels.loc[table[STUDY]].to_numpy())
 
     def task(fold):
-        mine = [u for u in seen if folds[u] != fold or o.folds == 1]
-        which = range(7) if kind == "vertebra" else [None]
-        samples = [(u, v) for u in mine for v in which if v is None or seen[u][v]]
-        held_out = [u for u in seen if folds[u] == fold]
-        return Task(kind, fold, samples, held_out, load, classifier_batch, score, judge)
+        mine = [u for u in truth if folds[u] != fold or o.folds == 1]
+        samples = [(u, [*range(8)]) for u in mine]
+        if kind == "vertebra":
+            samples = [(u, [v]) for u in mine for v in np.flatnonzero(truth[u][:7] >= 0)]
+        fractured = [truth[u][targets[0]] > 0 for u, targets in samples]
+        held_out = [u for u in truth if folds[u] == fold]
+        return Task(kind, f"{kind}_fold{fold}", recipe, device, samples, fractured, load,
+                    classifier_batch, held_out, TARGETS, score, judge)
 
-    run_training(o, recipe, task)
+    run_training(o, task)
 
 
 def mode_train_patient(o):
@@ -1784,15 +1784,11 @@ def mode_train_patient(o):
 
 def judge_answers(answers, labels):
     """Weighted log loss and AUCs of (N, 8) answers; what is NaN was not asked."""
-    labels, known = labels.to_numpy(), ~np.isnan(answers)
+    known = ~np.isnan(answers)
     weight = known * TARGET_WEIGHTS * np.where(labels > 0, POSITIVE_FACTOR, 1)
-    loss = element_losses(np.where(known, answers, 0.5), labels)
-    inside = known[:, :7]
-    result = dict(score=(weight * loss).sum() / weight.sum(),
-                  vertebra_auc=auc(answers[:, :7][inside], labels[:, :7][inside]))
-    if known[:, 7].all():
-        result["patient_auc"] = auc(answers[:, 7], labels[:, 7])
-    return result
+    loss = weight * element_losses(np.where(known, answers, 0.5), labels)
+    areas = [auc(answers[:, k][known[:, k]], labels[:, k][known[:, k]]) for k in (slice(7), 7)]
+    return dict(score=loss.sum() / weight.sum(), vertebra_auc=areas[0], patient_auc=areas[1])
 
 
 def mode_predict(o):
@@ -1928,6 +1924,7 @@ OPTIONS = {  # default, meaning
     "accumulate": (0, "parts in which a batch is computed; 0: the recipe's"),
     "lr": (0.0, "peak learning rate; 0: the recipe's"),
     "size": (0, "edge of the cube, or of the crops shown; 0: the recipe's"),
+    "hidden": (0, "width of the LSTMs; 0: the recipe's"),
     "resume": (False, "go on where the last run stopped"),
     "time_limit": (0.0, "minutes after which to stop, all saved; 0: none"),
     "init": ("", "weights to start from: a timm file, or one of ours"),
@@ -1948,8 +1945,8 @@ MODES = {  # function, options
     "phantom": (mode_phantom, "studies test_studies seed matrix variety fractures workers"),
     "train-seg": (mode_train_seg, TRAINING + "size"),
     "extract": (mode_extract, "data weights work device workers folds mask_of time_limit"),
-    "train-cls": (mode_train_cls, TRAINING + "size mask_of"),
-    "train-patient": (mode_train_patient, TRAINING + "size mask_of"),
+    "train-cls": (mode_train_cls, TRAINING + "size mask_of hidden"),
+    "train-patient": (mode_train_patient, TRAINING + "size mask_of hidden"),
     "predict": (mode_predict,
                 "data weights out device workers resume time_limit top_k views average noisy_or"),
     "evaluate": (mode_evaluate, "data weights submission device workers"),
