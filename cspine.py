@@ -1264,6 +1264,12 @@ def train(task, recipe, weights, device, stop, workers=2, go_on=False, init=""):
 # =========================================== Prediction ==========================================
 # Studies to rows. A complete submission is on disk from the first second, at worst with the prior.
 
+CALIBRATION_PULL = 2.0  # towards the identity: a spread of 0.5 in log scale and in shift
+READING_SHARE = 0.25  # of the time left, for one study
+REPORTS = ["predict_report.csv", *(f"predict_report{k}.csv" for k in range(1, 16))]  # a process's
+REPORT = [STUDY, "status", "slices", "seen", "read_s", "segment_s", "crops_s", "classify_s",
+          "peak_gb", "warnings", *TARGETS]
+
 
 class Ensemble(NamedTuple):
     """Models by kind; calibration: (8, 2) scale and shift in logit space, or None."""
@@ -1283,10 +1289,14 @@ class Effort(NamedTuple):
         return self.folds * max(self.views, 1)
 
 
+def write_json(path, content):
+    write_atomic(path, lambda new: new.write_text(json.dumps(content, indent=1)))
+
+
 def load_models(weights, kind, device):
     """{fold: model} of <kind>_fold<k>.pt."""
-    paths = sorted(Path(weights).glob(f"{kind}_fold*[0-9].pt"))
-    return {int(p.stem.split("fold")[1]): load_model(p, kind).to(device) for p in paths}
+    paths = [(p.stem.rpartition("fold")[2], p) for p in Path(weights).glob(f"{kind}_fold*.pt")]
+    return {int(k): load_model(p, kind).to(device) for k, p in sorted(paths) if k.isdecimal()}
 
 
 def load_ensemble(weights, device):
@@ -1300,24 +1310,28 @@ def load_ensemble(weights, device):
         try:
             table = json.loads(path.read_text())
             calibration = np.array([table[t] for t in TARGETS], float).reshape(8, 2)
-        except (OSError, ValueError, LookupError, TypeError):
+            np.testing.assert_array_less(np.abs(calibration), 100)
+        except (OSError, ValueError, LookupError, TypeError, AssertionError):
             raise UserError(f"{path}: expected a [scale, shift] for each target") from None
     return Ensemble(models, device, calibration)
 
 
 @torch.inference_mode()
-def segment(models, volume, device):
+def segment(models, volume, device, problems=None):
     """float32 (7, D, D, D): mean probability of the segmenters, in_order."""
-    edge, total = max(model.settings["size"] for model in models), 0
+    edge, total, cubes = max(model.settings["size"] for model in models), 0, {}
     for model in models:
-        cube = segmenter_input(volume, model.settings["size"], model.settings["window"])[None]
+        key = model.settings["size"], tuple(model.settings["window"])
+        if key not in cubes:
+            cubes[key] = segmenter_input(volume, *key)[None]
         with autocast(device):
-            logits = model(cube.to(device, memory_format=torch.channels_last_3d))
-        total += F.interpolate(logits.float().sigmoid(), (edge,) * 3, mode="trilinear")[0]
-    return in_order(np.nan_to_num((total / len(models)).cpu().numpy()))
+            logits = model(cubes[key].to(device, memory_format=torch.channels_last_3d))
+        found = F.interpolate(logits.float().sigmoid(), (edge,) * 3, mode="trilinear")[0]
+        total += found.nan_to_num_()
+    return in_order((total / len(models)).cpu().numpy(), [] if problems is None else problems)
 
 
-def in_order(probability):
+def in_order(probability, problems):
     """(7, D, D, D); of two vertebrae against the order head to foot the fainter is emptied."""
     weight = (probability * (probability > 0.5)).sum((2, 3))  # (7, D)
     mass = weight.sum(1)
@@ -1327,23 +1341,29 @@ def in_order(probability):
         wrong = np.diff(centre[seen]) <= 0
         if not wrong.any():
             return probability
-        drop = min(seen[wrong.argmax() :][:2], key=lambda v: mass[v])
+        pair = seen[wrong.argmax() :][:2]
+        drop = min(pair, key=lambda v: mass[v])
+        upper, lower, dropped = (VERTEBRAE[v] for v in (*pair, drop))
+        problems.append(f"{upper} lay below {lower}: {dropped}, the fainter, taken out")
         mass[drop] = probability[drop] = 0
 
 
 @torch.inference_mode()
 def classify(ensemble, crops, effort):
     """[(step probability (7, 15), patient probability)], one a model and view; NaN: none."""
-    absent, out = ~crops.any((1, 2, 3, 4)), []
+    absent, resized, out = ~crops.any((1, 2, 3, 4)), {}, []
     crops = torch.from_numpy(crops).to(ensemble.device)
     runs = [(model, n) for kind, n in (("vertebra", STEPS), ("patient", 7 * STEPS))
             for model in ensemble.models[kind][: effort.folds]]
     for i, (model, n) in enumerate(runs):
+        size = model.settings["size"]
+        if size not in resized:  # vertebra by vertebra, back to bytes: little memory
+            resized[size] = crops if size == crops.shape[-1] else torch.stack([
+                F.interpolate(c.float(), (size, size), mode="bilinear").round().byte()
+                for c in crops])
         for view in range(i, i + effort.views) or [0]:
-            turned = torch.rot90(crops, view, (-2, -1)).flatten(0, 1)
+            turned = torch.rot90(resized[size], view, (-2, -1)).flatten(0, 1)
             turned = turned.flip(-1) if view & 4 else turned
-            if (size := model.settings["size"]) != CROP:
-                turned = F.interpolate(turned.float() / 255, (size, size), mode="bilinear")
             with autocast(ensemble.device):
                 steps = model(turned.unflatten(0, (-1, n)))
             steps, patient = (steps, torch.tensor(math.nan)) if n == STEPS else steps
@@ -1353,31 +1373,56 @@ def classify(ensemble, crops, effort):
     return out
 
 
-def ensemble_mean(values, space):
-    """Mean over the first axis in logit or probability space, without NaN."""
-    values = torch.tensor(np.array(values, float))
-    if space == "logit":
-        return values.logit(FLOOR).nanmean(0).sigmoid().numpy()
-    return values.nanmean(0).numpy()
-
-
 def combine(outputs, options, calibration=None):
     """(8,) answers from what classify gave; what is NaN gets the prior."""
     rows = [[*np.sort(steps, 1)[:, -options.top_k :].mean(1), head] for steps, head in outputs]
-    answer, share = ensemble_mean(rows, options.average), options.noisy_or
+    rows, share = torch.tensor(rows, dtype=torch.float64), options.noisy_or
+    logit = options.average == "logit"
+    answer = (rows.logit(FLOOR).nanmean(0).sigmoid() if logit else rows.nanmean(0)).numpy()
     either = 1 - pd.Series(1 - answer[:7]).prod(min_count=1)  # NaN with no vertebra in sight
     answer[7] = share * either + (1 - share) * np.nan_to_num(answer[7], nan=either)
     if calibration is not None:
-        scale, shift = torch.from_numpy(calibration).T
-        answer = (torch.tensor(answer).logit(FLOOR) * scale + shift).sigmoid().numpy()
+        answer = calibrate(answer, calibration)
     return np.where(np.isnan(answer), PRIOR, answer).clip(FLOOR, 1 - FLOOR)
+
+
+def calibrate(answers, calibration):
+    """(..., 8) answers, scaled and shifted in logit space."""
+    scale, shift = torch.tensor(calibration).T
+    return (torch.tensor(answers).logit(FLOOR) * scale + shift).sigmoid().numpy()
+
+
+def fit_calibration(answers, labels):
+    """(8, 2) scale and shift with the best metric on (N, 8) answers, held near the identity.
+
+    A target with one class keeps the identity.
+    """
+    logits, truth = torch.tensor(answers).logit(FLOOR), torch.tensor(labels).double()
+    weight = torch.tensor(TARGET_WEIGHTS) * (1 + (POSITIVE_FACTOR - 1) * truth)
+    weight = weight / weight.sum(1, keepdim=True)  # as in the score of a study
+    weight = weight / weight.mean(0) * (truth.mean(0) % 1 > 0)
+    fit = torch.zeros(2, 8, dtype=torch.float64, requires_grad=True)  # log scale, shift
+    optimizer = torch.optim.LBFGS([fit], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        moved = logits * fit[0].exp() + fit[1]
+        total = F.binary_cross_entropy_with_logits(moved, truth, weight, reduction="sum")
+        total = total + CALIBRATION_PULL * fit.square().sum()
+        total.backward()
+        return total
+
+    optimizer.step(loss)
+    return torch.stack([fit[0].exp(), fit[1]], 1).detach().numpy()
 
 
 def answer_study(volume, ensemble, effort, options):
     """((8,) answers, report) of one study."""
-    models, clock = ensemble.models, time.monotonic
+    models, clock, problems = ensemble.models, time.monotonic, [*volume.problems]
+    for model in sum(models.values(), []):
+        model.to(ensemble.device)  # where a study without GPU memory may have left the CPU's
     start = clock()
-    probability = segment(models["segmenter"][: effort.folds], volume, ensemble.device)
+    probability = segment(models["segmenter"][: effort.folds], volume, ensemble.device, problems)
     found = clock()
     mask_of = (models["vertebra"] + models["patient"])[0].settings["mask_of"]
     crops = vertebra_slices(volume, probability, mask_of=mask_of)
@@ -1386,35 +1431,35 @@ def answer_study(volume, ensemble, effort, options):
     seen = [name for name, crop in zip(VERTEBRAE, crops) if crop.any()]
     status = "ok" if len(seen) == 7 else "partial" if seen else "nothing seen"
     return answers, dict(status=status, slices=len(volume.hu), seen="+".join(seen),
-                         segment_s=found - start, crops_s=cut - found, classify_s=clock() - cut)
+                         segment_s=found - start, crops_s=cut - found, classify_s=clock() - cut,
+                         warnings="; ".join(problems)[:500])
 
 
-def answer_or_prior(uid, future, ensemble, effort, options, stop):
+def answer_or_prior(uid, future, ensemble, effort, options, seconds):
     """((8,) answers, report): whatever goes wrong with a study ends here."""
     if not effort.folds:
+        future.cancel()
         return PRIOR, dict(status="no time")
     try:
-        volume, seconds = future.result(min(max(stop.left(), 1), threading.TIMEOUT_MAX))
+        volume, read_s = future.result(min(max(seconds, 1), threading.TIMEOUT_MAX))
         try:
             answers, report = answer_study(volume, ensemble, effort, options)
         except torch.OutOfMemoryError:  # the CPU has room for this study
-            models = {k: [copy.deepcopy(m).cpu() for m in ms] for k, ms in ensemble.models.items()}
-            ensemble = ensemble._replace(models=models, device=torch.device("cpu"))
+            ensemble = ensemble._replace(device=torch.device("cpu"))
             answers, report = answer_study(volume, ensemble, effort, options)
-        return answers, dict(report, read_s=seconds, warnings="; ".join(volume.problems)[:500])
+            report["warnings"] = f"out of GPU memory, done on the CPU; {report['warnings']}"
+        return answers, dict(report, read_s=read_s)
     except Exception as error:  # the one place that must outlive all that a study can do
-        what = f"{type(error).__name__}: {error}"[:300]
-        say(f"study {uid}: {what.splitlines()[0]}; answered with the prior")
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        say(f"study {uid}: {what}; answered with the prior")
         return PRIOR, dict(status="failed", warnings=what)
 
 
 def effort_levels(options, folds):
     """What is given up when time runs short: views, then folds, then all."""
-    levels, few = [Effort(options.views, folds)], min(options.views, 1)
-    while folds:
-        levels.append(Effort(few, folds))
-        folds = (folds + 1) // 2 if folds > 1 else 0
-    return [*dict.fromkeys(levels), Effort(0, 0)]
+    few = min(options.views, 1)
+    fewer = [Effort(few, folds >> k) for k in range(folds.bit_length() + 1)]
+    return [Effort(options.views, folds), *fewer]
 
 
 def choose_effort(levels, seconds, left, studies):
@@ -1433,47 +1478,58 @@ def safe_folder(root, uid):
 
 def submission_rows(table):
     """[(row_id, study, target)] of test.csv, each row_id once; its ending says the target."""
-    table = table.astype(str).drop_duplicates("row_id")
+    table = table.fillna("").astype(str).drop_duplicates("row_id")
     ending = table.row_id.str.extract(f"_({'|'.join(TARGETS)})$")[0]
     target = ending.fillna(table.prediction_type)
     return [*zip(table.row_id, table[STUDY], target.where(target.isin(TARGETS), TARGETS[-1]))]
 
 
 def read_reports(out):
-    """The report rows of all processes that write beside `out`."""
-    return [row for path in sorted(out.parent.glob("predict_report*.csv"))
-            for row in read_csv(path, (STUDY, "status", *TARGETS)).to_dict("records")]
+    """{study: report} of all processes that write beside `out`, an answer before a failure."""
+    paths = [path for path in map(out.with_name, REPORTS) if path.exists()]
+    rows = [row for path in paths for row in read_csv(path, REPORT).to_dict("records")]
+    return {row[STUDY]: row for row in sorted(rows, key=answered)}
 
 
-def write_submission(out, rows, reports):
-    """Every row of test.csv, with the prior where no report has an answer."""
-    answers, prior = {r[STUDY]: r for r in reports}, dict(zip(TARGETS, PRIOR))
-    values = [(row, answers.get(uid, prior)[target]) for row, uid, target in rows]
-    write_csv(out, pd.DataFrame(values, columns=["row_id", "fractured"]))
+def answered(report):
+    return report["status"] not in ("failed", "no time")
+
+
+def write_submission(out, rows):
+    """Every row of test.csv, with the prior where no report has an answer; those reports."""
+    prior, reports, known = dict(zip(TARGETS, PRIOR)), read_reports(out), None
+    while known != len(reports):  # another process reported meanwhile
+        known = len(reports)
+        values = [(row, reports.get(uid, prior)[target]) for row, uid, target in rows]
+        write_csv(out, pd.DataFrame(values, columns=["row_id", "fractured"]))
+        reports = read_reports(out)
+    return reports
 
 
 def predict_studies(images, out, rows, todo, ensemble, options, stop, workers):
     """Answer the studies `todo`; report and submission are rewritten after each."""
-    rank, world = ranks()
-    path = out.with_name(f"predict_report{rank if world > 1 else ''}.csv")
-    reports = [r for r in read_reports(out) if world == 1 and r[STUDY] not in todo]
+    path = out.with_name(REPORTS[ranks()[0]])
+    reports = read_csv(path, REPORT).to_dict("records") if path.exists() else []
+    reports = [report for report in reports if report[STUDY] not in todo]
     levels, seconds = effort_levels(options, max(map(len, ensemble.models.values()))), {}
     effort, finished = levels[0], stop.clock()
 
     def read(uid):
-        start = time.monotonic()
-        volume = read_volume(safe_folder(images, uid), workers, lambda: stop.left() < 0)
-        return volume, time.monotonic() - start
+        start, share = stop.clock(), READING_SHARE * stop.left()
+        folder = safe_folder(images, uid)
+        volume = read_volume(folder, workers, lambda: stop.clock() - start > share)
+        return volume, stop.clock() - start
 
-    for k, (uid, future) in enumerate(progress(prefetch(read, todo, 1), "study", len(todo))):
-        last, effort = effort, choose_effort(levels, seconds, stop.left(), len(todo) - k)
+    for k, (uid, future) in enumerate(progress(prefetch(read, todo, 1), "study", len(todo)), 1):
+        last, effort = effort, choose_effort(levels, seconds, stop.left(), len(todo) + 1 - k)
         if effort != last:
-            say(f"time is short: {effort.folds} folds, {effort.views} views from study {k + 1} on")
-        answers, report = answer_or_prior(uid, future, ensemble, effort, options, stop)
+            say(f"time is short: {effort.folds} folds, {effort.views} views from study {k} on")
+        answers, report = answer_or_prior(uid, future, ensemble, effort, options,
+                                          READING_SHARE * stop.left())
         reports.append({STUDY: uid, **report, "peak_gb": peak_gb(), **dict(zip(TARGETS, answers))})
-        write_csv(path, pd.DataFrame(reports))
-        if rank == 0:
-            write_submission(out, rows, read_reports(out))
+        if effort.folds or k == len(todo) or stop.signal:  # a prior is on disk already
+            write_csv(path, pd.DataFrame(reports, columns=REPORT))
+            write_submission(out, rows)
         if effort.folds:
             seconds[effort] = max(stop.clock() - finished, 0.8 * seconds.get(effort, 0))
         finished = stop.clock()
@@ -1837,25 +1893,24 @@ def judge_answers(answers, labels):
 
 
 def mode_predict(o):
-    """Answer every row of test.csv: writes --out and predict_report.csv beside it."""
+    """Read test.csv, test_images and weights; write an answer to every row, and a report beside it."""
     data, out, (rank, world) = data_folder(o, "test.csv"), Path(o.out), ranks()
     rows = submission_rows(read_csv(data / "test.csv", ("row_id", STUDY, "prediction_type")))
     stop = Stop(o.time_limit)
-    if not o.resume and rank == 0:
-        for path in out.parent.glob("predict_report*.csv"):
-            path.unlink()
-    reports = read_reports(out) if o.resume else []
-    if rank == 0:
-        write_submission(out, rows, reports)
+    for name in [] if o.resume else REPORTS[rank::world]:
+        out.with_name(name).unlink(missing_ok=True)
+    reports = write_submission(out, rows)
     ensemble = load_ensemble(o.weights, pick_device(o.device))
-    done = {r[STUDY] for r in reports if r["status"] not in ("failed", "no time")}
-    todo = [u for u in dict.fromkeys(row[1] for row in rows) if u not in done]
-    predict_studies(data / "test_images", out, rows, todo[rank::world], ensemble,
+    if o.no_calibration:
+        ensemble = ensemble._replace(calibration=None)
+    studies = [*dict.fromkeys(uid for _, uid, _ in rows)]
+    todo = [u for u in studies[rank::world] if not (u in reports and answered(reports[u]))]
+    predict_studies(data / "test_images", out, rows, todo, ensemble,
                     Answers(o.top_k, o.views, o.average, o.noisy_or), stop, o.workers)
-    if rank == 0:
-        status = [r["status"] for r in read_reports(out)]
-        bad = sum(s in ("failed", "no time", "nothing seen") for s in status)
-        print(f"{out}: {len(rows)} rows, {len(status)} studies, {bad} fell back to the prior")
+    reports = read_reports(out)
+    good = sum(u in reports and reports[u]["status"] in ("ok", "partial") for u in studies)
+    print(f"{out}: {len(rows)} rows, {len(studies)} studies, {len(studies) - good} of them fell "
+          "back to the prior")
 
 
 def held_out_answers(weights):
@@ -1871,23 +1926,32 @@ def held_out_answers(weights):
     return pd.DataFrame.from_dict(blended, orient="index", columns=TARGETS)
 
 
+def read_answers(path):
+    """The answers of a submission, a study a row; what is no number is NaN."""
+    table = read_csv(path, ("row_id", "fractured"))
+    table[["uid", "target"]] = table.row_id.str.extract(f"^(.*)_({'|'.join(TARGETS)})$")
+    table["fractured"] = pd.to_numeric(table.fractured, "coerce")
+    return table.pivot_table("fractured", "uid", "target").reindex(columns=TARGETS)
+
+
 def mode_evaluate(o):
-    """Score --submission, and Dice where masks are; or with --folds the held-out answers."""
-    data = data_folder(o)
+    """Read labels and answers, of --submission or held out (--folds); print scores and Dice."""
+    data, weights = data_folder(o), Path(o.weights)
     files = [p for p in (data / "train.csv", data / "test_labels.csv") if p.exists()]
     labels = pd.concat([read_csv(p, (STUDY, *TARGETS)) for p in files or [data / "train.csv"]])
     labels = labels.drop_duplicates(STUDY).set_index(STUDY)[list(TARGETS)]
-    if o.held_out:
-        answers = held_out_answers(Path(o.weights))
-    else:
-        table = read_csv(o.submission, ("row_id", "fractured"))
-        table[["uid", "target"]] = table.row_id.str.extract(rf"^(.*)_({'|'.join(TARGETS)})$")
-        answers = table.pivot_table("fractured", "uid", "target").reindex(columns=TARGETS)
+    answers = held_out_answers(weights) if o.held_out else read_answers(o.submission)
     answers = answers[answers.index.isin(labels.index)].fillna(dict(zip(TARGETS, PRIOR)))
     if not len(answers):
         raise UserError(f"nothing to score: no answered study has labels in {data}/")
-    print_scores(answers.to_numpy(), labels.loc[answers.index].to_numpy())
-    models = load_models(o.weights, "segmenter", pick_device(o.device))
+    truth = labels.loc[answers.index].to_numpy()
+    print_scores(answers.to_numpy(), truth)
+    if o.calibrate:
+        fitted, path = fit_calibration(answers.to_numpy(), truth), weights / "calibration.json"
+        write_json(path, dict(zip(TARGETS, fitted.tolist())))
+        print(f"{path} is written; with it, on the studies that it was fitted to:")
+        print_scores(calibrate(answers.to_numpy(), fitted), truth)
+    models = load_models(weights, "segmenter", pick_device(o.device))
     if not o.held_out and models:
         print_dice(data, answers.index, list(models.values()), o.workers)
 
@@ -1908,12 +1972,12 @@ def print_dice(data, uids, models, workers):
     """Dice, and vertebrae named right: more of the mask lies in the true one than elsewhere."""
     rows, named = [], []
     for uid in progress(uids, "study", len(uids)):
-        masks = sorted((data / "segmentations").glob(f"{uid}.nii*"))
+        mask = safe_folder(data / "segmentations", uid).with_name(f"{uid}.nii")
         folders = [f for f in (data / "train_images" / uid, data / "test_images" / uid) if f.is_dir()]
-        if masks and folders:
+        if mask.exists() and folders:
             volume = read_volume(folders[0], workers)
             probability = segment(models, volume, next(models[0].parameters()).device)
-            labels = cube_labels(masks[0], volume, probability.shape[-1])
+            labels = cube_labels(mask, volume, probability.shape[-1])
             rows.append(dice_scores(probability, labels))
             for v in np.flatnonzero(~np.isnan(rows[-1])):
                 found = labels[probability[v] > 0.5]
@@ -1942,20 +2006,46 @@ def mode_demo(o):
     o.studies, o.held_out, o.submission = 0, False, o.out
     mode_phantom(o)
     mode_predict(o)
-    answers = read_csv(o.out, ("fractured",)).fractured.to_numpy().reshape(-1, 8)
     labels = read_csv(Path(o.data) / "test_labels.csv", (STUDY, *TARGETS)).set_index(STUDY)
-    print(f"{'probability (* fractured)':40}" + "".join(f"{t[:7]:>8} " for t in TARGETS))
-    for uid, row, truth in zip(labels.index, answers, labels[list(TARGETS)].to_numpy()):
-        cells = [f"{p:8.2f}{'*' if t else ' '}" for p, t in zip(row, truth)]
-        print(f"{uid:40}" + "".join(cells))
+    answers, labels = read_answers(o.out).loc[labels.index], labels[list(TARGETS)]
+    print("probabilities, * fractured:")
+    print((answers.map("{:.2f}".format) + labels.replace({0: " ", 1: "*"})).to_string())
     mode_evaluate(o)
 
 
+def mode_notebook(o):
+    """Write cspine.ipynb, this file ready to run, and kernel-metadata.json in the folder --out."""
+    source, weights = HERE / "cspine.py", o.weights_dataset
+    if not source.exists():
+        raise UserError(f"no {source}: the notebook is made where the file is")
+    if not re.fullmatch(r"([\w-]+/[\w-]+)?", weights):
+        raise UserError(f"--weights-dataset {weights}: expected OWNER/NAME")
+    owner, _, name = weights.partition("/")
+    run = "!python cspine.py predict" + (f" --weights /kaggle/input/{name}" if name else "")
+    cells = [dict(cell_type="code", metadata={}, outputs=[], execution_count=None, source=text)
+             for text in ("%%writefile cspine.py\n" + source.read_text(), run, LOOK)]
+    write_json(Path(o.out) / "cspine.ipynb", dict(
+        nbformat=4, nbformat_minor=4, cells=cells, metadata=dict(
+            kernelspec=dict(name="python3", display_name="Python 3", language="python"))))
+    write_json(Path(o.out) / "kernel-metadata.json", dict(
+        id=f"{owner or 'OWNER'}/cspine", title="cspine", code_file="cspine.ipynb",
+        language="python", kernel_type="notebook", is_private=True, enable_gpu=True,
+        enable_internet=False, dataset_sources=[weights] if weights else [],
+        competition_sources=[Path(KAGGLE_DATA).name], kernel_sources=[], model_sources=[]))
+    print(f"kaggle kernels push -p {o.out}")
+
+
+LOOK = """import glob
+import pandas as pd
+submission = pd.read_csv("submission.csv")
+report = pd.concat(map(pd.read_csv, glob.glob("predict_report*.csv")))
+print(len(submission), "rows;", report.status.value_counts().to_dict())
+submission.head(16)"""
 OPTIONS = {  # default, meaning
     "data": (KAGGLE_DATA, "folder with train.csv, train_images, test.csv, ..."),
     "weights": (str(HERE / "weights"), "folder of the weights"),
     "work": ("work", "folder for crops and caches"),
-    "out": ("submission.csv", "file to write"),
+    "out": ("submission.csv", "file or folder to write"),
     "submission": ("submission.csv", "file to score"),
     "device": ("auto", "auto, cpu, cuda, cuda:1, ..."),
     "seed": (0, "of everything random"),
@@ -1972,6 +2062,9 @@ OPTIONS = {  # default, meaning
     "time_limit": (0.0, "minutes after which to stop, all saved; 0: none"),
     "init": ("", "weights to start from: a timm file, or one of ours"),
     "mask_of": ("last", "slice of a step whose mask is shown: last or center"),
+    "no_calibration": (False, "leave calibration.json out: answers to fit it to"),
+    "calibrate": (False, "fit calibration.json under --weights to these answers"),
+    "weights_dataset": ("", "OWNER/NAME of the Kaggle data set that holds the weights"),
     "top_k": (Answers().top_k, "steps whose mean is a vertebra's probability"),
     "views": (Answers().views, "dihedral views a model; 0: none"),
     "average": (Answers().average, "space of the ensemble's mean: logit or probability"),
@@ -1990,8 +2083,10 @@ MODES = {  # function, options
     "train-cls": (mode_train_cls, TRAINING + "size mask_of"),
     "train-patient": (mode_train_patient, TRAINING + "size mask_of"),
     "predict": (mode_predict,
-                "data weights out device workers resume time_limit top_k views average noisy_or"),
-    "evaluate": (mode_evaluate, "data weights submission device workers"),
+                "data weights out device workers resume time_limit top_k views average noisy_or "
+                "no_calibration"),
+    "evaluate": (mode_evaluate, "data weights submission device workers calibrate"),
+    "notebook": (mode_notebook, "out=notebook weights_dataset"),
     "demo": (mode_demo, "weights work out device workers seed test_studies"),
 }
 
@@ -2009,7 +2104,9 @@ def build_parser():
             mode.add_argument("--folds", dest="held_out", action="store_true",
                               help="score the held-out answers of all folds")
         for option in options.split():
+            option, _, own = option.partition("=")
             (default, meaning), flag = OPTIONS[option], "--" + option.replace("_", "-")
+            default = own or default
             if default is False:
                 mode.add_argument(flag, action="store_true", help=meaning)
             else:
@@ -2030,6 +2127,8 @@ def main(argv=None):
     except (UserError, Stopped) as error:
         print(f"cspine: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 130 if "by SIG" in str(error) else 0
+    except KeyboardInterrupt:
+        return 130
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, signal.default_int_handler)
