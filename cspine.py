@@ -1266,27 +1266,11 @@ def train(task, recipe, weights, device, stop, workers=2, go_on=False, init=""):
 
 CALIBRATION_PULL = 2.0  # towards the identity: a spread of 0.5 in log scale and in shift
 READING_SHARE = 0.25  # of the time left, for one study
-REPORTS = ["predict_report.csv", *(f"predict_report{k}.csv" for k in range(1, 16))]  # a process's
-REPORT = [STUDY, "status", "slices", "seen", "read_s", "segment_s", "crops_s", "classify_s",
-          "peak_gb", "warnings", *TARGETS]
+REPORTS = [f"predict_report{k or ''}.csv" for k in range(16)]  # one a process
 
-
-class Ensemble(NamedTuple):
-    """Models by kind; calibration: (8, 2) scale and shift in logit space, or None."""
-
-    models: dict
-    device: torch.device
-    calibration: object = None
-
-
-class Effort(NamedTuple):
-    """What a study is given; without folds the prior."""
-
-    views: int
-    folds: int
-
-    def work(self):
-        return self.folds * max(self.views, 1)
+# models: {kind: list}; calibration: (8, 2) scale and shift in logit space, or None
+Ensemble = namedtuple("Ensemble", "models device calibration", defaults=[None])
+Effort = namedtuple("Effort", "views folds")  # what a study is given; without folds the prior
 
 
 def write_json(path, content):
@@ -1305,14 +1289,13 @@ def load_ensemble(weights, device):
     if not models["segmenter"] or not models["vertebra"] + models["patient"]:
         raise UserError(f"no weights in {weights}: needs segmenter_fold*.pt and vertebra_fold*.pt "
                         "or patient_fold*.pt; train, or give --weights")
-    path, calibration = Path(weights) / "calibration.json", None
-    if path.exists():
-        try:
-            table = json.loads(path.read_text())
-            calibration = np.array([table[t] for t in TARGETS], float).reshape(8, 2)
-            np.testing.assert_array_less(np.abs(calibration), 100)
-        except (OSError, ValueError, LookupError, TypeError, AssertionError):
-            raise UserError(f"{path}: expected a [scale, shift] for each target") from None
+    path = Path(weights) / "calibration.json"
+    if not path.exists():
+        return Ensemble(models, device)
+    with study_errors(f"{path}: expected a finite [scale, shift] for each target"):
+        table = json.loads(path.read_text())
+        calibration = np.array([table[t] for t in TARGETS], float).reshape(8, 2)
+        assert np.isfinite(calibration).all()
     return Ensemble(models, device, calibration)
 
 
@@ -1327,8 +1310,8 @@ def segment(models, volume, device, problems=None):
         with autocast(device):
             logits = model(cubes[key].to(device, memory_format=torch.channels_last_3d))
         found = F.interpolate(logits.float().sigmoid(), (edge,) * 3, mode="trilinear")[0]
-        total += found.nan_to_num_()
-    return in_order((total / len(models)).cpu().numpy(), [] if problems is None else problems)
+        total += found.nan_to_num_() / len(models)
+    return in_order(total.cpu().numpy(), [] if problems is None else problems)
 
 
 def in_order(probability, problems):
@@ -1341,11 +1324,9 @@ def in_order(probability, problems):
         wrong = np.diff(centre[seen]) <= 0
         if not wrong.any():
             return probability
-        pair = seen[wrong.argmax() :][:2]
-        drop = min(pair, key=lambda v: mass[v])
-        upper, lower, dropped = (VERTEBRAE[v] for v in (*pair, drop))
-        problems.append(f"{upper} lay below {lower}: {dropped}, the fainter, taken out")
+        drop = min(seen[wrong.argmax() :][:2], key=lambda v: mass[v])
         mass[drop] = probability[drop] = 0
+        problems.append(f"{VERTEBRAE[drop]} against the order head to foot, taken out")
 
 
 @torch.inference_mode()
@@ -1353,23 +1334,21 @@ def classify(ensemble, crops, effort):
     """[(step probability (7, 15), patient probability)], one a model and view; NaN: none."""
     absent, resized, out = ~crops.any((1, 2, 3, 4)), {}, []
     crops = torch.from_numpy(crops).to(ensemble.device)
-    runs = [(model, n) for kind, n in (("vertebra", STEPS), ("patient", 7 * STEPS))
-            for model in ensemble.models[kind][: effort.folds]]
-    for i, (model, n) in enumerate(runs):
+    patient = ensemble.models["patient"][: effort.folds]
+    for i, model in enumerate(ensemble.models["vertebra"][: effort.folds] + patient):
         size = model.settings["size"]
-        if size not in resized:  # vertebra by vertebra, back to bytes: little memory
-            resized[size] = crops if size == crops.shape[-1] else torch.stack([
-                F.interpolate(c.float(), (size, size), mode="bilinear").round().byte()
-                for c in crops])
+        if size not in resized:  # a vertebra at a time, back to bytes: little memory
+            resized[size] = torch.stack([F.interpolate(
+                c.float(), (size, size), mode="bilinear").round().byte() for c in crops])
         for view in range(i, i + effort.views) or [0]:
-            turned = torch.rot90(resized[size], view, (-2, -1)).flatten(0, 1)
+            turned = torch.rot90(resized[size], view, (-2, -1))
             turned = turned.flip(-1) if view & 4 else turned
             with autocast(ensemble.device):
-                steps = model(turned.unflatten(0, (-1, n)))
-            steps, patient = (steps, torch.tensor(math.nan)) if n == STEPS else steps
+                whole = model in patient
+                steps, head = model(turned.flatten(0, 1)[None]) if whole else (model(turned), None)
             steps = steps.float().sigmoid().double().view(7, STEPS).cpu().numpy()
             steps[absent] = np.nan
-            out.append((steps, float(patient.float().sigmoid())))
+            out.append((steps, float(head.float().sigmoid()) if whole else math.nan))
     return out
 
 
@@ -1381,8 +1360,7 @@ def combine(outputs, options, calibration=None):
     answer = (rows.logit(FLOOR).nanmean(0).sigmoid() if logit else rows.nanmean(0)).numpy()
     either = 1 - pd.Series(1 - answer[:7]).prod(min_count=1)  # NaN with no vertebra in sight
     answer[7] = share * either + (1 - share) * np.nan_to_num(answer[7], nan=either)
-    if calibration is not None:
-        answer = calibrate(answer, calibration)
+    answer = answer if calibration is None else calibrate(answer, calibration)
     return np.where(np.isnan(answer), PRIOR, answer).clip(FLOOR, 1 - FLOOR)
 
 
@@ -1393,34 +1371,30 @@ def calibrate(answers, calibration):
 
 
 def fit_calibration(answers, labels):
-    """(8, 2) scale and shift with the best metric on (N, 8) answers, held near the identity.
-
-    A target with one class keeps the identity.
-    """
+    """(8, 2) scale and shift that lower the score of (N, 8) answers, held near the identity."""
+    weight = np.where(labels > 0, POSITIVE_FACTOR, 1.0)
+    weight /= (weight * TARGET_WEIGHTS).sum(1, keepdims=True)
+    weight *= (labels.min(0) < labels.max(0)) / weight.mean(0)  # one class says nothing
     logits, truth = torch.tensor(answers).logit(FLOOR), torch.tensor(labels).double()
-    weight = torch.tensor(TARGET_WEIGHTS) * (1 + (POSITIVE_FACTOR - 1) * truth)
-    weight = weight / weight.sum(1, keepdim=True)  # as in the score of a study
-    weight = weight / weight.mean(0) * (truth.mean(0) % 1 > 0)
     fit = torch.zeros(2, 8, dtype=torch.float64, requires_grad=True)  # log scale, shift
     optimizer = torch.optim.LBFGS([fit], max_iter=200, line_search_fn="strong_wolfe")
 
     def loss():
         optimizer.zero_grad()
-        moved = logits * fit[0].exp() + fit[1]
-        total = F.binary_cross_entropy_with_logits(moved, truth, weight, reduction="sum")
-        total = total + CALIBRATION_PULL * fit.square().sum()
+        total = CALIBRATION_PULL * fit.square().sum() + F.binary_cross_entropy_with_logits(
+            logits * fit[0].exp() + fit[1], truth, torch.tensor(weight), reduction="sum")
         total.backward()
         return total
 
     optimizer.step(loss)
-    return torch.stack([fit[0].exp(), fit[1]], 1).detach().numpy()
+    return np.stack([fit[0].exp().detach(), fit[1].detach()], 1)
 
 
 def answer_study(volume, ensemble, effort, options):
-    """((8,) answers, report) of one study."""
+    """A study's row of the report, with its answers."""
     models, clock, problems = ensemble.models, time.monotonic, [*volume.problems]
     for model in sum(models.values(), []):
-        model.to(ensemble.device)  # where a study without GPU memory may have left the CPU's
+        model.to(ensemble.device)  # the study before may have left them on the CPU
     start = clock()
     probability = segment(models["segmenter"][: effort.folds], volume, ensemble.device, problems)
     found = clock()
@@ -1430,48 +1404,46 @@ def answer_study(volume, ensemble, effort, options):
     answers = combine(classify(ensemble, crops, effort), options, ensemble.calibration)
     seen = [name for name, crop in zip(VERTEBRAE, crops) if crop.any()]
     status = "ok" if len(seen) == 7 else "partial" if seen else "nothing seen"
-    return answers, dict(status=status, slices=len(volume.hu), seen="+".join(seen),
-                         segment_s=found - start, crops_s=cut - found, classify_s=clock() - cut,
-                         warnings="; ".join(problems)[:500])
+    return dict(zip(TARGETS, answers), status=status, slices=len(volume.hu), seen="+".join(seen),
+                segment_s=found - start, crops_s=cut - found, classify_s=clock() - cut,
+                warnings="; ".join(problems)[:500])
 
 
 def answer_or_prior(uid, future, ensemble, effort, options, seconds):
-    """((8,) answers, report): whatever goes wrong with a study ends here."""
+    """A study's row of the report: whatever goes wrong with it ends here."""
+    prior = dict(zip(TARGETS, PRIOR), status="no time")
     if not effort.folds:
         future.cancel()
-        return PRIOR, dict(status="no time")
+        return prior
     try:
         volume, read_s = future.result(min(max(seconds, 1), threading.TIMEOUT_MAX))
         try:
-            answers, report = answer_study(volume, ensemble, effort, options)
+            row = answer_study(volume, ensemble, effort, options)
         except torch.OutOfMemoryError:  # the CPU has room for this study
             ensemble = ensemble._replace(device=torch.device("cpu"))
-            answers, report = answer_study(volume, ensemble, effort, options)
-            report["warnings"] = f"out of GPU memory, done on the CPU; {report['warnings']}"
-        return answers, dict(report, read_s=read_s)
+            row = answer_study(volume, ensemble, effort, options)
+            row["warnings"] += "; out of GPU memory, done on the CPU"
+        return dict(row, read_s=read_s)
     except Exception as error:  # the one place that must outlive all that a study can do
         what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         say(f"study {uid}: {what}; answered with the prior")
-        return PRIOR, dict(status="failed", warnings=what)
+        return dict(prior, status="failed", warnings=what)
 
 
-def effort_levels(options, folds):
-    """What is given up when time runs short: views, then folds, then all."""
+def choose_effort(options, folds, seconds, left):
+    """What fits into `left` seconds: views are given up first, then folds, then all.
+
+    `seconds`: what a fold with one view took.
+    """
     few = min(options.views, 1)
-    fewer = [Effort(few, folds >> k) for k in range(folds.bit_length() + 1)]
-    return [Effort(options.views, folds), *fewer]
-
-
-def choose_effort(levels, seconds, left, studies):
-    """The first level whose seconds a study, measured or in proportion, fit the time left."""
-    unit = min([s / level.work() for level, s in seconds.items()], default=0)
-    fit = (e for e in levels if seconds.get(e, unit * e.work()) * studies <= left)
-    return next(fit, levels[-1])
+    for effort in (Effort(options.views, folds), *(Effort(few, folds >> k) for k in range(9))):
+        if seconds * effort.folds * max(effort.views, 1) <= max(left, 0):
+            return effort
 
 
 def safe_folder(root, uid):
     """root / uid. StudyError if the uid, from a csv, is no plain folder name."""
-    if uid in ("", ".", "..") or re.search(r"[/\\\0]", uid):
+    if uid in ("", "..") or Path(uid).name != uid:
         raise StudyError(f"{uid!r} is no plain folder name")
     return Path(root) / uid
 
@@ -1479,40 +1451,36 @@ def safe_folder(root, uid):
 def submission_rows(table):
     """[(row_id, study, target)] of test.csv, each row_id once; its ending says the target."""
     table = table.fillna("").astype(str).drop_duplicates("row_id")
-    ending = table.row_id.str.extract(f"_({'|'.join(TARGETS)})$")[0]
-    target = ending.fillna(table.prediction_type)
+    target = table.row_id.str.extract(f"_({'|'.join(TARGETS)})$")[0].fillna(table.prediction_type)
     return [*zip(table.row_id, table[STUDY], target.where(target.isin(TARGETS), TARGETS[-1]))]
 
 
+def answered(row):
+    return row["status"] not in ("failed", "no time")
+
+
 def read_reports(out):
-    """{study: report} of all processes that write beside `out`, an answer before a failure."""
-    paths = [path for path in map(out.with_name, REPORTS) if path.exists()]
-    rows = [row for path in paths for row in read_csv(path, REPORT).to_dict("records")]
+    """{study: row} of all processes that write beside `out`; an answer outdoes a failure."""
+    rows = [row for path in map(out.with_name, REPORTS) if path.exists()
+            for row in read_csv(path, (STUDY, "status", *TARGETS)).to_dict("records")]
     return {row[STUDY]: row for row in sorted(rows, key=answered)}
 
 
-def answered(report):
-    return report["status"] not in ("failed", "no time")
-
-
 def write_submission(out, rows):
-    """Every row of test.csv, with the prior where no report has an answer; those reports."""
+    """Every row of test.csv, with the prior where no report has an answer."""
     prior, reports, known = dict(zip(TARGETS, PRIOR)), read_reports(out), None
-    while known != len(reports):  # another process reported meanwhile
+    while known != len(reports):  # else another process reported meanwhile
         known = len(reports)
         values = [(row, reports.get(uid, prior)[target]) for row, uid, target in rows]
         write_csv(out, pd.DataFrame(values, columns=["row_id", "fractured"]))
         reports = read_reports(out)
-    return reports
 
 
-def predict_studies(images, out, rows, todo, ensemble, options, stop, workers):
-    """Answer the studies `todo`; report and submission are rewritten after each."""
-    path = out.with_name(REPORTS[ranks()[0]])
-    reports = read_csv(path, REPORT).to_dict("records") if path.exists() else []
-    reports = [report for report in reports if report[STUDY] not in todo]
-    levels, seconds = effort_levels(options, max(map(len, ensemble.models.values()))), {}
-    effort, finished = levels[0], stop.clock()
+def predict_studies(images, out, rows, done, ensemble, options, stop, workers):
+    """Answer this process's share of the studies; report and submission follow each."""
+    (rank, world), reports = ranks(), [*done.values()]
+    todo = [u for u in [*dict.fromkeys(u for _, u, _ in rows)][rank::world] if u not in done]
+    folds, seconds, effort = max(map(len, ensemble.models.values())), 1e-9, None
 
     def read(uid):
         start, share = stop.clock(), READING_SHARE * stop.left()
@@ -1520,19 +1488,19 @@ def predict_studies(images, out, rows, todo, ensemble, options, stop, workers):
         volume = read_volume(folder, workers, lambda: stop.clock() - start > share)
         return volume, stop.clock() - start
 
-    for k, (uid, future) in enumerate(progress(prefetch(read, todo, 1), "study", len(todo)), 1):
-        last, effort = effort, choose_effort(levels, seconds, stop.left(), len(todo) + 1 - k)
-        if effort != last:
-            say(f"time is short: {effort.folds} folds, {effort.views} views from study {k} on")
-        answers, report = answer_or_prior(uid, future, ensemble, effort, options,
-                                          READING_SHARE * stop.left())
-        reports.append({STUDY: uid, **report, "peak_gb": peak_gb(), **dict(zip(TARGETS, answers))})
-        if effort.folds or k == len(todo) or stop.signal:  # a prior is on disk already
-            write_csv(path, pd.DataFrame(reports, columns=REPORT))
+    for k, (uid, future) in enumerate(progress(prefetch(read, todo, 1), "study", len(todo))):
+        start, left, last = stop.clock(), stop.left(), effort
+        effort = choose_effort(options, folds, seconds, left / (len(todo) - k))
+        if last not in (None, effort):
+            say(f"time is short: {effort.folds} folds, {effort.views} views from study {k + 1} on")
+        row = answer_or_prior(uid, future, ensemble, effort, options, READING_SHARE * left)
+        reports.append({STUDY: uid, **row, "peak_gb": peak_gb()})
+        if effort.folds or uid == todo[-1] or stop.signal:  # a prior is on disk already
+            write_csv(out.with_name(REPORTS[rank]), pd.DataFrame(reports))
             write_submission(out, rows)
         if effort.folds:
-            seconds[effort] = max(stop.clock() - finished, 0.8 * seconds.get(effort, 0))
-        finished = stop.clock()
+            used = (stop.clock() - start) / (effort.folds * max(effort.views, 1))
+            seconds = max(used, 0.8 * seconds)
         if stop.signal:
             raise Stopped(f"stopped by {stop.signal}: {out} is complete, the rest with the prior; "
                           "--resume goes on")
@@ -1899,17 +1867,16 @@ def mode_predict(o):
     stop = Stop(o.time_limit)
     for name in [] if o.resume else REPORTS[rank::world]:
         out.with_name(name).unlink(missing_ok=True)
-    reports = write_submission(out, rows)
+    done = {u: row for u, row in read_reports(out).items() if o.resume and answered(row)}
+    write_submission(out, rows)
     ensemble = load_ensemble(o.weights, pick_device(o.device))
     if o.no_calibration:
         ensemble = ensemble._replace(calibration=None)
-    studies = [*dict.fromkeys(uid for _, uid, _ in rows)]
-    todo = [u for u in studies[rank::world] if not (u in reports and answered(reports[u]))]
-    predict_studies(data / "test_images", out, rows, todo, ensemble,
+    predict_studies(data / "test_images", out, rows, done, ensemble,
                     Answers(o.top_k, o.views, o.average, o.noisy_or), stop, o.workers)
-    reports = read_reports(out)
-    good = sum(u in reports and reports[u]["status"] in ("ok", "partial") for u in studies)
-    print(f"{out}: {len(rows)} rows, {len(studies)} studies, {len(studies) - good} of them fell "
+    good = {u for u, row in read_reports(out).items() if row["status"] in ("ok", "partial")}
+    studies = {uid for _, uid, _ in rows}
+    print(f"{out}: {len(rows)} rows, {len(studies)} studies, {len(studies - good)} of them fell "
           "back to the prior")
 
 

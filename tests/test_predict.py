@@ -217,10 +217,9 @@ def test_a_study_without_gpu_memory_is_repeated_on_the_cpu(times, status, weight
     ensemble.models["vertebra"][0] = OutOfMemoryOnce(ensemble.models["vertebra"][0], times)
     future = Future()
     future.set_result((cspine.read_volume(studies / "test_images" / UIDS[0]), 1.0))
-    answers, report = cspine.answer_or_prior("a", future, ensemble, cspine.Effort(1, 1),
-                                             cspine.Answers(), 10)
-    assert report["status"] == status and "memory" in report["warnings"]
-    assert (answers == cspine.PRIOR).all() == (status == "failed")
+    row = cspine.answer_or_prior("a", future, ensemble, cspine.Effort(1, 1), cspine.Answers(), 10)
+    assert row["status"] == status and "memory" in row["warnings"]
+    assert all(row[t] == PRIOR[t] for t in PRIOR) == (status == "failed")
 
 
 # -------------------------------------------------------------------- killed, continued, shared
@@ -337,12 +336,12 @@ def test_whichever_process_ends_last_the_answers_of_all_are_in(order, predict, s
 def test_an_answer_reported_while_the_submission_is_written_is_in_it(tmp_path, monkeypatch):
     """Two processes that end at once: the slower writer must not bring back older answers."""
     out, rows = tmp_path / "submission.csv", [("a_C1", "a", "C1"), ("b_C1", "b", "C1")]
-    report = dict.fromkeys(cspine.REPORT, 0.25) | {"status": "ok"}
+    report = dict.fromkeys(cspine.TARGETS, 0.25) | {"status": "ok"}
     plain = cspine.write_csv
 
     def write_csv(path, table):
         if path == out and not (tmp_path / "predict_report1.csv").exists():
-            other = pd.DataFrame([report | {cspine.STUDY: "b"}], columns=cspine.REPORT)
+            other = pd.DataFrame([report | {cspine.STUDY: "b"}])
             plain(tmp_path / "predict_report1.csv", other)
         plain(path, table)
 
@@ -371,14 +370,14 @@ def test_the_limit_is_kept_by_giving_up_views_then_folds_then_studies(count, sec
     def answer_study(volume, ensemble, effort, options):
         done.append(effort)
         clock.now += seconds * effort.folds * max(effort.views, 1)
-        return np.full(8, 0.5), dict(status="ok")
+        return dict.fromkeys(cspine.TARGETS, 0.5) | dict(status="ok")
 
     monkeypatch.setattr(cspine, "answer_study", answer_study)
     monkeypatch.setattr(cspine, "read_volume", lambda *_: None)
     stop = cspine.Stop(limit / 60, clock)
     uids = [f"u{k}" for k in range(count)]
     rows = [(f"{u}_C1", u, "C1") for u in uids]
-    cspine.predict_studies(tmp_path, tmp_path / "submission.csv", rows, uids,
+    cspine.predict_studies(tmp_path, tmp_path / "submission.csv", rows, {},
                            whole(segmenter=[0] * 5), cspine.Answers(views=4), stop, 1)
     submission, report = read_results(tmp_path)
     assert len(submission) == len(report) == count
@@ -397,10 +396,11 @@ def test_the_limit_is_kept_by_giving_up_views_then_folds_then_studies(count, sec
 
 
 def test_views_go_first_then_folds():
-    levels = cspine.effort_levels(cspine.Answers(views=8), 5)
-    assert [*dict.fromkeys(levels)] == [(8, 5), (1, 5), (1, 2), (1, 1), (1, 0)]
-    levels = cspine.effort_levels(cspine.Answers(views=0), 1)
-    assert [*dict.fromkeys(levels)] == [(0, 1), (0, 0)]
+    for views, folds, levels in ((8, 5, [(8, 5), (1, 5), (1, 2), (1, 1), (1, 0)]),
+                                 (0, 1, [(0, 1), (0, 0)])):
+        options = cspine.Answers(views=views)
+        found = [cspine.choose_effort(options, folds, 1.0, left / 2) for left in range(90, -3, -1)]
+        assert [*dict.fromkeys(found)] == levels
 
 
 def test_too_little_time_in_a_real_run_leaves_priors_and_says_so(predict, tmp_path, capsys):
@@ -435,7 +435,7 @@ def test_a_study_that_reads_for_ever_takes_only_its_share(tmp_path, monkeypatch)
 
     monkeypatch.setattr(cspine, "read_volume", read_volume)
     rows = [("slow_C1", "slow", "C1"), ("b_C1", "b", "C1")]
-    cspine.predict_studies(tmp_path, tmp_path / "submission.csv", rows, ["slow", "b"],
+    cspine.predict_studies(tmp_path, tmp_path / "submission.csv", rows, {},
                            whole(segmenter=[0]), cspine.Answers(), cspine.Stop(10, clock), 1)
     _, report = read_results(tmp_path)
     assert 100 < clock.now < 200 and list(report.status) == ["failed", "failed"]
