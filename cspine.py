@@ -1360,14 +1360,10 @@ def combine(outputs, options, calibration=None):
     answer = (rows.logit(FLOOR).nanmean(0).sigmoid() if logit else rows.nanmean(0)).numpy()
     either = 1 - pd.Series(1 - answer[:7]).prod(min_count=1)  # NaN with no vertebra in sight
     answer[7] = share * either + (1 - share) * np.nan_to_num(answer[7], nan=either)
-    answer = answer if calibration is None else calibrate(answer, calibration)
+    if calibration is not None:
+        scale, shift = torch.tensor(calibration).T
+        answer = (torch.tensor(answer).logit(FLOOR) * scale + shift).sigmoid().numpy()
     return np.where(np.isnan(answer), PRIOR, answer).clip(FLOOR, 1 - FLOOR)
-
-
-def calibrate(answers, calibration):
-    """(..., 8) answers, scaled and shifted in logit space."""
-    scale, shift = torch.tensor(calibration).T
-    return (torch.tensor(answers).logit(FLOOR) * scale + shift).sigmoid().numpy()
 
 
 def fit_calibration(answers, labels):
@@ -1861,7 +1857,7 @@ def judge_answers(answers, labels):
 
 
 def mode_predict(o):
-    """Read test.csv, test_images and weights; write an answer to every row, and a report beside it."""
+    """Answer every row of --data's test.csv: writes --out, and predict_report.csv beside it."""
     data, out, (rank, world) = data_folder(o, "test.csv"), Path(o.out), ranks()
     rows = submission_rows(read_csv(data / "test.csv", ("row_id", STUDY, "prediction_type")))
     stop = Stop(o.time_limit)
@@ -1903,21 +1899,20 @@ def read_answers(path):
 
 def mode_evaluate(o):
     """Read labels and answers, of --submission or held out (--folds); print scores and Dice."""
-    data, weights = data_folder(o), Path(o.weights)
+    data, weights = data_folder(o, "train.csv"), Path(o.weights)
     files = [p for p in (data / "train.csv", data / "test_labels.csv") if p.exists()]
-    labels = pd.concat([read_csv(p, (STUDY, *TARGETS)) for p in files or [data / "train.csv"]])
+    labels = pd.concat([read_csv(p, (STUDY, *TARGETS)) for p in files])
     labels = labels.drop_duplicates(STUDY).set_index(STUDY)[list(TARGETS)]
     answers = held_out_answers(weights) if o.held_out else read_answers(o.submission)
     answers = answers[answers.index.isin(labels.index)].fillna(dict(zip(TARGETS, PRIOR)))
     if not len(answers):
         raise UserError(f"nothing to score: no answered study has labels in {data}/")
-    truth = labels.loc[answers.index].to_numpy()
-    print_scores(answers.to_numpy(), truth)
+    labels = labels.loc[answers.index]
+    print_scores(answers.to_numpy(), labels.to_numpy())
     if o.calibrate:
-        fitted, path = fit_calibration(answers.to_numpy(), truth), weights / "calibration.json"
-        write_json(path, dict(zip(TARGETS, fitted.tolist())))
-        print(f"{path} is written; with it, on the studies that it was fitted to:")
-        print_scores(calibrate(answers.to_numpy(), fitted), truth)
+        fitted = fit_calibration(answers.to_numpy(), labels.to_numpy())
+        write_json(weights / "calibration.json", dict(zip(TARGETS, fitted.tolist())))
+        print(f"{weights / 'calibration.json'} is written: predict uses it from now on")
     models = load_models(weights, "segmenter", pick_device(o.device))
     if not o.held_out and models:
         print_dice(data, answers.index, list(models.values()), o.workers)
@@ -1929,31 +1924,30 @@ def print_scores(answers, labels):
     blind = competition_scores(np.tile(PRIOR, (len(labels), 1)), labels)
     print(f"{len(labels)} studies; weighted log loss, lower is better: {study:.4f} per study, "
           f"{column:.4f} per column; the best constants: {blind[0]:.4f}, {blind[1]:.4f}")
-    print(f"{'':16}{'fractured':>10}{'log loss':>10}{'AUC':>8}")
-    for name, k in [*zip(TARGETS, range(8)), ("C1 to C7", slice(0, 7))]:
-        p, y = answers[:, k].ravel(), labels[:, k].ravel()
-        print(f"{name:16}{int(y.sum()):10}{element_losses(p, y).mean():10.4f}{auc(p, y):8.3f}")
+    parts = [(answers[:, k].ravel(), labels[:, k].ravel()) for k in (*range(8), slice(0, 7))]
+    rows = [(y.sum(), element_losses(p, y).mean(), auc(p, y)) for p, y in parts]
+    print(pd.DataFrame(rows, (*TARGETS, "C1 to C7"), ["fractured", "log loss", "AUC"]).round(4))
 
 
 def print_dice(data, uids, models, workers):
     """Dice, and vertebrae named right: more of the mask lies in the true one than elsewhere."""
     rows, named = [], []
+    masks = {p.name.split(".nii")[0]: p for p in (data / "segmentations").glob("*.nii*")}
+    uids = sorted({*uids} & {*masks})  # no path from a csv
     for uid in progress(uids, "study", len(uids)):
-        mask = safe_folder(data / "segmentations", uid).with_name(f"{uid}.nii")
-        folders = [f for f in (data / "train_images" / uid, data / "test_images" / uid) if f.is_dir()]
-        if mask.exists() and folders:
-            volume = read_volume(folders[0], workers)
-            probability = segment(models, volume, next(models[0].parameters()).device)
-            labels = cube_labels(mask, volume, probability.shape[-1])
-            rows.append(dice_scores(probability, labels))
-            for v in np.flatnonzero(~np.isnan(rows[-1])):
-                found = labels[probability[v] > 0.5]
-                named.append((found == v + 1).mean() > 0.5 if len(found) else False)
+        folder = data / "train_images" / uid
+        volume = read_volume(folder if folder.exists() else data / "test_images" / uid, workers)
+        probability = segment(models, volume, next(models[0].parameters()).device)
+        labels = cube_labels(masks[uid], volume, probability.shape[-1])
+        rows.append(dice_scores(probability, labels))
+        for v in np.flatnonzero(~np.isnan(rows[-1])):
+            found = labels[probability[v] > 0.5]
+            named.append(len(found) > 0 and (found == v + 1).mean() > 0.5)
     if rows:
         dice = np.nanmean(rows, 0)
-        print(f"{len(rows)} masks: Dice {dice.mean():.3f}; "
-              + ", ".join(f"{n} {d:.3f}" for n, d in zip(VERTEBRAE, dice))
-              + f"; {np.mean(named):.1%} of {len(named)} vertebrae named right")
+        shown = ", ".join(f"{name} {d:.3f}" for name, d in zip(VERTEBRAE, dice))
+        print(f"{len(rows)} masks: Dice {dice.mean():.3f}; {shown}; {np.mean(named):.1%} of "
+              f"{len(named)} vertebrae named right")
 
 
 def mode_phantom(o):
@@ -1984,7 +1978,7 @@ def mode_notebook(o):
     """Write cspine.ipynb, this file ready to run, and kernel-metadata.json in the folder --out."""
     source, weights = HERE / "cspine.py", o.weights_dataset
     if not source.exists():
-        raise UserError(f"no {source}: the notebook is made where the file is")
+        raise UserError(f"no {source} to put into a notebook")
     if not re.fullmatch(r"([\w-]+/[\w-]+)?", weights):
         raise UserError(f"--weights-dataset {weights}: expected OWNER/NAME")
     owner, _, name = weights.partition("/")
@@ -1993,12 +1987,12 @@ def mode_notebook(o):
              for text in ("%%writefile cspine.py\n" + source.read_text(), run, LOOK)]
     write_json(Path(o.out) / "cspine.ipynb", dict(
         nbformat=4, nbformat_minor=4, cells=cells, metadata=dict(
-            kernelspec=dict(name="python3", display_name="Python 3", language="python"))))
+            kernelspec=dict(name="python3", display_name="Python 3"))))
     write_json(Path(o.out) / "kernel-metadata.json", dict(
         id=f"{owner or 'OWNER'}/cspine", title="cspine", code_file="cspine.ipynb",
         language="python", kernel_type="notebook", is_private=True, enable_gpu=True,
         enable_internet=False, dataset_sources=[weights] if weights else [],
-        competition_sources=[Path(KAGGLE_DATA).name], kernel_sources=[], model_sources=[]))
+        competition_sources=[Path(KAGGLE_DATA).name]))
     print(f"kaggle kernels push -p {o.out}")
 
 
@@ -2063,7 +2057,8 @@ def build_parser():
     parser = argparse.ArgumentParser("cspine.py", description=__doc__.splitlines()[0])
     modes = parser.add_subparsers(dest="mode", required=True, metavar="MODE")
     for name, (function, options) in MODES.items():
-        mode = modes.add_parser(name, help=function.__doc__, description=function.__doc__)
+        mode = modes.add_parser(name, help=function.__doc__, description=function.__doc__,
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         mode.set_defaults(function=function)
         if name == "phantom":
             mode.add_argument("target", metavar="OUT", help="folder to write")
@@ -2072,13 +2067,10 @@ def build_parser():
                               help="score the held-out answers of all folds")
         for option in options.split():
             option, _, own = option.partition("=")
-            (default, meaning), flag = OPTIONS[option], "--" + option.replace("_", "-")
-            default = own or default
-            if default is False:
-                mode.add_argument(flag, action="store_true", help=meaning)
-            else:
-                mode.add_argument(flag, type=type(default), default=default,
-                                  help=f"{meaning} (default: {default!r})")
+            default, meaning = OPTIONS[option]
+            how = dict(type=type(default), default=own or default)
+            mode.add_argument("--" + option.replace("_", "-"), help=meaning,
+                              **dict(action="store_true") if default is False else how)
     return parser
 
 
