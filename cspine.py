@@ -609,6 +609,8 @@ def to_3d(module, path=""):
 
 def create_backbone(name, **arguments):
     """A timm model with random weights. UserError for a name timm does not know."""
+    if ":" in name:  # hf-hub: would ask the network
+        raise UserError(f"--backbone {name}: not a plain name of timm")
     try:
         return timm.create_model(name, pretrained=False, **arguments)
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
@@ -1045,7 +1047,7 @@ def load_model(path, kind):
     try:
         model = KINDS[kind](**content["settings"])
         model.load_state_dict(content["tensors"])
-    except (KeyError, TypeError, RuntimeError, AttributeError):
+    except (KeyError, TypeError, RuntimeError, AttributeError, ValueError):
         raise UserError(f"{path} holds a {content.get('kind')}, not a {kind} that fits") from None
     return to_channels_last(model).eval()
 
@@ -1287,8 +1289,8 @@ def load_ensemble(weights, device):
     """All models under `weights`. UserError without a segmenter and a classifier."""
     models = {kind: [*load_models(weights, kind, device).values()] for kind in KINDS}
     if not models["segmenter"] or not models["vertebra"] + models["patient"]:
-        raise UserError(f"no weights in {weights}: needs segmenter_fold*.pt and vertebra_fold*.pt "
-                        "or patient_fold*.pt; train, or give --weights")
+        raise UserError(f"no weights in {weights}: train, or give --weights a folder with "
+                        "segmenter_fold*.pt and vertebra_fold*.pt or patient_fold*.pt")
     path = Path(weights) / "calibration.json"
     if not path.exists():
         return Ensemble(models, device)
@@ -1427,10 +1429,7 @@ def answer_or_prior(uid, future, ensemble, effort, options, seconds):
 
 
 def choose_effort(options, folds, seconds, left):
-    """What fits into `left` seconds: views are given up first, then folds, then all.
-
-    `seconds`: what a fold with one view took.
-    """
+    """What fits `left`, at `seconds` a fold and view: views go first, then folds, then all."""
     few = min(options.views, 1)
     for effort in (Effort(options.views, folds), *(Effort(few, folds >> k) for k in range(9))):
         if seconds * effort.folds * max(effort.views, 1) <= max(left, 0):
@@ -1970,7 +1969,7 @@ def mode_demo(o):
     labels = read_csv(Path(o.data) / "test_labels.csv", (STUDY, *TARGETS)).set_index(STUDY)
     answers, labels = read_answers(o.out).loc[labels.index], labels[list(TARGETS)]
     print("probabilities, * fractured:")
-    print((answers.map("{:.2f}".format) + labels.replace({0: " ", 1: "*"})).to_string())
+    print((answers.map("{:.2f}".format) + labels.map(" *".__getitem__)).to_string())
     mode_evaluate(o)
 
 

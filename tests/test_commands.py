@@ -42,19 +42,18 @@ def refused(capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", cspine.MODES)
-def test_every_mode_answers_help_with_its_purpose_and_defaults(mode, capsys):
+def test_every_mode_answers_help_with_its_purpose_and_defaults(mode, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit) as end:
         cspine.main([mode, "--help"])
     text = " ".join(capsys.readouterr().out.split())
     function, options = cspine.MODES[mode]
     assert end.value.code == 0 and " ".join(function.__doc__.split()) in text
     for option in options.split():
-        name, _, default = option.partition("=")
+        name, _, own = option.partition("=")
+        default, meaning = cspine.OPTIONS[name]
         assert "--" + name.replace("_", "-") in text
-        value, meaning = cspine.OPTIONS[name]
-        assert meaning in text
-        if value is not False:
-            assert f"{meaning} (default: {default or value!r}" in text.replace("'" + default, default)
+        assert " ".join(f"{meaning} (default: {own or default})".split()) in text
 
 
 def test_every_option_is_used_by_a_mode():
