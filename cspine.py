@@ -578,6 +578,8 @@ def to_3d(module, path=""):
 
 def create_backbone(name, **arguments):
     """A timm model with random weights. UserError for a name timm does not know."""
+    if ":" in name:  # hf-hub: would ask the network
+        raise UserError(f"--backbone {name}: not a plain name of timm")
     try:
         return timm.create_model(name, pretrained=False, **arguments)
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
@@ -1021,7 +1023,7 @@ def load_model(path, kind):
     try:
         model = new_model(kind, content["settings"])
         model.load_state_dict(content["tensors"])
-    except (KeyError, TypeError, RuntimeError, AttributeError):
+    except (KeyError, TypeError, RuntimeError, AttributeError, ValueError):
         raise UserError(f"{path} holds a {content.get('kind')}, not a {kind} that fits") from None
     return model.eval()
 
@@ -1228,60 +1230,57 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
 # =========================================== Prediction ==========================================
 # Studies to rows. A complete submission is on disk from the first second, at worst with the prior.
 
+CALIBRATION_PULL = 2.0  # towards the identity: a spread of 0.5 in log scale and in shift
+READING_SHARE = 0.25  # of the time left, for one study
+REPORTS = [f"predict_report{k or ''}.csv" for k in range(16)]  # one a process
 
-class Ensemble(NamedTuple):
-    """Models by kind; calibration: (8, 2) scale and shift in logit space, or None."""
-
-    models: dict
-    device: torch.device
-    calibration: object = None
+# models: {kind: list}; calibration: (8, 2) scale and shift in logit space, or None
+Ensemble = namedtuple("Ensemble", "models device calibration", defaults=[None])
+Effort = namedtuple("Effort", "views folds")  # what a study is given; without folds the prior
 
 
-class Effort(NamedTuple):
-    """What a study is given; without folds the prior."""
-
-    views: int
-    folds: int
-
-    def work(self):
-        return self.folds * max(self.views, 1)
+def write_json(path, content):
+    write_atomic(path, lambda new: new.write_text(json.dumps(content, indent=1)))
 
 
 def load_models(weights, kind, device):
     """{fold: model} of <kind>_fold<k>.pt."""
-    paths = sorted(Path(weights).glob(f"{kind}_fold*[0-9].pt"))
-    return {int(p.stem.split("fold")[1]): load_model(p, kind).to(device) for p in paths}
+    paths = [(p.stem.rpartition("fold")[2], p) for p in Path(weights).glob(f"{kind}_fold*.pt")]
+    return {int(k): load_model(p, kind).to(device) for k, p in sorted(paths) if k.isdecimal()}
 
 
 def load_ensemble(weights, device):
     """All models under `weights`. UserError without a segmenter and a classifier."""
     models = {kind: [*load_models(weights, kind, device).values()] for kind in KINDS}
     if not models["segmenter"] or not models["vertebra"] + models["patient"]:
-        raise UserError(f"no weights in {weights}: needs segmenter_fold*.pt and vertebra_fold*.pt "
-                        "or patient_fold*.pt; train, or give --weights")
-    path, calibration = Path(weights) / "calibration.json", None
-    if path.exists():
-        try:
-            table = json.loads(path.read_text())
-            calibration = np.array([table[t] for t in TARGETS], float).reshape(8, 2)
-        except (OSError, ValueError, LookupError, TypeError):
-            raise UserError(f"{path}: expected a [scale, shift] for each target") from None
+        raise UserError(f"no weights in {weights}: train, or give --weights a folder with "
+                        "segmenter_fold*.pt and vertebra_fold*.pt or patient_fold*.pt")
+    path = Path(weights) / "calibration.json"
+    if not path.exists():
+        return Ensemble(models, device)
+    with study_errors(f"{path}: expected a finite [scale, shift] for each target"):
+        table = json.loads(path.read_text())
+        calibration = np.array([table[t] for t in TARGETS], float).reshape(8, 2)
+        assert np.isfinite(calibration).all()
     return Ensemble(models, device, calibration)
 
 
 @torch.inference_mode()
-def segment(models, volume, device):
+def segment(models, volume, device, problems=None):
     """float32 (7, D, D, D): mean probability of the segmenters, in_order."""
-    edge, total = max(model.settings["size"] for model in models), 0
+    edge, total, cubes = max(model.settings["size"] for model in models), 0, {}
     for model in models:
-        cube = segmenter_input(volume, model.settings["size"], model.settings["window"])[None]
+        key = model.settings["size"], tuple(model.settings["window"])
+        if key not in cubes:
+            cubes[key] = segmenter_input(volume, *key)[None]
         with autocast(device):
-            logits = model(cube.to(device, memory_format=torch.channels_last_3d))
-        total += F.interpolate(logits.float().sigmoid(), (edge,) * 3, mode="trilinear")[0]
-    return in_order(np.nan_to_num((total / len(models)).cpu().numpy()))
+            logits = model(cubes[key].to(device, memory_format=torch.channels_last_3d))
+        found = F.interpolate(logits.float().sigmoid(), (edge,) * 3, mode="trilinear")[0]
+        total += found.nan_to_num_() / len(models)
+    return in_order(total.cpu().numpy(), [] if problems is None else problems)
 
 
-def in_order(probability):
+def in_order(probability, problems):
     """(7, D, D, D); of two vertebrae against the order head to foot the fainter is emptied."""
     weight = (probability * (probability > 0.5)).sum((2, 3))  # (7, D)
     mass = weight.sum(1)
@@ -1293,55 +1292,73 @@ def in_order(probability):
             return probability
         drop = min(seen[wrong.argmax() :][:2], key=lambda v: mass[v])
         mass[drop] = probability[drop] = 0
+        problems.append(f"{VERTEBRAE[drop]} against the order head to foot, taken out")
 
 
 @torch.inference_mode()
 def classify(ensemble, crops, effort):
     """[(step probability (7, 15), patient probability)], one a model and view; NaN: none."""
-    absent, out = ~crops.any((1, 2, 3, 4)), []
+    absent, resized, out = ~crops.any((1, 2, 3, 4)), {}, []
     crops = torch.from_numpy(crops).to(ensemble.device)
-    runs = [(model, n) for kind, n in (("vertebra", STEPS), ("patient", 7 * STEPS))
-            for model in ensemble.models[kind][: effort.folds]]
-    for i, (model, n) in enumerate(runs):
+    patient = ensemble.models["patient"][: effort.folds]
+    for i, model in enumerate(ensemble.models["vertebra"][: effort.folds] + patient):
+        size = model.settings["size"]
+        if size not in resized:  # a vertebra at a time, back to bytes: little memory
+            resized[size] = torch.stack([F.interpolate(
+                c.float(), (size, size), mode="bilinear").round().byte() for c in crops])
         for view in range(i, i + effort.views) or [0]:
-            turned = torch.rot90(crops, view, (-2, -1)).flatten(0, 1)
+            turned = torch.rot90(resized[size], view, (-2, -1))
             turned = turned.flip(-1) if view & 4 else turned
-            if (size := model.settings["size"]) != CROP:
-                turned = F.interpolate(turned.float() / 255, (size, size), mode="bilinear")
             with autocast(ensemble.device):
-                steps = model(turned.unflatten(0, (-1, n)))
-            steps, patient = (steps, torch.tensor(math.nan)) if n == STEPS else steps
+                whole = model in patient
+                steps, head = model(turned.flatten(0, 1)[None]) if whole else (model(turned), None)
             steps = steps.float().sigmoid().double().view(7, STEPS).cpu().numpy()
             steps[absent] = np.nan
-            out.append((steps, float(patient.float().sigmoid())))
+            out.append((steps, float(head.float().sigmoid()) if whole else math.nan))
     return out
-
-
-def ensemble_mean(values, space):
-    """Mean over the first axis in logit or probability space, without NaN."""
-    values = torch.tensor(np.array(values, float))
-    if space == "logit":
-        return values.logit(FLOOR).nanmean(0).sigmoid().numpy()
-    return values.nanmean(0).numpy()
 
 
 def combine(outputs, options, calibration=None):
     """(8,) answers from what classify gave; what is NaN gets the prior."""
     rows = [[*np.sort(steps, 1)[:, -options.top_k :].mean(1), head] for steps, head in outputs]
-    answer, share = ensemble_mean(rows, options.average), options.noisy_or
+    rows, share = torch.tensor(rows, dtype=torch.float64), options.noisy_or
+    logit = options.average == "logit"
+    answer = (rows.logit(FLOOR).nanmean(0).sigmoid() if logit else rows.nanmean(0)).numpy()
     either = 1 - pd.Series(1 - answer[:7]).prod(min_count=1)  # NaN with no vertebra in sight
     answer[7] = share * either + (1 - share) * np.nan_to_num(answer[7], nan=either)
     if calibration is not None:
-        scale, shift = torch.from_numpy(calibration).T
+        scale, shift = torch.tensor(calibration).T
         answer = (torch.tensor(answer).logit(FLOOR) * scale + shift).sigmoid().numpy()
     return np.where(np.isnan(answer), PRIOR, answer).clip(FLOOR, 1 - FLOOR)
 
 
+def fit_calibration(answers, labels):
+    """(8, 2) scale and shift that lower the score of (N, 8) answers, held near the identity."""
+    weight = np.where(labels > 0, POSITIVE_FACTOR, 1.0)
+    weight /= (weight * TARGET_WEIGHTS).sum(1, keepdims=True)
+    weight *= (labels.min(0) < labels.max(0)) / weight.mean(0)  # one class says nothing
+    logits, truth = torch.tensor(answers).logit(FLOOR), torch.tensor(labels).double()
+    fit = torch.zeros(2, 8, dtype=torch.float64, requires_grad=True)  # log scale, shift
+    optimizer = torch.optim.LBFGS([fit], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        total = CALIBRATION_PULL * fit.square().sum() + F.binary_cross_entropy_with_logits(
+            logits * fit[0].exp() + fit[1], truth, torch.tensor(weight), reduction="sum")
+        total.backward()
+        return total
+
+    optimizer.step(loss)
+    return np.stack([fit[0].exp().detach(), fit[1].detach()], 1)
+
+
 def answer_study(volume, ensemble, effort, options):
-    """((8,) answers, report) of one study."""
-    models, clock = ensemble.models, time.monotonic
+    """A study's row of the report, with its answers."""
+    models, clock, problems = ensemble.models, time.monotonic, [*volume.problems]
+    for model in sum(models.values(), []):
+        model.to(ensemble.device)  # the study before may have left them on the CPU
     start = clock()
-    probability = segment(models["segmenter"][: effort.folds], volume, ensemble.device)
+    probability = segment(models["segmenter"][: effort.folds], volume, ensemble.device, problems)
     found = clock()
     mask_of = (models["vertebra"] + models["patient"])[0].settings["mask_of"]
     crops = vertebra_slices(volume, probability, mask_of=mask_of)
@@ -1349,98 +1366,100 @@ def answer_study(volume, ensemble, effort, options):
     answers = combine(classify(ensemble, crops, effort), options, ensemble.calibration)
     seen = [name for name, crop in zip(VERTEBRAE, crops) if crop.any()]
     status = "ok" if len(seen) == 7 else "partial" if seen else "nothing seen"
-    return answers, dict(status=status, slices=len(volume.hu), seen="+".join(seen),
-                         segment_s=found - start, crops_s=cut - found, classify_s=clock() - cut)
+    return dict(zip(TARGETS, answers), status=status, slices=len(volume.hu), seen="+".join(seen),
+                segment_s=found - start, crops_s=cut - found, classify_s=clock() - cut,
+                warnings="; ".join(problems)[:500])
 
 
-def answer_or_prior(uid, future, ensemble, effort, options, stop):
-    """((8,) answers, report): whatever goes wrong with a study ends here."""
+def answer_or_prior(uid, future, ensemble, effort, options, seconds):
+    """A study's row of the report: whatever goes wrong with it ends here."""
+    prior = dict(zip(TARGETS, PRIOR), status="no time")
     if not effort.folds:
-        return PRIOR, dict(status="no time")
+        future.cancel()
+        return prior
     try:
-        volume, seconds = future.result(min(max(stop.left(), 1), threading.TIMEOUT_MAX))
+        volume, read_s = future.result(min(max(seconds, 1), threading.TIMEOUT_MAX))
         try:
-            answers, report = answer_study(volume, ensemble, effort, options)
+            row = answer_study(volume, ensemble, effort, options)
         except torch.OutOfMemoryError:  # the CPU has room for this study
-            models = {k: [copy.deepcopy(m).cpu() for m in ms] for k, ms in ensemble.models.items()}
-            ensemble = ensemble._replace(models=models, device=torch.device("cpu"))
-            answers, report = answer_study(volume, ensemble, effort, options)
-        return answers, dict(report, read_s=seconds, warnings="; ".join(volume.problems)[:500])
+            ensemble = ensemble._replace(device=torch.device("cpu"))
+            row = answer_study(volume, ensemble, effort, options)
+            row["warnings"] += "; out of GPU memory, done on the CPU"
+        return dict(row, read_s=read_s)
     except Exception as error:  # the one place that must outlive all that a study can do
-        what = f"{type(error).__name__}: {error}"[:300]
-        say(f"study {uid}: {what.splitlines()[0]}; answered with the prior")
-        return PRIOR, dict(status="failed", warnings=what)
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        say(f"study {uid}: {what}; answered with the prior")
+        return dict(prior, status="failed", warnings=what)
 
 
-def effort_levels(options, folds):
-    """What is given up when time runs short: views, then folds, then all."""
-    levels, few = [Effort(options.views, folds)], min(options.views, 1)
-    while folds:
-        levels.append(Effort(few, folds))
-        folds = (folds + 1) // 2 if folds > 1 else 0
-    return [*dict.fromkeys(levels), Effort(0, 0)]
-
-
-def choose_effort(levels, seconds, left, studies):
-    """The first level whose seconds a study, measured or in proportion, fit the time left."""
-    unit = min([s / level.work() for level, s in seconds.items()], default=0)
-    fit = (e for e in levels if seconds.get(e, unit * e.work()) * studies <= left)
-    return next(fit, levels[-1])
+def choose_effort(options, folds, seconds, left):
+    """What fits `left`, at `seconds` a fold and view: views go first, then folds, then all."""
+    few = min(options.views, 1)
+    for effort in (Effort(options.views, folds), *(Effort(few, folds >> k) for k in range(9))):
+        if seconds * effort.folds * max(effort.views, 1) <= max(left, 0):
+            return effort
 
 
 def safe_folder(root, uid):
     """root / uid. StudyError if the uid, from a csv, is no plain folder name."""
-    if uid in ("", ".", "..") or re.search(r"[/\\\0]", uid):
+    if uid in ("", "..") or Path(uid).name != uid:
         raise StudyError(f"{uid!r} is no plain folder name")
     return Path(root) / uid
 
 
 def submission_rows(table):
     """[(row_id, study, target)] of test.csv, each row_id once; its ending says the target."""
-    table = table.astype(str).drop_duplicates("row_id")
-    ending = table.row_id.str.extract(f"_({'|'.join(TARGETS)})$")[0]
-    target = ending.fillna(table.prediction_type)
+    table = table.fillna("").astype(str).drop_duplicates("row_id")
+    target = table.row_id.str.extract(f"_({'|'.join(TARGETS)})$")[0].fillna(table.prediction_type)
     return [*zip(table.row_id, table[STUDY], target.where(target.isin(TARGETS), TARGETS[-1]))]
 
 
+def answered(row):
+    return row["status"] not in ("failed", "no time")
+
+
 def read_reports(out):
-    """The report rows of all processes that write beside `out`."""
-    return [row for path in sorted(out.parent.glob("predict_report*.csv"))
+    """{study: row} of all processes that write beside `out`; an answer outdoes a failure."""
+    rows = [row for path in map(out.with_name, REPORTS) if path.exists()
             for row in read_csv(path, (STUDY, "status", *TARGETS)).to_dict("records")]
+    return {row[STUDY]: row for row in sorted(rows, key=answered)}
 
 
-def write_submission(out, rows, reports):
+def write_submission(out, rows):
     """Every row of test.csv, with the prior where no report has an answer."""
-    answers, prior = {r[STUDY]: r for r in reports}, dict(zip(TARGETS, PRIOR))
-    values = [(row, answers.get(uid, prior)[target]) for row, uid, target in rows]
-    write_csv(out, pd.DataFrame(values, columns=["row_id", "fractured"]))
+    prior, reports, known = dict(zip(TARGETS, PRIOR)), read_reports(out), None
+    while known != len(reports):  # else another process reported meanwhile
+        known = len(reports)
+        values = [(row, reports.get(uid, prior)[target]) for row, uid, target in rows]
+        write_csv(out, pd.DataFrame(values, columns=["row_id", "fractured"]))
+        reports = read_reports(out)
 
 
-def predict_studies(images, out, rows, todo, ensemble, options, stop, workers):
-    """Answer the studies `todo`; report and submission are rewritten after each."""
-    rank, world = ranks()
-    path = out.with_name(f"predict_report{rank if world > 1 else ''}.csv")
-    reports = [r for r in read_reports(out) if world == 1 and r[STUDY] not in todo]
-    levels, seconds = effort_levels(options, max(map(len, ensemble.models.values()))), {}
-    effort, finished = levels[0], stop.clock()
+def predict_studies(images, out, rows, done, ensemble, options, stop, workers):
+    """Answer this process's share of the studies; report and submission follow each."""
+    (rank, world), reports = ranks(), [*done.values()]
+    todo = [u for u in [*dict.fromkeys(u for _, u, _ in rows)][rank::world] if u not in done]
+    folds, seconds, effort = max(map(len, ensemble.models.values())), 1e-9, None
 
     def read(uid):
-        start = time.monotonic()
-        volume = read_volume(safe_folder(images, uid), workers, lambda: stop.left() < 0)
-        return volume, time.monotonic() - start
+        start, share = stop.clock(), READING_SHARE * stop.left()
+        folder = safe_folder(images, uid)
+        volume = read_volume(folder, workers, lambda: stop.clock() - start > share)
+        return volume, stop.clock() - start
 
     for k, (uid, future) in enumerate(progress(prefetch(read, todo, 1), "study", len(todo))):
-        last, effort = effort, choose_effort(levels, seconds, stop.left(), len(todo) - k)
-        if effort != last:
+        start, left, last = stop.clock(), stop.left(), effort
+        effort = choose_effort(options, folds, seconds, left / (len(todo) - k))
+        if last not in (None, effort):
             say(f"time is short: {effort.folds} folds, {effort.views} views from study {k + 1} on")
-        answers, report = answer_or_prior(uid, future, ensemble, effort, options, stop)
-        reports.append({STUDY: uid, **report, "peak_gb": peak_gb(), **dict(zip(TARGETS, answers))})
-        write_csv(path, pd.DataFrame(reports))
-        if rank == 0:
-            write_submission(out, rows, read_reports(out))
+        row = answer_or_prior(uid, future, ensemble, effort, options, READING_SHARE * left)
+        reports.append({STUDY: uid, **row, "peak_gb": peak_gb()})
+        if effort.folds or uid == todo[-1] or stop.signal:  # a prior is on disk already
+            write_csv(out.with_name(REPORTS[rank]), pd.DataFrame(reports))
+            write_submission(out, rows)
         if effort.folds:
-            seconds[effort] = max(stop.clock() - finished, 0.8 * seconds.get(effort, 0))
-        finished = stop.clock()
+            used = (stop.clock() - start) / (effort.folds * max(effort.views, 1))
+            seconds = max(used, 0.8 * seconds)
         if stop.signal:
             raise Stopped(f"stopped by {stop.signal}: {out} is complete, the rest with the prior; "
                           "--resume goes on")
@@ -1792,25 +1811,23 @@ def judge_answers(answers, labels):
 
 
 def mode_predict(o):
-    """Answer every row of test.csv: writes --out and predict_report.csv beside it."""
+    """Answer every row of --data's test.csv: writes --out, and predict_report.csv beside it."""
     data, out, (rank, world) = data_folder(o, "test.csv"), Path(o.out), ranks()
     rows = submission_rows(read_csv(data / "test.csv", ("row_id", STUDY, "prediction_type")))
     stop = Stop(o.time_limit)
-    if not o.resume and rank == 0:
-        for path in out.parent.glob("predict_report*.csv"):
-            path.unlink()
-    reports = read_reports(out) if o.resume else []
-    if rank == 0:
-        write_submission(out, rows, reports)
+    for name in [] if o.resume else REPORTS[rank::world]:
+        out.with_name(name).unlink(missing_ok=True)
+    done = {u: row for u, row in read_reports(out).items() if o.resume and answered(row)}
+    write_submission(out, rows)
     ensemble = load_ensemble(o.weights, pick_device(o.device))
-    done = {r[STUDY] for r in reports if r["status"] not in ("failed", "no time")}
-    todo = [u for u in dict.fromkeys(row[1] for row in rows) if u not in done]
-    predict_studies(data / "test_images", out, rows, todo[rank::world], ensemble,
+    if o.no_calibration:
+        ensemble = ensemble._replace(calibration=None)
+    predict_studies(data / "test_images", out, rows, done, ensemble,
                     Answers(o.top_k, o.views, o.average, o.noisy_or), stop, o.workers)
-    if rank == 0:
-        status = [r["status"] for r in read_reports(out)]
-        bad = sum(s in ("failed", "no time", "nothing seen") for s in status)
-        print(f"{out}: {len(rows)} rows, {len(status)} studies, {bad} fell back to the prior")
+    good = {u for u, row in read_reports(out).items() if row["status"] in ("ok", "partial")}
+    studies = {uid for _, uid, _ in rows}
+    print(f"{out}: {len(rows)} rows, {len(studies)} studies, {len(studies - good)} of them fell "
+          "back to the prior")
 
 
 def held_out_answers(weights):
@@ -1826,23 +1843,31 @@ def held_out_answers(weights):
     return pd.DataFrame.from_dict(blended, orient="index", columns=TARGETS)
 
 
+def read_answers(path):
+    """The answers of a submission, a study a row; what is no number is NaN."""
+    table = read_csv(path, ("row_id", "fractured"))
+    table[["uid", "target"]] = table.row_id.str.extract(f"^(.*)_({'|'.join(TARGETS)})$")
+    table["fractured"] = pd.to_numeric(table.fractured, "coerce")
+    return table.pivot_table("fractured", "uid", "target").reindex(columns=TARGETS)
+
+
 def mode_evaluate(o):
-    """Score --submission, and Dice where masks are; or with --folds the held-out answers."""
-    data = data_folder(o)
+    """Read labels and answers, of --submission or held out (--folds); print scores and Dice."""
+    data, weights = data_folder(o, "train.csv"), Path(o.weights)
     files = [p for p in (data / "train.csv", data / "test_labels.csv") if p.exists()]
-    labels = pd.concat([read_csv(p, (STUDY, *TARGETS)) for p in files or [data / "train.csv"]])
+    labels = pd.concat([read_csv(p, (STUDY, *TARGETS)) for p in files])
     labels = labels.drop_duplicates(STUDY).set_index(STUDY)[list(TARGETS)]
-    if o.held_out:
-        answers = held_out_answers(Path(o.weights))
-    else:
-        table = read_csv(o.submission, ("row_id", "fractured"))
-        table[["uid", "target"]] = table.row_id.str.extract(rf"^(.*)_({'|'.join(TARGETS)})$")
-        answers = table.pivot_table("fractured", "uid", "target").reindex(columns=TARGETS)
+    answers = held_out_answers(weights) if o.held_out else read_answers(o.submission)
     answers = answers[answers.index.isin(labels.index)].fillna(dict(zip(TARGETS, PRIOR)))
     if not len(answers):
         raise UserError(f"nothing to score: no answered study has labels in {data}/")
-    print_scores(answers.to_numpy(), labels.loc[answers.index].to_numpy())
-    models = load_models(o.weights, "segmenter", pick_device(o.device))
+    labels = labels.loc[answers.index]
+    print_scores(answers.to_numpy(), labels.to_numpy())
+    if o.calibrate:
+        fitted = fit_calibration(answers.to_numpy(), labels.to_numpy())
+        write_json(weights / "calibration.json", dict(zip(TARGETS, fitted.tolist())))
+        print(f"{weights / 'calibration.json'} is written: predict uses it from now on")
+    models = load_models(weights, "segmenter", pick_device(o.device))
     if not o.held_out and models:
         print_dice(data, answers.index, list(models.values()), o.workers)
 
@@ -1853,31 +1878,30 @@ def print_scores(answers, labels):
     blind = competition_scores(np.tile(PRIOR, (len(labels), 1)), labels)
     print(f"{len(labels)} studies; weighted log loss, lower is better: {study:.4f} per study, "
           f"{column:.4f} per column; the best constants: {blind[0]:.4f}, {blind[1]:.4f}")
-    print(f"{'':16}{'fractured':>10}{'log loss':>10}{'AUC':>8}")
-    for name, k in [*zip(TARGETS, range(8)), ("C1 to C7", slice(0, 7))]:
-        p, y = answers[:, k].ravel(), labels[:, k].ravel()
-        print(f"{name:16}{int(y.sum()):10}{element_losses(p, y).mean():10.4f}{auc(p, y):8.3f}")
+    parts = [(answers[:, k].ravel(), labels[:, k].ravel()) for k in (*range(8), slice(0, 7))]
+    rows = [(y.sum(), element_losses(p, y).mean(), auc(p, y)) for p, y in parts]
+    print(pd.DataFrame(rows, (*TARGETS, "C1 to C7"), ["fractured", "log loss", "AUC"]).round(4))
 
 
 def print_dice(data, uids, models, workers):
     """Dice, and vertebrae named right: more of the mask lies in the true one than elsewhere."""
     rows, named = [], []
+    masks = {p.name.split(".nii")[0]: p for p in (data / "segmentations").glob("*.nii*")}
+    uids = sorted({*uids} & {*masks})  # no path from a csv
     for uid in progress(uids, "study", len(uids)):
-        masks = sorted((data / "segmentations").glob(f"{uid}.nii*"))
-        folders = [f for f in (data / "train_images" / uid, data / "test_images" / uid) if f.is_dir()]
-        if masks and folders:
-            volume = read_volume(folders[0], workers)
-            probability = segment(models, volume, next(models[0].parameters()).device)
-            labels = cube_labels(masks[0], volume, probability.shape[-1])
-            rows.append(dice_scores(probability, labels))
-            for v in np.flatnonzero(~np.isnan(rows[-1])):
-                found = labels[probability[v] > 0.5]
-                named.append((found == v + 1).mean() > 0.5 if len(found) else False)
+        folder = data / "train_images" / uid
+        volume = read_volume(folder if folder.exists() else data / "test_images" / uid, workers)
+        probability = segment(models, volume, next(models[0].parameters()).device)
+        labels = cube_labels(masks[uid], volume, probability.shape[-1])
+        rows.append(dice_scores(probability, labels))
+        for v in np.flatnonzero(~np.isnan(rows[-1])):
+            found = labels[probability[v] > 0.5]
+            named.append(len(found) > 0 and (found == v + 1).mean() > 0.5)
     if rows:
         dice = np.nanmean(rows, 0)
-        print(f"{len(rows)} masks: Dice {dice.mean():.3f}; "
-              + ", ".join(f"{n} {d:.3f}" for n, d in zip(VERTEBRAE, dice))
-              + f"; {np.mean(named):.1%} of {len(named)} vertebrae named right")
+        shown = ", ".join(f"{name} {d:.3f}" for name, d in zip(VERTEBRAE, dice))
+        print(f"{len(rows)} masks: Dice {dice.mean():.3f}; {shown}; {np.mean(named):.1%} of "
+              f"{len(named)} vertebrae named right")
 
 
 def mode_phantom(o):
@@ -1898,20 +1922,46 @@ def mode_demo(o):
     o.studies, o.held_out, o.submission = 0, False, o.out
     mode_phantom(o)
     mode_predict(o)
-    answers = read_csv(o.out, ("fractured",)).fractured.to_numpy().reshape(-1, 8)
     labels = read_csv(Path(o.data) / "test_labels.csv", (STUDY, *TARGETS)).set_index(STUDY)
-    print(f"{'probability (* fractured)':40}" + "".join(f"{t[:7]:>8} " for t in TARGETS))
-    for uid, row, truth in zip(labels.index, answers, labels[list(TARGETS)].to_numpy()):
-        cells = [f"{p:8.2f}{'*' if t else ' '}" for p, t in zip(row, truth)]
-        print(f"{uid:40}" + "".join(cells))
+    answers, labels = read_answers(o.out).loc[labels.index], labels[list(TARGETS)]
+    print("probabilities, * fractured:")
+    print((answers.map("{:.2f}".format) + labels.map(" *".__getitem__)).to_string())
     mode_evaluate(o)
 
 
+def mode_notebook(o):
+    """Write cspine.ipynb, this file ready to run, and kernel-metadata.json in the folder --out."""
+    source, weights = HERE / "cspine.py", o.weights_dataset
+    if not source.exists():
+        raise UserError(f"no {source} to put into a notebook")
+    if not re.fullmatch(r"([\w-]+/[\w-]+)?", weights):
+        raise UserError(f"--weights-dataset {weights}: expected OWNER/NAME")
+    owner, _, name = weights.partition("/")
+    run = "!python cspine.py predict" + (f" --weights /kaggle/input/{name}" if name else "")
+    cells = [dict(cell_type="code", metadata={}, outputs=[], execution_count=None, source=text)
+             for text in ("%%writefile cspine.py\n" + source.read_text(), run, LOOK)]
+    write_json(Path(o.out) / "cspine.ipynb", dict(
+        nbformat=4, nbformat_minor=4, cells=cells, metadata=dict(
+            kernelspec=dict(name="python3", display_name="Python 3"))))
+    write_json(Path(o.out) / "kernel-metadata.json", dict(
+        id=f"{owner or 'OWNER'}/cspine", title="cspine", code_file="cspine.ipynb",
+        language="python", kernel_type="notebook", is_private=True, enable_gpu=True,
+        enable_internet=False, dataset_sources=[weights] if weights else [],
+        competition_sources=[Path(KAGGLE_DATA).name]))
+    print(f"kaggle kernels push -p {o.out}")
+
+
+LOOK = """import glob
+import pandas as pd
+submission = pd.read_csv("submission.csv")
+report = pd.concat(map(pd.read_csv, glob.glob("predict_report*.csv")))
+print(len(submission), "rows;", report.status.value_counts().to_dict())
+submission.head(16)"""
 OPTIONS = {  # default, meaning
     "data": (KAGGLE_DATA, "folder with train.csv, train_images, test.csv, ..."),
     "weights": (str(HERE / "weights"), "folder of the weights"),
     "work": ("work", "folder for crops and caches"),
-    "out": ("submission.csv", "file to write"),
+    "out": ("submission.csv", "file or folder to write"),
     "submission": ("submission.csv", "file to score"),
     "device": ("auto", "auto, cpu, cuda, cuda:1, ..."),
     "seed": (0, "of everything random"),
@@ -1929,6 +1979,9 @@ OPTIONS = {  # default, meaning
     "time_limit": (0.0, "minutes after which to stop, all saved; 0: none"),
     "init": ("", "weights to start from: a timm file, or one of ours"),
     "mask_of": ("last", "slice of a step whose mask is shown: last or center"),
+    "no_calibration": (False, "leave calibration.json out: answers to fit it to"),
+    "calibrate": (False, "fit calibration.json under --weights to these answers"),
+    "weights_dataset": ("", "OWNER/NAME of the Kaggle data set that holds the weights"),
     "top_k": (Answers().top_k, "steps whose mean is a vertebra's probability"),
     "views": (Answers().views, "dihedral views a model; 0: none"),
     "average": (Answers().average, "space of the ensemble's mean: logit or probability"),
@@ -1948,8 +2001,10 @@ MODES = {  # function, options
     "train-cls": (mode_train_cls, TRAINING + "size mask_of hidden"),
     "train-patient": (mode_train_patient, TRAINING + "size mask_of hidden"),
     "predict": (mode_predict,
-                "data weights out device workers resume time_limit top_k views average noisy_or"),
-    "evaluate": (mode_evaluate, "data weights submission device workers"),
+                "data weights out device workers resume time_limit top_k views average noisy_or "
+                "no_calibration"),
+    "evaluate": (mode_evaluate, "data weights submission device workers calibrate"),
+    "notebook": (mode_notebook, "out=notebook weights_dataset"),
     "demo": (mode_demo, "weights work out device workers seed test_studies"),
 }
 
@@ -1959,7 +2014,8 @@ def build_parser():
     parser = argparse.ArgumentParser("cspine.py", description=__doc__.splitlines()[0])
     modes = parser.add_subparsers(dest="mode", required=True, metavar="MODE")
     for name, (function, options) in MODES.items():
-        mode = modes.add_parser(name, help=function.__doc__, description=function.__doc__)
+        mode = modes.add_parser(name, help=function.__doc__, description=function.__doc__,
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         mode.set_defaults(function=function)
         if name == "phantom":
             mode.add_argument("target", metavar="OUT", help="folder to write")
@@ -1967,12 +2023,11 @@ def build_parser():
             mode.add_argument("--folds", dest="held_out", action="store_true",
                               help="score the held-out answers of all folds")
         for option in options.split():
-            (default, meaning), flag = OPTIONS[option], "--" + option.replace("_", "-")
-            if default is False:
-                mode.add_argument(flag, action="store_true", help=meaning)
-            else:
-                mode.add_argument(flag, type=type(default), default=default,
-                                  help=f"{meaning} (default: {default!r})")
+            option, _, own = option.partition("=")
+            default, meaning = OPTIONS[option]
+            how = dict(type=type(default), default=own or default)
+            mode.add_argument("--" + option.replace("_", "-"), help=meaning,
+                              **dict(action="store_true") if default is False else how)
     return parser
 
 
@@ -1988,6 +2043,8 @@ def main(argv=None):
     except (UserError, Stopped) as error:
         print(f"cspine: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 130 if "by SIG" in str(error) else 0
+    except KeyboardInterrupt:
+        return 130
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, signal.default_int_handler)
