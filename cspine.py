@@ -44,7 +44,7 @@ import zlib
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from itertools import permutations
+from itertools import combinations, permutations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -1648,6 +1648,207 @@ def _undo_prediction(grid, left, above, corner):
     return flat.T.astype(np.uint16).reshape(grid.shape)
 
 
+# ============================================ Pictures ===========================================
+# In: studies, answers, tables. Out: PNGs. The trap: OpenCV's points and sizes are (x, y), its
+# colours blue first.
+
+PANEL, TILE = 464, 92  # pixels: edge of a picture, of a crop; three pictures fill a notebook cell
+# C1 to C7, patient: Okabe and Ito's colours, which differ for the colour-blind
+COLOURS = ((0, 159, 230), (233, 180, 86), (115, 158, 0), (66, 228, 240), (178, 114, 0),
+           (0, 94, 213), (167, 121, 204), (140, 140, 140))
+SIDES = ("HF", "AP", "RL")  # the two ends of Z, Y and X
+
+
+def write_png(path, image):
+    write_atomic(path, lambda new: cv2.imencode(".png", image)[1].tofile(new))
+
+
+def text(image, words, x, y, anchor=(0, 0), size=0.5, grey=40):
+    """Words, with a shadow; the share `anchor` of their width and height lies at (x, y)."""
+    width, height = cv2.getTextSize(words, 0, size, 1)[0]
+    for shift, tone in ((1, 255 - grey), (0, grey)):
+        at = int(x - anchor[0] * width) + shift, int(y + (1 - anchor[1]) * height) + shift
+        cv2.putText(image, words, at, 0, size, (tone,) * 3, 1, cv2.LINE_AA)
+
+
+def chart(title, values, axes, form="{:g}", peak=0, colours=COLOURS[4:5], line=False):
+    """Bars, or one line, of {label: number}; as wide as the labels need, never less than PANEL."""
+    letters = max([len(part) for label in values for part in str(label).split("\n")], default=0)
+    slot = max((PANEL - 24) / max(1, len(values)), 0 if line else 9 * letters + 10)
+    image, base = np.full((PANEL, int(24 + slot * len(values)) if values else PANEL, 3), 255, np.uint8), PANEL - 72
+    scale = (base - 80) / (peak or max(values.values(), default=0) or 1)
+    points = [(12 + slot * (i + 0.5), base - v * scale) for i, v in enumerate(values.values())]
+    for i, ((x, y), (label, value)) in enumerate(zip(points, values.items())):
+        if not line:
+            cv2.rectangle(image, (int(x - 0.4 * slot), round(y)), (int(x + 0.4 * slot), base),
+                          colours[i % len(colours)], -1)
+        if i % (len(points) // 8 + 1 if line else 1) == 0:
+            text(image, form.format(value), x, y - 5, (0.5, 1), 0.45)
+            for k, part in enumerate(str(label).split("\n")):
+                text(image, part, x, base + 8 + 18 * k, (0.5, 0), 0.45)
+    lines = [[(12, 64), (12, base), (image.shape[1] - 12, base)]] + [points] * line
+    for points in lines:
+        cv2.polylines(image, [np.int32(points)], False, (40, 40, 40), 1 + line, cv2.LINE_AA)
+    for words, y, size in ((title, 12, 0.6), (axes[1], 42, 0.45), (axes[0], PANEL - 24, 0.45)):
+        text(image, words, 12, y, size=size)
+    return image
+
+
+def draw_curves(path, history):
+    """PNG of training loss, score and learning rate; `history`: a dict of numbers an epoch."""
+    table = pd.DataFrame(history).fillna(0)
+    write_png(path, np.hstack([
+        chart(title, dict(zip(table.epoch, table[key])), ("epoch", key), "{:.3g}", line=True)
+        for key, title in (("train_loss", "Training loss"), ("lr", "Learning rate"),
+                           ("score", "Held-out score, lower is better"))]))
+
+
+def panel(volume, probability, axis, cell, name, truth=None):
+    """(PANEL, PANEL, 3): the plane at a cell of the cube, one scale, vertebrae coloured, named.
+
+    White lines outline `truth`, read_mask's labels.
+    """
+    rows, columns = (k for k in range(3) if k != axis)
+    size_mm = np.multiply(volume.hu.shape, volume.spacing)[[columns, rows]]
+    scale = (PANEL - 48) / size_mm.max()
+    size = np.rint(size_mm * scale).astype(int).tolist()
+    left, top = (PANEL - size[0]) // 2, (PANEL - size[1]) // 2
+    index = int((cell + 0.5) / probability.shape[-1] * volume.hu.shape[axis])
+    image = np.zeros((PANEL, PANEL, 3), np.uint8)
+    view = image[top : top + size[1], left : left + size[0]]
+    view[:] = cv2.resize(apply_window(volume.hu.take(index, axis), BONE_WINDOW), size)[..., None]
+    for v, mask in enumerate(probability.take(int(cell), axis + 1)):
+        inside = cv2.resize(mask, size) > 0.5
+        view[inside] = view[inside] * 0.55 + np.multiply(COLOURS[v], 0.45)
+        y, x = np.nonzero(inside)
+        if len(x):
+            text(image, VERTEBRAE[v], left + x.max() + 6, top + y.mean(), (0, 0.5), grey=255)
+    if truth is not None:
+        labels = cv2.resize(truth.take(index, axis), size, interpolation=cv2.INTER_NEAREST)
+        view[cv2.morphologyEx(labels, cv2.MORPH_GRADIENT, np.ones((2, 2))) > 0] = 255
+    for word, x, y in zip(SIDES[rows] + SIDES[columns], (0.5, 0.5, 0, 1), (0, 1, 0.5, 0.5)):
+        text(image, word, 4 + x * (PANEL - 8), 4 + y * (PANEL - 8), (x, y), 0.6, 255)
+    cm = next(n for n in (5, 2, 1) if n == 1 or 10 * n * scale < PANEL / 3)
+    cv2.line(image, (12, PANEL - 12), (12 + round(10 * cm * scale), PANEL - 12), (255,) * 3, 2)
+    text(image, f"{cm} cm", 12, PANEL - 18, (0, 1), grey=255)
+    text(image, name, 6, 6, grey=255)
+    return image
+
+
+def overview(path, volume, probability, answers, truth=None, dice=None):
+    """PNG of the middle planes, the three most suspicious vertebrae and the eight answers.
+
+    `probability` (7, D, D, D), `answers` (8,); from a mask: read_mask's labels, Dice (7,).
+    """
+    cells = [np.argwhere(mask > 0.5) for mask in probability]
+    found = [v for v in np.argsort(-answers[:7]) if len(cells[v])]
+    centre = np.concatenate(cells).mean(0) if found else [probability.shape[-1] / 2] * 3
+    planes = [(2, centre[2], "sagittal"), (1, centre[1], "coronal")]
+    planes += [(0, cells[v][:, 0].mean(), f"axial, {VERTEBRAE[v]}") for v in sorted(found[:3])]
+    planes += [(0, k * centre[0], "axial") for k in (1, 0.5, 1.5)[len(found):]]
+    panels = [panel(volume, probability, *plane, truth) for plane in planes]
+    names, axis = [*VERTEBRAE, "all"], "all: the patient"
+    if truth is not None:
+        names = [f"{n}\n{d:.2f}" for n, d in zip(names, [*dice, np.nanmean(dice)])]
+        axis += "; below: Dice with the true mask, outlined white"
+    panels.insert(2, chart("Probability of a fracture", dict(zip(names, answers)),
+                           (axis, "probability"), "{:.2f}", 1, COLOURS))
+    write_png(path, np.vstack([np.hstack(panels[:3]), np.hstack(panels[3:])]))
+
+
+def heat_map(model, crops, device):
+    """(15, S, S) in 0..1: smoothed gradient of the vertebra's logit at the steps' centre slices.
+
+    `crops`: uint8 (15, 6, S, S).
+    """
+    size, crops = model.settings["size"], torch.from_numpy(crops / np.float32(255)).to(device)
+    with torch.backends.cudnn.flags(enabled=False):  # its LSTM has no gradient in eval mode
+        logits = model(F.interpolate(crops.requires_grad_(), (size, size), mode="bilinear")[None])
+        logits = logits if torch.is_tensor(logits) else logits[0]
+        logits.topk(Answers().top_k).values.mean().backward(inputs=[crops])
+    heat = crops.grad[:, SLICES_PER_STEP // 2].abs().cpu().numpy()
+    heat = np.array([cv2.GaussianBlur(step, (0, 0), len(step) / 30) for step in heat])
+    return heat / heat.max()
+
+
+def strip(title, crops, steps, heat):
+    """A vertebra's (15, 6, S, S), its steps' probabilities, the strongest marked, its heat map."""
+    best, wide, rows = int(steps.argmax()), CHANNELS * TILE, []
+    for t, step in enumerate(crops):
+        row = np.full((TILE + 24, wide + 12, 3), 255, np.uint8)
+        step = [cv2.resize(k, (TILE, TILE), interpolation=cv2.INTER_AREA) for k in step]
+        row[:TILE, :wide] = np.hstack(step)[..., None]
+        text(row, f"step {t + 1}: {steps[t]:.2f}" + ", the strongest" * (t == best), 4, TILE + 4)
+        if t == best:
+            cv2.rectangle(row, (1, 1), (wide - 2, TILE - 2), COLOURS[5], 3)
+        rows.append(row)
+    centre = cv2.resize(crops[best, SLICES_PER_STEP // 2], (PANEL, PANEL))
+    heat = np.uint8(cv2.resize(heat[best], (PANEL, PANEL)) * 255)
+    hot, share = cv2.applyColorMap(heat, cv2.COLORMAP_INFERNO), heat[..., None] / 400
+    centre = np.repeat(centre[..., None], 3, 2)
+    hot = np.uint8(centre * (1 - share) + hot * share)
+    text(centre, f"{title}: step {best + 1}, centre slice", 6, 6, grey=255)
+    text(hot, "what the answer hangs on (gradient)", 6, 6, grey=255)
+    bars = chart("Probability of each step", dict(enumerate(steps * 100, 1)),
+                 ("step, head to foot", "%"), "{:.0f}", 100)
+    right = np.vstack([centre, hot, bars])
+    right = np.pad(right, ((0, len(rows) * len(row) - len(right)), (0, 0), (0, 0)),
+                   constant_values=255)
+    return np.hstack([np.vstack(rows), right])
+
+
+@study_errors("headers")
+def describe_study(folder):
+    """A row of studies.csv, from three headers if they agree on the order, else from all."""
+    files = sorted((p for p in folder.iterdir() if p.is_file()), key=lambda p: (len(p.name), p.name))
+    count = len(files)
+    if count < MIN_SLICES:
+        raise StudyError(f"{count} files of at least {MIN_SLICES}")
+    for chosen in (files[:2] + files[-1:], files):
+        heads = [pydicom.dcmread(path, stop_before_pixels=True) for path in chosen]
+        places = np.array([read_frame(h, 0, np.zeros(1, np.int16))[1] for h in heads])
+        axis = np.ptp(places[:, :3], 0).argmax()
+        at = places[:, axis] * (1, 1, -1)[axis]  # grows to the feet
+        if abs((at[1] - at[0]) * (count - 1) - at[-1] + at[0]) < abs(at[1] - at[0]) / 2:
+            break
+    steps, head, (row_mm, column_mm) = np.diff(at), heads[0], places[0, 9:]
+    order = "head first" if min(steps) > 0 else "foot first" if max(steps) < 0 else "mixed"
+    spacing, gaps = np.ptp(at) / (count - 1), np.diff(np.sort(at))
+    uneven = len(heads) == count and np.ptp(gaps) > spacing / 2
+    return dict(
+        slices=count, spacing_mm=spacing, pixel_mm=row_mm, extent_mm=spacing * count,
+        width_mm=column_mm * head.Columns, matrix=f"{head.Rows} x {head.Columns}", order=order,
+        transfer_syntax=head.file_meta.TransferSyntaxUID.keyword, pixel_format=f"{head.BitsStored}"
+        f" bits {'signed' if head.PixelRepresentation else 'unsigned'}",
+        problems="uneven or repeated positions" * bool(uneven))
+
+
+def tally(values):
+    """{label: count}; numbers of many sizes in ten classes, named by their lower ends."""
+    values = pd.Series(values).dropna()
+    if values.nunique() > 10 and pd.api.types.is_numeric_dtype(values):
+        counts, edges = np.histogram(values, 10)
+        return {f"{edge:.3g}": int(count) for edge, count in zip(edges, counts)}
+    return values.value_counts().sort_index().to_dict()
+
+
+def unusual(table):
+    """Lines in words: numbers far from the middle half (Tukey's fences), rare kinds, problems."""
+    for name, values in table.set_index(STUDY).items():
+        values = values.dropna()
+        if pd.api.types.is_float_dtype(values) or name == "slices":
+            low, high = values.quantile([0.25, 0.75])
+            odd = values[(values - (low + high) / 2).abs() > 2 * (high - low) + 1e-6]
+            usual = f"{low:.3g} to {high:.3g}"
+        else:
+            counts = values.astype(str).value_counts()
+            odd, usual = values[values.astype(str).map(counts) < 0.2 * len(values)], counts.index[0]
+        if len(odd):
+            some = ", ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in odd[:3])
+            yield (f"{name}: {some}{' ...' if len(odd) > 3 else ''} in {len(odd)} of {len(values)} "
+                   f"studies, usually {usual}; {odd.index[0]}")
+
+
 # ============================================= Modes =============================================
 # One short function a mode. Options stand once, in OPTIONS; a mode names those it takes.
 
@@ -1951,11 +2152,80 @@ def mode_demo(o):
     mode_evaluate(o)
 
 
+def mode_show(o):
+    """Draw a study and its answers: overview.png and C1.png to C7.png in --out."""
+    places = [Path(o.study), *(Path(o.data) / part / o.study for part in ("train_images", "test_images"))]
+    folder = next((place.resolve() for place in places if place.is_dir()), None)
+    if folder is None:
+        raise UserError(f"{o.study}: neither a folder nor a study of {o.data}/")
+    ensemble, out = load_ensemble(o.weights, pick_device(o.device)), Path(o.out)
+    volume = read_volume(folder, o.workers)
+    probability = segment(ensemble.models["segmenter"], volume, ensemble.device)
+    models = ensemble.models["vertebra"] + ensemble.models["patient"]
+    crops = vertebra_slices(volume, probability, mask_of=models[0].settings["mask_of"])
+    outputs = classify(ensemble, crops, Effort(1, len(models)))
+    answers = combine(outputs, Answers(), ensemble.calibration)
+    steps = ensemble_mean([step for step, _ in outputs], "logit")
+    truth = dice = None
+    for mask in (folder.parents[1] / "segmentations").glob(f"{folder.name}.nii*"):
+        truth, labels = read_mask(mask, volume), cube_labels(mask, volume, probability.shape[-1])
+        truth, dice = truth * (truth < 8), dice_scores(probability, labels)
+    overview(out / "overview.png", volume, probability, answers, truth, dice)
+    for v, name in enumerate(VERTEBRAE):
+        words, image = "not seen", chart(f"{name}: not seen", {}, ("", ""))
+        if crops[v].any():
+            mm = np.ptp(vertebra_box(probability[v]), 1) + 1
+            mm = mm * volume.hu.shape / probability.shape[-1] * volume.spacing
+            words = "seen, {:.0f} x {:.0f} x {:.0f} mm (head-foot, front-back, right-left)".format(*mm)
+            image = strip(name, crops[v], steps[v], heat_map(models[0], crops[v], ensemble.device))
+        write_png(out / f"{name}.png", image)
+        print(f"{name}: {words}, probability {answers[v]:.3f}"
+              + (f", Dice {dice[v]:.3f}" if dice is not None else ""))
+    print(f"{out}: overview.png, C1.png to C7.png; patient {answers[7]:.3f}")
+
+
+def mode_eda(o):
+    """Describe a data set from its headers: studies.csv, charts in --out, what is unusual."""
+    data, out, rows = data_folder(o), Path(o.out), []
+    folders = sorted(p for p in data.glob("*_images/*") if p.is_dir())
+    masked = {p.name.split(".nii")[0] for p in (data / "segmentations").glob("*.nii*")}
+    work = prefetch(describe_study, folders, o.workers, 2 * o.workers)
+    for folder, future in progress(work, "study", len(folders)):
+        try:
+            row = future.result()
+        except StudyError as error:
+            row = {"problems": str(error)}
+        rows.append({STUDY: folder.name, **row, "mask": folder.name in masked})
+    table = pd.DataFrame(rows)
+    labels = read_csv(data / "train.csv", (STUDY, *TARGETS))
+    write_csv(out / "studies.csv", table.merge(labels, "left", STUDY))
+    broken = labels[list(VERTEBRAE)]
+    both = broken.T @ broken
+    charts = {
+        "fractures": ("Fractures per vertebra", broken.sum().to_dict()),
+        "per_patient": ("Fractured vertebrae per patient", tally(broken.sum(axis=1))),
+        "pairs": ("Fractured together", {f"{a}+{b}": both.loc[a, b] for a, b in combinations(VERTEBRAE, 2)}),
+    }
+    for name in ("slices", "spacing_mm", "extent_mm", "transfer_syntax", "order"): 
+        charts[name] = name.replace("_", " ").capitalize(), tally(table[name])
+    path = data / "train_bounding_boxes.csv"
+    if path.exists():
+        boxes = read_csv(path, (STUDY, "slice_number")).merge(table, on=STUDY)
+        boxes = boxes[boxes.order != "mixed"]
+        share = 100 * boxes.slice_number / boxes.slices
+        share = share.where(boxes.order == "head first", 100 - share)
+        charts["boxes"] = "Boxes by position, % from head to foot", tally(share)
+    for name, (title, counts) in charts.items():
+        write_png(out / f"{name}.png", chart(title, counts, (name, "studies")))
+    print(f"{out}: studies.csv and {len(charts)} charts of {len(table)} studies. Unusual:")
+    print("\n".join(unusual(table)) or "nothing")
+
+
 OPTIONS = {  # default, meaning
     "data": (KAGGLE_DATA, "folder with train.csv, train_images, test.csv, ..."),
     "weights": (str(HERE / "weights"), "folder of the weights"),
     "work": ("work", "folder for crops and caches"),
-    "out": ("submission.csv", "file to write"),
+    "out": ("submission.csv", "file or folder to write"),
     "submission": ("submission.csv", "file to score"),
     "device": ("auto", "auto, cpu, cuda, cuda:1, ..."),
     "seed": (0, "of everything random"),
@@ -1992,6 +2262,8 @@ MODES = {  # function, options
     "predict": (mode_predict,
                 "data weights out device workers resume time_limit top_k views average noisy_or"),
     "evaluate": (mode_evaluate, "data weights submission device workers"),
+    "eda": (mode_eda, "data out=eda workers"),
+    "show": (mode_show, "data weights out=pictures device workers"),
     "demo": (mode_demo, "weights work out device workers seed test_studies"),
 }
 
@@ -2005,11 +2277,15 @@ def build_parser():
         mode.set_defaults(function=function)
         if name == "phantom":
             mode.add_argument("target", metavar="OUT", help="folder to write")
+        if name == "show":
+            mode.add_argument("study", metavar="STUDY", help="folder, or uid of the data set")
         if name == "evaluate":
             mode.add_argument("--folds", dest="held_out", action="store_true",
                               help="score the held-out answers of all folds")
         for option in options.split():
+            option, _, own = option.partition("=")  # a mode's own default
             (default, meaning), flag = OPTIONS[option], "--" + option.replace("_", "-")
+            default = own or default
             if default is False:
                 mode.add_argument(flag, action="store_true", help=meaning)
             else:
