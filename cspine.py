@@ -1651,7 +1651,7 @@ def _undo_prediction(grid, left, above, corner):
 # ============================================ Pictures ===========================================
 # In: studies, answers, tables. Out: PNGs. The trap: OpenCV's points are (x, y), its colours BGR.
 
-PANEL, TILE = 464, 72  # pixels: edge of a picture, of a crop; three pictures fill a notebook cell
+PANEL, TILE = 465, 72  # pixels: edge of a picture, of a crop; 3 pictures are as high as 15 steps
 # C1 to C7, patient: Okabe and Ito's colours, which differ for the colour-blind
 COLOURS = ((0, 159, 230), (233, 180, 86), (115, 158, 0), (66, 228, 240), (178, 114, 0),
            (0, 94, 213), (167, 121, 204), (140, 140, 140))
@@ -1666,7 +1666,8 @@ def write_png(path, image):
 def text(image, words, x, y, anchor=(0, 0), grey=40, size=0.5):
     """Words with a shadow; the share `anchor` of their width and height lies at (x, y)."""
     width, height = cv2.getTextSize(words, 0, size, 1)[0]
-    x, y = int(x - anchor[0] * width), int(y + (1 - anchor[1]) * height)
+    x = int(min(max(2, x - anchor[0] * width), image.shape[1] - width - 2))
+    y = int(y + (1 - anchor[1]) * height)
     for shift, tone in ((1, 255 - grey), (0, grey)):
         cv2.putText(image, words, (x + shift, y + shift), 0, size, (tone,) * 3, 1, cv2.LINE_AA)
 
@@ -1675,8 +1676,9 @@ def chart(title, values, axes, peak=0, colours=COLOURS[4:5], line=False):
     """Bars, or a line, of {label: number}; wider than PANEL if the labels ask for it."""
     letters, count = max([len(str(label)) for label in values], default=1), max(1, len(values))
     slot, base = max((PANEL - 24) / count, 0 if line else 9 * letters + 8), PANEL - 56
+    every = max(1, count // 3) if line else 1
     image = np.full((PANEL, int(24 + slot * count), 3), 255, np.uint8)
-    scale, every = (base - 84) / (peak or max([*values.values(), 1e-9])), count // 8 + 1
+    scale = (base - 84) / (peak or max([*values.values(), 1e-9]))
     points = [(12, 64), (12, base), (image.shape[1] - 12, base)]
     cv2.polylines(image, [np.int32(points)], False, (40, 40, 40))
     points = [(12 + slot * (i + 0.5), base - v * scale) for i, v in enumerate(values.values())]
@@ -1684,8 +1686,8 @@ def chart(title, values, axes, peak=0, colours=COLOURS[4:5], line=False):
         if not line:
             corners = (int(x - 0.4 * slot), round(y)), (int(x + 0.4 * slot), base - 1)
             cv2.rectangle(image, *corners, colours[i % len(colours)], -1)
-        if not line or i % every == 0:
-            text(image, f"{values[label]:.4g}", x, y - 5, (0.5, 1), size=0.45)
+        if i % every == 0:
+            text(image, f"{values[label]:.4g}", x, y - 5, (0 if line else 0.5, 1), size=0.45)
             text(image, str(label), x, base + 8, (0.5, 0), size=0.45)
     if line:
         cv2.polylines(image, [np.int32(points)], False, colours[0], 2, cv2.LINE_AA)
@@ -1696,11 +1698,11 @@ def chart(title, values, axes, peak=0, colours=COLOURS[4:5], line=False):
 
 def draw_curves(path, history):
     """PNG of loss, score and learning rate; `history`: a dict of numbers an epoch."""
-    table, charts = pd.DataFrame(history).fillna(0), []
-    for key, title in (("train_loss", "Training loss"), ("lr", "Learning rate"),
-                       ("score", "Held-out score, lower is better")):
-        charts.append(chart(title, dict(zip(table.epoch, table[key])), ("epoch", key), line=True))
-    write_png(path, np.hstack(charts))
+    table = pd.DataFrame(history).fillna(0).set_index("epoch")
+    write_png(path, np.hstack([
+        chart(title, table[key].to_dict(), ("epoch", ""), line=True) for key, title in (
+            ("train_loss", "Training loss"), ("score", "Held-out score, lower is better"),
+            ("lr", "Learning rate"))]))
 
 
 def panel(volume, probability, axis, cell, title, names, truth):
@@ -1760,7 +1762,7 @@ def heat_map(model, crops, device):
         logits.topk(Answers().top_k).values.mean().backward(inputs=[crops])
     heat = crops.grad[:, SLICES_PER_STEP // 2].abs().cpu().numpy()
     heat = np.array([cv2.GaussianBlur(step, (0, 0), len(step) / 30) for step in heat])
-    return heat / heat.max().clip(1e-12)
+    return heat / heat.max((1, 2), keepdims=True).clip(1e-12)
 
 
 def strip(title, crops, steps, heat):
@@ -1772,7 +1774,7 @@ def strip(title, crops, steps, heat):
         text(row, f"step {t + 1}: {steps[t]:.2f}" + ", strongest" * (t == best), 4, TILE + 4)
         rows.append(row)
     left, y = cv2.cvtColor(np.vstack(rows), cv2.COLOR_GRAY2BGR), best * len(row)
-    cv2.rectangle(left, (1, y + 1), (CHANNELS * TILE - 1, y + TILE - 1), COLOURS[5], 3)
+    cv2.rectangle(left, (2, y + 2), (CHANNELS * TILE - 2, y + TILE - 2), COLOURS[5], 3)
     centre, hot = (cv2.resize(image, (PANEL, PANEL)) for image in
                    (crops[best, SLICES_PER_STEP // 2], np.uint8(heat[best] * 255)))
     centre = cv2.cvtColor(centre, cv2.COLOR_GRAY2BGR)
@@ -1782,7 +1784,7 @@ def strip(title, crops, steps, heat):
     bars = chart("Probability of each step, %", dict(enumerate(np.rint(100 * steps), 1)),
                  ("step, head to foot", ""), 100)
     right = np.vstack([centre, hot, bars])
-    return np.hstack([left[: len(right)], right])
+    return np.hstack([left, right])
 
 
 @study_errors("headers")
@@ -1800,8 +1802,8 @@ def describe_study(folder):
             break
     steps, spacing = np.diff(at), np.ptp(at) / (len(files) - 1)
     return dict(
-        slices=len(files), spacing_mm=spacing, pixel_mm=places[0, 9], extent_mm=np.ptp(at) + spacing,
-        width_mm=places[0, 10] * head.Columns, matrix=f"{head.Rows} x {head.Columns}",
+        slices=len(files), spacing_mm=spacing, pixel_mm=places[0, 9],
+        extent_mm=np.ptp(at) + spacing, width_mm=places[0, 10] * head.Columns, matrix=f"{head.Rows} x {head.Columns}",
         order="head first" if min(steps) > 0 else "foot first" if max(steps) < 0 else "mixed",
         transfer_syntax=head.file_meta.TransferSyntaxUID.keyword,
         bits=f"{head.BitsStored} {'signed' if head.PixelRepresentation else 'unsigned'}")
@@ -1819,13 +1821,13 @@ def unusual(table):
     """Sentences: numbers far from the middle half (Tukey's fences), rare kinds, problems."""
     for name, values in table.set_index(STUDY).items():
         values = values.dropna()
-        if pd.api.types.is_float_dtype(values) and len(values):
+        if values.dtype.kind in "if":
             low, high = values.quantile([0.25, 0.75])
             odd = (values - (low + high) / 2).abs() > 2 * (high - low)
             usual, values = f"{low:.3g} to {high:.3g}", values.round(3)
         else:
             counts = values.value_counts()
-            odd, usual = values.map(counts) < 0.2 * len(values), counts.index[:1].tolist()
+            odd, usual = values.map(counts) < 0.2 * len(values), counts.index[0]
         if odd.any():
             examples = "; ".join(f"{value} ({uid})" for uid, value in values[odd][:3].items())
             yield f"{name}: {odd.sum()} of {len(values)} studies differ from {usual}, as {examples}"
@@ -2160,7 +2162,8 @@ def mode_show(o):
             line = f"{name}: seen, {z:.0f} mm high, {y:.0f} deep, {x:.0f} wide"
             image = strip(name, crops[v], steps[v], heat_map(models[0], crops[v], ensemble.device))
         write_png(out / f"{name}.png", image)
-        print(f"{line}; probability {answers[v]:.3f}" + (f"; Dice {dice[v]:.3f}" if dice is not None else ""))
+        line += f"; probability {answers[v]:.3f}"
+        print(line if dice is None else f"{line}; Dice {dice[v]:.3f}")
 
 
 def mode_eda(o):
@@ -2176,6 +2179,8 @@ def mode_eda(o):
             row = {"problems": str(error)}
         rows.append({STUDY: folder.name, "problems": "none", **row, "mask": folder.name in masks})
     labels, table = read_csv(data / "train.csv", (STUDY, *TARGETS)), pd.DataFrame(rows)
+    if "order" not in table:
+        raise UserError(f"no readable study in {data}/")
     write_csv(out / "studies.csv", table.merge(labels, "left", STUDY))
     broken = labels[list(VERTEBRAE)]
     both = broken.T @ broken
@@ -2183,7 +2188,7 @@ def mode_eda(o):
     charts = {"fractured vertebra": broken.sum().to_dict(), "fractured together": pairs,
               "fractured vertebrae per patient": tally(broken.sum(axis=1))}
     for name in ("slices", "spacing_mm", "extent_mm", "transfer_syntax", "order"):
-        charts[name] = tally(table[name])
+        charts[name.replace("_", " ")] = tally(table[name])
     path = data / "train_bounding_boxes.csv"
     if path.exists():
         boxes = read_csv(path, (STUDY, "slice_number")).merge(table, on=STUDY)
@@ -2192,8 +2197,10 @@ def mode_eda(o):
         charts["boxes, % from head to foot"] = tally(share)
     for name, counts in charts.items():
         file = re.sub(r"\W+", "_", name)
-        write_png(out / f"{file}.png", chart(f"{name} of {len(table)} studies", counts, (name, "count")))
-    print(f"{len(table)} studies, {len(charts)} charts in {out}/. Unusual:", *unusual(table), sep="\n")
+        image = chart(f"{name}, {len(table)} studies".capitalize(), counts, (name, "count"))
+        write_png(out / f"{file}.png", image)
+    print(f"{len(table)} studies, {len(charts)} charts in {out}/. Unusual:")
+    print(*unusual(table), sep="\n")
 
 
 OPTIONS = {  # default, meaning
