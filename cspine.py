@@ -711,9 +711,9 @@ def vertebra_slices(volume, probability, size=CROP, mask_of="last", window=BONE_
         images = [crop_plane(apply_window(volume.hu[z], window), box * voxels[1:, None], size)
                   for z in shown]
         z = (index[:, -1 if mask_of == "last" else SLICES_PER_STEP // 2] + 0.5) / scale - 0.5
-        z = np.divmod(np.clip(z, 0, len(cells) - 1.001), 1)  # whole planes, share of the next
+        z = np.float32(np.divmod(np.clip(z, 0, len(cells) - 1.001), 1))  # plane, share of the next
         masks = [crop_plane(cells[int(k)] * (1 - share) + cells[int(k) + 1] * share, box, size)
-                 for k, share in zip(*z)]
+                 for k, share in z.T]
         masks = np.rint(np.maximum(np.array(masks) * 255, 1)).astype(np.uint8)  # 0: absent
         out[v] = interleave(np.array(images)[which], masks)
     return out
