@@ -1128,9 +1128,10 @@ class Trainer:
 def mean_over_ranks(tensors):
     """Each tensor becomes its mean over the ranks."""
     if dist.is_initialized() and tensors:
-        flat = nn.utils.parameters_to_vector(tensors) / ranks()[1]
-        dist.all_reduce(flat)
-        nn.utils.vector_to_parameters(flat, tensors)
+        flat = torch.cat([t.flatten() for t in tensors]) / ranks()[1]
+        dist.all_reduce(flat)  # one message
+        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors])):
+            tensor.copy_(part.view_as(tensor))
 
 
 def epoch_order(task, epoch, count):
