@@ -61,7 +61,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from pydicom.encaps import generate_frames
 from pydicom.pixels import get_decoder, pixel_array
-from pydicom.errors import BytesLengthException
 from pydicom.uid import (UID, ImplicitVRLittleEndian, JPEG2000TransferSyntaxes, JPEGLossless,
                          JPEGLosslessSV1)
 from timm.layers import BatchNormAct2d, Conv2dSame
@@ -619,6 +618,7 @@ class Segmenter(nn.Module):
             raise UserError(f"--backbone {backbone}: needs features at strides 2, 4, 8 and 16")
         self.encoder = to_3d(flat)
         *skips, deepest = flat.feature_info.channels()
+        skips[0] += 8  # and the cube itself, 2 x 2 x 2 cells a place
         self.decoder = nn.ModuleList(ConvBlock(a + b, c) for a, b, c in zip(
             (deepest, *decoder), skips[::-1], decoder))
         self.dropout = nn.Dropout3d(dropout)
@@ -629,7 +629,10 @@ class Segmenter(nn.Module):
         size = x.shape[2:]
         if any(n % ENCODER_STRIDE for n in size):
             raise UserError(f"cube {tuple(size)}: axes must be multiples of {ENCODER_STRIDE}")
-        *skips, x = self.encoder((x - 0.5) * 4)
+        x = (x - 0.5) * 4
+        cells = x.unfold(2, 2, 2).unfold(3, 2, 2).unfold(4, 2, 2).flatten(5)[:, 0].movedim(-1, 1)
+        *skips, x = self.encoder(x)
+        skips[0] = torch.cat([skips[0], cells], 1)  # (B, C + 8, Z/2, Y/2, X/2)
         for block, skip in zip(self.decoder, skips[::-1]):
             x = block(torch.cat([F.interpolate(x, skip.shape[2:]), skip], 1))
         x = self.head(self.dropout(x)).unflatten(1, (7, 2, 2, 2)).permute(0, 1, 5, 2, 6, 3, 7, 4)
