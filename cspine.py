@@ -1785,7 +1785,8 @@ def describe_study(folder):
     steps, spacing = np.diff(at), np.ptp(at) / (len(files) - 1)
     return dict(
         slices=len(files), spacing_mm=spacing, pixel_mm=places[0, 9],
-        extent_mm=np.ptp(at) + spacing, width_mm=places[0, 10] * head.Columns, matrix=f"{head.Rows} x {head.Columns}",
+        extent_mm=np.ptp(at) + spacing, width_mm=places[0, 10] * head.Columns,
+        matrix=f"{head.Rows} x {head.Columns}",
         order="head first" if min(steps) > 0 else "foot first" if max(steps) < 0 else "mixed",
         transfer_syntax=head.file_meta.TransferSyntaxUID.keyword,
         bits=f"{head.BitsStored} {'signed' if head.PixelRepresentation else 'unsigned'}")
