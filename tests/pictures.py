@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from cspine import (
     BONE_WINDOW, CHANNELS, MIN_SLICES, SLICES_PER_STEP, STUDY, TARGETS, VERTEBRAE, Answers, Effort,
     StudyError, UserError, apply_window, classify, combine, cube_labels, data_folder, dice_scores,
-    load_ensemble, pick_device, prefetch, progress, read_csv, read_frame, read_mask, read_volume,
+    load_ensemble, pick_device, prefetch, progress, read_csv, read_mask, read_volume,
     segment, study_errors, vertebra_box, vertebra_slices, write_atomic, write_csv)
 
 # In: studies, answers, tables. Out: PNGs. The trap: OpenCV's points are (x, y), its colours BGR.
@@ -54,7 +54,7 @@ def chart(title, values, axes, peak=0, colours=COLOURS[4:5], line=False):
         if not line:
             corners = (int(x - 0.4 * slot), round(y)), (int(x + 0.4 * slot), base - 1)
             cv2.rectangle(image, *corners, colours[i % len(colours)], -1)
-        if i % every == 0:
+        if (count - 1 - i) % every == 0:  # the last one always
             text(image, f"{values[label]:.4g}", x, y - 5, (0 if line else 0.5, 1), size=0.45)
             text(image, str(label), x, base + 8, (0.5, 0), size=0.45)
     if line:
@@ -163,15 +163,15 @@ def describe_study(folder):
         raise StudyError(f"{len(files)} files of at least {MIN_SLICES}")
     for chosen in (files[:2] + files[-1:], files):
         heads = [pydicom.dcmread(path, stop_before_pixels=True) for path in chosen]
-        places = np.array([read_frame(head, 0, np.zeros(1, np.int16))[1] for head in heads])
-        at, head = -places[:, 2], heads[0]  # grows to the feet
+        at = -np.array([float(h.ImagePositionPatient[2]) for h in heads])  # grows to the feet
+        head = heads[0]
         step, span = at[1] - at[0], at[-1] - at[0]
         if abs(step * (len(files) - 1) - span) < abs(step) / 2:
             break
     steps, spacing = np.diff(at), np.ptp(at) / (len(files) - 1)
     return dict(
-        slices=len(files), spacing_mm=spacing, pixel_mm=places[0, 9],
-        extent_mm=np.ptp(at) + spacing, width_mm=places[0, 10] * head.Columns,
+        slices=len(files), spacing_mm=spacing, pixel_mm=float(head.PixelSpacing[0]),
+        extent_mm=np.ptp(at) + spacing, width_mm=float(head.PixelSpacing[1]) * head.Columns,
         matrix=f"{head.Rows} x {head.Columns}",
         order="head first" if min(steps) > 0 else "foot first" if max(steps) < 0 else "mixed",
         transfer_syntax=head.file_meta.TransferSyntaxUID.keyword,
