@@ -64,6 +64,7 @@ from pydicom.pixels import get_decoder, pixel_array
 from pydicom.uid import (UID, ImplicitVRLittleEndian, JPEG2000TransferSyntaxes, JPEGLossless,
                          JPEGLosslessSV1)
 from timm.layers import BatchNormAct2d, Conv2dSame
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 from tqdm import tqdm
 
 
@@ -1028,7 +1029,7 @@ def load_model(path, kind):
         model.load_state_dict(content["tensors"])
     except (KeyError, TypeError, RuntimeError, AttributeError, ValueError):
         raise UserError(f"{path} holds a {content.get('kind')}, not a {kind} that fits") from None
-    return model.eval()
+    return fold_norms(model)
 
 
 def adapt(tensor, like):
