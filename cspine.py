@@ -1998,7 +1998,8 @@ def mode_notebook(o):
 LOOK = """import glob
 import pandas as pd
 submission = pd.read_csv("submission.csv")
-report = pd.concat(map(pd.read_csv, glob.glob("predict_report*.csv")))
+report = pd.concat(map(pd.read_csv, glob.glob("predict_report*.csv")))  # one a process
+report = report.drop_duplicates("StudyInstanceUID", keep="last")
 print(len(submission), "rows;", report.status.value_counts().to_dict())
 submission.head(16)"""
 OPTIONS = {  # default, meaning
