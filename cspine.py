@@ -1820,8 +1820,9 @@ def mode_predict(o):
     data, out, (rank, world) = data_folder(o, "test.csv"), Path(o.out), ranks()
     rows = submission_rows(read_csv(data / "test.csv", ("row_id", STUDY, "prediction_type")))
     stop = Stop(o.time_limit)
-    for name in [] if o.resume else REPORTS[rank::world]:
-        out.with_name(name).unlink(missing_ok=True)
+    for path in [] if o.resume else map(out.with_name, REPORTS[rank::world]):
+        if path.exists():
+            path.unlink()
     done = {u: row for u, row in read_reports(out).items() if o.resume and answered(row)}
     write_submission(out, rows)
     ensemble = load_ensemble(o.weights, pick_device(o.device))
@@ -1975,7 +1976,8 @@ def mode_notebook(o):
 LOOK = """import glob
 import pandas as pd
 submission = pd.read_csv("submission.csv")
-report = pd.concat(map(pd.read_csv, glob.glob("predict_report*.csv")))
+report = pd.concat(map(pd.read_csv, glob.glob("predict_report*.csv")))  # one a process
+report = report.drop_duplicates("StudyInstanceUID", keep="last")
 print(len(submission), "rows;", report.status.value_counts().to_dict())
 submission.head(16)"""
 

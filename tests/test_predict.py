@@ -327,12 +327,13 @@ def test_processes_share_the_studies_and_none_is_lost(tmp_path, weights):
 
 @pytest.mark.parametrize("order", ((0, 1), (1, 0)))
 def test_whichever_process_ends_last_the_answers_of_all_are_in(order, predict, studies, weights,
-                                                               monkeypatch):
+                                                               monkeypatch, tmp_path):
     alone, _, _ = predict()
+    (tmp_path / "predict_report.csv").unlink()
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in order:
         monkeypatch.setenv("RANK", str(rank))
-        submission, report, status = predict(*["--resume"][:rank])
+        submission, report, status = predict()
         assert status == 0 and len(submission) == 16
     assert sorted(report.index) == UIDS and np.allclose(submission, alone, atol=1e-12)
 
