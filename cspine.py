@@ -64,7 +64,6 @@ from pydicom.pixels import get_decoder, pixel_array
 from pydicom.uid import (UID, ImplicitVRLittleEndian, JPEG2000TransferSyntaxes, JPEGLossless,
                          JPEGLosslessSV1)
 from timm.layers import BatchNormAct2d, Conv2dSame
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 from tqdm import tqdm
 
 
