@@ -240,3 +240,15 @@ def test_a_bug_shows_its_traceback(monkeypatch, tmp_path):
     monkeypatch.setattr(cspine, "read_csv", broken)
     with pytest.raises(ZeroDivisionError):
         cspine.main(["predict", "--data", str(tmp_path)])
+
+
+def test_demo_goes_from_phantoms_to_scores_and_dice(weights, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(cspine.OPTIONS, "matrix", (64, ""))
+    assert cspine.main(["demo", "--weights", str(weights), "--test-studies", "1"]) == 0
+    text = capsys.readouterr().out
+    labels = pd.read_csv(tmp_path / "work" / "demo" / "test_labels.csv")
+    shown = next(line for line in text.splitlines() if line.startswith(labels[cspine.STUDY][0]))
+    assert shown.count("*") == labels[list(cspine.TARGETS)].to_numpy().sum()
+    assert "1 studies; weighted log loss" in text and "1 masks: Dice" in text
+    assert "vertebrae named right" in text and len(pd.read_csv("submission.csv")) == 8
