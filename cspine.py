@@ -29,12 +29,14 @@ import argparse
 import contextlib
 import copy
 import hashlib
+import importlib
+import inspect
 import json
 import math
+import mmap
 import os
 import re
 import resource
-import runpy
 import signal
 import struct
 import sys
@@ -59,11 +61,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from pydicom.encaps import generate_frames
 from pydicom.pixels import get_decoder, pixel_array
-from pydicom.errors import BytesLengthException
 from pydicom.uid import (UID, ImplicitVRLittleEndian, JPEG2000TransferSyntaxes, JPEGLossless,
                          JPEGLosslessSV1)
 from timm.layers import BatchNormAct2d, Conv2dSame
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 from tqdm import tqdm
 
 
@@ -84,6 +84,7 @@ AIR_HU = -1024  # padding outside the scanner's circle lies below it
 SEGMENTER_WINDOW, BONE_WINDOW = (300, 1600), (500, 2000)  # (level, width) HU: cube, crops
 MIN_SLICES, MAX_VOXELS = 16, 2**30  # fewer are no study, more do not fit a notebook
 MAX_GAP_MM = 30.0  # a longer hole along the normal separates two series
+SAME_STEP_MM = 0.0031  # within a series; odd, so that no usual spacing lies on the edge
 ENCODER_STRIDE = 16  # four encoder levels at strides 2, 4, 8, 16
 MASK_THRESHOLDS = (0.2, 0.05)  # first place's: the second when the first leaves nothing
 MIN_CELLS, BOX_MARGIN = 12, 1.0  # cube cells: fewer are no vertebra; around a box (first place)
@@ -95,21 +96,23 @@ MAX_SKIPPED_STEPS = 20  # in a row without a finite gradient before a training g
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a training does; plain values, stored in its checkpoint."""
+    """What a training does; plain values, stored in its checkpoint. Ours, but where a source is."""
 
     backbone: str
     epochs: int
     batch_size: int
     lr: float  # peak of AdamW
     size: int = CROP  # edge of the cube or the crop
-    mixup: float = 0.0  # share of batches whose two losses are mixed
+    mixup: float = 0.0  # share of batches whose two losses are mixed (first place)
     accumulate: int = 1  # parts in which a batch is computed
-    weight_decay: float = 0.01  # not on norms and biases
+    weight_decay: float = 0.01  # AdamW's default; not on norms and biases
     warm_up: float = 0.05  # share of the steps
     ema: float = 0.998  # averaged weights are evaluated and shipped
     clip: float = 1.0  # norm of the gradient
     drop_path: float = 0.05
-    dropout: float = 0.2
+    dropout: float = 0.2  # EfficientNetV2-S's (Tan and Le 2021)
+    positives: float = 0.0  # share of an epoch drawn from fractured vertebrae; 0: as they come
+    hidden: int = 256  # width of the LSTMs (starting solution)
     shuffle: float = 0.2  # share of samples with steps and vertebrae permuted (first place)
     mask_of: str = "last"  # slice of a step whose mask is the sixth channel
     seed: int = 0
@@ -117,7 +120,7 @@ class Recipe:
 
 RECIPES = {
     "segmenter": Recipe("tf_efficientnetv2_s", 60, 4, 1e-3, 128, dropout=0.1),
-    "vertebra": Recipe("tf_efficientnetv2_s", 20, 8, 3e-4, mixup=0.2),
+    "vertebra": Recipe("tf_efficientnetv2_s", 20, 8, 3e-4, mixup=0.2, positives=0.35),
     "patient": Recipe("convnext_nano", 15, 2, 2e-4, mixup=0.2),
 }
 
@@ -290,168 +293,130 @@ def study_errors(where):
         raise StudyError(f"{where}: {reason}") from error
 
 
-def read_frame(dataset, frame, stored):
-    """(series, place, int16 (Y, X) HU) of one frame. StudyError if it cannot be placed.
+def read_frame(data, number, stored):
+    """(key of its series, place (3, 3), HU int16 (Y, X)) of one frame.
 
-    `place` (11,): first voxel's centre, direction of a row, of a column (LPS), row and column mm.
+    `place`, LPS mm: the first voxel's centre, the step to the next row, to the next column.
     """
-    shared = dataset.get("SharedFunctionalGroupsSequence") or []
-    own = dataset.get("PerFrameFunctionalGroupsSequence") or []
-    groups = [*shared[:1], *own[frame : frame + 1]]
+    own = data.get("PerFrameFunctionalGroupsSequence") or []
+    groups = [*(data.get("SharedFunctionalGroupsSequence") or []), *own[number : number + 1]]
     tags = {part.keyword: part.value for group in groups for part in group.iterall()}
 
     def numbers(keyword, *default):
-        value = tags.get(keyword, dataset.get(keyword))
-        try:
-            values = np.array(value, float).ravel()
-        except (TypeError, ValueError):
-            return default
-        return values if len(values) == len(default) and np.isfinite(values).all() else default
+        with contextlib.suppress(TypeError, ValueError):
+            values = np.array(tags.get(keyword, data.get(keyword)), float).ravel()
+            if len(values) == len(default) and np.isfinite(values).all():
+                return values
+        return np.array(default, float)
 
-    spacing = numbers("PixelSpacing", 0, 0)
+    row, column = numbers("ImageOrientationPatient", 1, 0, 0, 0, 1, 0).reshape(2, 3)
+    height, width = numbers("PixelSpacing", 0, 0)
     position = numbers("ImagePositionPatient", *[math.nan] * 3)
-    directions = numbers("ImageOrientationPatient", 1, 0, 0, 0, 1, 0)
-    normal = np.cross(directions[:3], directions[3:])
-    if min(spacing) <= 0 or math.isnan(position[0]) or not 0.81 < normal @ normal < 1.21:
+    place, normal = np.array([position, column * height, row * width]), np.cross(row, column)
+    if not (min(height, width) > 0 and np.abs(place).max() < 1e6 and 0.9 < normal @ normal < 1.1):
         raise StudyError("no PixelSpacing, ImagePositionPatient or ImageOrientationPatient")
     if not own:  # plain multi-frame
-        step, = numbers("SpacingBetweenSlices", *numbers("SliceThickness", 1))
-        position = position + normal * step * frame
-    slope, = numbers("RescaleSlope", 1.0)
-    intercept, = numbers("RescaleIntercept", 0.0)
-    if slope == 1 and intercept.is_integer() and abs(intercept) < 2**20:
-        hu = stored + np.int32(intercept)
-    else:
-        hu = np.rint(stored * slope + intercept)
-    padding, = numbers("PixelPaddingValue", None)
-    if padding is not None:  # the tag's own sign need not be that of the pixels
-        hu[stored.astype(np.uint16) == int(padding) & 0xFFFF] = AIR_HU
-    hu = np.clip(hu, AIR_HU, 32767).astype(np.int16)
-    return str(dataset.get("SeriesInstanceUID", "")), [*position, *directions, *spacing], hu
+        step = numbers("SpacingBetweenSlices", *numbers("SliceThickness", 1))
+        place[0] += normal * step * number
+    slope, intercept = numbers("RescaleSlope", 1), numbers("RescaleIntercept", 0)
+    hu = np.rint(stored * slope.astype(np.float32) + intercept.astype(np.float32))
+    pages = mmap.mmap(-1, 2 * hu.size, mmap.MAP_PRIVATE)  # unlike malloc's, free when let go
+    plane = np.frombuffer(pages, np.int16).reshape(hu.shape)
+    plane[:] = hu.clip(AIR_HU, 32767)
+    steps = np.rint(place[1:].ravel() / SAME_STEP_MM)
+    return (str(data.get("SeriesInstanceUID")), hu.shape, *steps), place, plane
 
 
 @study_errors("damaged or unreadable")
 def read_slices(path):
-    """[read_frame of each frame] of one file, opened once. StudyError says why there is none."""
-    try:
-        dataset = pydicom.dcmread(path)
-    except pydicom.errors.InvalidDicomError:
-        raise StudyError("not DICOM" if os.path.getsize(path) else "empty file") from None
-    return [read_frame(dataset, k, image) for k, image in enumerate(decode_pixels(dataset))]
+    """[read_frame of each frame] of one file, opened once."""
+    if not os.path.isfile(path):
+        raise StudyError("no plain file")
+    data = pydicom.dcmread(path, force=True)
+    return [read_frame(data, number, stored) for number, stored in enumerate(decode_pixels(data))]
 
 
 def decode_study(folder, workers, give_up):
-    """(stacks, problems): (places, HU (N, Y, X)) of each series, orientation, spacing and size."""
-    try:
-        entries = list(os.scandir(folder))
-    except OSError as error:
-        raise StudyError(f"{folder}: {error.strerror}") from None
-    files = [Path(entry.path) for entry in entries if entry.is_file()]
-    files.sort(key=lambda path: (len(path.name), path.name))  # mostly spatial order already
-    stacks = {}
-    problems = [f"{e.name}: no plain file; left out" for e in entries if not e.is_file()]
+    """({series: [(place, HU), ...]}, problems)."""
+    with study_errors(folder):
+        files = sorted(sorted(Path(folder).iterdir()), key=lambda path: len(path.name))
+    stacks, problems, voxels = {}, [], 0
     for path, future in prefetch(read_slices, files, workers, 4 * max(1, workers)):
         if give_up():
             raise StudyError("out of time while reading")
         try:
             for series, place, hu in future.result():
-                key = series, hu.shape, *np.round(place[3:9], 2), *np.round(place[9:], 3)
-                places, stack = stacks.setdefault(key, ([], np.empty((0, *hu.shape), np.int16)))
-                if (len(places) + 1) * hu.size > MAX_VOXELS:
-                    raise MemoryError
-                places.append(place)
-                stack.resize((len(places), *hu.shape), refcheck=False)  # moves pages, not bytes
-                stack[-1] = hu
+                stacks.setdefault(series, []).append((place, hu))
+                voxels += hu.size
         except StudyError as error:
             problems.append(f"{path.name}: {error}; left out")
-        except MemoryError:
-            raise StudyError(f"more than {MAX_VOXELS} voxels, or than memory holds") from None
-    return list(stacks.values()), problems
+        if voxels > MAX_VOXELS:
+            raise StudyError(f"{folder}: more than {MAX_VOXELS} voxels")
+    return stacks, problems
 
 
 def one_series(stacks, problems):
-    """(places, HU, mm along their normal): the largest stack, head (front, right) first.
+    """The largest stack in order: places (N, 3, 3), planes, where even steps lie among these.
 
-    No position twice, nothing beyond a gap.
+    No position twice, nothing beyond a gap; missing slices are filled by position, not by index.
     """
-    places, hu = max(stacks, key=lambda stack: len(stack[0]))
-    places, total = np.array(places), sum(len(stack[0]) for stack in stacks)
-    normal = np.cross(places[0, 3:6], places[0, 6:9])
-    axis = np.abs(normal).argmax()
-    normal *= np.sign(normal[axis]) * (1, 1, -1)[axis]  # to the left, the back, the feet
-    distance = places[:, :3] @ normal
-    order = np.argsort(distance, kind="stable")
-    order = order[np.diff(distance[order], prepend=-np.inf) > 0.01]
-    runs = np.split(order, np.flatnonzero(np.diff(distance[order]) > MAX_GAP_MM) + 1)
-    run = max(runs, key=len)
-    for count, what in ((total - len(places), "of another series or size"),
-                        (len(places) - len(order), "at duplicated positions"),
-                        (len(order) - len(run), "beyond a gap")):
-        if count:
-            problems.append(f"{count} images {what} left out")
-    for i, k in enumerate(run):  # hu[run] would hold the volume twice
-        while k < i:  # its content was swapped away before
-            k = run[k]
-        if k != i:
-            hu[[i, k]] = hu[[k, i]]
-    return places[run], hu[: len(run)], distance[run]
+    total, (places, planes) = sum(map(len, stacks.values())), zip(*max(stacks.values(), key=len))
+    places, normal = np.array(places), np.cross(*places[0][1:])
+    mm = places[:, 0] @ normal / np.linalg.norm(normal)
+    order = np.argsort(mm, kind="stable")
+    order = order[np.diff(mm[order], prepend=-np.inf) > 0.01]
+    run = max(np.split(order, np.flatnonzero(np.diff(mm[order]) > MAX_GAP_MM) + 1), key=len)
+    left_out = {"of another series or size": total - len(places),
+                "at duplicated positions": len(places) - len(order),
+                "beyond a gap": len(order) - len(run)}
+    problems += [f"{count} images {what} left out" for what, count in left_out.items() if count]
+    places, mm, steps = places[run], mm[run], np.arange(len(run))
+    step = np.median(np.diff(mm)) if len(run) > 1 else 1
+    even = np.linspace(mm[0], mm[-1], round(np.ptp(mm) / step) + 1)
+    if len(even) != len(mm) or np.abs(mm - even).max() > 0.25 * step:
+        problems.append(f"uneven positions: {len(mm)} slices put on {len(even)} even ones")
+        steps = np.interp(even, mm, steps)
+    straight = np.ptp(mm) / (np.linalg.norm(places[-1, 0] - places[0, 0]) or 1)
+    if len(run) > 1 and straight < 0.999:
+        problems.append(f"gantry tilted by {math.degrees(math.acos(straight)):.0f} degrees")
+    return places, [planes[k] for k in run], steps
 
 
-def fill_gaps(hu, distance, problems):
-    """HU on even positions: missing slices are interpolated by position, not by index."""
-    gaps = np.diff(distance)
-    step = np.median(gaps)
-    if np.abs(gaps - step).max() <= 0.25 * step:
-        return hu
-    count = round((distance[-1] - distance[0]) / step) + 1
-    if count * hu[0].size > MAX_VOXELS:
-        raise StudyError("positions too uneven to fill")
-    problems.append(f"uneven positions: {len(hu)} slices put on {count} even ones")
-    filled = np.empty((count, *hu.shape[1:]), np.int16)
-    even = np.linspace(distance[0], distance[-1], count)
-    for k, at in enumerate(np.interp(even, distance, range(len(hu)))):
-        below = min(int(at), len(hu) - 2)
-        filled[k] = cv2.addWeighted(hu[below], below + 1 - at, hu[below + 1], at - below, 0)
-    return filled
-
-
-def reorient(hu, affine):
-    """(hu, affine) with axes head to foot, front to back, right to left."""
+def head_first(shape, affine):
+    """(empty HU, the same memory in the axes of `affine`, affine of the HU), as in Volume."""
     size = np.abs(affine[2::-1, :3]) / np.linalg.norm(affine[:3, :3], axis=0)  # (z y x, old axis)
     axes = max(permutations(range(3)), key=lambda axes: size[range(3), axes].sum())
-    hu, affine = hu.transpose(axes), affine[:, [*axes, 3]]
+    affine = affine[:, [*axes, 3]]
+    hu = slices = np.empty([shape[k] for k in axes], np.int16)
     for k in range(3):
         if affine[2 - k, k] * (-1, 1, 1)[k] < 0:
-            hu = np.flip(hu, k)
+            slices = np.flip(slices, k)
             affine[:, 3] += affine[:, k] * (hu.shape[k] - 1)
             affine[:, k] *= -1
-    return np.ascontiguousarray(hu), affine
+    return hu, slices.transpose(np.argsort(axes)), affine
 
 
+@study_errors("no readable study")
 def read_volume(folder, workers=2, give_up=lambda: False):
-    """One CT study, head first, in Hounsfield units.
+    """One CT study, head first, in Hounsfield units, on `workers` threads.
 
-    Ordered by position along the slice normal (PS3.3 C.7.6.2.1.1); each file is decoded once, on
-    `workers` threads. StudyError, nothing else: under MIN_SLICES usable, or give_up() is true.
+    Ordered by position along the slice normal (PS3.3 C.7.6.2.1.1).
+    StudyError, nothing else: under MIN_SLICES usable, or give_up() is true.
     """
     stacks, problems = decode_study(folder, workers, give_up)
-    count = sum(len(places) for places, _ in stacks)
-    if count >= MIN_SLICES:
-        places, hu, distance = one_series(stacks, problems)
-        count = len(places)
-    if count < MIN_SLICES:
-        why = f" ({problems[0]})" if problems else ""
-        raise StudyError(f"{count} usable slices of at least {MIN_SLICES} in {folder}{why}")
+    places, planes, steps = one_series(stacks, problems) if stacks else ((), (), ())
+    if len(planes) < MIN_SLICES or len(steps) * planes[0].size > MAX_VOXELS:
+        found = f"{folder}: {len(planes)} usable slices of at least {MIN_SLICES}"
+        raise StudyError("; ".join([found, *problems[-1:]]))
     stacks.clear()
-    hu = fill_gaps(hu, distance, problems)
-    position, row, column = places[0, :9].reshape(3, 3)
-    span = places[-1, :3] - position
-    affine = np.eye(4)  # columns: step to the next slice, row, column; first voxel
-    affine[:3] = np.c_[span / (len(hu) - 1), column * places[0, 9], row * places[0, 10], position]
-    straight = (distance[-1] - distance[0]) / np.linalg.norm(span)
-    if straight < 0.99:
-        problems.append(f"gantry tilted by {math.degrees(math.acos(straight)):.0f} degrees")
-    hu, affine = reorient(hu, affine)
+    (position, column, row), last = places[0], places[-1, 0]
+    affine = np.eye(4)
+    affine[:3] = np.c_[(last - position) / (len(steps) - 1), column, row, position]
+    hu, slices, affine = head_first((len(steps), *planes[0].shape), affine)
+    for k, at in enumerate(steps):
+        below = min(int(at), len(planes) - 2)
+        planes[:below] = [None] * below  # the volume is never held twice
+        slices[k] = cv2.addWeighted(planes[below], below + 1 - at, planes[below + 1], at - below, 0)
     spacing = tuple(np.linalg.norm(affine[:3, :3], axis=0).tolist())
     return Volume(Path(folder).name, hu, spacing, affine, tuple(problems))
 
@@ -460,48 +425,48 @@ NIFTI_TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u
                1024: "i8", 1280: "u8"}
 
 
-def nifti_affine(shape, zooms, form, quaternion, rows):
+def nifti_affine(shape, zooms, forms, quaternion, rows):
     """RAS mm from voxel (i, j, k, 1): sform, else qform (nifti1.h), else centred as nibabel."""
     affine = np.eye(4)
-    if form[1] > 0:
+    if forms[1] > 0:
         affine[:3] = np.reshape(rows, (3, 4))
-    elif form[0] > 0:
-        b, c, d, *origin = quaternion
+    elif forms[0] > 0:
+        b, c, d, *affine[:3, 3] = quaternion
         skew = np.array([[0, -d, c], [d, 0, -b], [-c, b, 0]])
         a = math.sqrt(max(0, 1 - b * b - c * c - d * d))
         turn = np.eye(3) + 2 * (a * skew + skew @ skew)
-        mirror = -1 if zooms[0] < 0 else 1
-        affine[:3] = np.c_[turn * zooms[1:4] * (1, 1, mirror), origin]
+        affine[:3, :3] = turn * zooms[1:4] * (1, 1, -1 if zooms[0] < 0 else 1)
     else:
-        zooms = np.multiply(zooms[1:4], (-1, 1, 1))
-        affine[:3] = np.c_[np.diag(zooms), -zooms * (np.array(shape) - 1) / 2]
+        affine[:3, :3] = np.diag(zooms[1:4]) * (-1, 1, 1)
+        affine[:3, 3] = affine[:3, :3] @ (1 - np.array(shape)) / 2
     return affine
 
 
 def read_nifti(path):
-    """(labels uint8 (I, J, K), LPS mm from voxel) of a NIfTI-1 file, .nii or .nii.gz."""
+    """(labels uint8 (I, J, K), voxel from LPS mm) of a .nii or .nii.gz file."""
     with study_errors(f"{path}: not a whole NIfTI-1 mask in one file"):
         raw = Path(path).read_bytes()
         if raw[:2] == b"\x1f\x8b":
-            raw = zlib.decompressobj(31).decompress(raw, MAX_VOXELS // 2)
+            raw = zlib.decompressobj(31).decompress(raw, MAX_VOXELS)
         order = "<" if raw[:2] == b"\x5c\x01" else ">"
         head = struct.unpack_from(order + "i36x8h14xh4x8f3f132x2h6f12f16x3s", raw)
-        rank, shape, others = head[1], head[2:5], head[5:9]
-        start, slope, intercept = head[18:21]
+        rank, shape, (start, slope, intercept) = head[1], head[2:5], head[18:21]
         if head[0] != 348 or head[-1] != b"n+1" or start < 348:
-            raise StudyError("magic")
-        if not 3 <= rank <= 7 or max([1, *others[: rank - 3]]) > 1:
-            raise StudyError("not one 3-D image")
-        kind = np.dtype(order + NIFTI_TYPES[head[9]])
-        data = np.ndarray(shape, kind, raw, int(start), order="F")
+            raise ValueError(f"its magic is {head[-1]}")
+        if not 3 <= rank <= 7 or max((1, *head[5 : rank + 2])) > 1:
+            raise ValueError("not one 3-D image")
+        stored = np.ndarray(shape, order + NIFTI_TYPES[head[9]], raw, int(start), order="F")
         affine = nifti_affine(shape, head[10:18], head[21:23], head[23:29], head[29:41])
-        affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # RAS -> LPS
-        np.linalg.inv(affine)
-        if math.isfinite(slope) and slope and (slope, intercept) != (1, 0):
-            data = data * slope + intercept
-    if data.dtype != np.uint8:
-        data = np.where((data > 0) & (data < 255), np.rint(data), 0).astype(np.uint8)
-    return data, affine
+        voxel_from_lps = np.linalg.inv(affine) * (-1, -1, 1, 1)
+        if not np.isfinite(voxel_from_lps).all():
+            raise ValueError("it has no place")
+    if not math.isfinite(slope) or slope == 0:
+        slope, intercept = 1, 0
+    labels = np.empty(shape, np.uint8, order="F")
+    for plane, values in zip(labels.T, stored.T):
+        values = values * slope + intercept
+        plane[:] = np.where((values > 0) & (values < 255), np.rint(values), 0)
+    return labels, voxel_from_lps
 
 
 def read_mask(path, volume, shape=None):
@@ -509,24 +474,29 @@ def read_mask(path, volume, shape=None):
 
     Nearest label, 0 outside; `shape`: of a coarser grid. StudyError for another format.
     """
-    labels, lps_from_labels = read_nifti(path)
+    labels, voxel_from_lps = read_nifti(path)
     out = np.zeros(shape or volume.hu.shape, np.uint8)
-    scale = np.divide(volume.hu.shape, out.shape)
-    voxel_from_cell = np.diag([*scale, 1.0])
-    voxel_from_cell[:3, 3] = scale / 2 - 0.5
-    matrix = np.linalg.inv(lps_from_labels) @ (volume.affine @ voxel_from_cell)
-    y, x = np.ogrid[: out.shape[1], : out.shape[2]]
-    for z, plane in enumerate(out):
-        at = [np.floor(m[0] * z + m[1] * y + m[2] * x + m[3] + 0.5)
-              for m in matrix[:3].astype(np.float32)]
-        inside = np.all([(i >= 0) & (i < n) for i, n in zip(at, labels.shape)], axis=0)
-        plane[inside] = labels[tuple(i[inside].astype(int) for i in at)]
+    matrix = (voxel_from_lps @ volume.affine)[:3, :, None, None]
+    z, y, x = ((np.arange(n) + 0.5) * m / n - 0.5 for m, n in zip(volume.hu.shape, out.shape))
+    flat = matrix[:, 1] * y[:, None] + matrix[:, 2] * x + matrix[:, 3] + 0.5  # (3, Y, X)
+    for plane, above in zip(out, z):
+        at = np.floor(flat + matrix[:, 0] * above).astype(int)
+        inside = ((at >= 0) & (at < np.reshape(labels.shape, (3, 1, 1)))).all(0)
+        plane[inside] = labels[tuple(at[:, inside])]
     return out
 
 
 def cube_labels(path, volume, size):
     """uint8 (D, D, D): the mask at the centres of the segmenter's cells."""
     return read_mask(path, volume, (size, size, size))
+
+
+def to_cells(image, rows, columns):
+    """The image averaged along an axis that gets shorter, interpolated along one that does not."""
+    for size in ((image.shape[1], rows), (columns, rows)):  # OpenCV's: width first
+        how = cv2.INTER_AREA if size <= image.shape[::-1] else cv2.INTER_LINEAR
+        image = cv2.resize(image, size, interpolation=how)
+    return image
 
 
 def segmenter_input(volume, size=128, window=SEGMENTER_WINDOW):
@@ -537,10 +507,8 @@ def segmenter_input(volume, size=128, window=SEGMENTER_WINDOW):
     low, high = window[0] - window[1] // 2, window[0] + window[1] // 2
     planes = np.empty((len(volume.hu), size * size), np.float32)  # (Z, D * D)
     for k, hu in enumerate(volume.hu):
-        plane = cv2.resize(np.clip(hu, low, high), (size, size), interpolation=cv2.INTER_AREA)
-        planes[k] = plane.ravel()
-    how = cv2.INTER_AREA if len(planes) > size else cv2.INTER_LINEAR
-    cube = cv2.resize(planes, (size * size, size), interpolation=how)  # (Z, D * D) -> (D, D * D)
+        planes[k] = to_cells(np.clip(hu, low, high).astype(np.float32), size, size).ravel()
+    cube = to_cells(planes, size, size * size)  # (Z, D * D) -> (D, D * D)
     return torch.from_numpy((cube.reshape(1, size, size, size) - low) / (high - low))
 
 
@@ -550,25 +518,26 @@ def segmenter_input(volume, size=128, window=SEGMENTER_WINDOW):
 
 
 class Conv3dSame(nn.Conv3d):
-    """TensorFlow's SAME padding in three dimensions."""
+    """TensorFlow's SAME padding."""
 
     def forward(self, x):
+        reach, stride = (self.kernel_size[0] - 1) * self.dilation[0] + 1, self.stride[0]
         padding = []
-        for n, k, stride in zip(x.shape[:1:-1], self.kernel_size, self.stride):
-            total = max(k - (n % stride or stride), 0)
-            padding += [total // 2, total - total // 2]  # F.pad takes the last axis first
+        for n in x.shape[:1:-1]:  # F.pad takes the last axis first
+            total = max(reach - (n % stride or stride), 0)
+            padding += [total // 2, total - total // 2]
         return super().forward(F.pad(x, padding))
 
 
 class BatchNormAct3d(nn.BatchNorm3d):
-    """Batch norm with the dropout and activation that timm's 2-D one holds."""
+    """With the activation inside, as timm's."""
 
     def forward(self, x):
         return self.act(self.drop(super().forward(x)))
 
 
 class SqueezeExcite3d(nn.Sequential):
-    """Squeeze-excite over three axes; its layers keep their names and order."""
+    """Layers of timm's, in their order; the mean over three axes."""
 
     def forward(self, x):
         return x * super().forward(x.mean((2, 3, 4), keepdim=True))
@@ -579,45 +548,48 @@ SOLID = {nn.Conv2d: nn.Conv3d, Conv2dSame: Conv3dSame, nn.MaxPool2d: nn.MaxPool3
 
 
 def to_3d(module, path=""):
-    """The 3-D twin of a timm network: same module paths, weights copied, kernels divided.
+    """The 3-D twin of a timm network: paths kept, weights divided by the new edge of the kernel.
 
     UserError naming the first layer that it cannot convert.
     """
-    kind, path = type(module), path or type(module).__name__
-    name, home, bad = kind.__name__, kind.__module__, f"cannot make {path} three-dimensional: "
-    if kind in (nn.Conv2d, Conv2dSame):
-        k, width = module.kernel_size
-        if k != width or module.dilation != (1, 1) or isinstance(module.padding, str):
-            raise UserError(f"{bad}{module}")
-        twin = SOLID[kind](module.in_channels, module.out_channels, k, module.stride[0],
-                           module.padding[0], 1, module.groups, module.bias is not None)
-        weight = module.weight[:, :, None].repeat(1, 1, k, 1, 1) / k  # (O, I, k, k, k)
-        twin.load_state_dict(module.state_dict() | {"weight": weight})
-        return twin
-    if kind in SOLID:  # norms and pools hold the same in 2-D and 3-D
+    kind, name, home = type(module), type(module).__name__, type(module).__module__
+    path = path or name
+    sides = {n: v for n, v in vars(module).items() if isinstance(v, tuple) and len(v) == 2}
+    if kind in SOLID and all(height == width for height, width in sides.values()):
         twin = copy.deepcopy(module)
         twin.__class__ = SOLID[kind]
+        vars(twin).update({n: v[:1] * 3 for n, v in sides.items()})  # kernel, stride, padding
+        if isinstance(module, nn.Conv2d):
+            k, weight = module.kernel_size[0], module.weight.detach()[:, :, None]
+            twin.weight = nn.Parameter(weight.repeat(1, 1, k, 1, 1) / k)  # (O, I, k, k, k)
         return twin
-    squeeze = name in ("SqueezeExcite", "SEModule")
-    known = squeeze or name == "DropPath" or "activation" in home
-    if home.startswith("timm.layers") and not known or "2d" in name or list(module.parameters(False)):
-        raise UserError(f"{bad}unknown layer {name}")
+    squeeze = name in ("SqueezeExcite", "SEModule", "EffectiveSEModule")
+    known = squeeze or name.endswith(("ConvNormAct", "DropPath")) or "activation" in home
+    strange = kind in SOLID or "2d" in name or home.startswith("timm.layers")
+    own = [*module.parameters(False), *module.buffers(False)]
+    if own or strange and not known or getattr(module, "add_maxpool", False):
+        raise UserError(f"cannot make {path} three-dimensional: unknown layer {name}")
     twin = SqueezeExcite3d() if squeeze else copy.copy(module)
-    twin._modules = {n: to_3d(child, f"{path}.{n}")
-                     for n, child in module._modules.items() if child is not None}
+    twin._modules = {n: to_3d(child, f"{path}.{n}") if child is not None else None
+                     for n, child in module._modules.items()}
     return twin
 
 
 def create_backbone(name, **arguments):
     """A timm model with random weights. UserError for a name timm does not know."""
+    if ":" in name:  # hf-hub: would ask the network
+        raise UserError(f"--backbone {name}: not a plain name of timm")
     try:
         return timm.create_model(name, pretrained=False, **arguments)
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        if "drop_path_rate" in arguments and "drop_path_rate" in str(error):
+            del arguments["drop_path_rate"]  # DenseNet and others have none
+            return create_backbone(name, **arguments)
         raise UserError(f"--backbone {name}: {str(error).splitlines()[0]}") from None
 
 
 class ConvBlock(nn.Module):
-    """Convolution, norm, ReLU and scSE: channels and places weighed (Roy et al. 2018)."""
+    """Convolution, norm, ReLU, then scSE (Roy et al. 2018): channels and places weighed."""
 
     def __init__(self, before, width):
         super().__init__()
@@ -630,60 +602,56 @@ class ConvBlock(nn.Module):
     def forward(self, x):
         x = F.relu(self.norm(self.conv(x)))
         channel = self.excite(F.relu(self.squeeze(x.mean((2, 3, 4), keepdim=True))))
-        return x * (torch.sigmoid(channel) + torch.sigmoid(self.place(x)))
+        return x * (channel.sigmoid() + self.place(x).sigmoid())
 
 
 class Segmenter(nn.Module):
-    """3-D U-Net: (B, 1, Z, Y, X) in 0..1 -> (B, 7, Z, Y, X) logits; axes multiples of 16.
-
-    The last decoder level works at stride 2 and answers for 2 x 2 x 2 cells a place.
-    """
+    """3-D U-Net: (B, 1, Z, Y, X) in 0..1 -> (B, 7, Z, Y, X) logits; axes multiples of 16."""
 
     def __init__(self, backbone="tf_efficientnetv2_s", size=128, window=SEGMENTER_WINDOW,
                  decoder=(64, 32, 24), drop_path=0.0, dropout=0.0):
         super().__init__()
         self.settings = dict(backbone=backbone, size=size, window=window, decoder=decoder)
-        flat = create_backbone(backbone, features_only=True, out_indices=(0, 1, 2, 3),
+        flat = create_backbone(backbone, features_only=True, out_indices=(0, 1, 2, 3), in_chans=1,
                                drop_path_rate=drop_path)
         if flat.feature_info.reduction() != [2, 4, 8, ENCODER_STRIDE]:
             raise UserError(f"--backbone {backbone}: needs features at strides 2, 4, 8 and 16")
         self.encoder = to_3d(flat)
-        stem = next(m for m in self.encoder.modules() if isinstance(m, nn.Conv3d))
-        stem.in_channels = 1  # the sum over colours equals repeating the volume
-        stem.weight = nn.Parameter(stem.weight.detach().sum(1, keepdim=True))
         *skips, deepest = flat.feature_info.channels()
+        skips[0] += 8  # and the cube itself, 2 x 2 x 2 cells a place
         self.decoder = nn.ModuleList(ConvBlock(a + b, c) for a, b, c in zip(
             (deepest, *decoder), skips[::-1], decoder))
         self.dropout = nn.Dropout3d(dropout)
-        self.head = nn.Conv3d(decoder[-1], 7 * 8, 1)
+        self.head = nn.Conv3d(decoder[-1], 7 * 8, 1)  # at stride 2: answers for 2 x 2 x 2 cells
         nn.init.constant_(self.head.bias, -4.0)  # most cells belong to no vertebra
 
     def forward(self, x):
-        if any(n % ENCODER_STRIDE for n in x.shape[2:]):
-            raise UserError(f"cube {tuple(x.shape[2:])}: axes must be multiples of 16")
-        *skips, x = self.encoder((x - 0.5) * 4)
+        size = x.shape[2:]
+        if any(n % ENCODER_STRIDE for n in size):
+            raise UserError(f"cube {tuple(size)}: axes must be multiples of {ENCODER_STRIDE}")
+        x = (x - 0.5) * 4
+        cells = x.unfold(2, 2, 2).unfold(3, 2, 2).unfold(4, 2, 2).flatten(5)[:, 0].movedim(-1, 1)
+        *skips, x = self.encoder(x)
+        skips[0] = torch.cat([skips[0], cells], 1)  # (B, C + 8, Z/2, Y/2, X/2)
         for block, skip in zip(self.decoder, skips[::-1]):
             x = block(torch.cat([F.interpolate(x, skip.shape[2:]), skip], 1))
         x = self.head(self.dropout(x)).unflatten(1, (7, 2, 2, 2)).permute(0, 1, 5, 2, 6, 3, 7, 4)
-        return x.flatten(6).flatten(4, 5).flatten(2, 3)  # (B, 56, Z/2, ...) -> (B, 7, Z, Y, X)
+        return x.reshape(len(x), 7, *size)  # (B, 7, Z/2, 2, Y/2, 2, X/2, 2) -> (B, 7, Z, Y, X)
 
 
 def segmenter_loss(logits, labels):
-    """BCE + soft Dice of logits (B, 7, Z, Y, X) and labels uint8 (B, Z, Y, X).
-
-    Dice only where a vertebra is in view: BCE alone teaches that one is not.
-    """
-    logits = logits.float()
+    """BCE, and soft Dice of what is in view: logits (B, 7, Z, Y, X), uint8 labels (B, Z, Y, X)."""
+    logits, space = logits.float(), (2, 3, 4)
     truth = torch.stack([labels == v for v in range(1, 8)], 1).float()
-    mask, seen = torch.sigmoid(logits), truth.amax((2, 3, 4))
-    dice = (2 * (mask * truth).sum((2, 3, 4)) + 1) / ((mask + truth).sum((2, 3, 4)) + 1)
+    mask, seen = logits.sigmoid(), truth.amax(space)
+    dice = (2 * (mask * truth).sum(space) + 1) / ((mask + truth).sum(space) + 1)
     entropy = F.binary_cross_entropy_with_logits(logits, truth)
     return 10 * entropy + 1 - (dice * seen).sum() / seen.sum().clamp(min=1)
 
 
 # ============================================= Slices ============================================
-# In: a Volume and the cube's probability. Out: the ninety images of each vertebra. The trap:
-# the cube is stretched, so cells and voxels differ by another factor on every axis.
+# In: a Volume and the cube's probability. Out: ninety images a vertebra. The trap: the cube is
+# stretched, so cells and voxels differ by another factor on every axis.
 
 
 def interleave(images, masks):
@@ -693,10 +661,7 @@ def interleave(images, masks):
 
 
 def vertebra_box(probability):
-    """Cells [(z0, z1), (y0, y1), (x0, x1)], ends inclusive, of (D, D, D); None if not seen.
-
-    On each axis the run of cells with most mask: strays elsewhere do not widen it.
-    """
+    """First and last cell on each axis of (D, D, D): the run with most mask; None if not seen."""
     for threshold in MASK_THRESHOLDS:
         mask, box = probability > threshold, []
         if mask.sum() >= MIN_CELLS:
@@ -712,7 +677,7 @@ def vertebra_box(probability):
 def apply_window(hu, window):
     """uint8: (level, width) HU to 0..255."""
     low, scale = window[0] - window[1] // 2, 255 / window[1]
-    return cv2.convertScaleAbs(np.maximum(hu, low), alpha=scale, beta=-low * 255 / window[1])
+    return cv2.convertScaleAbs(np.maximum(hu, low), alpha=scale, beta=-low * scale)
 
 
 def crop_plane(plane, box, size):
@@ -727,49 +692,46 @@ def crop_plane(plane, box, size):
 def vertebra_slices(volume, probability, size=CROP, mask_of="last", window=BONE_WINDOW):
     """uint8 (7, 15, 6, S, S): a step is five neighbouring native slices and one soft mask.
 
-    `probability` (7, D, D, D) covers the whole study. The 15 centres are spaced evenly over the
-    vertebra; its box is square in mm, so that its shape is kept. A vertebra that is not seen is
-    all zero, mask included, which tells the classifiers that it is absent.
+    `probability` (7, D, D, D) covers the study. Boxes are square in mm: the shape is kept.
+    A vertebra not seen is all zero, mask included, which tells the classifiers.
     """
     out = np.zeros((7, STEPS, CHANNELS, size, size), np.uint8)
     probability = np.asarray(probability, np.float32)
     voxels = np.array(volume.hu.shape) / probability.shape[1:]  # a cell's edges
-    cell_mm = (voxels * volume.spacing)[1:, None]
+    scale, cell_mm = voxels[0], (voxels * volume.spacing)[1:, None]
     near = np.arange(SLICES_PER_STEP) - SLICES_PER_STEP // 2
     for v, cells in enumerate(probability):
         found = vertebra_box(cells)
         if found is None:
             continue
-        sides = (np.array(found[1:]) + [-BOX_MARGIN, 1 + BOX_MARGIN]) * cell_mm
+        (first, last), *sides = found
+        sides = (np.array(sides) + [-BOX_MARGIN, 1 + BOX_MARGIN]) * cell_mm
         half = np.ptp(sides, 1).max() / 2
         box = (sides.mean(1, keepdims=True) + [-half, half]) / cell_mm  # of cells
-        (first, last), scale = found[0], voxels[0]
-        index = np.rint(np.linspace(first * scale, (last + 1) * scale - 1, STEPS))[:, None] + near
-        index = np.clip(index, 0, len(volume.hu) - 1).astype(int)  # (15, 5)
+        centres = np.rint(np.linspace(first * scale, (last + 1) * scale - 1, STEPS))
+        index = np.clip(centres[:, None] + near, 0, len(volume.hu) - 1).astype(int)  # (15, 5)
         shown, which = np.unique(index.ravel(), return_inverse=True)
         images = [crop_plane(apply_window(volume.hu[z], window), box * voxels[1:, None], size)
                   for z in shown]
         z = (index[:, -1 if mask_of == "last" else SLICES_PER_STEP // 2] + 0.5) / scale - 0.5
-        z = np.clip(z, 0, len(cells) - 1)[:, None, None]
-        below = np.minimum(z.astype(int), len(cells) - 2)
-        share, below = (z - below).astype(np.float32), below.ravel()
-        planes = cells[below] * (1 - share) + cells[below + 1] * share
-        masks = np.array([crop_plane(plane, box, size) for plane in planes])
-        masks = np.rint(np.maximum(masks, 1 / 255) * 255).astype(np.uint8)  # 0 means absent
+        z = np.float32(np.divmod(np.clip(z, 0, len(cells) - 1.001), 1))  # plane, share of the next
+        masks = [crop_plane(cells[int(k)] * (1 - share) + cells[int(k) + 1] * share, box, size)
+                 for k, share in z.T]
+        masks = np.rint(np.maximum(np.array(masks) * 255, 1)).astype(np.uint8)  # 0: absent
         out[v] = interleave(np.array(images)[which], masks)
     return out
 
 
 def write_crops(path, crops):
-    """One study's crops, lossless: each different image once, as PNG (steps share slices)."""
+    """One study's crops: each different image once, as PNG (steps share slices)."""
     index, known = np.full(crops.shape[:3], -1, np.int16), {}
     for place in np.ndindex(index.shape):
         if crops[place].any():
             index[place], _ = known.setdefault(crops[place].tobytes(), (len(known), place))
     images = [cv2.imencode(".png", crops[place])[1].ravel() for _, place in known.values()]
     ends, data = np.cumsum([0, *map(len, images)]), np.concatenate([np.uint8([]), *images])
-    write_atomic(path, lambda temporary: np.savez(
-        temporary, index=index, ends=ends, data=data, edge=crops.shape[-1]))
+    write_atomic(path, lambda new: np.savez(
+        new, index=index, ends=ends, data=data, edge=crops.shape[-1]))
 
 
 def read_crops(path, vertebrae=range(7)):
@@ -793,11 +755,10 @@ def crops_seen(path):
 
 
 # ========================================== Classifiers ==========================================
-# In: crops, uint8 or 0..1. Out: a logit for every step, and one for the patient.
 
 
 class StepEncoder(nn.Module):
-    """A timm backbone, then an LSTM: crops (B, N, K, S, S) -> (B, N, F) and (B, N, 2H)."""
+    """Backbone, then LSTM: crops (B, N, K, S, S), uint8 or 0..1 -> (B, N, F), (B, N, 2H)."""
 
     def __init__(self, backbone, hidden, drop_path, dropout):
         super().__init__()
@@ -809,13 +770,13 @@ class StepEncoder(nn.Module):
 
     def forward(self, crops):
         masks = crops[:, :, -1].unflatten(1, (-1, STEPS)).flatten(2)
-        seen = masks.any(2).bool().repeat_interleave(STEPS, 1).flatten()
-        features = self.absent.float().expand(len(seen), -1)
+        seen = (masks.amax(2) > 0).flatten().repeat_interleave(STEPS)  # (B * N,)
+        features = self.absent.float().repeat(len(seen), 1)
         if seen.any():  # absent vertebrae cost nothing
             shown = crops.flatten(0, 1)[seen]  # (B, N, K, S, S) -> (M, K, S, S)
             at_once = len(shown) if self.training else CROPS_AT_ONCE[crops.device.type]
-            found = torch.cat([self.backbone(to_unit(part)) for part in shown.split(at_once)])
-            features = features.index_put((seen.nonzero()[:, 0],), found.float())
+            found = [self.backbone(to_unit(part)) for part in shown.split(at_once)]
+            features[seen] = torch.cat(found).float()
         features = features.unflatten(0, crops.shape[:2])  # (B * N, F) -> (B, N, F)
         return features, self.lstm(features)[0]
 
@@ -848,12 +809,11 @@ class VertebraClassifier(nn.Module):
 class PatientClassifier(VertebraClassifier):
     """All vertebrae: (B, 105, 6, S, S) -> (B, 105) logits of the steps, (B,) of the patient."""
 
-    def __init__(self, backbone="convnext_nano", size=CROP, mask_of="last", hidden=256,
-                 drop_path=0.0, dropout=0.0):
-        super().__init__(backbone, size, mask_of, hidden, drop_path, dropout)
-        self.patient_lstm = nn.LSTM(self.encoder.lstm.input_size, hidden, 2, batch_first=True,
-                                    bidirectional=True, dropout=dropout)
-        self.patient_head = logit_head(4 * hidden, hidden, dropout)
+    def __init__(self, backbone="convnext_nano", **settings):
+        super().__init__(backbone, **settings)
+        lstm = self.encoder.lstm
+        self.patient_lstm = copy.deepcopy(lstm)
+        self.patient_head = logit_head(4 * lstm.hidden_size, lstm.hidden_size, lstm.dropout)
 
     def forward(self, crops):
         features, context = self.encoder(crops)
@@ -865,29 +825,56 @@ class PatientClassifier(VertebraClassifier):
 KINDS = {"segmenter": Segmenter, "vertebra": VertebraClassifier, "patient": PatientClassifier}
 
 
-def classifier_loss(outputs, labels):
-    """The competition's loss. Outputs (B, 15) and labels (B, 1), or (B, 105), (B,) and (B, 8).
+def fold_norms(model):
+    """The model for inference, batch norms folded into the convolutions before them.
 
-    A vertebra's label stands on each of its steps, which share its weight; NaN is unknown.
+    Seen by running it: a norm is given what a convolution of the same part returned.
     """
-    if not torch.is_tensor(outputs):
+    paths, calls = {m: path for path, m in model.named_modules()}, []
+    kinds = (nn.Conv2d, nn.Conv3d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+    def note(module, given, out):
+        if isinstance(module, kinds):
+            calls.append((getattr(given[0], "made_by", None), module))
+            out.made_by = module
+
+    shape = (1, 1, 32, 32, 32) if isinstance(model, Segmenter) else (1, STEPS, CHANNELS, 64, 64)
+    with torch.no_grad(), nn.modules.module.register_module_forward_hook(note):
+        model.eval()(torch.ones(shape))
+    used = [module for _, module in calls]
+    for conv, norm in calls:
+        home, _, name = paths[norm].rpartition(".")
+        pair = isinstance(conv, kinds[:2]) and isinstance(norm, kinds[2:])
+        if pair and used.count(conv) == used.count(norm) == 1 and paths[conv].startswith(home):
+            conv.weight, conv.bias = nn.utils.fuse_conv_bn_weights(
+                conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps,
+                norm.weight, norm.bias)
+            setattr(model.get_submodule(home), name, getattr(norm, "act", nn.Identity()))
+    return model
+
+
+def classifier_loss(outputs, labels):
+    """The metric, of outputs (B, 15) and labels (B, 1), or (B, 105), (B,) and (B, 8).
+
+    The steps of a vertebra share its label and weight; NaN is unknown.
+    """
+    if isinstance(outputs, tuple):
         outputs = torch.cat([outputs[0], outputs[1][:, None]], 1)
-    counts = [STEPS] * 7 + [1]
-    which = np.repeat(range(8), counts)[: outputs.shape[1]]  # the label of every logit
-    truth, share = labels[:, which], labels.new_tensor((TARGET_WEIGHTS / counts)[which])
-    known, truth = ~truth.isnan(), truth.nan_to_num()
-    weight = share * known * (1 + (POSITIVE_FACTOR - 1) * truth)
-    loss = F.binary_cross_entropy_with_logits(outputs.float(), truth, reduction="none")
-    return (weight * loss).sum() / weight.sum().clamp(min=1e-6)
+    which = np.arange(outputs.shape[1]) // STEPS  # the label of every logit
+    share = labels.new_tensor(TARGET_WEIGHTS[which] / np.bincount(which)[which])
+    truth = labels[:, which]
+    weight = share * torch.where(truth > 0, POSITIVE_FACTOR, 1.0) * ~truth.isnan()
+    loss = F.binary_cross_entropy_with_logits(outputs.float(), truth.nan_to_num(), weight,
+                                              reduction="sum")
+    return loss / weight.sum().clamp(min=1e-6)
 
 
 # ========================================== Augmentation =========================================
-# Batches, on the device they train on. Everything random about a sample comes from its own
-# generator: workers, ranks and resuming cannot change it.
+# Batches, on the device they train on. All that is random about a sample comes from its own
+# generator: batches, workers and ranks cannot change it.
 
-# Ranges: degrees, log scale, share of the edge, share mirrored along an axis; window, log gamma,
-# noise (of 0..1); share seen at half resolution, share with a hole. The cube never loses its
-# order head to foot. Shift of the cube: top teams; the rest: README, ablations.
+# Degrees, log scale, share of the edge (the cube's: top teams), share mirrored along an axis;
+# window, log gamma, noise (of 0..1), shares seen at half resolution and with a hole.
 VOLUME_RANGES = dict(rotation=15, scale=0.2, shift=0.3, mirror=0.5, window=0.2, gamma=0.3,
                      noise=0.06, blur=0.3, hole=0.0)
 CROP_RANGES = dict(rotation=20, scale=0.15, shift=0.1, mirror=0.5, window=0.15, gamma=0.25,
@@ -895,38 +882,34 @@ CROP_RANGES = dict(rotation=20, scale=0.15, shift=0.1, mirror=0.5, window=0.15, 
 
 
 def draw_grid(rngs, ranges, shape, device):
-    """A random affine grid a sample, for grid_sample, of images of this shape."""
+    """A random affine grid for grid_sample a sample."""
     maps, axes = [], len(shape) - 2
     for rng in rngs:
-        matrix = np.diag(np.exp(rng.uniform(-1, 1, axes) * ranges["scale"]))
-        for i, j in ((0, 1), (0, 2), (1, 2))[: 2 * axes - 3]:
-            angle = math.radians(rng.uniform(-1, 1) * ranges["rotation"])
-            turn = np.eye(axes)
-            turn[i, i] = turn[j, j] = math.cos(angle)
-            turn[j, i] = math.sin(angle)
-            turn[i, j] = -turn[j, i]
-            matrix = turn @ matrix
-        flips = rng.random(3) < ranges["mirror"]  # cubes: X alone; crops: X, Y and transposed
+        scale, shift, *angles = rng.uniform(-1, 1, (2 + axes, axes))
+        angles = np.triu(angles, 1) * math.radians(ranges["rotation"])
+        turn = torch.matrix_exp(torch.from_numpy(angles - angles.T)).numpy()
+        matrix = turn * np.exp(scale * ranges["scale"])
+        flips = rng.random(3) < ranges["mirror"]  # cubes: X, never Z; crops: X, Y and transposed
         matrix[:, : 4 - axes] *= 1 - 2 * flips[: 4 - axes]
         if axes == 2 and flips[2]:
             matrix = matrix[::-1]
-        maps.append(np.c_[matrix, 2 * ranges["shift"] * rng.uniform(-1, 1, axes)])
+        maps.append(np.c_[matrix, 2 * ranges["shift"] * shift])
     maps = torch.tensor(np.array(maps), dtype=torch.float32, device=device)
     return F.affine_grid(maps, shape, align_corners=False)
 
 
 def grey_levels(image, rng, ranges):
-    """Window, gamma, resolution, noise and a hole for one sample (N, ...) in 0..1."""
+    """One sample (N, ...) in 0..1 as another scanner might show it, perhaps with a hole."""
     stretch, shift = ranges["window"] * rng.uniform(-1, 1, 2)
     gamma = math.exp(ranges["gamma"] * rng.uniform(-1, 1))
     noise, coarse, hole = rng.random(3)
-    generator = torch.Generator(image.device).manual_seed(int(rng.integers(2**31)))
+    seeded = torch.Generator(image.device).manual_seed(int(rng.integers(2**31)))
     image = (image * (1 + stretch) + shift).clamp(0, 1) ** gamma
     if coarse < ranges["blur"]:
-        size, mode = image.shape[1:], "trilinear" if image.ndim == 4 else "bilinear"
-        half = F.interpolate(image[None], [n // 2 for n in size], mode=mode)
-        image = F.interpolate(half, size, mode=mode)[0]
-    grain = torch.randn(image.shape, generator=generator, device=image.device)
+        mode = "trilinear" if image.ndim == 4 else "bilinear"
+        half = F.interpolate(image[None], scale_factor=0.5, mode=mode)
+        image = F.interpolate(half, image.shape[1:], mode=mode)[0]
+    grain = torch.randn(image.shape, generator=seeded, device=image.device)
     image = image + ranges["noise"] * noise**2 * grain
     if hole < ranges["hole"]:
         edge = int(image.shape[-1] * rng.uniform(0.05, 0.25))
@@ -936,20 +919,19 @@ def grey_levels(image, rng, ranges):
 
 
 def augment_volumes(cubes, labels, rngs, ranges=VOLUME_RANGES):
-    """Cubes (B, 1, D, D, D) and labels (B, D, D, D) moved together; then the cubes' grey values."""
+    """Cubes (B, 1, D, D, D) in 0..1 and labels (B, D, D, D) moved together; cubes regreyed."""
     grid = draw_grid(rngs, ranges, cubes.shape, cubes.device)
     cubes = F.grid_sample(cubes, grid, align_corners=False)
     labels = F.grid_sample(labels[:, None].float(), grid, mode="nearest", align_corners=False)
-    for cube, rng in zip(cubes, rngs):
-        cube[:] = grey_levels(cube, rng, ranges)
+    cubes = torch.stack([grey_levels(cube, rng, ranges) for cube, rng in zip(cubes, rngs)])
     return cubes, labels[:, 0].to(torch.uint8)
 
 
 def augment_crops(crops, rngs, size=CROP, ranges=CROP_RANGES):
-    """Crops (B, N, K, S, S) in 0..1: one geometry a sample; grey values of the slices only."""
+    """Crops (B, N, K, S, S) in 0..1: a sample moved as one, its slices regreyed, not its masks."""
     grid = draw_grid(rngs, ranges, (len(crops), 1, size, size), crops.device)
     moved = F.grid_sample(crops.flatten(1, 2), grid, align_corners=False)
-    moved = moved.unflatten(1, crops.shape[1:3])
+    moved = moved.unflatten(1, crops.shape[1:3])  # (B, N * K, S, S) -> (B, N, K, S, S)
     for slices, rng in zip(moved[:, :, :-1], rngs):
         slices[:] = grey_levels(slices.flatten(0, 1), rng, ranges).view_as(slices)
     return moved
@@ -967,63 +949,53 @@ def shuffle_order(crops, labels, rngs, share):
 
 
 # ======================================== Metric and folds =======================================
-# The competition's weighted log loss (lower is better), AUC, Dice, and folds.
 
 
 def element_losses(answers, labels):
     """Log loss of every answer, clipped as the competition does."""
-    p = np.clip(np.asarray(answers, np.float64), 1e-15, 1 - 1e-15)
-    return -np.where(np.asarray(labels) > 0, np.log(p), np.log1p(-p))
+    right = np.where(labels, answers, 1 - np.asarray(answers))
+    return -np.log(np.clip(right, 1e-15, 1))
 
 
 def competition_scores(answers, labels):
-    """(per study, per column) score of (N, 8) answers: sum(w * loss) / sum(w) of each study, mean.
-
-    The second form divides by the weights of a column first; the page can be read either way.
-    """
-    loss = element_losses(answers, labels)
-    weight = np.where(np.asarray(labels) > 0, POSITIVE_FACTOR, 1.0)
+    """Mean of sum(w * loss) / sum(w) over studies, and over columns, of (N, 8) answers."""
+    loss, weight = element_losses(answers, labels), np.where(labels, POSITIVE_FACTOR, 1.0)
     study = np.average(loss, 1, weight * TARGET_WEIGHTS).mean()
     column = np.average(np.average(loss, 0, weight), weights=TARGET_WEIGHTS)
-    return float(study), float(column)
+    return study, column
 
 
 def auc(answers, labels):
-    """Area under the ROC curve, ties count half (Mann-Whitney); NaN with one class only."""
+    """Area under the ROC curve, ties counting half; NaN with one class only."""
     positive = np.asarray(labels) > 0
     n, m = positive.sum(), (~positive).sum()
-    rank = pd.Series(np.asarray(answers, np.float64)).rank()[positive].sum()
+    rank = pd.Series(answers, dtype=float).rank()[positive].sum()
     return float((rank - n * (n + 1) / 2) / (n * m)) if n and m else math.nan
 
 
 def dice_scores(probability, labels):
     """Dice (7,) of masks at 0.5; NaN for a vertebra that labels (D, D, D) do not hold."""
-    out = np.full(7, np.nan)
-    for v in range(7):
-        mask, truth = probability[v] > 0.5, labels == v + 1
-        if truth.any():
-            out[v] = 2 * (mask & truth).sum() / (mask.sum() + truth.sum())
-    return out
+    mask, truth = probability > 0.5, labels == np.arange(1, 8)[:, None, None, None]
+    overlap, found, size = (x.sum((1, 2, 3)) for x in (mask & truth, mask, truth))
+    return np.where(size, 2 * overlap / np.maximum(found + size, 1), np.nan)
 
 
 def assign_folds(table, folds, masked):
-    """uid -> fold, stratified by mask, patient and number of fractures.
-
-    Within a stratum by a hash of the uid: the same on every machine and in any order of rows.
-    """
-    fractures = table[list(VERTEBRAE)].sum(axis=1).clip(upper=2)
-    keys = sorted((uid in masked, overall, n, hashlib.sha256(uid.encode()).digest(), uid)
-                  for uid, overall, n in zip(table[STUDY], table.patient_overall, fractures))
+    """uid -> fold: strata by mask, patient, number of fractures; within one by the uid's hash."""
+    uids, fractures = table[STUDY], table[list(VERTEBRAE)].sum(axis=1).clip(upper=2)
+    hashes = [hashlib.sha256(uid.encode()).digest() for uid in uids]
+    keys = sorted(zip(uids.isin(list(masked)), table.patient_overall, fractures, hashes, uids))
     return {uid: k % folds for k, (*_, uid) in enumerate(keys)}
 
 
 # ============================================ Training ===========================================
-# One loop for three models. Whatever is random is drawn from (seed, step or epoch, sample): a
-# resumed run repeats an uninterrupted one bit for bit on the CPU.
+# One loop for three models. What is random is drawn from (seed, step) or (seed, epoch, place): a
+# resumed run repeats an uninterrupted one, on the CPU bit for bit.
 
-# train: samples; held_out: studies; load(sample) -> arrays; score(model, study) -> a row;
-# loss(model, tensors, generators, recipe); judge(table of rows) -> {"score": low is good, ...}
-Task = namedtuple("Task", "kind fold train held_out load loss score judge")
+# One fold. train: samples; fractured: bool of each; load(sample) -> arrays; loss(model, tensors,
+# generators, recipe); score(model, held-out study) -> columns; judge(table) -> "score": low is good
+Task = namedtuple("Task", "kind name recipe device train fractured load loss held_out columns "
+                  "score judge")
 
 
 def save_checkpoint(path, kind, recipe, **content):
@@ -1040,34 +1012,23 @@ def load_checkpoint(path):
     raise UserError(f"{path}: missing, damaged or not one of our checkpoints; refused")
 
 
+def new_model(kind, settings):
+    """A model with those of the settings that it knows, channels last."""
+    known = inspect.signature(KINDS[kind]).parameters
+    model = KINDS[kind](**{k: v for k, v in settings.items() if k in known})
+    deep = kind == "segmenter"
+    return model.to(memory_format=torch.channels_last_3d if deep else torch.channels_last)
+
+
 def load_model(path, kind):
     """The model of a checkpoint, ready for inference. UserError if it holds another."""
     content = load_checkpoint(path)
     try:
-        model = KINDS[kind](**content["settings"])
+        model = new_model(kind, content["settings"])
         model.load_state_dict(content["tensors"])
-    except (KeyError, TypeError, RuntimeError, AttributeError):
+    except (KeyError, TypeError, RuntimeError, AttributeError, ValueError):
         raise UserError(f"{path} holds a {content.get('kind')}, not a {kind} that fits") from None
-    return to_channels_last(fold_norms(model.eval()))
-
-
-def fold_norms(model):
-    """The same model with each batch norm merged into the convolution before it: quicker."""
-    for parent in [*model.modules()]:
-        layers = [*parent.named_children()]
-        for (_, conv), (name, norm) in zip(layers, layers[1:]):
-            if (isinstance(norm, (nn.BatchNorm2d, nn.BatchNorm3d))
-                    and isinstance(conv, (nn.Conv2d, nn.Conv3d))):
-                conv.weight, conv.bias = fuse_conv_bn_weights(
-                    conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps,
-                    norm.weight, norm.bias)
-                setattr(parent, name, getattr(norm, "act", nn.Identity()))
-    return model
-
-
-def to_channels_last(model):
-    deep = any(p.ndim == 5 for p in model.parameters())
-    return model.to(memory_format=torch.channels_last_3d if deep else torch.channels_last)
+    return fold_norms(model)
 
 
 def adapt(tensor, like):
@@ -1078,261 +1039,252 @@ def adapt(tensor, like):
             tensor = tensor.sum(1, keepdim=True).repeat(1, channels, 1, 1) / channels
         if like.ndim == 5:
             tensor = tensor[:, :, None].repeat(1, 1, depth, 1, 1) / depth
-    return tensor.clone() if tensor.shape == like.shape else None
+    return tensor if tensor.shape == like.shape else None
 
 
 def load_init(model, path):
-    """Start from a timm file, less its head, or one of ours: by name, else in order."""
+    """Start from a timm file, less its head, or one of ours: by name, else in order.
+
+    Only a patient classifier's own part may be missing. UserError for another architecture.
+    """
     try:
         source = timm.models.load_state_dict(str(path), weights_only=True)
+        part = model if "program" in source else getattr(model.encoder, "backbone", model.encoder)
+        source = {n: t for n, t in source.get("tensors", source).items() if t.ndim}
     except Exception as error:  # any file may be given here
         raise UserError(f"--init {path}: cannot be read ({type(error).__name__})") from None
-    part = getattr(model.encoder, "backbone", model.encoder)
-    if source.get("program") == "cspine":
-        source, part = source.get("tensors", {}), model
-    target = part.state_dict()
-    taken, how = {n: source[n] for n in target if n in source}, "by name"
-    if len(taken) < len(target) / 2 <= len(source):
-        taken, how = dict(zip(target, source.values())), "in order, as the names differ"
-    taken = {n: adapt(t, target[n]) for n, t in taken.items()}
-    if len(taken) < len(target) / 2 or any(t is None for t in taken.values()):
-        raise UserError(f"--init {path}: not the architecture {model.settings['backbone']}")
+    target = {n: t for n, t in part.state_dict().items()
+              if t.ndim and (n in source or not n.startswith("patient_"))}
+    named = target.keys() <= source.keys()
+    pairs = dict(zip(target, target if named else source))
+    taken = {n: adapt(source[other], target[n]) for n, other in pairs.items()}
+    if len(taken) < len(target) or any(t is None for t in taken.values()):
+        raise UserError(f"--init {path}: not the architecture of {model.settings}")
     part.load_state_dict(taken, strict=False)
-    say(f"--init: {len(taken)} of {len(target)} tensors taken {how}; "
-        f"{len(source) - len(taken)} of the file left out")
+    left = [n for n in source if n not in pairs.values()]
+    say(f"--init: {len(taken)} tensors taken {'by name' if named else 'in order: names differ'}; "
+        f"{len(left)} left out, last {', '.join(left[-2:])}")
 
 
 class Trainer:
-    """The state of a training, and its step."""
+    """The state of a training, all of it saved, and its step."""
 
-    def __init__(self, task, recipe, device, init):
+    def __init__(self, task, init=""):
+        recipe = task.recipe
         torch.manual_seed(recipe.seed)
-        self.recipe, self.device = recipe, device
-        names = ["backbone", "size", "drop_path", "dropout", "mask_of"]
-        if task.kind == "segmenter":
-            names.pop()
-        model = KINDS[task.kind](**{name: getattr(recipe, name) for name in names})
+        self.model = model = new_model(task.kind, asdict(recipe))
         if init:
             load_init(model, init)
-        self.model = to_channels_last(model).to(device)
+        model.to(task.device)
         self.averaged = copy.deepcopy(model).eval()
-        flat = dict(params=[p for p in model.parameters() if p.ndim < 2], weight_decay=0.0)
-        rest = dict(params=[p for p in model.parameters() if p.ndim > 1])
-        self.optimizer = torch.optim.AdamW([rest, flat], recipe.lr,
-                                           weight_decay=recipe.weight_decay)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=half_type(device) is torch.float16)
+        groups = [dict(params=[p for p in model.parameters() if p.ndim > 1]),
+                  dict(params=[p for p in model.parameters() if p.ndim < 2], weight_decay=0.0)]
+        self.optimizer = torch.optim.AdamW(groups, recipe.lr, weight_decay=recipe.weight_decay)
+        half = half_type(task.device) is torch.float16
+        self.scaler = torch.amp.GradScaler(task.device.type, enabled=half)
         self.step = self.skipped = self.in_a_row = 0
-        self.losses, self.seconds, self.history = [], 0.0, []
+        self.losses, self.history, self.seconds, self.evaluation_s = [], [], 0.0, 0.0
 
     def state(self):
-        return {k: v.state_dict() if hasattr(v, "state_dict") else v
-                for k, v in vars(self).items() if k not in ("recipe", "device")}
+        return {k: getattr(v, "state_dict", lambda: v)() for k, v in vars(self).items()}
 
     def load(self, state):
-        for name, part in vars(self).items():
-            if hasattr(part, "load_state_dict"):
-                part.load_state_dict(state[name])
-            elif name in state:
-                setattr(self, name, state[name])
+        for name, value in state.items():
+            part = getattr(self, name)
+            getattr(part, "load_state_dict", lambda v: setattr(self, name, v))(value)
 
     def update(self, task, batch, total):
-        """One optimiser step on this rank's pairs (arrays, generator)."""
-        recipe, model = self.recipe, self.model.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = recipe.lr * lr_factor(self.step / total, recipe.warm_up)
+        """One of `total` optimiser steps, on this rank's pairs (arrays, generator)."""
+        recipe, model, done = task.recipe, self.model.train(), self.step / total
+        warm = min(1, (done + 1e-3) / (recipe.warm_up + 1e-3))
+        for group in self.optimizer.param_groups:  # half a cosine, down to 1 %
+            group["lr"] = recipe.lr * warm * (0.505 + 0.495 * math.cos(math.pi * done))
         torch.manual_seed((recipe.seed * 1009 + self.step) * 64 + ranks()[0])  # for dropout
         self.optimizer.zero_grad()
         mean, parts = 0.0, min(recipe.accumulate, len(batch))
         for k in range(parts):
             samples, rngs = zip(*batch[k::parts])
-            tensors = [torch.from_numpy(np.stack(x)).to(self.device) for x in zip(*samples)]
-            with autocast(self.device):
+            tensors = [torch.from_numpy(np.stack(x)).to(task.device) for x in zip(*samples)]
+            with autocast(task.device):
                 loss = task.loss(model, tensors, rngs, recipe) * len(rngs) / len(batch)
             self.scaler.scale(loss).backward()
             mean += loss.item()
         self.scaler.unscale_(self.optimizer)
-        mean_gradients(model)
+        for p in model.parameters() if dist.is_initialized() else ():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # no vertebra on this rank
+        mean_over_ranks([p.grad for p in model.parameters()])
+        self.in_a_row += 1
         if torch.isfinite(nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)):
             self.scaler.step(self.optimizer)
             self.losses.append(mean)
             self.in_a_row = 0
-        else:
-            self.skipped += 1
-            self.in_a_row += 1
+        self.skipped += self.in_a_row > 0
+        if self.in_a_row > MAX_SKIPPED_STEPS:
+            raise UserError(f"{self.in_a_row} steps without a finite gradient: lower --lr")
         self.scaler.update()
         self.step += 1
         share = 1 - min(recipe.ema, (1 + self.step) / (10 + self.step))
         for slow, fast in zip(self.averaged.state_dict().values(), model.state_dict().values()):
             slow.lerp_(fast, share) if slow.is_floating_point() else slow.copy_(fast)
-        if self.in_a_row > MAX_SKIPPED_STEPS:
-            raise UserError(f"{self.in_a_row} steps without a finite gradient: lower --lr")
 
 
-def lr_factor(done, warm_up):
-    """Linear warm-up, then half a cosine down to 1 %; `done` is a share of the steps."""
-    if done < warm_up:
-        return (done + 1e-3) / (warm_up + 1e-3)
-    return 0.505 + 0.495 * math.cos(math.pi * (done - warm_up) / (1 - warm_up))
+def mean_over_ranks(tensors):
+    """Each tensor becomes its mean over the ranks."""
+    if dist.is_initialized() and tensors:
+        flat = torch.cat([t.flatten() for t in tensors]) / ranks()[1]
+        dist.all_reduce(flat)  # one message
+        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors])):
+            tensor.copy_(part.view_as(tensor))
 
 
-def mean_gradients(model):
-    """Each gradient becomes its mean over ranks."""
-    for p in model.parameters() if dist.is_initialized() else ():
-        if p.grad is None:  # this rank saw no vertebra
-            p.grad = torch.zeros_like(p)
-        dist.all_reduce(p.grad)
-        p.grad /= ranks()[1]
+def epoch_order(task, epoch, count):
+    """(count,) places in task.train; a share of `positives` fractured, or (0) as they come."""
+    rng, share = np.random.default_rng([task.recipe.seed, epoch]), task.recipe.positives
+    order = rng.permutation(len(task.train))
+    hit = np.resize(task.fractured or [False], len(order))[order]
+    if share and hit.any() and not hit.all():
+        n = round(share * count)
+        order = np.r_[np.resize(order[hit], n), np.resize(order[~hit], count - n)]
+        order = rng.permutation(order)
+    return np.resize(order, count)
 
 
-def sample_stream(task, recipe, step, total, per_epoch):
-    """(sample, seed) for this rank from `step` on; each epoch has its own order."""
-    rank, world = ranks()
-    for step in range(step, total):
-        epoch, row = divmod(step, per_epoch)
-        order = np.random.default_rng([recipe.seed, epoch]).permutation(len(task.train))
-        order = np.resize(order, (per_epoch, recipe.batch_size))
-        for k in order[row, rank::world].tolist():
-            yield task.train[k], [recipe.seed, epoch, k]
+def sample_stream(task, step, count):
+    """(sample, generator) for this rank from `step` on; an epoch is `count` samples."""
+    (rank, world), start = ranks(), step * task.recipe.batch_size
+    for epoch in range(start // count, task.recipe.epochs):
+        order = epoch_order(task, epoch, count)
+        for place in range(max(0, start - epoch * count) + rank, count, world):
+            seed = [task.recipe.seed, epoch, place]
+            yield task.train[order[place]], np.random.default_rng(seed)
 
 
-def close_epoch(trainer, task, name, weights):
+def close_epoch(trainer, task, weights, clock):
     """Score the averaged weights; write the best, their held-out answers and the log."""
-    started, (rank, world), recipe = time.monotonic(), ranks(), trainer.recipe
-    with torch.inference_mode(), autocast(trainer.device):
-        rows = [task.score(trainer.averaged, uid) for uid in task.held_out[rank::world]]
-    table, history = pd.DataFrame(sum(over_ranks(rows), [])), trainer.history
-    loss = np.mean(trainer.losses or math.nan)
-    result = task.judge(table) if len(table) else {"score": loss}
+    started, (rank, world), history = clock(), ranks(), trainer.history
+    mean_over_ranks([b for b in trainer.averaged.buffers() if b.is_floating_point()])
+    with torch.inference_mode(), autocast(task.device):
+        rows = [(uid, *task.score(trainer.averaged, uid)) for uid in task.held_out[rank::world]]
+    table = pd.DataFrame(sum(over_ranks(rows), []), columns=[STUDY, *task.columns])
+    losses = sum(over_ranks(trainer.losses), [])
+    loss = np.mean(losses or math.nan)
+    result = dict(task.judge(table) if len(table) else {"score": loss}, train_loss=loss)
     result = {k: float(v) for k, v in result.items()}  # plain data, as load_checkpoint asks
-    best = min([line["score"] for line in history], default=math.inf)
-    line = dict(epoch=len(history) + 1, lr=trainer.optimizer.param_groups[0]["lr"],
-                train_loss=float(loss), **result, seconds=trainer.seconds,
-                evaluation_s=time.monotonic() - started, skipped_steps=trainer.skipped,
-                samples_per_s=len(trainer.losses) * recipe.batch_size / trainer.seconds,
-                peak_gb=peak_gb())
-    history.append(line)
-    trainer.losses, trainer.seconds = [], 0.0
+    if math.isnan(result["score"]):
+        result["score"] = math.inf
+    best = result["score"] <= min([line["score"] for line in history], default=math.inf)
+    samples = len(losses) // world * task.recipe.batch_size
+    result |= dict(lr=trainer.optimizer.param_groups[0]["lr"], seconds=trainer.seconds)
+    shown = "  ".join(f"{k} {v:.4g}" for k, v in result.items())
+    history.append(dict(epoch=len(history) + 1, **result, peak_gb=peak_gb(),
+                        samples_per_s=samples / trainer.seconds, skipped_steps=trainer.skipped))
+    trainer.losses, trainer.seconds, trainer.evaluation_s = [], 0.0, clock() - started
     if rank == 0:
-        shown = "  ".join(f"{k} {line[k]:.4g}" for k in ("train_loss", *result, "lr", "seconds"))
-        say(f"{name}  epoch {len(history)}/{recipe.epochs}  {shown}")
-        if not result["score"] >= best:  # ships matrices in half precision
+        say(f"{task.name}  epoch {len(history)}/{task.recipe.epochs}  {shown}")
+        if best:  # ships matrices in half precision
             tensors = trainer.averaged.state_dict()
             tensors = {n: (t.half() if t.ndim > 1 else t).cpu() for n, t in tensors.items()}
-            save_checkpoint(weights / f"{name}.pt", task.kind, recipe, tensors=tensors,
+            save_checkpoint(weights / f"{task.name}.pt", task.kind, task.recipe, tensors=tensors,
                             settings=trainer.model.settings, result=result)
-            write_csv(weights / f"{name}_heldout.csv", table)
-        write_csv(weights / f"{name}_log.csv", pd.DataFrame(history))
+            write_csv(weights / f"{task.name}_heldout.csv", table)
+        write_csv(weights / f"{task.name}_log.csv", pd.DataFrame(history))
 
 
-def resume(trainer, task, last):
-    """Take up a saved state. UserError if settings or data differ."""
-    saved = load_checkpoint(last)
-    other = [k for k, v in asdict(trainer.recipe).items() if v != saved["recipe"].get(k)]
-    if other or saved["samples"] != len(task.train):
-        raise UserError(f"{last} was made with other {', '.join(other) or 'data'}: give the same "
-                        "options, or delete it")
-    trainer.load(saved["state"])
-
-
-def train(task, recipe, weights, device, stop, workers=2, go_on=False, init=""):
-    """Train one fold into <kind>_fold<k>.pt under `weights`; Stopped if cut short."""
-    name, (rank, world) = f"{task.kind}_fold{task.fold}", ranks()
-    count, size = len(task.train), recipe.batch_size
-    if not count or size % world:
-        raise UserError(f"{name}: {count} samples, --batch-size {size}: needs samples, and a "
-                        f"multiple of {world} processes")
-    trainer, last = Trainer(task, recipe, device, init), weights / f"{name}_last.pt"
-    per_epoch = max(1, count // size)
-    total = per_epoch * recipe.epochs
+def train(task, weights, stop, workers=2, go_on=False, init=""):
+    """Train one fold into <name>.pt under `weights`; Stopped if cut short."""
+    (rank, world), samples, size = ranks(), len(task.train), task.recipe.batch_size
+    if not samples or size % world:
+        raise UserError(f"{task.name}: {samples} samples, --batch-size {size}: needs samples, and "
+                        f"a multiple of {world} processes")
+    trainer, last, clock = Trainer(task, init), weights / f"{task.name}_last.pt", stop.clock
     if go_on and last.exists():
-        resume(trainer, task, last)
+        saved = load_checkpoint(last)
+        other = [k for k, v in asdict(task.recipe).items() if v != saved["recipe"].get(k)]
+        if other or saved["samples"] != samples:
+            raise UserError(f"{last} was made with other {', '.join(other) or 'data'}: give the "
+                            "same options, or delete it")
+        trainer.load(saved["state"])
+    per_epoch, slowest = max(1, samples // size), 0.0
+    total = per_epoch * task.recipe.epochs
     if rank == 0:
-        million = sum(p.numel() for p in trainer.model.parameters()) / 1e6
-        say(f"{name}: {recipe.backbone}, {million:.1f} M parameters, {count} samples, "
-            f"{len(task.held_out)} studies held out, step {trainer.step} of {total}, {device}")
+        say(f"{task.name}: {task.recipe.backbone}, {samples} samples, {len(task.held_out)} studies "
+            f"held out, step {trainer.step} of {total}, {task.device}")
 
-    def load(item):
-        return task.load(item[0]), np.random.default_rng(item[1])
+    def save():
+        if rank == 0:
+            save_checkpoint(last, task.kind, task.recipe, samples=samples, state=trainer.state())
 
-    stream = sample_stream(task, recipe, trainer.step, total, per_epoch)
-    loaded = prefetch(load, stream, workers, 2 * size // world + workers)
-    bar, slowest = progress(range(trainer.step, total), "step", total - trainer.step), 0.0
-    for _ in bar:
-        started = time.monotonic()
+    stream = sample_stream(task, trainer.step, per_epoch * size)
+    loaded = prefetch(lambda pair: (task.load(pair[0]), pair[1]), stream, workers, 2 * size)
+    for _ in progress(range(trainer.step, total), "step", total - trainer.step):
+        started, evaluation = clock(), trainer.evaluation_s or slowest * len(task.held_out)
+        if reason := max(over_ranks(stop.reason(2 * slowest + evaluation))):
+            save()
+            raise Stopped(f"{task.name}: stopped by {reason} at step {trainer.step} of {total}; "
+                          "the same command with --resume goes on")
         batch = [future.result() for _, (_, future) in zip(range(size // world), loaded)]
         trainer.update(task, batch, total)
-        seconds = time.monotonic() - started
+        seconds = clock() - started
         trainer.seconds, slowest = trainer.seconds + seconds, max(0.9 * slowest, seconds)
-        bar.set_postfix(loss=np.mean(trainer.losses[-20:] or math.nan))
-        closing = trainer.step % per_epoch == 0
-        if closing:
-            close_epoch(trainer, task, name, weights)
-        evaluation = max([line["evaluation_s"] for line in trainer.history], default=slowest)
-        reason = max(over_ranks(stop.reason(2 * slowest + evaluation)))
-        if rank == 0 and (closing or reason):
-            save_checkpoint(last, task.kind, recipe, samples=count, state=trainer.state())
-        if reason and trainer.step < total:
-            raise Stopped(f"{name}: stopped by {reason} at step {trainer.step} of {total}; the "
-                          "same command with --resume goes on")
+        if trainer.step % per_epoch == 0:
+            close_epoch(trainer, task, weights, clock)
+            save()
 
 
 # =========================================== Prediction ==========================================
 # Studies to rows. A complete submission is on disk from the first second, at worst with the prior.
 
+CALIBRATION_PULL = 2.0  # towards the identity: a spread of 0.5 in log scale and in shift
+READING_SHARE = 0.25  # of the time left, for one study
+REPORTS = [f"predict_report{k or ''}.csv" for k in range(16)]  # one a process
 
-class Ensemble(NamedTuple):
-    """Models by kind; calibration: (8, 2) scale and shift in logit space, or None."""
-
-    models: dict
-    device: torch.device
-    calibration: object = None
+# models: {kind: list}; calibration: (8, 2) scale and shift in logit space, or None
+Ensemble = namedtuple("Ensemble", "models device calibration", defaults=[None])
+Effort = namedtuple("Effort", "views folds")  # what a study is given; without folds the prior
 
 
-class Effort(NamedTuple):
-    """What a study is given; without folds the prior."""
-
-    views: int
-    folds: int
-
-    def work(self):
-        return self.folds * max(self.views, 1)
+def write_json(path, content):
+    write_atomic(path, lambda new: new.write_text(json.dumps(content, indent=1)))
 
 
 def load_models(weights, kind, device):
     """{fold: model} of <kind>_fold<k>.pt."""
-    paths = sorted(Path(weights).glob(f"{kind}_fold*[0-9].pt"))
-    return {int(p.stem.split("fold")[1]): load_model(p, kind).to(device) for p in paths}
+    paths = [(p.stem.rpartition("fold")[2], p) for p in Path(weights).glob(f"{kind}_fold*.pt")]
+    return {int(k): load_model(p, kind).to(device) for k, p in sorted(paths) if k.isdecimal()}
 
 
 def load_ensemble(weights, device):
     """All models under `weights`. UserError without a segmenter and a classifier."""
     models = {kind: [*load_models(weights, kind, device).values()] for kind in KINDS}
     if not models["segmenter"] or not models["vertebra"] + models["patient"]:
-        raise UserError(f"no weights in {weights}: needs segmenter_fold*.pt and vertebra_fold*.pt "
-                        "or patient_fold*.pt; train, or give --weights")
-    path, calibration = Path(weights) / "calibration.json", None
-    if path.exists():
-        try:
-            table = json.loads(path.read_text())
-            calibration = np.array([table[t] for t in TARGETS], float).reshape(8, 2)
-        except (OSError, ValueError, LookupError, TypeError):
-            raise UserError(f"{path}: expected a [scale, shift] for each target") from None
+        raise UserError(f"no weights in {weights}: train, or give --weights a folder with "
+                        "segmenter_fold*.pt and vertebra_fold*.pt or patient_fold*.pt")
+    path = Path(weights) / "calibration.json"
+    if not path.exists():
+        return Ensemble(models, device)
+    with study_errors(f"{path}: expected a finite [scale, shift] for each target"):
+        table = json.loads(path.read_text())
+        calibration = np.array([table[t] for t in TARGETS], float).reshape(8, 2)
+        assert np.isfinite(calibration).all()
     return Ensemble(models, device, calibration)
 
 
 @torch.inference_mode()
-def segment(models, volume, device):
+def segment(models, volume, device, problems=None):
     """float32 (7, D, D, D): mean probability of the segmenters, in_order."""
-    edge, total = max(model.settings["size"] for model in models), 0
+    edge, total, cubes = max(model.settings["size"] for model in models), 0, {}
     for model in models:
-        cube = segmenter_input(volume, model.settings["size"], model.settings["window"])[None]
+        key = model.settings["size"], tuple(model.settings["window"])
+        if key not in cubes:
+            cubes[key] = segmenter_input(volume, *key)[None]
         with autocast(device):
-            logits = model(cube.to(device, memory_format=torch.channels_last_3d))
-        total += F.interpolate(logits.float().sigmoid(), (edge,) * 3, mode="trilinear")[0]
-    return in_order(np.nan_to_num((total / len(models)).cpu().numpy()))
+            logits = model(cubes[key].to(device, memory_format=torch.channels_last_3d))
+        found = F.interpolate(logits.float().sigmoid(), (edge,) * 3, mode="trilinear")[0]
+        total += found.nan_to_num_() / len(models)
+    return in_order(total.cpu().numpy(), [] if problems is None else problems)
 
 
-def in_order(probability):
+def in_order(probability, problems):
     """(7, D, D, D); of two vertebrae against the order head to foot the fainter is emptied."""
     weight = (probability * (probability > 0.5)).sum((2, 3))  # (7, D)
     mass = weight.sum(1)
@@ -1344,55 +1296,73 @@ def in_order(probability):
             return probability
         drop = min(seen[wrong.argmax() :][:2], key=lambda v: mass[v])
         mass[drop] = probability[drop] = 0
+        problems.append(f"{VERTEBRAE[drop]} against the order head to foot, taken out")
 
 
 @torch.inference_mode()
 def classify(ensemble, crops, effort):
     """[(step probability (7, 15), patient probability)], one a model and view; NaN: none."""
-    absent, out = ~crops.any((1, 2, 3, 4)), []
+    absent, resized, out = ~crops.any((1, 2, 3, 4)), {}, []
     crops = torch.from_numpy(crops).to(ensemble.device)
-    runs = [(model, n) for kind, n in (("vertebra", STEPS), ("patient", 7 * STEPS))
-            for model in ensemble.models[kind][: effort.folds]]
-    for i, (model, n) in enumerate(runs):
+    patient = ensemble.models["patient"][: effort.folds]
+    for i, model in enumerate(ensemble.models["vertebra"][: effort.folds] + patient):
+        size = model.settings["size"]
+        if size not in resized:  # a vertebra at a time, back to bytes: little memory
+            resized[size] = torch.stack([F.interpolate(
+                c.float(), (size, size), mode="bilinear").round().byte() for c in crops])
         for view in range(i, i + effort.views) or [0]:
-            turned = torch.rot90(crops, view, (-2, -1)).flatten(0, 1)
+            turned = torch.rot90(resized[size], view, (-2, -1))
             turned = turned.flip(-1) if view & 4 else turned
-            if (size := model.settings["size"]) != CROP:
-                turned = F.interpolate(turned.float() / 255, (size, size), mode="bilinear")
             with autocast(ensemble.device):
-                steps = model(turned.unflatten(0, (-1, n)))
-            steps, patient = (steps, torch.tensor(math.nan)) if n == STEPS else steps
+                whole = model in patient
+                steps, head = model(turned.flatten(0, 1)[None]) if whole else (model(turned), None)
             steps = steps.float().sigmoid().double().view(7, STEPS).cpu().numpy()
             steps[absent] = np.nan
-            out.append((steps, float(patient.float().sigmoid())))
+            out.append((steps, float(head.float().sigmoid()) if whole else math.nan))
     return out
-
-
-def ensemble_mean(values, space):
-    """Mean over the first axis in logit or probability space, without NaN."""
-    values = torch.tensor(np.array(values, float))
-    if space == "logit":
-        return values.logit(FLOOR).nanmean(0).sigmoid().numpy()
-    return values.nanmean(0).numpy()
 
 
 def combine(outputs, options, calibration=None):
     """(8,) answers from what classify gave; what is NaN gets the prior."""
     rows = [[*np.sort(steps, 1)[:, -options.top_k :].mean(1), head] for steps, head in outputs]
-    answer, share = ensemble_mean(rows, options.average), options.noisy_or
+    rows, share = torch.tensor(rows, dtype=torch.float64), options.noisy_or
+    logit = options.average == "logit"
+    answer = (rows.logit(FLOOR).nanmean(0).sigmoid() if logit else rows.nanmean(0)).numpy()
     either = 1 - pd.Series(1 - answer[:7]).prod(min_count=1)  # NaN with no vertebra in sight
     answer[7] = share * either + (1 - share) * np.nan_to_num(answer[7], nan=either)
     if calibration is not None:
-        scale, shift = torch.from_numpy(calibration).T
+        scale, shift = torch.tensor(calibration).T
         answer = (torch.tensor(answer).logit(FLOOR) * scale + shift).sigmoid().numpy()
     return np.where(np.isnan(answer), PRIOR, answer).clip(FLOOR, 1 - FLOOR)
 
 
+def fit_calibration(answers, labels):
+    """(8, 2) scale and shift that lower the score of (N, 8) answers, held near the identity."""
+    weight = np.where(labels > 0, POSITIVE_FACTOR, 1.0)
+    weight /= (weight * TARGET_WEIGHTS).sum(1, keepdims=True)
+    weight *= (labels.min(0) < labels.max(0)) / weight.mean(0)  # one class says nothing
+    logits, truth = torch.tensor(answers).logit(FLOOR), torch.tensor(labels).double()
+    fit = torch.zeros(2, 8, dtype=torch.float64, requires_grad=True)  # log scale, shift
+    optimizer = torch.optim.LBFGS([fit], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        total = CALIBRATION_PULL * fit.square().sum() + F.binary_cross_entropy_with_logits(
+            logits * fit[0].exp() + fit[1], truth, torch.tensor(weight), reduction="sum")
+        total.backward()
+        return total
+
+    optimizer.step(loss)
+    return np.stack([fit[0].exp().detach(), fit[1].detach()], 1)
+
+
 def answer_study(volume, ensemble, effort, options):
-    """((8,) answers, report) of one study."""
-    models, clock = ensemble.models, time.monotonic
+    """A study's row of the report, with its answers."""
+    models, clock, problems = ensemble.models, time.monotonic, [*volume.problems]
+    for model in sum(models.values(), []):
+        model.to(ensemble.device)  # the study before may have left them on the CPU
     start = clock()
-    probability = segment(models["segmenter"][: effort.folds], volume, ensemble.device)
+    probability = segment(models["segmenter"][: effort.folds], volume, ensemble.device, problems)
     found = clock()
     mask_of = (models["vertebra"] + models["patient"])[0].settings["mask_of"]
     crops = vertebra_slices(volume, probability, mask_of=mask_of)
@@ -1400,138 +1370,138 @@ def answer_study(volume, ensemble, effort, options):
     answers = combine(classify(ensemble, crops, effort), options, ensemble.calibration)
     seen = [name for name, crop in zip(VERTEBRAE, crops) if crop.any()]
     status = "ok" if len(seen) == 7 else "partial" if seen else "nothing seen"
-    return answers, dict(status=status, slices=len(volume.hu), seen="+".join(seen),
-                         segment_s=found - start, crops_s=cut - found, classify_s=clock() - cut)
+    return dict(zip(TARGETS, answers), status=status, slices=len(volume.hu), seen="+".join(seen),
+                segment_s=found - start, crops_s=cut - found, classify_s=clock() - cut,
+                warnings="; ".join(problems)[:500])
 
 
-def answer_or_prior(uid, future, ensemble, effort, options, stop):
-    """((8,) answers, report): whatever goes wrong with a study ends here."""
+def answer_or_prior(uid, future, ensemble, effort, options, seconds):
+    """A study's row of the report: whatever goes wrong with it ends here."""
+    prior = dict(zip(TARGETS, PRIOR), status="no time")
     if not effort.folds:
-        return PRIOR, dict(status="no time")
+        future.cancel()
+        return prior
     try:
-        volume, seconds = future.result(min(max(stop.left(), 1), threading.TIMEOUT_MAX))
+        volume, read_s = future.result(min(max(seconds, 1), threading.TIMEOUT_MAX))
         try:
-            answers, report = answer_study(volume, ensemble, effort, options)
+            row = answer_study(volume, ensemble, effort, options)
         except torch.OutOfMemoryError:  # the CPU has room for this study
-            models = {k: [copy.deepcopy(m).cpu() for m in ms] for k, ms in ensemble.models.items()}
-            ensemble = ensemble._replace(models=models, device=torch.device("cpu"))
-            answers, report = answer_study(volume, ensemble, effort, options)
-        return answers, dict(report, read_s=seconds, warnings="; ".join(volume.problems)[:500])
+            ensemble = ensemble._replace(device=torch.device("cpu"))
+            row = answer_study(volume, ensemble, effort, options)
+            row["warnings"] += "; out of GPU memory, done on the CPU"
+        return dict(row, read_s=read_s)
     except Exception as error:  # the one place that must outlive all that a study can do
-        what = f"{type(error).__name__}: {error}"[:300]
-        say(f"study {uid}: {what.splitlines()[0]}; answered with the prior")
-        return PRIOR, dict(status="failed", warnings=what)
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        say(f"study {uid}: {what}; answered with the prior")
+        return dict(prior, status="failed", warnings=what)
 
 
-def effort_levels(options, folds):
-    """What is given up when time runs short: views, then folds, then all."""
-    levels, few = [Effort(options.views, folds)], min(options.views, 1)
-    while folds:
-        levels.append(Effort(few, folds))
-        folds = (folds + 1) // 2 if folds > 1 else 0
-    return [*dict.fromkeys(levels), Effort(0, 0)]
-
-
-def choose_effort(levels, seconds, left, studies):
-    """The first level whose seconds a study, measured or in proportion, fit the time left."""
-    unit = min([s / level.work() for level, s in seconds.items()], default=0)
-    fit = (e for e in levels if seconds.get(e, unit * e.work()) * studies <= left)
-    return next(fit, levels[-1])
+def choose_effort(options, folds, seconds, left):
+    """What fits `left`, at `seconds` a fold and view: views go first, then folds, then all."""
+    few = min(options.views, 1)
+    for effort in (Effort(options.views, folds), *(Effort(few, folds >> k) for k in range(9))):
+        if seconds * effort.folds * max(effort.views, 1) <= max(left, 0):
+            return effort
 
 
 def safe_folder(root, uid):
     """root / uid. StudyError if the uid, from a csv, is no plain folder name."""
-    if uid in ("", ".", "..") or re.search(r"[/\\\0]", uid):
+    if uid in ("", "..") or Path(uid).name != uid:
         raise StudyError(f"{uid!r} is no plain folder name")
     return Path(root) / uid
 
 
 def submission_rows(table):
     """[(row_id, study, target)] of test.csv, each row_id once; its ending says the target."""
-    table = table.astype(str).drop_duplicates("row_id")
-    ending = table.row_id.str.extract(f"_({'|'.join(TARGETS)})$")[0]
-    target = ending.fillna(table.prediction_type)
+    table = table.fillna("").astype(str).drop_duplicates("row_id")
+    target = table.row_id.str.extract(f"_({'|'.join(TARGETS)})$")[0].fillna(table.prediction_type)
     return [*zip(table.row_id, table[STUDY], target.where(target.isin(TARGETS), TARGETS[-1]))]
 
 
+def answered(row):
+    return row["status"] not in ("failed", "no time")
+
+
 def read_reports(out):
-    """The report rows of all processes that write beside `out`."""
-    return [row for path in sorted(out.parent.glob("predict_report*.csv"))
+    """{study: row} of all processes that write beside `out`; an answer outdoes a failure."""
+    rows = [row for path in map(out.with_name, REPORTS) if path.exists()
             for row in read_csv(path, (STUDY, "status", *TARGETS)).to_dict("records")]
+    return {row[STUDY]: row for row in sorted(rows, key=answered)}
 
 
-def write_submission(out, rows, reports):
+def write_submission(out, rows):
     """Every row of test.csv, with the prior where no report has an answer."""
-    answers, prior = {r[STUDY]: r for r in reports}, dict(zip(TARGETS, PRIOR))
-    values = [(row, answers.get(uid, prior)[target]) for row, uid, target in rows]
-    write_csv(out, pd.DataFrame(values, columns=["row_id", "fractured"]))
+    prior, reports, known = dict(zip(TARGETS, PRIOR)), read_reports(out), None
+    while known != len(reports):  # else another process reported meanwhile
+        known = len(reports)
+        values = [(row, reports.get(uid, prior)[target]) for row, uid, target in rows]
+        write_csv(out, pd.DataFrame(values, columns=["row_id", "fractured"]))
+        reports = read_reports(out)
 
 
-def predict_studies(images, out, rows, todo, ensemble, options, stop, workers):
-    """Answer the studies `todo`; report and submission are rewritten after each."""
-    rank, world = ranks()
-    path = out.with_name(f"predict_report{rank if world > 1 else ''}.csv")
-    reports = [r for r in read_reports(out) if world == 1 and r[STUDY] not in todo]
-    levels, seconds = effort_levels(options, max(map(len, ensemble.models.values()))), {}
-    effort, finished = levels[0], stop.clock()
+def predict_studies(images, out, rows, done, ensemble, options, stop, workers):
+    """Answer this process's share of the studies; report and submission follow each."""
+    (rank, world), reports = ranks(), [*done.values()]
+    todo = [u for u in [*dict.fromkeys(u for _, u, _ in rows)][rank::world] if u not in done]
+    folds, seconds, effort = max(map(len, ensemble.models.values())), 1e-9, None
 
     def read(uid):
-        start = time.monotonic()
-        volume = read_volume(safe_folder(images, uid), workers, lambda: stop.left() < 0)
-        return volume, time.monotonic() - start
+        start, share = stop.clock(), READING_SHARE * stop.left()
+        folder = safe_folder(images, uid)
+        volume = read_volume(folder, workers, lambda: stop.clock() - start > share)
+        return volume, stop.clock() - start
 
     for k, (uid, future) in enumerate(progress(prefetch(read, todo, 1), "study", len(todo))):
-        last, effort = effort, choose_effort(levels, seconds, stop.left(), len(todo) - k)
-        if effort != last:
+        start, left, last = stop.clock(), stop.left(), effort
+        effort = choose_effort(options, folds, seconds, left / (len(todo) - k))
+        if last not in (None, effort):
             say(f"time is short: {effort.folds} folds, {effort.views} views from study {k + 1} on")
-        answers, report = answer_or_prior(uid, future, ensemble, effort, options, stop)
-        reports.append({STUDY: uid, **report, "peak_gb": peak_gb(), **dict(zip(TARGETS, answers))})
-        write_csv(path, pd.DataFrame(reports))
-        if rank == 0:
-            write_submission(out, rows, read_reports(out))
+        row = answer_or_prior(uid, future, ensemble, effort, options, READING_SHARE * left)
+        reports.append({STUDY: uid, **row, "peak_gb": peak_gb()})
+        if effort.folds or uid == todo[-1] or stop.signal:  # a prior is on disk already
+            write_csv(out.with_name(REPORTS[rank]), pd.DataFrame(reports))
+            write_submission(out, rows)
         if effort.folds:
-            seconds[effort] = max(stop.clock() - finished, 0.8 * seconds.get(effort, 0))
-        finished = stop.clock()
+            used = (stop.clock() - start) / (effort.folds * max(effort.views, 1))
+            seconds = max(used, 0.8 * seconds)
         if stop.signal:
             raise Stopped(f"stopped by {stop.signal}: {out} is complete, the rest with the prior; "
                           "--resume goes on")
 
 
 # ============================================ Decoding ===========================================
-# In: a DICOM data set. Out: its stored values. The trap: headers lie, so every size is checked
-# before memory is taken.
+# In: a DICOM data set. Out: its stored values. The trap: headers lie, so every size is checked.
 
-MAX_EDGE, MAX_FILE_BYTES = 4096, 2**29  # rows, columns or frames; all decoded pixels of one file
+MAX_EDGE, MAX_BITS = 4096, 2**32  # rows, columns or frames; all decoded pixels of one file
 MAX_JPEG_2000 = 2**20, 99, 9  # pixels, layers, levels: hostile ones cost OpenJPEG gigabytes
 CHUNK, GUARD = 2**15, 66  # bytes of a JPEG handled at once; those a jump may reach beyond
-STRIDE = 8  # codes a jump; a code has at most 31 bits, so that a jump fits a byte
 NO_CODE = 32  # category of bits that are no Huffman code: T.81 ends at 16
 HALVES = {1: (2, 0, 0), 2: (0, 2, 0), 3: (0, 0, 2), 4: (2, 2, -2),  # of left, above, corner
           5: (2, 1, -1), 6: (1, 2, -1), 7: (1, 1, 0)}  # by predictor (T.81 table H.1)
 
 
 @study_errors("pixel data")
-def decode_pixels(dataset):
-    """Stored values (frames, rows, columns) of a DICOM file, 16 or 32 bits; else StudyError."""
-    shape = (int(dataset.get("NumberOfFrames") or 1), dataset.Rows, dataset.Columns)
-    samples, allocated = dataset.get("SamplesPerPixel", 1), dataset.BitsAllocated
-    stored = dataset.get("BitsStored") or allocated
+def decode_pixels(data):
+    """Stored values (frames, rows, columns) of a DICOM data set, 16 or 32 bits."""
+    shape = int(data.get("NumberOfFrames") or 1), data.Rows, data.Columns
+    samples, allocated = data.get("SamplesPerPixel", 1), data.BitsAllocated
+    stored = data.get("BitsStored") or allocated
     if samples != 1 or allocated not in (8, 16, 32) or not 1 <= stored <= allocated:
         raise StudyError(f"{samples} samples of {stored} bits in {allocated}: not a CT slice")
-    if min(shape) < 1 or max(shape) > MAX_EDGE or np.prod(shape) * allocated > 8 * MAX_FILE_BYTES:
+    if min(shape) < 1 or max(shape) > MAX_EDGE or math.prod(shape) * allocated > MAX_BITS:
         raise StudyError(f"absurd size: frames, rows, columns = {shape}")
-    syntax = UID(dataset.file_meta.get("TransferSyntaxUID", ImplicitVRLittleEndian))
+    syntax = UID(data.file_meta.get("TransferSyntaxUID", ImplicitVRLittleEndian))
     if syntax in JPEG2000TransferSyntaxes:
-        words = _each_frame(dataset.PixelData, shape, _jpeg_2000)
+        words = _each_frame(data.PixelData, shape, _jpeg_2000)
     elif syntax.is_little_endian and not syntax.is_encapsulated:
-        words = np.frombuffer(dataset.PixelData, f"<u{allocated // 8}", np.prod(shape))
+        words = np.frombuffer(data.PixelData, f"<u{allocated // 8}", math.prod(shape))
     elif get_decoder(syntax).is_available:  # big endian and RLE always, others by a plug-in
-        words = pixel_array(dataset, raw=True)
+        words = pixel_array(data, raw=True)
     elif syntax in (JPEGLossless, JPEGLosslessSV1):
-        words = _each_frame(dataset.PixelData, shape, decode_lossless_jpeg)
+        words = _each_frame(data.PixelData, shape, decode_lossless_jpeg)
     else:
         raise StudyError(f"{syntax.name}: pip install pylibjpeg pylibjpeg-libjpeg")
-    size, kind = max(2, words.itemsize), "i" if dataset.get("PixelRepresentation") == 1 else "u"
+    size, kind = max(2, words.itemsize), "i" if data.get("PixelRepresentation") == 1 else "u"
     spare = 8 * size - stored  # bits above the pixel, which may hold overlays
     return (words.reshape(shape).astype(f"u{size}") << spare).view(f"{kind}{size}") >> spare
 
@@ -1539,8 +1509,8 @@ def decode_pixels(dataset):
 def _each_frame(data, shape, decode):
     """Encapsulated frames, however split over items, as 16-bit words."""
     out, frames = np.empty(shape, np.uint16), generate_frames(data, number_of_frames=shape[0])
-    for target in out:
-        words = decode(next(frames))
+    for target, frame in zip(out, frames, strict=True):
+        words = decode(frame)
         if words.shape != target.shape:
             raise StudyError(f"JPEG of {words.shape} pixels, header of {target.shape}")
         target[:] = words
@@ -1552,16 +1522,13 @@ def _jpeg_2000(jpeg):
     stream = bytearray(jpeg[max(0, jpeg.find(b"\xff\x4f\xff\x51")):])  # without JP2 boxes
     width, height, components, depth = struct.unpack_from(">2I24xHB", stream, 8)
     layers, levels = struct.unpack_from(">HxB", stream, stream.find(b"\xff\x52") + 6)
-    size = width * height, layers, levels
-    if components != 1 or depth % 128 > 15 or any(np.greater(size, MAX_JPEG_2000)):
-        raise StudyError(f"JPEG 2000 of {components} components, {depth % 128 + 1} bits, "
-                         f"{height}x{width}, {layers} layers, {levels} levels")
-    stream[42] = depth % 128  # OpenCV refuses signed images; unsigned, it adds half the range
+    size, bits, signed = (width * height, layers, levels), depth % 128 + 1, depth > 127
+    if components != 1 or bits > 16 or any(np.greater(size, MAX_JPEG_2000)):
+        raise StudyError(f"JPEG 2000 of {components} x {bits} bits, {size} pixels, layers, levels")
+    stream[42] = bits - 1  # OpenCV refuses signed images; unsigned, it adds half the range
     cv2.utils.logging.setLogLevel(0)  # else OpenCV prints a line a slice
     words = cv2.imdecode(np.frombuffer(stream, np.uint8), cv2.IMREAD_UNCHANGED)
-    if words is None:
-        raise StudyError("broken JPEG 2000")
-    return words.astype(np.uint16) - np.uint16(1 << depth % 128 if depth > 127 else 0)
+    return words.astype(np.uint16) - np.uint16(signed << bits - 1)
 
 
 @study_errors("pixel data")
@@ -1575,7 +1542,7 @@ def decode_lossless_jpeg(data):
         while data[at + 1] == 0xFF:  # fill bytes
             at += 1
         marker, length = struct.unpack_from(">HH", data, at)
-        segments[marker] = body = data[at + 4:at + 2 + length]
+        segments[marker] = body = data[at + 4 : at + 2 + length]
         at += 2 + length
         while marker == 0xFFC4 and body:
             end = 17 + sum(body[1:17])
@@ -1585,8 +1552,8 @@ def decode_lossless_jpeg(data):
     restart = int.from_bytes(segments.get(0xFFDD, b""), "big")
     if components != 1 or predictor not in HALVES or not shift < bits <= 16 or restart % columns:
         raise StudyError("not a JPEG Lossless stream of one component")
-    if max(rows, columns) > MAX_EDGE or rows * columns > 8 * len(data):
-        raise StudyError(f"JPEG of absurd size {rows}x{columns} in {len(data)} bytes")
+    if rows * columns > 8 * len(data):  # a sample takes a bit
+        raise StudyError(f"JPEG of {rows}x{columns} in {len(data)} bytes")
     scan = re.sub(rb"\xff+(?=\xff)", b"", data[at:])  # fill bytes
     scan = re.split(rb"\xff[^\x00\xd0-\xd7]", scan, maxsplit=1)[0]
     intervals = re.split(rb"\xff[\xd0-\xd7]", scan)
@@ -1614,8 +1581,8 @@ def _code_tables(table):
 def _differences(coded, count, category_of, advance_of):
     """The `count` differences of one restart interval.
 
-    At every bit: how far the next code is, then by doubling the eighth next. Only these jumps
-    are walked one by one; the codes between them are looked up for all jumps at once.
+    At every bit: how far the next code is, then by doubling the eighth next (a byte holds it:
+    codes end at 31 bits). Only these jumps are walked; the codes between are looked up at once.
     """
     coded, at, found = coded[:4 * count], 0, []
     stream = np.frombuffer(coded + bytes(GUARD), np.uint8)
@@ -1632,9 +1599,9 @@ def _differences(coded, count, category_of, advance_of):
             at += jumps[at]
         at -= end
         codes = [np.array(starts, int)]
-        for _ in range(STRIDE):
+        for _ in range(8):
             codes.append(codes[-1] + advance.take(codes[-1]))
-        codes = np.stack(codes, 1)  # (jumps, STRIDE + 1): each starts where the one before ends
+        codes = np.stack(codes, 1)  # (jumps, 9): each starts where the one before ends
         category = category_of.take(windows.take(codes[:, :-1]))
         category[codes[:, 1:] > 8 * (len(coded) - first)] = NO_CODE
         extra = category % 16
@@ -1690,28 +1657,26 @@ def training_data(o):
 def recipe_from(o, kind):
     """The recipe of a kind with the options given, checked."""
     given = {k: v for k, v in vars(o).items() if v and k in Recipe.__dataclass_fields__}
-    recipe = replace(RECIPES[kind], **given)
-    if min(recipe.epochs, recipe.batch_size, recipe.size, recipe.accumulate, o.folds) < 1:
-        raise UserError("--epochs, --batch-size, --size, --accumulate and --folds start at 1")
-    if kind == "segmenter" and recipe.size % ENCODER_STRIDE:
-        raise UserError(f"--size {recipe.size}: not a multiple of {ENCODER_STRIDE}")
-    return recipe
+    if any(v < 0 for k, v in given.items() if not isinstance(v, str)) or o.folds < 1:
+        raise UserError("--folds and the recipe's numbers start above 0")
+    return replace(RECIPES[kind], **given)
 
 
-def run_training(o, recipe, make_task):
+def run_training(o, make_task):
     """Train the folds asked for; with --fold all, finished ones are not repeated."""
-    if o.fold != "all" and not (o.fold.isdigit() and int(o.fold) < o.folds):
+    folds = [k for k in range(o.folds) if o.fold in ("all", str(k))]
+    if not folds:
         raise UserError(f"--fold {o.fold}: there are folds 0 to {o.folds - 1}, or all")
-    device = pick_device(o.device)
+    stop = Stop(o.time_limit)
+    if ranks()[1] > 1:
+        dist.init_process_group()  # gloo, and nccl for what is on a GPU
     try:
-        if ranks()[1] > 1:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        stop = Stop(o.time_limit)
-        for fold in range(o.folds) if o.fold == "all" else [int(o.fold)]:
-            train(make_task(fold), recipe, Path(o.weights), device, stop, o.workers,
+        for fold in folds:
+            train(make_task(fold), Path(o.weights), stop, o.workers,
                   o.resume or o.fold == "all", o.init)
-    except torch.OutOfMemoryError:
-        raise UserError("out of GPU memory: lower --batch-size, raise --accumulate") from None
+    except (torch.OutOfMemoryError, MemoryError):
+        raise UserError("out of memory: lower --batch-size, --size or --workers, raise "
+                        "--accumulate, or choose a smaller --backbone") from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -1719,14 +1684,14 @@ def run_training(o, recipe, make_task):
 
 def load_cube(uid, data, mask, cache, size):
     """(cube float32 (1, D, D, D), labels uint8 (D, D, D)); the second time from a small file."""
-    path = cache / f"cube{size}" / f"{uid}.npz"
+    path = cache / f"cube{size}" / f"{uid}.npy"
     if not path.exists():
         volume = read_volume(data / "train_images" / uid)
         cube = np.rint(segmenter_input(volume, size).numpy() * 255).astype(np.uint8)
-        labels = cube_labels(mask, volume, size)
-        write_atomic(path, lambda temporary: np.savez(temporary, cube=cube, labels=labels))
-    with np.load(path) as stored:
-        return stored["cube"] / np.float32(255), stored["labels"]
+        pair = np.concatenate([cube, cube_labels(mask, volume, size)[None]])
+        write_atomic(path, lambda new: np.save(new, pair))
+    pair = np.load(path)
+    return pair[:1] / np.float32(255), pair[1]
 
 
 def segmenter_batch(model, tensors, rngs, recipe):
@@ -1738,36 +1703,37 @@ def classifier_batch(model, tensors, rngs, recipe):
     """Loss of an augmented batch; mixup mixes the two losses, never the labels."""
     crops = augment_crops(tensors[0].float() / 255, rngs, recipe.size)
     crops, labels = shuffle_order(crops, tensors[1], rngs, recipe.shuffle)
-    if len(crops) < 2 or rngs[0].random() >= recipe.mixup:
-        return classifier_loss(model(crops), labels)
-    share = rngs[0].random()
-    outputs = model(share * crops + (1 - share) * crops.flip(0))
+    share = rngs[0].random() if rngs[0].random() < recipe.mixup else 1.0
+    outputs = model(crops.flip(0).lerp(crops, share))
     other = classifier_loss(outputs, labels.flip(0))
-    return share * classifier_loss(outputs, labels) + (1 - share) * other
+    loss = share * classifier_loss(outputs, labels) + (1 - share) * other
+    return loss * (1 + labels).nanmean()  # the mean over parts and ranks: by their weights
 
 
 def mode_train_seg(o):
     """Train segmenters on the studies with masks: writes segmenter_fold<k>.pt under --weights."""
     recipe, (_, folds, masks) = recipe_from(o, "segmenter"), training_data(o)
-    if not masks:
-        raise UserError(f"no masks of training studies in {o.data}/segmentations")
+    device = pick_device(o.device)
 
     def load(uid):
         return load_cube(uid, Path(o.data), masks[uid], Path(o.work), recipe.size)
 
     def score(model, uid):
         cube, labels = load(uid)
-        cube = torch.from_numpy(cube)[None].to(next(model.parameters()).device)
-        dice = dice_scores(torch.sigmoid(model(cube)[0].float()).cpu().numpy(), labels)
-        return {STUDY: uid, **dict(zip(VERTEBRAE, dice))}
+        cube = torch.from_numpy(cube)[None].to(device)
+        return dice_scores(model(cube)[0].float().sigmoid().cpu().numpy(), labels)
 
     def judge(table):
         dice = table[list(VERTEBRAE)].mean()
-        return dict(score=1 - dice.mean(), **{f"dice_{v}": dice[v] for v in VERTEBRAE})
+        return dict(score=1 - dice.mean(), **dice.add_prefix("dice_"))
 
-    run_training(o, recipe, lambda fold: Task(
-        "segmenter", fold, [u for u in masks if folds[u] != fold or o.folds == 1],
-        [u for u in masks if folds[u] == fold], load, segmenter_batch, score, judge))
+    def task(fold):
+        mine = [u for u in masks if folds[u] != fold or o.folds == 1]
+        held_out = [u for u in masks if folds[u] == fold]
+        return Task("segmenter", f"segmenter_fold{fold}", recipe, device, mine, [], load,
+                    segmenter_batch, held_out, VERTEBRAE, score, judge)
+
+    run_training(o, task)
 
 
 def mode_extract(o):
@@ -1777,60 +1743,61 @@ def mode_extract(o):
     models = load_models(o.weights, "segmenter", device)
     if not models:
         raise UserError(f"no segmenter_fold*.pt in {o.weights}: run train-seg first")
-    todo, bad = [u for u in labels.index[rank::world] if not (out / f"{u}.npz").exists()], 0
+    todo = [u for u in labels.index[rank::world] if not (out / f"{u}.npz").exists()]
+    stop, written = Stop(o.time_limit), 0
 
     def read(uid):
         return read_volume(Path(o.data) / "train_images" / uid, o.workers)
 
-    stop = Stop(o.time_limit)
     for uid, future in progress(prefetch(read, todo, 1), "study", len(todo)):
+        if reason := stop.reason():
+            raise Stopped(f"extract: stopped by {reason}; the same command goes on")
         try:
             volume = future.result()
-            own = [models[folds[uid]]] if folds[uid] in models else list(models.values())
+            own = [models[folds[uid]]] if folds[uid] in models else [*models.values()]
             crops = vertebra_slices(volume, segment(own, volume, device), mask_of=o.mask_of)
             write_crops(out / f"{uid}.npz", crops)
+            written += 1
         except StudyError as error:
-            bad += 1
             say(f"study {uid}: {error}; left out")
-        if stop.reason():
-            raise Stopped(f"extract: stopped by {stop.reason()}; the same command goes on")
-    print(f"{out}: {len(todo) - bad} studies written, {bad} left out")
+    print(f"{out}: {written} studies written, {len(todo) - written} left out")
 
 
 def mode_train_cls(o, kind="vertebra"):
     """Train vertebra classifiers on the crops: writes vertebra_fold<k>.pt under --weights."""
     recipe, (labels, folds, _) = recipe_from(o, kind), training_data(o)
-    truth = {uid: row for uid, row in zip(labels.index, labels.to_numpy(np.float32))}
-    path = {uid: Path(o.work) / "crops" / f"{uid}.npz" for uid in truth}
-    seen = {uid: crops_seen(path[uid]) for uid in truth if path[uid].exists()}
-    if not seen:
-        raise UserError(f"no crops in {o.work}/crops: run extract with the same --work first")
+    device, folder, truth = pick_device(o.device), Path(o.work) / "crops", {}  # NaN: not in view
+    for uid, row in zip(labels.index, labels.to_numpy(np.float32)):
+        if (folder / f"{uid}.npz").exists():
+            seen = [*crops_seen(folder / f"{uid}.npz"), True]
+            truth[uid] = np.where(seen, row, np.float32("nan"))
+    if not truth:
+        raise UserError(f"no crops in {folder}: run extract with the same --work first")
 
     def load(sample):
-        uid, v = sample
-        if v is not None:
-            return read_crops(path[uid], [v])[0], truth[uid][v : v + 1]
-        known = np.where([*seen[uid], True], truth[uid], np.float32("nan"))
-        return read_crops(path[uid]).reshape(-1, CHANNELS, CROP, CROP), known
+        uid, targets = sample
+        crops = read_crops(folder / f"{uid}.npz", targets[:7])
+        return crops.reshape(-1, CHANNELS, CROP, CROP), truth[uid][targets]
 
     def score(model, uid):
-        models = {"vertebra": [], "patient": [], kind: [model]}
-        one = Ensemble(models, next(model.parameters()).device)
-        (steps, patient), = classify(one, read_crops(path[uid]), Effort(0, 1))
-        largest = np.sort(steps, 1)[:, -Answers().top_k :].mean(1)
-        return {STUDY: uid, **dict(zip(TARGETS, [*largest, patient]))}
+        one = Ensemble({"vertebra": [], "patient": [], kind: [model]}, device)
+        (steps, patient), = classify(one, read_crops(folder / f"{uid}.npz"), Effort(0, 1))
+        return [*np.sort(steps, 1)[:, -Answers().top_k :].mean(1), patient]
 
     def judge(table):
-        return judge_answers(table[list(TARGETS)].to_numpy(float), labels.loc[table[STUDY]])
+        return judge_answers(table[list(TARGETS)].to_numpy(), labels.loc[table[STUDY]].to_numpy())
 
     def task(fold):
-        mine = [u for u in seen if folds[u] != fold or o.folds == 1]
-        which = range(7) if kind == "vertebra" else [None]
-        samples = [(u, v) for u in mine for v in which if v is None or seen[u][v]]
-        held_out = [u for u in seen if folds[u] == fold]
-        return Task(kind, fold, samples, held_out, load, classifier_batch, score, judge)
+        mine = [u for u in truth if folds[u] != fold or o.folds == 1]
+        samples = [(u, [*range(8)]) for u in mine]
+        if kind == "vertebra":
+            samples = [(u, [v]) for u in mine for v in np.flatnonzero(truth[u][:7] >= 0)]
+        fractured = [truth[u][targets[0]] > 0 for u, targets in samples]
+        held_out = [u for u in truth if folds[u] == fold]
+        return Task(kind, f"{kind}_fold{fold}", recipe, device, samples, fractured, load,
+                    classifier_batch, held_out, TARGETS, score, judge)
 
-    run_training(o, recipe, task)
+    run_training(o, task)
 
 
 def mode_train_patient(o):
@@ -1840,37 +1807,32 @@ def mode_train_patient(o):
 
 def judge_answers(answers, labels):
     """Weighted log loss and AUCs of (N, 8) answers; what is NaN was not asked."""
-    labels, known = labels.to_numpy(), ~np.isnan(answers)
+    known = ~np.isnan(answers)
     weight = known * TARGET_WEIGHTS * np.where(labels > 0, POSITIVE_FACTOR, 1)
-    loss = element_losses(np.where(known, answers, 0.5), labels)
-    inside = known[:, :7]
-    result = dict(score=(weight * loss).sum() / weight.sum(),
-                  vertebra_auc=auc(answers[:, :7][inside], labels[:, :7][inside]))
-    if known[:, 7].all():
-        result["patient_auc"] = auc(answers[:, 7], labels[:, 7])
-    return result
+    loss = weight * element_losses(np.where(known, answers, 0.5), labels)
+    areas = [auc(answers[:, k][known[:, k]], labels[:, k][known[:, k]]) for k in (slice(7), 7)]
+    return dict(score=loss.sum() / weight.sum(), vertebra_auc=areas[0], patient_auc=areas[1])
 
 
 def mode_predict(o):
-    """Answer every row of test.csv: writes --out and predict_report.csv beside it."""
+    """Answer every row of --data's test.csv: writes --out, and predict_report.csv beside it."""
     data, out, (rank, world) = data_folder(o, "test.csv"), Path(o.out), ranks()
     rows = submission_rows(read_csv(data / "test.csv", ("row_id", STUDY, "prediction_type")))
     stop = Stop(o.time_limit)
-    if not o.resume and rank == 0:
-        for path in out.parent.glob("predict_report*.csv"):
+    for path in [] if o.resume else map(out.with_name, REPORTS[rank::world]):
+        if path.exists():
             path.unlink()
-    reports = read_reports(out) if o.resume else []
-    if rank == 0:
-        write_submission(out, rows, reports)
+    done = {u: row for u, row in read_reports(out).items() if o.resume and answered(row)}
+    write_submission(out, rows)
     ensemble = load_ensemble(o.weights, pick_device(o.device))
-    done = {r[STUDY] for r in reports if r["status"] not in ("failed", "no time")}
-    todo = [u for u in dict.fromkeys(row[1] for row in rows) if u not in done]
-    predict_studies(data / "test_images", out, rows, todo[rank::world], ensemble,
+    if o.no_calibration:
+        ensemble = ensemble._replace(calibration=None)
+    predict_studies(data / "test_images", out, rows, done, ensemble,
                     Answers(o.top_k, o.views, o.average, o.noisy_or), stop, o.workers)
-    if rank == 0:
-        status = [r["status"] for r in read_reports(out)]
-        bad = sum(s in ("failed", "no time", "nothing seen") for s in status)
-        print(f"{out}: {len(rows)} rows, {len(status)} studies, {bad} fell back to the prior")
+    good = {u for u, row in read_reports(out).items() if row["status"] in ("ok", "partial")}
+    studies = {uid for _, uid, _ in rows}
+    print(f"{out}: {len(rows)} rows, {len(studies)} studies, {len(studies - good)} of them fell "
+          "back to the prior")
 
 
 def held_out_answers(weights):
@@ -1886,23 +1848,31 @@ def held_out_answers(weights):
     return pd.DataFrame.from_dict(blended, orient="index", columns=TARGETS)
 
 
+def read_answers(path):
+    """The answers of a submission, a study a row; what is no number is NaN."""
+    table = read_csv(path, ("row_id", "fractured"))
+    table[["uid", "target"]] = table.row_id.str.extract(f"^(.*)_({'|'.join(TARGETS)})$")
+    table["fractured"] = pd.to_numeric(table.fractured, "coerce")
+    return table.pivot_table("fractured", "uid", "target").reindex(columns=TARGETS)
+
+
 def mode_evaluate(o):
-    """Score --submission, and Dice where masks are; or with --folds the held-out answers."""
-    data = data_folder(o)
+    """Read labels and answers, of --submission or held out (--folds); print scores and Dice."""
+    data, weights = data_folder(o, "train.csv"), Path(o.weights)
     files = [p for p in (data / "train.csv", data / "test_labels.csv") if p.exists()]
-    labels = pd.concat([read_csv(p, (STUDY, *TARGETS)) for p in files or [data / "train.csv"]])
+    labels = pd.concat([read_csv(p, (STUDY, *TARGETS)) for p in files])
     labels = labels.drop_duplicates(STUDY).set_index(STUDY)[list(TARGETS)]
-    if o.held_out:
-        answers = held_out_answers(Path(o.weights))
-    else:
-        table = read_csv(o.submission, ("row_id", "fractured"))
-        table[["uid", "target"]] = table.row_id.str.extract(rf"^(.*)_({'|'.join(TARGETS)})$")
-        answers = table.pivot_table("fractured", "uid", "target").reindex(columns=TARGETS)
+    answers = held_out_answers(weights) if o.held_out else read_answers(o.submission)
     answers = answers[answers.index.isin(labels.index)].fillna(dict(zip(TARGETS, PRIOR)))
     if not len(answers):
         raise UserError(f"nothing to score: no answered study has labels in {data}/")
-    print_scores(answers.to_numpy(), labels.loc[answers.index].to_numpy())
-    models = load_models(o.weights, "segmenter", pick_device(o.device))
+    labels = labels.loc[answers.index]
+    print_scores(answers.to_numpy(), labels.to_numpy())
+    if o.calibrate:
+        fitted = fit_calibration(answers.to_numpy(), labels.to_numpy())
+        write_json(weights / "calibration.json", dict(zip(TARGETS, fitted.tolist())))
+        print(f"{weights / 'calibration.json'} is written: predict uses it from now on")
+    models = load_models(weights, "segmenter", pick_device(o.device))
     if not o.held_out and models:
         print_dice(data, answers.index, list(models.values()), o.workers)
 
@@ -1913,41 +1883,57 @@ def print_scores(answers, labels):
     blind = competition_scores(np.tile(PRIOR, (len(labels), 1)), labels)
     print(f"{len(labels)} studies; weighted log loss, lower is better: {study:.4f} per study, "
           f"{column:.4f} per column; the best constants: {blind[0]:.4f}, {blind[1]:.4f}")
-    print(f"{'':16}{'fractured':>10}{'log loss':>10}{'AUC':>8}")
-    for name, k in [*zip(TARGETS, range(8)), ("C1 to C7", slice(0, 7))]:
-        p, y = answers[:, k].ravel(), labels[:, k].ravel()
-        print(f"{name:16}{int(y.sum()):10}{element_losses(p, y).mean():10.4f}{auc(p, y):8.3f}")
+    parts = [(answers[:, k].ravel(), labels[:, k].ravel()) for k in (*range(8), slice(0, 7))]
+    rows = [(y.sum(), element_losses(p, y).mean(), auc(p, y)) for p, y in parts]
+    print(pd.DataFrame(rows, (*TARGETS, "C1 to C7"), ["fractured", "log loss", "AUC"]).round(4))
 
 
 def print_dice(data, uids, models, workers):
     """Dice, and vertebrae named right: more of the mask lies in the true one than elsewhere."""
     rows, named = [], []
+    masks = {p.name.split(".nii")[0]: p for p in (data / "segmentations").glob("*.nii*")}
+    uids = sorted({*uids} & {*masks})  # no path from a csv
     for uid in progress(uids, "study", len(uids)):
-        masks = sorted((data / "segmentations").glob(f"{uid}.nii*"))
-        folders = [f for f in (data / "train_images" / uid, data / "test_images" / uid) if f.is_dir()]
-        if masks and folders:
-            volume = read_volume(folders[0], workers)
-            probability = segment(models, volume, next(models[0].parameters()).device)
-            labels = cube_labels(masks[0], volume, probability.shape[-1])
-            rows.append(dice_scores(probability, labels))
-            for v in np.flatnonzero(~np.isnan(rows[-1])):
-                found = labels[probability[v] > 0.5]
-                named.append((found == v + 1).mean() > 0.5 if len(found) else False)
+        folder = data / "train_images" / uid
+        volume = read_volume(folder if folder.exists() else data / "test_images" / uid, workers)
+        probability = segment(models, volume, next(models[0].parameters()).device)
+        labels = cube_labels(masks[uid], volume, probability.shape[-1])
+        rows.append(dice_scores(probability, labels))
+        for v in np.flatnonzero(~np.isnan(rows[-1])):
+            found = labels[probability[v] > 0.5]
+            named.append(len(found) > 0 and (found == v + 1).mean() > 0.5)
     if rows:
         dice = np.nanmean(rows, 0)
-        print(f"{len(rows)} masks: Dice {dice.mean():.3f}; "
-              + ", ".join(f"{n} {d:.3f}" for n, d in zip(VERTEBRAE, dice))
-              + f"; {np.mean(named):.1%} of {len(named)} vertebrae named right")
+        shown = ", ".join(f"{name} {d:.3f}" for name, d in zip(VERTEBRAE, dice))
+        print(f"{len(rows)} masks: Dice {dice.mean():.3f}; {shown}; {np.mean(named):.1%} of "
+              f"{len(named)} vertebrae named right")
+
+
+def side_room(name):
+    """The module tests/<name>.py: tools beside the road, which need the repository."""
+    folder = HERE / "tests"
+    if not (folder / f"{name}.py").exists():
+        raise UserError(f"no {name}.py in {folder}: this mode runs where the repository is")
+    sys.modules.setdefault("cspine", sys.modules[__name__])  # the side room imports us
+    sys.path.append(str(folder))
+    return importlib.import_module(name)
 
 
 def mode_phantom(o):
     """Make a synthetic data set in the layout of the competition, in the folder OUT."""
-    script = HERE / "tests" / "phantoms.py"
-    if not script.exists():
-        raise UserError(f"no {script}: phantoms are made where the repository is")
-    make_dataset = runpy.run_path(str(script))["make_dataset"]
-    make_dataset(Path(o.target), o.studies, o.test_studies, o.seed, o.matrix, o.workers, o.variety)
+    side_room("phantoms").make_dataset(Path(o.target), o.studies, o.test_studies, o.seed, o.matrix,
+                                       o.workers, o.variety, o.fractures)
     print(f"{o.target}: {o.studies} training and {o.test_studies} test studies")
+
+
+def mode_show(o):
+    """Draw a study and its answers: overview.png and C1.png to C7.png in --out."""
+    side_room("pictures").show(o)
+
+
+def mode_eda(o):
+    """Describe a data set from headers: studies.csv and charts in --out, then what is unusual."""
+    side_room("pictures").eda(o)
 
 
 def mode_demo(o):
@@ -1957,20 +1943,49 @@ def mode_demo(o):
     o.studies, o.held_out, o.submission = 0, False, o.out
     mode_phantom(o)
     mode_predict(o)
-    answers = read_csv(o.out, ("fractured",)).fractured.to_numpy().reshape(-1, 8)
     labels = read_csv(Path(o.data) / "test_labels.csv", (STUDY, *TARGETS)).set_index(STUDY)
-    print(f"{'probability (* fractured)':40}" + "".join(f"{t[:7]:>8} " for t in TARGETS))
-    for uid, row, truth in zip(labels.index, answers, labels[list(TARGETS)].to_numpy()):
-        cells = [f"{p:8.2f}{'*' if t else ' '}" for p, t in zip(row, truth)]
-        print(f"{uid:40}" + "".join(cells))
+    answers, labels = read_answers(o.out).loc[labels.index], labels[list(TARGETS)]
+    print("probabilities, * fractured:")
+    print((answers.map("{:.2f}".format) + labels.map(" *".__getitem__)).to_string())
     mode_evaluate(o)
+
+
+def mode_notebook(o):
+    """Write cspine.ipynb, this file ready to run, and kernel-metadata.json in the folder --out."""
+    source, weights = HERE / "cspine.py", o.weights_dataset
+    if not source.exists():
+        raise UserError(f"no {source} to put into a notebook")
+    if not re.fullmatch(r"([\w-]+/[\w-]+)?", weights):
+        raise UserError(f"--weights-dataset {weights}: expected OWNER/NAME")
+    owner, _, name = weights.partition("/")
+    run = "!python cspine.py predict" + (f" --weights /kaggle/input/{name}" if name else "")
+    cells = [dict(cell_type="code", metadata={}, outputs=[], execution_count=None, source=text)
+             for text in ("%%writefile cspine.py\n" + source.read_text(), run, LOOK)]
+    write_json(Path(o.out) / "cspine.ipynb", dict(
+        nbformat=4, nbformat_minor=4, cells=cells, metadata=dict(
+            kernelspec=dict(name="python3", display_name="Python 3"))))
+    write_json(Path(o.out) / "kernel-metadata.json", dict(
+        id=f"{owner or 'OWNER'}/cspine", title="cspine", code_file="cspine.ipynb",
+        language="python", kernel_type="notebook", is_private=True, enable_gpu=True,
+        enable_internet=False, dataset_sources=[weights] if weights else [],
+        competition_sources=[Path(KAGGLE_DATA).name]))
+    print(f"kaggle kernels push -p {o.out}")
+
+
+LOOK = """import glob
+import pandas as pd
+submission = pd.read_csv("submission.csv")
+report = pd.concat(map(pd.read_csv, glob.glob("predict_report*.csv")))  # one a process
+report = report.drop_duplicates("StudyInstanceUID", keep="last")
+print(len(submission), "rows;", report.status.value_counts().to_dict())
+submission.head(16)"""
 
 
 OPTIONS = {  # default, meaning
     "data": (KAGGLE_DATA, "folder with train.csv, train_images, test.csv, ..."),
     "weights": (str(HERE / "weights"), "folder of the weights"),
     "work": ("work", "folder for crops and caches"),
-    "out": ("submission.csv", "file to write"),
+    "out": ("submission.csv", "file or folder to write"),
     "submission": ("submission.csv", "file to score"),
     "device": ("auto", "auto, cpu, cuda, cuda:1, ..."),
     "seed": (0, "of everything random"),
@@ -1983,10 +1998,14 @@ OPTIONS = {  # default, meaning
     "accumulate": (0, "parts in which a batch is computed; 0: the recipe's"),
     "lr": (0.0, "peak learning rate; 0: the recipe's"),
     "size": (0, "edge of the cube, or of the crops shown; 0: the recipe's"),
+    "hidden": (0, "width of the LSTMs; 0: the recipe's"),
     "resume": (False, "go on where the last run stopped"),
     "time_limit": (0.0, "minutes after which to stop, all saved; 0: none"),
     "init": ("", "weights to start from: a timm file, or one of ours"),
     "mask_of": ("last", "slice of a step whose mask is shown: last or center"),
+    "no_calibration": (False, "leave calibration.json out: answers to fit it to"),
+    "calibrate": (False, "fit calibration.json under --weights to these answers"),
+    "weights_dataset": ("", "OWNER/NAME of the Kaggle data set that holds the weights"),
     "top_k": (Answers().top_k, "steps whose mean is a vertebra's probability"),
     "views": (Answers().views, "dihedral views a model; 0: none"),
     "average": (Answers().average, "space of the ensemble's mean: logit or probability"),
@@ -1995,18 +2014,23 @@ OPTIONS = {  # default, meaning
     "test_studies": (4, "test studies"),
     "matrix": (256, "rows and columns of a slice"),
     "variety": (1.0, "1: realistic; 2: far beyond, for training"),
+    "fractures": (1.0, "1: as often as in the competition; 2: twice, for training"),
 }
 TRAINING = ("data weights work device seed workers backbone fold folds epochs batch_size accumulate "
             "lr resume time_limit init ")
 MODES = {  # function, options
-    "phantom": (mode_phantom, "studies test_studies seed matrix variety workers"),
+    "phantom": (mode_phantom, "studies test_studies seed matrix variety fractures workers"),
     "train-seg": (mode_train_seg, TRAINING + "size"),
     "extract": (mode_extract, "data weights work device workers folds mask_of time_limit"),
-    "train-cls": (mode_train_cls, TRAINING + "size mask_of"),
-    "train-patient": (mode_train_patient, TRAINING + "size mask_of"),
+    "train-cls": (mode_train_cls, TRAINING + "size mask_of hidden"),
+    "train-patient": (mode_train_patient, TRAINING + "size mask_of hidden"),
     "predict": (mode_predict,
-                "data weights out device workers resume time_limit top_k views average noisy_or"),
-    "evaluate": (mode_evaluate, "data weights submission device workers"),
+                "data weights out device workers resume time_limit top_k views average noisy_or "
+                "no_calibration"),
+    "evaluate": (mode_evaluate, "data weights submission device workers calibrate"),
+    "eda": (mode_eda, "data out=eda workers"),
+    "show": (mode_show, "data weights out=pictures device"),
+    "notebook": (mode_notebook, "out=notebook weights_dataset"),
     "demo": (mode_demo, "weights work out device workers seed test_studies"),
 }
 
@@ -2016,20 +2040,22 @@ def build_parser():
     parser = argparse.ArgumentParser("cspine.py", description=__doc__.splitlines()[0])
     modes = parser.add_subparsers(dest="mode", required=True, metavar="MODE")
     for name, (function, options) in MODES.items():
-        mode = modes.add_parser(name, help=function.__doc__, description=function.__doc__)
+        mode = modes.add_parser(name, help=function.__doc__, description=function.__doc__,
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         mode.set_defaults(function=function)
         if name == "phantom":
             mode.add_argument("target", metavar="OUT", help="folder to write")
+        if name == "show":
+            mode.add_argument("study", metavar="STUDY", help="folder, or uid of the data set")
         if name == "evaluate":
             mode.add_argument("--folds", dest="held_out", action="store_true",
                               help="score the held-out answers of all folds")
         for option in options.split():
-            (default, meaning), flag = OPTIONS[option], "--" + option.replace("_", "-")
-            if default is False:
-                mode.add_argument(flag, action="store_true", help=meaning)
-            else:
-                mode.add_argument(flag, type=type(default), default=default,
-                                  help=f"{meaning} (default: {default!r})")
+            option, _, own = option.partition("=")
+            default, meaning = OPTIONS[option]
+            how = dict(type=type(default), default=own or default)
+            mode.add_argument("--" + option.replace("_", "-"), help=meaning,
+                              **dict(action="store_true") if default is False else how)
     return parser
 
 
@@ -2045,6 +2071,8 @@ def main(argv=None):
     except (UserError, Stopped) as error:
         print(f"cspine: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 130 if "by SIG" in str(error) else 0
+    except KeyboardInterrupt:
+        return 130
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, signal.default_int_handler)

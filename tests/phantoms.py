@@ -255,7 +255,7 @@ def draw_grid(rng, level, matrix, variety):
     slices = int(np.clip((top - bottom) / rng.uniform(0.5, 3 if wild else 1.25), 60, 400))
     pixel = rng.uniform(*((140, 225) if usual else (90, 400) if wild else (120, 260))) / matrix
     spacing = (top - bottom) / slices, pixel, pixel
-    other = int(matrix * min(1, rng.uniform(0.85, 2)))
+    other = int(matrix * min(1, rng.uniform(0.85, 1.4)))
     shape = (slices, *map(int, rng.permutation([matrix, other])))
     middle = level[:7].mean(0) + rng.normal(0, 0.04 * pixel * matrix, 3) + (0, 8, 0)
     affine = np.eye(4)
@@ -328,8 +328,11 @@ def paint_spine(rng, scene, frames, measures, fractured):
     return boxes
 
 
-def make_phantom(seed, matrix=512, variety=1.0):
-    """A neck CT drawn from `seed` (a number or several); `variety` widens every range."""
+def make_phantom(seed, matrix=512, variety=1.0, fractures=1.0):
+    """A neck CT drawn from `seed` (a number or several); `variety` widens every range.
+
+    `fractures` multiplies the rates of fractured patients and vertebrae.
+    """
     rng = np.random.default_rng(seed)
     tissue = {name: rng.uniform(*hu) + rng.normal(0, 0.35 * (variety - 1) * (np.ptp(hu) + 40))
               for name, hu in HU.items()}
@@ -359,9 +362,9 @@ def make_phantom(seed, matrix=512, variety=1.0):
     depth = affine[2, 3] - spine[:7, 2, 3]
     in_view = np.minimum(depth, shape[0] * spacing[0] - depth) > IN_VIEW_MM
     fractured, metal = np.zeros(7, np.uint8), None
-    patient = in_view.any() and rng.random() < FRACTURED_PATIENTS
+    patient = in_view.any() and rng.random() < FRACTURED_PATIENTS * fractures
     while patient and not fractured.any():
-        fractured[:] = rng.random(7) < FRACTURE_RATES * in_view
+        fractured[:] = rng.random(7) < np.multiply(FRACTURE_RATES, fractures) * in_view
     boxes = paint_spine(rng, scene, spine, measures, fractured)
     if rng.random() < 0.2 * variety:
         filling = np.array([(rng.choice([-25, 25]), -65, rng.choice([-9, -17]))] * 2)
@@ -431,23 +434,23 @@ def write_mask(phantom, path):
     path.write_bytes(header + phantom.label[::-1, ::-1].tobytes())
 
 
-def make_study(out, seed, matrix, variety, index):
+def make_study(out, seed, matrix, variety, fractures, index):
     """One study on disk; its row of labels and its rows of boxes."""
     uid = f"1.2.826.0.1.3680043.9999.{seed}.{index}"
     images = out / ("train_images" if index < FIRST_TEST else "test_images")
     share = np.random.default_rng([seed, index, 2]).random()  # from realistic to `variety`
-    phantom = make_phantom([seed, index], matrix, 1 + (variety - 1) * share)
+    phantom = make_phantom([seed, index], matrix, 1 + (variety - 1) * share, fractures)
     numbers = write_phantom(phantom, uid, images, out / "segmentations", [seed, index, 1])
     boxes = [(uid, *box[:4], numbers[box[4]]) for box in phantom.boxes.tolist()]
     return (uid, int(phantom.fractured.any()), *phantom.fractured.tolist()), boxes
 
 
-def make_dataset(out, studies, test_studies, seed, matrix, workers, variety=1.0):
+def make_dataset(out, studies, test_studies, seed, matrix, workers, variety=1.0, fractures=1.0):
     """A data set in the RSNA layout under `out`, with the truth of the test studies."""
     out.mkdir(parents=True, exist_ok=True)
     indices = [*range(studies), *range(FIRST_TEST, FIRST_TEST + test_studies)]
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        made = list(pool.map(partial(make_study, out, seed, matrix, variety), indices))
+        made = list(pool.map(partial(make_study, out, seed, matrix, variety, fractures), indices))
     rows = [row for row, _ in made]
     boxes = sum((found for _, found in made[:studies]), [])
     tests = [(f"{row[0]}_{kind}", row[0], kind) for row in rows[studies:] for kind in TARGETS]

@@ -1,0 +1,133 @@
+"""I rely on: the phantoms are necks in the layout of the competition, with its traps, from a seed."""
+
+import hashlib
+
+import numpy as np
+import pandas as pd
+import pydicom
+import phantoms
+import pytest
+from phantoms import TARGETS, make_dataset, make_phantom, write_phantom
+
+from cspine import main, read_mask, read_volume
+
+
+def digest(folder):
+    """{file: hash} of all that lies below a folder."""
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+            for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_a_seed_gives_the_same_files_whatever_the_number_of_workers(tmp_path):
+    """Bit for bit: what a study is depends on (seed, index) alone."""
+    make_dataset(tmp_path / "one", 1, 1, 3, 48, 1)
+    make_dataset(tmp_path / "two", 1, 1, 3, 48, 2)
+    assert digest(tmp_path / "one") == digest(tmp_path / "two")
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """Fourteen training and one test phantom of 48 x 48, made by the mode."""
+    out = tmp_path_factory.mktemp("many") / "data"
+    assert main(["phantom", str(out), "--studies", "14", "--test-studies", "1", "--matrix", "48",
+                 "--seed", "10"]) == 0
+    return out
+
+
+def test_the_mode_writes_the_competitions_layout(many):
+    train, test = pd.read_csv(many / "train.csv"), pd.read_csv(many / "test.csv")
+    assert list(train) == ["StudyInstanceUID", "patient_overall", *TARGETS[:7]]
+    assert list(test) == ["row_id", "StudyInstanceUID", "prediction_type"]
+    assert list(test.prediction_type) == list(TARGETS)
+    assert list(test.row_id) == [f"{u}_{t}" for u, t in zip(test.StudyInstanceUID, TARGETS)]
+    truth = pd.read_csv(many / "test_labels.csv")
+    assert list(truth.StudyInstanceUID) == [test.StudyInstanceUID[0]] and list(truth) == list(train)
+    sample = pd.read_csv(many / "sample_submission.csv")
+    assert list(sample.row_id) == list(test.row_id) and set(sample.fractured) == {0.5}
+    boxes = pd.read_csv(many / "train_bounding_boxes.csv")
+    assert list(boxes) == ["StudyInstanceUID", "x", "y", "width", "height", "slice_number"]
+    for folder, uids in (("train_images", train), ("test_images", truth)):
+        for uid in uids.StudyInstanceUID:
+            numbers = sorted(int(p.stem) for p in (many / folder / uid).glob("*.dcm"))
+            assert numbers == list(range(1, len(numbers) + 1)) and 60 <= len(numbers) <= 400
+            assert (many / "segmentations" / f"{uid}.nii").exists()
+
+
+def test_the_traps_of_real_studies_have_their_share(many):
+    """Order, sign, intercept, padding, transfer syntax, rows != columns, slice spacing."""
+    orders, signs, intercepts, syntaxes, padded, uneven, steps = set(), set(), set(), set(), 0, 0, []
+    for folder in sorted((many / "train_images").iterdir()):
+        heads = [pydicom.dcmread(folder / f"{n}.dcm") for n in (1, 2, 3)]
+        z = [float(h.ImagePositionPatient[2]) for h in heads]
+        first = heads[0]
+        orders.add("down" if z[0] > z[1] > z[2] else "up" if z[0] < z[1] < z[2] else "shuffled")
+        signs.add(first.PixelRepresentation)
+        intercepts.add(float(first.RescaleIntercept))
+        syntaxes.add(first.file_meta.TransferSyntaxUID)
+        hu = first.pixel_array * float(first.RescaleSlope) + float(first.RescaleIntercept)
+        padded += hu.min() < -1024
+        uneven += first.Rows != first.Columns
+        steps.append(read_volume(folder).spacing[0])
+    assert orders == {"down", "up", "shuffled"} and signs == {0, 1} and len(syntaxes) == 2
+    assert len(intercepts) >= 3 and padded >= 2 and uneven >= 1
+    assert min(steps) >= 0.4 and max(steps) > 1
+
+
+def test_labels_boxes_and_masks_of_a_data_set_agree(many):
+    """Overall is any; a box lies on a vertebra that is broken, in the slice that it names."""
+    table = pd.read_csv(many / "train.csv").set_index("StudyInstanceUID")
+    assert (table.patient_overall == table[list(TARGETS[:7])].max(axis=1)).all()
+    assert 2 <= table.patient_overall.sum() <= 12  # of 14 at the facts' 0.476: p < 0.005 outside
+    boxes, on_bone = pd.read_csv(many / "train_bounding_boxes.csv"), []
+    for uid, mine in boxes.groupby("StudyInstanceUID"):
+        volume = read_volume(many / "train_images" / uid)
+        labels = read_mask(many / "segmentations" / f"{uid}.nii", volume)
+        broken = np.flatnonzero(table.loc[uid, list(TARGETS[:7])].to_numpy()) + 1
+        files = {int(p.stem): pydicom.dcmread(p, stop_before_pixels=True).ImagePositionPatient[2]
+                 for p in (many / "train_images" / uid).glob("*.dcm")}
+        for _, x, y, width, height, number in mine.itertuples(index=False):
+            z = round((volume.affine[2, 3] - files[number]) / volume.spacing[0])
+            inside = labels[z, max(y - 1, 0) : y + height + 1, max(x - 1, 0) : x + width + 1]
+            on_bone.append(np.isin(inside, broken).any())
+    assert len(on_bone) > 10 and np.mean(on_bone) > 0.95  # motion may move a few off
+
+
+def test_a_neck_is_a_neck():
+    """C1 is a ring, the dens stands in it, C7's spinous process is the longest, the curve lordotic."""
+    p = make_phantom([1, 4], 160)
+    x, y, z = (np.indices(p.label.shape)[k] * p.spacing[k] for k in (2, 1, 0))
+    present = [v for v in range(1, 8) if (p.label == v).sum() > 200]
+    assert present == list(range(1, 8))
+    centre = {v: np.array([a[p.label == v].mean() for a in (z, y, x)]) for v in present}
+    assert all(centre[v][0] < centre[v + 1][0] for v in range(1, 7))
+    ring = p.label == 1
+    middle = tuple(np.rint(centre[1] / p.spacing).astype(int))
+    assert p.label[middle] != 1, "the middle of C1 is no bone of C1"
+    assert (p.label[: middle[0] + 1] == 2).any(), "the dens reaches up into C1"
+    assert np.ptp(x[ring]) > 1.2 * np.ptp(x[p.label == 4])
+    back = {v: y[p.label == v].max() for v in range(3, 8)}
+    front = {v: y[p.label == v].min() for v in range(3, 8)}
+    assert max(back, key=lambda v: back[v] - front[v]) in (6, 7)
+    assert p.hu[p.label == 4].mean() > 250 > p.hu[p.label == 0].mean()
+
+
+def test_the_share_of_fractures_is_an_option():
+    whole, broken = (sum(make_phantom([2, k], 48, fractures=f).fractured.sum() for k in range(3))
+                     for f in (0, 2.1))
+    assert whole == 0 < broken
+
+
+def test_whatever_the_storage_the_hu_come_back(tmp_path, monkeypatch):
+    """Every stored form of a phantom is read back as its HU, but for what its bits cannot hold."""
+    p = make_phantom([3, 0], 48)
+    for k, (signed, bits, intercept, slope) in enumerate(phantoms.STORAGE):
+        monkeypatch.setattr(phantoms, "STORAGE", ((signed, bits, intercept, slope),))
+        write_phantom(p, f"1.2.{k}", tmp_path, tmp_path / "masks", k)
+        monkeypatch.undo()
+        hu = read_volume(tmp_path / f"1.2.{k}").hu
+        j, i = np.ogrid[: hu.shape[1], : hu.shape[2]]
+        inner = np.hypot(j - hu.shape[1] / 2, i - hu.shape[2] / 2) < min(hu.shape[1:]) / 2 - 1
+        low = intercept - slope * (2 ** (bits - 1) if signed else 0)
+        high = low + slope * (2**bits - 1)
+        expected = p.hu.clip(max(low, -1024), high).astype(int)
+        assert np.array_equal(hu[:, inner], expected[:, inner]), k

@@ -1,0 +1,675 @@
+"""I rely on predict: a valid submission at every moment, and one answer to every row."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import Future
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import cspine
+from small_kernel import make_study, make_test_set, make_weights, write_test_csv
+
+KERNEL = Path(cspine.__file__)
+UIDS = ["1.2.1", "1.2.2"]
+PRIOR = dict(zip(cspine.TARGETS, cspine.PRIOR))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Two threads that share a busy core wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return make_weights(tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture(scope="module")
+def studies(tmp_path_factory):
+    return make_test_set(tmp_path_factory.mktemp("data"), UIDS)
+
+
+@pytest.fixture
+def predict(tmp_path, weights, studies, monkeypatch):
+    """predict(option, ...) -> (submission by row_id, report by study, exit status)."""
+    monkeypatch.chdir(tmp_path)
+    small = 32, *cspine.vertebra_slices.__defaults__[1:]  # crops, for speed
+    monkeypatch.setattr(cspine.vertebra_slices, "__defaults__", small)
+
+    def run(*options, data=studies, weights=weights):
+        status = cspine.main(["predict", "--data", str(data), "--weights", str(weights),
+                              "--workers", "1", *map(str, options)])
+        return *read_results(tmp_path), status
+    return run
+
+
+def read_results(folder):
+    submission = pd.read_csv(folder / "submission.csv", dtype={"row_id": str})
+    reports = [pd.read_csv(path, dtype={cspine.STUDY: str})
+               for path in folder.glob("predict_report*.csv")]
+    report = pd.concat(reports).set_index(cspine.STUDY) if reports else None
+    assert list(submission) == ["row_id", "fractured"]
+    assert submission.fractured.between(0, 1, "neither").all()
+    return submission.set_index("row_id").fractured, report
+
+
+def assert_prior(submission, uid, targets=cspine.TARGETS):
+    for target in targets:
+        assert submission[f"{uid}_{target}"] == PRIOR[target]
+
+
+def whole(options=cspine.Answers(), **models):
+    """An ensemble with these models on the CPU."""
+    return cspine.Ensemble({kind: models.get(kind, []) for kind in cspine.KINDS},
+                           torch.device("cpu"))
+
+
+# -------------------------------------------------------------------------------- answers to all
+
+
+def test_every_study_is_answered_and_reported(predict, capsys):
+    submission, report, status = predict()
+    assert status == 0 and list(submission.index) == [f"{u}_{t}" for u in UIDS for t in PRIOR]
+    assert list(report.index) == UIDS and (report.status == "ok").all()
+    assert (report.slices == 20).all() and (report.seen == "C1+C2+C3+C4+C5+C6+C7").all()
+    assert (report[["read_s", "segment_s", "crops_s", "classify_s", "peak_gb"]] > 0).all(axis=None)
+    answers = report[list(PRIOR)].to_numpy().ravel()
+    assert np.allclose(answers, submission.to_numpy(), rtol=1e-12)
+    assert len(set(answers)) > 8 and not set(answers) & set(PRIOR.values())
+    assert "16 rows, 2 studies, 0 of them fell back" in capsys.readouterr().out
+
+
+def test_public_placeholder_gets_a_complete_prior(predict, tmp_path):
+    data = tmp_path / "data"
+    make_study(data / "test_images" / "1.2.22327")
+    rows = [(f"1.2.{n}_C1", f"1.2.{n}", "C1") for n in (10197, 10454, 10690)]
+    write_test_csv(data, rows)
+    submission, report, status = predict(data=data)
+    assert status == 0 and list(submission.index) == [row[0] for row in rows]
+    assert (submission == PRIOR["C1"]).all() and (report.status == "failed").all()
+
+
+def test_rows_in_any_order_repeated_or_without_type_each_get_one_answer(predict, tmp_path):
+    data = make_test_set(tmp_path / "data", ["a"])
+    reference, _, _ = predict(data=data)
+    rows = [(f"a_{t}", "a", t) for t in cspine.TARGETS[::-1]]
+    rows += [rows[0], rows[3], ("gone_C2", "gone", "C2"), ("odd", "a", "C3"), ("none", "a", None)]
+    rows[1] = ("a_C7", "a", None)
+    rows[2] = ("a_C6", "a", "C1")  # the name of the row wins
+    write_test_csv(data, rows)
+    submission, _, status = predict(data=data)
+    names = [row[0] for row in rows]
+    assert status == 0 and list(submission.index) == [*dict.fromkeys(names)]
+    for target in cspine.TARGETS:
+        assert submission[f"a_{target}"] == reference[f"a_{target}"]
+    assert submission["odd"] == reference["a_C3"]
+    assert submission["none"] == reference["a_patient_overall"]
+    assert submission["gone_C2"] == PRIOR["C2"]
+
+
+def test_uids_that_are_paths_reach_nothing(predict, tmp_path):
+    data, outside = tmp_path / "data" / "in", tmp_path / "data" / "out"
+    make_study(outside)
+    make_test_set(data, ["a"])
+    uids = ["../../out", str(outside), "..", ".", "a/../a", "..\\out", "", "a"]
+    write_test_csv(data, [(f"row{k}_C1", uid, "C1") for k, uid in enumerate(uids)])
+    before = sorted(path for path in tmp_path.rglob("*"))
+    submission, report, status = predict(data=data)
+    assert status == 0 and (submission[:-1] == PRIOR["C1"]).all()
+    assert submission.iloc[-1] != PRIOR["C1"]
+    assert "no plain folder name" in report.loc["../../out"].warnings
+    new = {path.name for path in set(tmp_path.rglob("*")) - set(before)}
+    assert new == {"submission.csv", "predict_report.csv"}
+
+
+# ------------------------------------------------------------------------------------- isolation
+
+
+def test_each_failing_study_gets_the_prior_and_the_others_their_answers(predict, tmp_path, capsys):
+    data = make_test_set(tmp_path / "data", ["good", "empty", "few", "bad", "file", "also_good"])
+    images = data / "test_images"
+    for name, left in (("empty", 0), ("few", 3)):
+        for path in sorted((images / name).iterdir())[left:]:
+            path.unlink()
+    for path in (images / "bad").iterdir():
+        path.write_bytes(path.read_bytes()[:300])
+    for path in (images / "file").iterdir():
+        path.unlink()
+    (images / "file").rmdir()
+    (images / "file").write_text("no folder")
+    submission, report, status = predict(data=data)
+    out, errors = capsys.readouterr()
+    assert status == 0 and "6 studies, 4 of them fell back" in out
+    assert (report.status[["good", "also_good"]] == "ok").all()
+    for name in ("empty", "few", "bad", "file"):
+        assert_prior(submission, name)
+        assert report.status[name] == "failed" and report.warnings[name]
+        assert sum(f"study {name}:" in line for line in errors.splitlines()) == 1
+    assert submission["good_C1"] != PRIOR["C1"]
+
+
+def test_a_vertebra_out_of_sight_gets_its_prior_and_the_rest_is_predicted(predict, tmp_path):
+    weights = make_weights(tmp_path / "weights", unseen=("C1", "C6"))
+    submission, report, status = predict(weights=weights)
+    assert status == 0 and (report.status == "partial").all()
+    assert (report.seen == "C2+C3+C4+C5+C7").all()
+    for uid in UIDS:
+        assert_prior(submission, uid, ("C1", "C6"))
+        for target in ("C2", "C3", "C4", "C5", "C7", "patient_overall"):
+            assert submission[f"{uid}_{target}"] != PRIOR[target]
+
+
+def test_a_study_without_any_vertebra_gets_the_prior(predict, tmp_path):
+    weights = make_weights(tmp_path / "weights", unseen=cspine.VERTEBRAE)
+    submission, report, status = predict(weights=weights)
+    assert status == 0 and (report.status == "nothing seen").all()
+    for uid in UIDS:
+        assert_prior(submission, uid)
+
+
+def test_a_model_that_answers_nan_is_left_out(predict, tmp_path):
+    healthy, _, _ = predict()
+    weights = make_weights(tmp_path / "weights", folds=2)
+    for kind in ("vertebra", "patient", "segmenter"):
+        path = weights / f"{kind}_fold1.pt"
+        content = torch.load(path, weights_only=True)
+        for tensor in content["tensors"].values():
+            tensor.fill_(np.nan) if tensor.is_floating_point() else None
+        torch.save(content, path)
+    submission, _, status = predict(weights=weights)
+    assert status == 0 and submission.between(0, 1).all()
+    assert not submission.isin(list(PRIOR.values())).any()
+    for path in weights.glob("*fold0.pt"):
+        path.unlink()
+    submission, _, status = predict(weights=weights)
+    assert status == 0
+    for uid in UIDS:
+        assert_prior(submission, uid)
+
+
+class OutOfMemoryOnce(torch.nn.Module):
+    """A model that does not fit the first time, as on a GPU."""
+
+    def __init__(self, model, times=1):
+        super().__init__()
+        self.model, self.settings, self.times = model, model.settings, times
+
+    def forward(self, x):
+        self.times -= 1
+        if self.times >= 0:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.model(x)
+
+
+@pytest.mark.parametrize("times, status", ((1, "ok"), (2, "failed")))
+def test_a_study_without_gpu_memory_is_repeated_on_the_cpu(times, status, weights, studies):
+    ensemble = cspine.load_ensemble(weights, torch.device("cpu"))
+    ensemble.models["vertebra"][0] = OutOfMemoryOnce(ensemble.models["vertebra"][0], times)
+    future = Future()
+    future.set_result((cspine.read_volume(studies / "test_images" / UIDS[0]), 1.0))
+    row = cspine.answer_or_prior("a", future, ensemble, cspine.Effort(1, 1), cspine.Answers(), 10)
+    assert row["status"] == status and "memory" in row["warnings"]
+    assert all(row[t] == PRIOR[t] for t in PRIOR) == (status == "failed")
+
+
+# -------------------------------------------------------------------- killed, continued, shared
+
+
+def start(folder, data, weights, *options, launcher=(sys.executable,), **environment):
+    command = [*launcher, str(KERNEL), "predict", "--data", str(data), "--weights", str(weights),
+               "--workers", "1", *options]
+    return subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
+
+
+def wait_for(path, process, lines):
+    """Until a file has so many lines, or the process is over."""
+    while process.poll() is None:
+        if path.exists() and len(path.read_bytes().splitlines()) >= lines:
+            return
+        time.sleep(0.002)
+
+
+def test_killed_at_any_moment_it_leaves_a_whole_submission_and_resumes(tmp_path, weights):
+    uids = [f"1.2.{k}" for k in range(6)]
+    data, out = make_test_set(tmp_path / "data", uids), tmp_path / "run"
+    out.mkdir()
+    answered = {}
+    for options, lines in (((), 2), (("--resume",), 4)):
+        process = start(out, data, weights, *options)
+        wait_for(out / "submission.csv", process, 1)
+        submission, _ = read_results(out)  # from the first second
+        assert len(submission) == 8 * len(uids)
+        wait_for(out / "predict_report.csv", process, lines)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        process.stderr.close()
+        submission, report = read_results(out)
+        assert len(submission) == 8 * len(uids) and submission.index.is_unique
+        for uid, row in () if report is None else report.iterrows():
+            assert answered.setdefault(uid, row.classify_s) == row.classify_s  # not repeated
+    assert 1 <= len(answered) < 6
+    assert cspine.main(["predict", "--data", str(data), "--weights", str(weights), "--resume",
+                        "--out", str(out / "submission.csv")]) == 0
+    submission, report = read_results(out)
+    assert sorted(report.index) == sorted(uids) and (report.status == "ok").all()
+    for uid, seconds in answered.items():
+        assert report.classify_s[uid] == seconds
+    assert cspine.main(["predict", "--data", str(data), "--weights", str(weights),
+                        "--out", str(tmp_path / "again" / "submission.csv")]) == 0
+    again, _ = read_results(tmp_path / "again")
+    assert np.allclose(again, submission, atol=1e-6)
+
+
+def test_resume_repeats_what_failed(predict, tmp_path):
+    data = make_test_set(tmp_path / "data", ["a", "b"])
+    (data / "test_images" / "b").rename(data / "later")
+    _, first, _ = predict(data=data)
+    assert list(first.status) == ["ok", "failed"]
+    (data / "later").rename(data / "test_images" / "b")
+    submission, second, status = predict("--resume", data=data)
+    assert status == 0 and list(second.status) == ["ok", "ok"]
+    assert second.classify_s["a"] == first.classify_s["a"]
+    assert submission["b_C1"] != PRIOR["C1"]
+
+
+def test_without_resume_nothing_of_an_earlier_run_is_taken(predict, tmp_path):
+    first, report, _ = predict()
+    report.reset_index().assign(C1=0.125).to_csv(tmp_path / "predict_report.csv", index=False)
+    report.reset_index().assign(C1=0.125).to_csv(tmp_path / "predict_report3.csv", index=False)
+    again, _, _ = predict()
+    assert (again == first).all()
+
+
+@pytest.mark.parametrize("kind", (signal.SIGTERM, signal.SIGINT))
+def test_a_signal_ends_the_run_in_order(kind, predict, studies, tmp_path, monkeypatch):
+    whole_answer = cspine.answer_study
+
+    def answer_study(*given):
+        os.kill(os.getpid(), kind)
+        return whole_answer(*given)
+
+    monkeypatch.setattr(cspine, "answer_study", answer_study)
+    submission, report, status = predict()
+    assert status == 130 and list(report.index) == UIDS[:1] and len(submission) == 16
+    assert_prior(submission, UIDS[1])
+    assert submission[f"{UIDS[0]}_C1"] != PRIOR["C1"]
+
+
+def test_processes_share_the_studies_and_none_is_lost(tmp_path, weights):
+    data = make_test_set(tmp_path / "data", [f"1.2.{k}" for k in range(3)])
+    assert cspine.main(["predict", "--data", str(data), "--weights", str(weights), "--out",
+                        str(tmp_path / "submission.csv")]) == 0
+    alone, _ = read_results(tmp_path)
+    out = tmp_path / "shared"
+    out.mkdir()
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone",
+                "--nproc_per_node=2")
+    process = start(out, data, weights, launcher=launcher)
+    errors = process.communicate()[1]
+    assert process.returncode == 0, errors
+    shared, report = read_results(out)
+    assert len(report) == 3 and (report.status == "ok").all()
+    assert list(shared.index) == list(alone.index) and np.allclose(shared, alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("order", ((0, 1), (1, 0)))
+def test_whichever_process_ends_last_the_answers_of_all_are_in(order, predict, studies, weights,
+                                                               monkeypatch, tmp_path):
+    alone, _, _ = predict()
+    (tmp_path / "predict_report.csv").unlink()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in order:
+        monkeypatch.setenv("RANK", str(rank))
+        submission, report, status = predict()
+        assert status == 0 and len(submission) == 16
+    assert sorted(report.index) == UIDS and np.allclose(submission, alone, atol=1e-12)
+
+
+def test_an_answer_reported_while_the_submission_is_written_is_in_it(tmp_path, monkeypatch):
+    """Two processes that end at once: the slower writer must not bring back older answers."""
+    out, rows = tmp_path / "submission.csv", [("a_C1", "a", "C1"), ("b_C1", "b", "C1")]
+    report = dict.fromkeys(cspine.TARGETS, 0.25) | {"status": "ok"}
+    plain = cspine.write_csv
+
+    def write_csv(path, table):
+        if path == out and not (tmp_path / "predict_report1.csv").exists():
+            other = pd.DataFrame([report | {cspine.STUDY: "b"}])
+            plain(tmp_path / "predict_report1.csv", other)
+        plain(path, table)
+
+    monkeypatch.setattr(cspine, "write_csv", write_csv)
+    cspine.write_submission(out, rows)
+    assert list(pd.read_csv(out).fractured) == [PRIOR["C1"], 0.25]
+
+
+# -------------------------------------------------------------------------------------- on time
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.mark.parametrize("count", (1, 3, 20))
+@pytest.mark.parametrize("seconds", (0.5, 2.0, 5.0, 11.0, 100.0))
+def test_the_limit_is_kept_by_giving_up_views_then_folds_then_studies(count, seconds, tmp_path,
+                                                                     monkeypatch, capsys):
+    """`seconds` a model and view, of 5 folds and 4 views, against 100 s for all studies."""
+    clock, limit, done = Clock(), 100.0, []
+
+    def answer_study(volume, ensemble, effort, options):
+        done.append(effort)
+        clock.now += seconds * effort.folds * max(effort.views, 1)
+        return dict.fromkeys(cspine.TARGETS, 0.5) | dict(status="ok")
+
+    monkeypatch.setattr(cspine, "answer_study", answer_study)
+    monkeypatch.setattr(cspine, "read_volume", lambda *_: None)
+    stop = cspine.Stop(limit / 60, clock)
+    uids = [f"u{k}" for k in range(count)]
+    rows = [(f"{u}_C1", u, "C1") for u in uids]
+    cspine.predict_studies(tmp_path, tmp_path / "submission.csv", rows, {},
+                           whole(segmenter=[0] * 5), cspine.Answers(views=4), stop, 1)
+    submission, report = read_results(tmp_path)
+    assert len(submission) == len(report) == count
+    assert clock.now <= max(limit, seconds * 20)  # at worst the first, of which nothing is known
+    assert done[0] == (4, 5) and len(done) == (report.status == "ok").sum()
+    work = [effort.folds * effort.views for effort in done]
+    if count == 1 or seconds * 20 * count <= limit:
+        assert set(done) == {(4, 5)}
+    elif seconds * 20 + seconds * (count - 1) <= limit:
+        assert len(done) == count and min(work) < 20
+        assert "time is short" in capsys.readouterr().err
+    else:
+        assert (report.status == "no time").any()
+        left = limit - clock.now
+        assert left < seconds or left < 0 or len(done) == count  # no more than had to
+
+
+def test_views_go_first_then_folds():
+    for views, folds, levels in ((8, 5, [(8, 5), (1, 5), (1, 2), (1, 1), (1, 0)]),
+                                 (0, 1, [(0, 1), (0, 0)])):
+        options = cspine.Answers(views=views)
+        found = [cspine.choose_effort(options, folds, 1.0, left / 2) for left in range(90, -3, -1)]
+        assert [*dict.fromkeys(found)] == levels
+
+
+def test_too_little_time_in_a_real_run_leaves_priors_and_says_so(predict, tmp_path, capsys):
+    uids = [f"1.2.{k}" for k in range(100)]
+    data = make_test_set(tmp_path / "data", uids[:20])
+    write_test_csv(data, [(f"{uid}_C1", uid, "C1") for uid in uids])
+    submission, report, status = predict("--time-limit", 1.5 / 60, data=data)
+    out, errors = capsys.readouterr()
+    assert status == 0 and len(submission) == len(report) == 100
+    assert (report.status == "no time").any()
+    assert "time is short" in errors and "fell back" in out
+
+
+def test_on_kaggle_the_limit_is_eight_and_a_half_hours(predict, tmp_path, monkeypatch):
+    limits = []
+    monkeypatch.setattr(cspine, "KAGGLE_DATA", str(tmp_path))
+    monkeypatch.setattr(cspine, "predict_studies", lambda *given: limits.append(given[-2].left()))
+    predict()
+    predict("--time-limit", 3)
+    monkeypatch.setattr(cspine, "KAGGLE_DATA", str(tmp_path / "elsewhere"))
+    predict()
+    assert 509 * 60 < limits[0] <= 510 * 60 and limits[1] <= 180 and limits[2] == np.inf
+
+
+def test_a_study_that_reads_for_ever_takes_only_its_share(tmp_path, monkeypatch):
+    clock = Clock()
+
+    def read_volume(folder, workers, give_up):
+        while folder.name == "slow" and not give_up():
+            clock.now += 1
+        raise cspine.StudyError(f"read until {clock.now}")
+
+    monkeypatch.setattr(cspine, "read_volume", read_volume)
+    rows = [("slow_C1", "slow", "C1"), ("b_C1", "b", "C1")]
+    cspine.predict_studies(tmp_path, tmp_path / "submission.csv", rows, {},
+                           whole(segmenter=[0]), cspine.Answers(), cspine.Stop(10, clock), 1)
+    _, report = read_results(tmp_path)
+    assert 100 < clock.now < 200 and list(report.status) == ["failed", "failed"]
+
+
+# ------------------------------------------------------------------------------- better answers
+
+
+def steps(*rows):
+    """(7, 15) probabilities, a row a vertebra; the rest not seen."""
+    out = np.full((7, 15), np.nan)
+    for row, values in zip(out, rows):
+        row[:] = values
+    return out
+
+
+def test_a_vertebra_is_the_mean_of_its_largest_steps():
+    one = steps(np.r_[[0.9, 0.8, 0.7], np.full(12, 0.1)])
+    answer = cspine.combine([(one, np.nan)], cspine.Answers(top_k=3))
+    assert answer[0] == pytest.approx(0.8, abs=1e-9)
+    answer = cspine.combine([(one, np.nan)], cspine.Answers(top_k=15))
+    assert answer[0] == pytest.approx((0.9 + 0.8 + 0.7 + 1.2) / 15)
+
+
+def test_the_patient_is_blended_with_noisy_or():
+    one = steps(0.5, 0.2)
+    either = 1 - 0.5 * 0.8
+    for share in (0, 0.3, 1):
+        answer = cspine.combine([(one, 0.9)], cspine.Answers(noisy_or=share))
+        assert answer[7] == pytest.approx(share * either + (1 - share) * 0.9)
+    assert cspine.combine([(one, np.nan)], cspine.Answers())[7] == pytest.approx(either)
+    assert list(answer[2:7]) == list(cspine.PRIOR[2:7])
+
+
+@pytest.mark.parametrize("average, mean", (("probability", 0.5), ("logit", 1 / (1 + 0.25**0.5))))
+def test_models_are_averaged_in_the_space_asked_for(average, mean):
+    """Logits of 0.8 and 0.5: their mean has odds of 4 ** 0.5; 0.8 and 0.2 have the mean 0.5."""
+    other = 0.2 if average == "probability" else 0.5
+    outputs = [(steps(0.8), np.nan), (steps(other), np.nan), (steps(), np.nan)]
+    answer = cspine.combine(outputs, cspine.Answers(average=average))
+    assert answer[0] == pytest.approx(mean)
+
+
+def test_answers_keep_away_from_zero_and_one():
+    answer = cspine.combine([(steps(*range(2)), 1.0)], cspine.Answers())
+    assert answer.min() == cspine.FLOOR and answer.max() == 1 - cspine.FLOOR
+
+
+class Recorder(torch.nn.Module):
+    """A classifier that notes what it is shown."""
+
+    def __init__(self, size, patient=False):
+        super().__init__()
+        self.settings, self.patient, self.shown = dict(size=size, mask_of="last"), patient, []
+
+    def forward(self, crops):
+        self.shown.append(crops)
+        logits = torch.zeros(crops.shape[:2])
+        return (logits, torch.zeros(len(crops))) if self.patient else logits
+
+
+def test_model_i_sees_the_dihedral_views_from_i_on_and_crops_stay_bytes():
+    crops = np.random.default_rng(0).integers(1, 255, (7, 15, 6, 8, 8)).astype(np.uint8)
+    models = [Recorder(8) for _ in range(9)]
+    outputs = cspine.classify(whole(vertebra=models, patient=[Recorder(8, True)]), crops,
+                              cspine.Effort(2, 9))
+    assert len(outputs) == 20
+    for i, model in enumerate(models):
+        for k, shown in enumerate(model.shown):
+            view = (i + k) % 8
+            turned = np.rot90(crops, view % 4, (-2, -1))
+            expected = turned[..., ::-1] if view >= 4 else turned
+            assert shown.dtype == torch.uint8 and np.array_equal(shown, expected), (i, k)
+    models = [Recorder(8) for _ in range(3)]
+    cspine.classify(whole(vertebra=models), crops, cspine.Effort(0, 3))
+    assert all(np.array_equal(model.shown[0], crops) for model in models)
+
+
+def test_crops_are_resized_once_for_all_models_of_a_size(monkeypatch):
+    crops = np.random.default_rng(0).integers(1, 255, (7, 15, 6, 16, 16)).astype(np.uint8)
+    resized, plain = [], torch.nn.functional.interpolate
+
+    def interpolate(image, *given, **named):
+        resized.append(image.shape)
+        return plain(image, *given, **named)
+
+    monkeypatch.setattr(cspine.F, "interpolate", interpolate)
+    models = [Recorder(size) for size in (8, 16, 8, 4)]
+    cspine.classify(whole(vertebra=models, patient=[Recorder(8, True)]), crops, cspine.Effort(4, 4))
+    assert sum(shape[0] for shape in resized) == 3 * 7 * 15
+    assert models[0].shown[0].shape == (7, 15, 6, 8, 8)
+    coarse = crops.reshape(7, 15, 6, 8, 2, 8, 2).mean((-3, -1))
+    assert np.abs(models[0].shown[0].numpy() - coarse).max() <= 0.5
+    assert (models[1].shown[0].flip(-1) == torch.rot90(torch.from_numpy(crops), 1, (-2, -1)).flip(
+        -1)).all()
+
+
+def test_absent_vertebrae_and_views_cost_one_pass_of_the_encoder_each(weights):
+    ensemble, passed = cspine.load_ensemble(weights, torch.device("cpu")), []
+    for kind in ("vertebra", "patient"):
+        backbone = ensemble.models[kind][0].encoder.backbone
+        backbone.register_forward_pre_hook(lambda module, given: passed.append(given[0]))
+    crops = np.ones((7, 15, 6, 32, 32), np.uint8)
+    crops[[1, 4]] = 0
+    outputs = cspine.classify(ensemble, crops, cspine.Effort(3, 1))
+    assert sum(len(x) for x in passed) == 2 * 3 * 5 * 15  # kinds, views, vertebrae, steps
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in passed)
+    assert np.isnan(outputs[0][0][[1, 4]]).all() and np.isfinite(outputs[0][0][[0, 2, 3]]).all()
+
+
+def test_vertebrae_against_the_order_are_reported_and_the_fainter_taken_out():
+    probability = np.zeros((7, 32, 8, 8), np.float32)
+    for v in range(7):
+        probability[v, 4 * v: 4 * v + 3, 2:6, 2:6] = 0.9
+    problems = []
+    assert cspine.in_order(probability.copy(), problems).sum() == probability.sum()
+    assert not problems
+    probability[5] = 0
+    probability[5, 4:6, 2:6, 2:6] = 0.6  # C6 on C2, and fainter
+    repaired = cspine.in_order(probability.copy(), problems)
+    assert not repaired[5].any() and (repaired[[0, 1, 2, 3, 4, 6]] > 0.5).any((1, 2, 3)).all()
+    assert len(problems) == 1 and "C6" in problems[0]
+
+
+def test_violations_of_the_order_are_in_the_report(predict, tmp_path):
+    """Every vertebra seen everywhere, surely: none lies below another."""
+    weights = make_weights(tmp_path / "weights")
+    content = torch.load(weights / "segmenter_fold0.pt", weights_only=True)
+    content["tensors"]["head.bias"] = torch.arange(1.0, 8).repeat_interleave(8)  # C7 the surest
+    torch.save(content, weights / "segmenter_fold0.pt")
+    _, report, status = predict(weights=weights)
+    assert status == 0 and (report.seen == "C7").all() and (report.status == "partial").all()
+    assert report.warnings.str.contains("C1").all()
+
+
+# ----------------------------------------------------------------------------------- calibration
+
+
+def draw_answers(count, scale=1.0, shift=0.0, seed=0):
+    """Answers whose logits are those of the truth, divided by scale, less shift; and labels."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(-0.5, 1.4, (count, 8))
+    labels = (rng.random((count, 8)) < 1 / (1 + np.exp(-logits))).astype(float)
+    return 1 / (1 + np.exp(-(logits - shift) / scale)), labels
+
+
+def calibrated(answers, calibration):
+    """Scaled and shifted in logit space, as the file says."""
+    scale, shift = np.transpose(calibration)
+    return 1 / (1 + np.exp(-np.log(answers / (1 - answers)) * scale - shift))
+
+
+def test_calibration_undoes_a_known_distortion_up_to_the_weight_of_positives():
+    answers, labels = draw_answers(6000, scale=0.8, shift=-0.7)
+    scale, shift = cspine.fit_calibration(answers, labels).T
+    assert np.allclose(scale, 0.8, atol=0.08)  # standard error about 0.03
+    # A positive weighs double, which moves the logit of the best answer by about log 2; less for
+    # the patient, who brings 7 of the 17 (negative) or 14 of the 24 by which a study is divided.
+    expected = -0.7 + np.log([2] * 7 + [2 * 17 / 24])
+    assert np.allclose(shift, expected, atol=0.15)
+
+
+def test_calibration_lowers_the_score_and_other_values_near_it_do_not():
+    answers, labels = draw_answers(600, scale=0.5, shift=0.5, seed=1)
+    fitted = cspine.fit_calibration(answers, labels)
+    best = cspine.competition_scores(calibrated(answers, fitted), labels)[0]
+    assert best < cspine.competition_scores(answers, labels)[0] - 0.05
+    for change in ((0.15, 0), (-0.15, 0), (0, 0.3), (0, -0.3)):
+        other = calibrated(answers, fitted + change)
+        assert cspine.competition_scores(other, labels)[0] > best
+
+
+def test_few_studies_move_calibration_little_and_one_class_not_at_all():
+    answers, labels = draw_answers(4, scale=0.05, seed=3)
+    labels[:, 2], labels[:, 3], labels[:2, 4], labels[2:, 4] = 0, 1, 0, 1
+    fitted = cspine.fit_calibration(answers, labels)
+    assert np.allclose(fitted[2:4], (1, 0), atol=1e-9)
+    assert (0.1 < fitted[:, 0]).all() and (fitted[:, 0] < 2).all() and np.isfinite(fitted).all()
+    assert not np.allclose(fitted[4], (1, 0), atol=1e-3)
+
+
+def test_calibration_saved_with_the_weights_is_used_and_can_be_left_out(predict, tmp_path):
+    weights = make_weights(tmp_path / "weights")
+    plain, _, _ = predict(weights=weights)
+    table = {t: [1.0, 0.0] for t in cspine.TARGETS} | {"C3": [0.5, -1.0]}
+    (weights / "calibration.json").write_text(json.dumps(table))
+    moved, _, _ = predict(weights=weights)
+    for row, p in plain.items():
+        logit = np.log(p / (1 - p))
+        expected = 1 / (1 + np.exp(1 - logit / 2)) if row.endswith("C3") else p
+        assert moved[row] == pytest.approx(expected, abs=1e-6)
+    without, _, _ = predict("--no-calibration", weights=weights)
+    assert np.allclose(without, plain, atol=1e-9)
+
+
+@pytest.mark.parametrize("text", ("{", '{"C1": [1, 0]}', "null", json.dumps(
+    {t: [1, float("nan")] for t in cspine.TARGETS})))
+def test_a_calibration_of_another_form_is_refused(text, predict, tmp_path, capsys):
+    weights = make_weights(tmp_path / "weights", patient=False)
+    (weights / "calibration.json").write_text(text)
+    submission, _, status = predict(weights=weights)
+    assert status == 2 and "calibration.json" in capsys.readouterr().err
+    for uid in UIDS:
+        assert_prior(submission, uid)
+
+
+def test_evaluate_fits_calibration_to_a_submission_and_to_held_out_answers(predict, tmp_path,
+                                                                           studies, capsys):
+    weights, uids = make_weights(tmp_path / "weights"), [f"u{k}" for k in range(40)]
+    answers, labels = draw_answers(40, scale=0.3, seed=5)
+    data = tmp_path / "data"
+    data.mkdir()
+    table = pd.DataFrame(labels.astype(int), columns=cspine.TARGETS)
+    table.insert(0, cspine.STUDY, uids)
+    table.to_csv(data / "train.csv", index=False)
+    rows = [(f"{u}_{t}", answers[i, k]) for i, u in enumerate(uids)
+            for k, t in enumerate(cspine.TARGETS)]
+    pd.DataFrame(rows, columns=["row_id", "fractured"]).to_csv(tmp_path / "s.csv", index=False)
+    evaluate = ["evaluate", "--data", str(data), "--weights", str(weights), "--calibrate"]
+    assert cspine.main([*evaluate, "--submission", str(tmp_path / "s.csv")]) == 0
+    fitted = json.loads((weights / "calibration.json").read_text())
+    expected = cspine.fit_calibration(answers, labels)
+    assert np.allclose([fitted[t] for t in cspine.TARGETS], expected, atol=1e-4)
+    score = cspine.competition_scores(answers, labels)[0]
+    assert f"better: {score:.4f}" in capsys.readouterr().out
+    for fold in (0, 1):
+        held = pd.DataFrame(answers, columns=cspine.TARGETS).assign(**{cspine.STUDY: uids})
+        held[fold::2].to_csv(weights / f"vertebra_fold{fold}_heldout.csv", index=False)
+    assert cspine.main([*evaluate, "--folds"]) == 0
+    again = json.loads((weights / "calibration.json").read_text())
+    assert np.allclose([again[t] for t in cspine.VERTEBRAE], expected[:7], atol=1e-4)
+    assert cspine.load_ensemble(weights, torch.device("cpu")).calibration.shape == (8, 2)

@@ -1,0 +1,589 @@
+"""I rely on: a training learns, stops when told, goes on as if nothing had happened, and shares.
+
+Runs are real processes where a kill or an exit status is the point: a server imports the file
+once and forks for each. Backbones are timm's tiny `test_` ones, cubes of 32, crops of 48.
+"""
+
+import math
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import cspine
+from cspine import RECIPES, STUDY, TARGETS, Stop, Stopped, Task, Trainer, UserError
+
+HERE = Path(__file__).parent
+MODE = {"segmenter": "train-seg", "vertebra": "train-cls", "patient": "train-patient"}
+BACKBONE = {"segmenter": "test_resnet", "vertebra": "test_efficientnet", "patient": "test_resnet"}
+CPU, SMALL_CROP = torch.device("cpu"), 48
+
+
+# ---- Data, processes, comparisons ----
+
+
+@pytest.fixture(autouse=True)
+def same_here_as_in_children(monkeypatch):
+    """One thread, so that sums are made in the same order; small crops."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(cspine, "CROP", SMALL_CROP)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def crops_folder(phantom_data, tmp_path_factory):
+    """A --work folder with the crops of the training studies, cut by their true masks."""
+    work = tmp_path_factory.mktemp("crops")
+    for folder in sorted((phantom_data / "train_images").iterdir()):
+        volume = cspine.read_volume(folder)
+        labels = cspine.cube_labels(phantom_data / "segmentations" / f"{folder.name}.nii",
+                                    volume, 48)
+        truth = np.stack([labels == v for v in range(1, 8)]).astype(np.float32)
+        crops = cspine.vertebra_slices(volume, truth, SMALL_CROP)
+        cspine.write_crops(work / "crops" / f"{folder.name}.npz", crops)
+    return work
+
+
+@pytest.fixture(scope="module")
+def arguments(phantom_data, crops_folder):
+    """arguments(kind, weights, ...) of a short training of one fold of two."""
+    def make(kind, weights, *more):
+        hidden = [] if kind == "segmenter" else ["--hidden", "16"]
+        return [MODE[kind], "--data", str(phantom_data), "--work", str(crops_folder), "--weights",
+                str(weights), "--backbone", BACKBONE[kind], "--size", "32", "--batch-size", "2",
+                "--epochs", "2", "--folds", "2", "--fold", "0", "--workers", "1", "--device",
+                "cpu", *hidden, *map(str, more)]
+    return make
+
+
+def run_main(argv, stderr, cut=0, environment=(), plain=False):
+    """main(argv) in a child; `cut`: die by SIGKILL half-way through writing that checkpoint.
+
+    `plain`: without dropout and mixup, which depend on the samples that a process has.
+    """
+    sys.stderr = open(stderr, "w", buffering=1)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    cspine.CROP = SMALL_CROP
+    for kind, recipe in cspine.RECIPES.items() if plain else ():
+        cspine.RECIPES[kind] = replace(recipe, dropout=0, drop_path=0, mixup=0)
+    save, count = torch.save, [0]
+
+    def save_half(content, path):
+        save(content, path)
+        count[0] += 1
+        if count[0] == cut:
+            os.truncate(path, os.path.getsize(path) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.save = save_half
+    sys.exit(cspine.main(argv))
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory):
+    """launch(argv, ...) -> a started process; its stderr goes to the file `process.stderr`."""
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), str(HERE)])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cspine"])
+    folder, started = tmp_path_factory.mktemp("stderr"), []
+
+    def start(argv, **options):
+        stderr = folder / str(len(started))
+        process = context.Process(target=run_main, args=(argv, stderr), kwargs=options)
+        process.start()
+        process.stderr = stderr
+        started.append(process)
+        return process
+    yield start
+    for process in started:
+        process.kill()
+        process.join()
+
+
+def finish(process):
+    """Exit status and stderr; -n: died by signal n."""
+    process.join(600)
+    return process.exitcode, process.stderr.read_text()
+
+
+def wait_for(path, process):
+    while not path.exists() and process.is_alive():
+        time.sleep(0.01)
+
+
+def assert_same(one, other, path="state"):
+    """Bit for bit, except what clocks and memory say."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key in one.keys() - {"seconds", "evaluation_s", "samples_per_s", "peak_gb"}:
+            assert_same(one[key], other[key], f"{path}.{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), path
+        for k, pair in enumerate(zip(one, other)):
+            assert_same(*pair, f"{path}.{k}")
+    elif torch.is_tensor(one):
+        assert one.dtype == other.dtype and one.shape == other.shape, path
+        assert torch.equal(one.nan_to_num(), other.nan_to_num()), path
+    else:
+        assert one == other or one != one and other != other, path
+
+
+def assert_same_training(folder, other, name):
+    for end in ("_last.pt", ".pt"):
+        assert_same(*(torch.load(f / f"{name}{end}", weights_only=True) for f in (folder, other)))
+    logs = [pd.read_csv(f / f"{name}_log.csv") for f in (folder, other)]
+    timed = ["seconds", "evaluation_s", "samples_per_s", "peak_gb"]
+    pd.testing.assert_frame_equal(*(log.drop(columns=timed) for log in logs))
+    pd.testing.assert_frame_equal(*(pd.read_csv(f / f"{name}_heldout.csv")
+                                    for f in (folder, other)))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(arguments, launch, tmp_path_factory):
+    """uninterrupted(kind) -> (weights folder of a whole training, its seconds); made once."""
+    made = {}
+
+    def get(kind):
+        if kind not in made:
+            folder, start = tmp_path_factory.mktemp(kind), time.monotonic()
+            status, text = finish(launch(arguments(kind, folder)))
+            assert status == 0, text
+            made[kind] = folder, time.monotonic() - start
+        return made[kind]
+    return get
+
+
+# ---- Going on where a run was ended ----
+
+
+@pytest.mark.parametrize("kind", MODE)
+def test_a_training_killed_at_random_moments_gives_the_same_bits(
+        kind, uninterrupted, arguments, launch, tmp_path):
+    whole, seconds = uninterrupted(kind)
+    seed = random.randrange(10**6)
+    rng = random.Random(seed)
+    argv = arguments(kind, tmp_path, "--resume")
+    for waits_for_checkpoint in (False, True):
+        process = launch(argv)
+        if waits_for_checkpoint:
+            wait_for(tmp_path / f"{kind}_fold0_last.pt", process)
+        time.sleep(rng.uniform(0, seconds * (0.4 if waits_for_checkpoint else 1)))
+        process.kill()
+        process.join()
+    status, text = finish(launch(argv))
+    assert status == 0, (seed, text)
+    assert_same_training(whole, tmp_path, f"{kind}_fold0")
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_a_training_killed_while_it_writes_a_checkpoint_gives_the_same_bits(
+        cut, uninterrupted, arguments, launch, tmp_path):
+    """Checkpoint 1 is the best of epoch 1, 2 its state, 3 the best or the state of epoch 2."""
+    argv = arguments("patient", tmp_path, "--resume")
+    status, _ = finish(launch(argv, cut=cut))
+    assert status == -signal.SIGKILL
+    assert (tmp_path / "patient_fold0.pt").exists() == (cut > 1)
+    assert (tmp_path / "patient_fold0_last.pt").exists() == (cut > 2)
+    status, text = finish(launch(argv))
+    assert status == 0, text
+    assert f"step {0 if cut < 3 else 1} of 2" in text
+    assert_same_training(uninterrupted("patient")[0], tmp_path, "patient_fold0")
+
+
+@pytest.mark.parametrize("kind, number", [("segmenter", signal.SIGINT),
+                                          ("vertebra", signal.SIGTERM)])
+def test_a_signal_ends_a_training_after_the_step_saved(
+        kind, number, uninterrupted, arguments, launch, tmp_path):
+    longer = [("--epochs", "200"), ("--epochs", "2")]
+    process = launch(arguments(kind, tmp_path / "long", *longer[0]))
+    wait_for(tmp_path / "long" / f"{kind}_fold0_log.csv", process)
+    os.kill(process.pid, number)
+    status, text = finish(process)
+    assert status == 130
+    assert signal.Signals(number).name in text.splitlines()[-1]
+    assert "--resume" in text.splitlines()[-1] and "Traceback" not in text
+    step = int(text.split(" at step ")[1].split()[0])
+    state = torch.load(tmp_path / "long" / f"{kind}_fold0_last.pt", weights_only=True)["state"]
+    assert state["step"] == step > 0
+
+
+def test_finished_folds_are_not_repeated_and_the_unfinished_one_goes_on(
+        arguments, tmp_path, capsys):
+    """And `evaluate --folds` scores the held-out answers of all folds."""
+    def run(*more):
+        assert cspine.main(arguments("vertebra", tmp_path, *more)) == 0
+        return capsys.readouterr().err
+    run()
+    first = (tmp_path / "vertebra_fold0.pt").stat().st_mtime_ns
+    assert "vertebra_fold1: stopped by --time-limit" in run("--fold", "all", "--time-limit", "1e-6")
+    assert not (tmp_path / "vertebra_fold1.pt").exists()
+    assert "vertebra_fold1  epoch 2/2" in run("--fold", "all")
+    second = (tmp_path / "vertebra_fold1.pt").stat().st_mtime_ns
+    assert "epoch" not in run("--fold", "all")
+    assert first == (tmp_path / "vertebra_fold0.pt").stat().st_mtime_ns
+    assert second == (tmp_path / "vertebra_fold1.pt").stat().st_mtime_ns
+    data = arguments("vertebra", tmp_path)[2]
+    assert cspine.main(["evaluate", "--folds", "--data", data, "--weights", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.startswith("4 studies")
+    tables = [pd.read_csv(tmp_path / f"vertebra_fold{k}_heldout.csv") for k in (0, 1)]
+    assert list(tables[0]) == [STUDY, *TARGETS]
+    assert pd.concat(tables)[STUDY].nunique() == sum(map(len, tables)) == 4
+
+
+@pytest.mark.parametrize("option, value", [("--lr", "0.1"), ("--hidden", "8"), ("--folds", "4")])
+def test_a_run_of_other_options_or_data_is_not_gone_on_with(
+        option, value, uninterrupted, arguments, capsys):
+    folder = uninterrupted("vertebra")[0]
+    before = (folder / "vertebra_fold0_last.pt").read_bytes()
+    assert cspine.main(arguments("vertebra", folder, "--resume", option, value)) == 2
+    assert "made with other" in capsys.readouterr().err
+    assert (folder / "vertebra_fold0_last.pt").read_bytes() == before
+
+
+# ---- A toy: what the loop itself does ----
+
+TOY = replace(RECIPES["vertebra"], backbone="test_convnext3", size=32, epochs=3, batch_size=4,
+              hidden=16, dropout=0, drop_path=0, mixup=0, positives=0)
+
+
+def toy_load(k):
+    noise = np.random.default_rng(k).integers(1, 256, (15, 6, 48, 48), dtype=np.uint8)
+    return noise, np.array([k % 3 == 0], np.float32)
+
+
+def toy_task(**changes):
+    """Eight samples of noise, one fracture in three; no BatchNorm, so that samples are apart."""
+    task = Task(kind="vertebra", name="vertebra_fold0", recipe=TOY, device=CPU,
+                train=list(range(8)),
+                fractured=[k % 3 == 0 for k in range(8)], load=toy_load,
+                loss=cspine.classifier_batch, held_out=["a"], columns=["answer"],
+                score=lambda model, uid: [0.5],
+                judge=lambda table: {"score": (table.answer - 0.2).abs().mean()})
+    return task._replace(**changes)
+
+
+def toy_batch(task, count=4):
+    return [(task.load(k), np.random.default_rng(k)) for k in task.train[:count]]
+
+
+def gradients(task, batch):
+    trainer = Trainer(task)
+    trainer.update(task, batch, 10)
+    return torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+
+
+def test_a_batch_in_parts_has_the_gradient_of_the_whole():
+    """Also when the fractures, which weigh double, lie in one part only."""
+    task = toy_task()
+    whole = gradients(task, toy_batch(task))
+    for parts in (2, 4):
+        one = gradients(task._replace(recipe=replace(TOY, accumulate=parts)), toy_batch(task))
+        assert torch.allclose(one, whole, atol=1e-5 * whole.norm())  # float32 sums in other order
+    assert whole.norm() > 1e-3
+
+
+def test_gradients_are_clipped_to_the_norm_of_the_recipe():
+    task = toy_task(recipe=replace(TOY, clip=0.01))
+    assert gradients(task, toy_batch(task)).norm() < 0.0101
+
+
+def broken_loss(steps):
+    """The loss, but without a number at these steps."""
+    done = [0]
+
+    def loss(*arguments):
+        done[0] += 1
+        return cspine.classifier_batch(*arguments) * (math.nan if done[0] in steps else 1)
+    return loss
+
+
+def test_steps_without_a_finite_gradient_are_left_out_and_counted(tmp_path):
+    task = toy_task(loss=broken_loss([2, 3]))
+    cspine.train(task, tmp_path, Stop())
+    log = pd.read_csv(tmp_path / "vertebra_fold0_log.csv")
+    assert list(log.skipped_steps) == [1, 2, 2]
+    assert log.train_loss.notna().all()
+    tensors = torch.load(tmp_path / "vertebra_fold0.pt", weights_only=True)["tensors"]
+    assert all(t.isfinite().all() for t in tensors.values())
+
+
+def test_a_skipped_step_leaves_the_weights_alone():
+    task = toy_task(loss=broken_loss([1]))
+    trainer, fresh = Trainer(task), Trainer(task)
+    trainer.update(task, toy_batch(task), 10)
+    assert trainer.step == trainer.skipped == 1
+    assert_same(trainer.model.state_dict(), fresh.model.state_dict())
+
+
+def test_a_training_gives_up_when_no_gradient_is_finite_any_more(tmp_path):
+    task = toy_task(loss=broken_loss(range(100)), recipe=replace(TOY, epochs=50))
+    with pytest.raises(UserError, match="steps without a finite gradient: lower --lr"):
+        cspine.train(task, tmp_path, Stop())
+
+
+def test_a_time_limit_leaves_room_for_the_evaluation_and_is_kept(tmp_path):
+    """10 s a step, 100 s an evaluation, two steps an epoch, 300 s: two epochs fit, not three."""
+    now = [0.0]
+
+    def loss(*arguments):
+        now[0] += 10
+        return cspine.classifier_batch(*arguments)
+
+    def score(model, uid):
+        now[0] += 100
+        return [0.5]
+
+    task = toy_task(loss=loss, score=score)
+    with pytest.raises(Stopped, match="--time-limit at step 4 of 6.*--resume"):
+        cspine.train(task, tmp_path, Stop(5, lambda: now[0]))
+    assert now[0] == 240
+    cspine.train(task, tmp_path, Stop(5, lambda: now[0]), go_on=True)
+    assert now[0] == 360
+    assert list(pd.read_csv(tmp_path / "vertebra_fold0_log.csv").epoch) == [1, 2, 3]
+
+
+def test_the_best_weights_are_kept_and_no_score_is_no_good_score(tmp_path):
+    scores = iter([0.5, math.nan, 0.7, 0.4, 0.6])
+    task = toy_task(judge=lambda table: {"score": next(scores)}, recipe=replace(TOY, epochs=5))
+    cspine.train(task, tmp_path, Stop())
+    content = torch.load(tmp_path / "vertebra_fold0.pt", weights_only=True)
+    assert content["result"]["score"] == 0.4
+    assert {"program", "kind", "recipe", "settings", "tensors"} <= content.keys()
+    assert set(content["recipe"]) == set(cspine.Recipe.__dataclass_fields__)
+
+
+def test_the_log_has_a_row_an_epoch(tmp_path):
+    cspine.train(toy_task(), tmp_path, Stop())
+    log = pd.read_csv(tmp_path / "vertebra_fold0_log.csv")
+    assert {"epoch", "lr", "train_loss", "score", "seconds", "samples_per_s", "peak_gb",
+            "skipped_steps"} <= set(log)
+    assert len(log) == 3 and log.lr.iloc[-1] < log.lr.iloc[0] <= TOY.lr
+
+
+def test_weight_decay_spares_norms_and_biases():
+    trainer = Trainer(toy_task())
+    matrices, flat = trainer.optimizer.param_groups
+    assert matrices["weight_decay"] == TOY.weight_decay and flat["weight_decay"] == 0
+    assert all(p.ndim > 1 for p in matrices["params"]) and all(p.ndim < 2 for p in flat["params"])
+
+
+def test_the_learning_rate_warms_up_and_falls_to_a_hundredth():
+    recipe, rates = replace(TOY, warm_up=0.1), []
+    task = toy_task(loss=lambda model, *_: model.head[0].bias.sum(), recipe=recipe)
+    trainer = Trainer(task)
+    for _ in range(50):
+        trainer.update(task, toy_batch(task, 1), 50)
+        rates.append(trainer.optimizer.param_groups[0]["lr"] / recipe.lr)
+    top = int(np.argmax(rates))
+    assert 4 <= top <= 6 and rates[0] < 0.05 and 0.95 < max(rates) <= 1
+    assert rates[:top] == sorted(rates[:top]) and rates[top:] == sorted(rates[top:], reverse=True)
+    assert 0.01 <= rates[-1] < 0.02
+
+
+# ---- Which samples ----
+
+
+def test_an_epoch_shows_every_sample_once_in_its_own_order():
+    task = toy_task()
+    orders = [tuple(cspine.epoch_order(task, epoch, 8)) for epoch in (0, 1, 0)]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(8))
+    assert orders[0] == orders[2] != orders[1]
+
+
+def test_fractured_vertebrae_are_drawn_as_often_as_the_recipe_says():
+    task = toy_task(train=list(range(200)), fractured=[k % 10 == 0 for k in range(200)])
+    task = task._replace(recipe=replace(TOY, positives=0.35))
+    orders = [cspine.epoch_order(task, epoch, 200) for epoch in (0, 1, 0)]
+    for order in orders:
+        assert (order % 10 == 0).sum() == 70
+        assert len(set(order[order % 10 == 0])) == 20  # all of them, in turn
+        assert len(set(order[order % 10 != 0])) == 130  # none twice
+    assert np.array_equal(orders[0], orders[2]) and not np.array_equal(orders[0], orders[1])
+    none = task._replace(fractured=[False] * 200)
+    assert sorted(cspine.epoch_order(none, 0, 200)) == list(range(200))
+    assert [k for k, r in RECIPES.items() if r.positives] == ["vertebra"]
+
+
+def test_samples_and_their_randomness_do_not_depend_on_ranks_or_on_where_a_run_starts(monkeypatch):
+    task, recipe = toy_task(train=list(range(10))), replace(TOY, positives=0.35)
+    task = task._replace(fractured=[k % 5 == 0 for k in range(10)], recipe=recipe)
+
+    def stream(step, rank=0, world=1):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        return [(k, rng.random()) for k, rng in cspine.sample_stream(task, step, 8)]
+
+    whole = stream(0)
+    assert len(whole) == 24 and len(set(whole)) == 24
+    assert stream(3) == whole[12:] and stream(6) == []
+    for step in (0, 1):
+        shares = stream(step, 0, 2), stream(step, 1, 2)
+        assert [pair for pairs in zip(*shares) for pair in pairs] == whole[4 * step:]
+
+
+# ---- Several processes, devices, memory, network ----
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return str(one.getsockname()[1])
+
+
+@pytest.mark.parametrize("kind", MODE)
+def test_two_processes_train_as_one(kind, arguments, launch, tmp_path):
+    """Without what is drawn or measured per process (dropout, BatchNorm's batches) the same."""
+    plain = [] if kind == "segmenter" else ["--backbone", "test_convnext3"]
+    whole = launch(arguments(kind, tmp_path / "one", *plain), plain=True)
+    shared = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), WORLD_SIZE="2")
+    both = [launch(arguments(kind, tmp_path / f"rank{k}", *plain), plain=True,
+                   environment=shared | dict(RANK=str(k), LOCAL_RANK=str(k))) for k in (0, 1)]
+    for process in (whole, *both):
+        status, text = finish(process)
+        assert status == 0, text
+    assert not (tmp_path / "rank1").exists()
+    name = f"{kind}_fold0"
+    last = [torch.load(tmp_path / f / f"{name}_last.pt", weights_only=True)
+            for f in ("one", "rank0")]
+    (one, two), recipe = [content["state"] for content in last], last[0]["recipe"]
+    assert one["step"] == two["step"] > 0
+    torch.manual_seed(0)
+    fresh = cspine.new_model(kind, recipe)
+    at_start, alone, shared = (torch.cat([t.flatten().double() for t in state.values()])
+                               for state in (fresh.state_dict(), one["model"], two["model"]))
+    way = (alone - at_start).norm()
+    assert way > 0.1
+    if kind != "segmenter":  # BatchNorm's batches are those of a process
+        assert (alone - shared).norm() < 0.1 * way  # Adam makes rounding matter where slopes are 0
+    tables = [pd.read_csv(tmp_path / f / f"{name}_heldout.csv") for f in ("one", "rank0")]
+    assert set(tables[0][STUDY]) == set(tables[1][STUDY])
+
+
+def test_torchrun_trains_and_rank_0_alone_reports(arguments, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+                f"--master_port={free_port()}", str(HERE.parent / "cspine.py")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*torchrun, *arguments("segmenter", tmp_path, "--epochs", "1")],
+                          capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("epoch 1/1") == 1
+    assert len(pd.read_csv(tmp_path / "segmenter_fold0_heldout.csv")) == 2
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_out_of_memory_names_the_options_to_lower(error, arguments, tmp_path, monkeypatch, capsys):
+    def burst(*_):
+        raise error
+    monkeypatch.setattr(cspine, "segmenter_loss", burst)
+    assert cspine.main(arguments("segmenter", tmp_path)) == 2
+    line, = capsys.readouterr().err.splitlines()[-1:]
+    assert "--batch-size" in line and "--accumulate" in line
+
+
+def test_half_precision_is_bfloat16_where_native_float16_on_a_t4_none_on_a_cpu(monkeypatch):
+    for capability, kind in (((7, 5), torch.float16), ((8, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        assert cspine.half_type(torch.device("cuda")) is kind
+    assert cspine.half_type(CPU) is None
+
+
+@pytest.mark.parametrize("kind, epochs, lr", [("segmenter", 30, 1e-2), ("vertebra", 5, 2e-3),
+                                              ("patient", 8, 2e-3)])
+def test_a_training_on_phantoms_shows_a_falling_validation_loss(
+        kind, epochs, lr, arguments, tmp_path, monkeypatch):
+    """On the studies trained on (one fold), without a connection to anywhere."""
+    def refuse(*_):
+        raise AssertionError("a training opened a connection")
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    more = ["--folds", "1", "--epochs", epochs, "--lr", lr]
+    assert cspine.main(arguments(kind, tmp_path, *more)) == 0
+    log = pd.read_csv(tmp_path / f"{kind}_fold0_log.csv")
+    assert log.score.min() < log.score.iloc[0]
+    assert log.train_loss.min() < log.train_loss.iloc[0]
+
+
+@pytest.mark.parametrize("more, found", [
+    (["--fold", "2"], "--fold 2: there are folds 0 to 1"), (["--fold", "x"], "--fold x"),
+    (["--epochs", "-1"], "above 0"), (["--folds", "0"], "above 0"),
+    (["--size", "40"], "multiples of 16"), (["--backbone", "nothing"], "--backbone nothing"),
+    (["--init", "none.pth"], "--init none.pth: cannot be read")])
+def test_what_a_training_cannot_do_is_said_in_one_line(more, found, arguments, tmp_path, capsys):
+    assert cspine.main(arguments("segmenter", tmp_path, *more)) == 2
+    assert found in capsys.readouterr().err.splitlines()[-1]
+
+
+# ---- Crops on disk ----
+
+
+@pytest.fixture
+def extraction(phantom_data, tmp_path):
+    """Options of `extract` with two segmenters that mark something, and a study that is damaged."""
+    data = tmp_path / "data"
+    (data / "train_images" / "damaged").mkdir(parents=True)
+    (data / "train_images" / "damaged" / "1.dcm").write_bytes(b"nothing")
+    for folder in (phantom_data / "train_images").iterdir():
+        (data / "train_images" / folder.name).symlink_to(folder)
+    table = pd.read_csv(phantom_data / "train.csv")
+    table = pd.concat([table, table[:1].assign(**{STUDY: "damaged"})])
+    table.to_csv(data / "train.csv", index=False)
+    for fold in (0, 1):
+        torch.manual_seed(fold)
+        model = cspine.Segmenter("test_resnet", 32)
+        with torch.no_grad():
+            model.head.weight.mul_(100)
+        cspine.save_checkpoint(tmp_path / "weights" / f"segmenter_fold{fold}.pt", "segmenter",
+                               RECIPES["segmenter"], settings=model.settings,
+                               tensors=model.state_dict())
+    return ["extract", "--data", str(data), "--weights", str(tmp_path / "weights"), "--work",
+            str(tmp_path / "work"), "--folds", "2", "--workers", "1", "--device", "cpu"]
+
+
+def test_extract_goes_on_with_what_is_missing(extraction, tmp_path, monkeypatch, capsys):
+    """Each study masked by the segmenter that did not train on it; a damaged one is counted."""
+    assert cspine.main([*extraction, "--time-limit", "1e-6"]) == 0
+    assert "the same command goes on" in capsys.readouterr().err
+    assert cspine.main(extraction) == 0
+    assert "4 studies written, 1 left out" in capsys.readouterr().out
+    files = sorted((tmp_path / "work" / "crops").iterdir())
+    assert len(files) == 4 and all(f.suffix == ".npz" for f in files)
+    before = [(f.read_bytes(), f.stat().st_mtime_ns) for f in files]
+    files[1].unlink()
+    assert cspine.main(extraction) == 0
+    assert "1 studies written" in capsys.readouterr().out
+    after = [(f.read_bytes(), f.stat().st_mtime_ns) for f in files]
+    assert [a == b for a, b in zip(before, after)] == [True, False, True, True]
+    labels, folds, _ = cspine.training_data(cspine.build_parser().parse_args(extraction))
+    models = cspine.load_models(tmp_path / "weights", "segmenter", CPU)
+    for file in files[:2]:
+        volume = cspine.read_volume(tmp_path / "data" / "train_images" / file.stem)
+        probability = cspine.segment([models[folds[file.stem]]], volume, CPU)
+        crops = cspine.vertebra_slices(volume, probability)
+        assert crops.any() and np.array_equal(cspine.read_crops(file), crops)
+
+
+def test_the_crops_of_a_study_take_less_than_a_quarter_of_their_bytes(tmp_path):
+    from phantoms import make_dataset
+    make_dataset(tmp_path, 1, 0, 11, 256, 1)
+    folder = next((tmp_path / "train_images").iterdir())
+    volume = cspine.read_volume(folder)
+    labels = cspine.cube_labels(next((tmp_path / "segmentations").iterdir()), volume, 64)
+    truth = np.stack([labels == v for v in range(1, 8)]).astype(np.float32)
+    crops = cspine.vertebra_slices(volume, truth, 224)
+    cspine.write_crops(tmp_path / "crops.npz", crops)
+    assert crops.any((1, 2, 3, 4)).sum() >= 5 and crops.nbytes == 31_610_880
+    assert (tmp_path / "crops.npz").stat().st_size < crops.nbytes / 4
+    assert np.array_equal(cspine.read_crops(tmp_path / "crops.npz"), crops)
