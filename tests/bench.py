@@ -170,8 +170,8 @@ def see_truth(probability):
     """Make cspine.segment do its work and then answer with the true masks."""
     original = getattr(cspine.segment, "original", cspine.segment)
 
-    def segment(*arguments):
-        original(*arguments)
+    def segment(*arguments, **options):
+        original(*arguments, **options)
         return probability.copy()
     segment.original, cspine.segment = original, segment
 
@@ -463,7 +463,7 @@ def bench_loading(scale, root, study):
     cache = root / "cache"
 
     def load(fresh):
-        for path in cache.rglob("*.npz") if fresh else ():
+        for path in cache.rglob("*.np*") if fresh else ():
             path.unlink()
         cspine.load_cube(study.folder.name, root, study.mask, cache, scale.cube)
 
@@ -502,8 +502,8 @@ def bench_step(scale, kind, crops, study):
         label = np.zeros(1 if kind == "vertebra" else 8, np.float32)
         chosen = crops[3] if kind == "vertebra" else crops.reshape(-1, *crops.shape[2:])
         sample, batch = (chosen, label), cspine.classifier_batch
-    task = cspine.Task(kind, 0, [0], [], None, batch, None, None)
-    trainer = cspine.Trainer(task, recipe, CPU, "")
+    task = cspine.Task(kind, kind, recipe, CPU, [0], [], None, batch, [], (), None, None)
+    trainer = cspine.Trainer(task)
     model = old_models(random_models(scale))[kind]
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
     tensors = [torch.from_numpy(x)[None] for x in sample]
