@@ -68,27 +68,28 @@ from tqdm import tqdm
 
 
 # ======================================= Facts and settings ======================================
-# Every number of the road. Source: the starting solution, unless another is named.
+# Every number of the road: the starting solution's, unless another source is named.
 
 VERTEBRAE = ("C1", "C2", "C3", "C4", "C5", "C6", "C7")
 TARGETS = VERTEBRAE + ("patient_overall",)
 STUDY = "StudyInstanceUID"
 STEPS, SLICES_PER_STEP, CROP = 15, 5, 224
-CHANNELS = SLICES_PER_STEP + 1  # five slices and one mask
-TARGET_WEIGHTS = np.array([1.0] * 7 + [7.0])  # the metric's; a positive weighs double
-POSITIVE_FACTOR = 2.0
-# The constants with the lowest score on the 2019 training labels (0.5573): a blind answer.
+CHANNELS = SLICES_PER_STEP + 1  # and a mask
+TARGET_WEIGHTS, POSITIVE_FACTOR = np.array([1.0] * 7 + [7.0]), 2.0  # the metric's
+# A blind answer: the constants with the lowest score (0.5573) on the 2019 training labels.
 PRIOR = np.array([0.1027, 0.1930, 0.0512, 0.0752, 0.1105, 0.1842, 0.2559, 0.5309])
-FLOOR = 1e-4  # answers stay within (FLOOR, 1 - FLOOR): no infinite loss
+FLOOR = 1e-4  # answers stay within (FLOOR, 1 - FLOOR)
 AIR_HU = -1024  # padding outside the scanner's circle lies below it
 SEGMENTER_WINDOW, BONE_WINDOW = (300, 1600), (500, 2000)  # (level, width) HU: cube, crops
 MIN_SLICES, MAX_VOXELS = 16, 2**30  # fewer are no study, more do not fit a notebook
 MAX_GAP_MM = 30.0  # a longer hole along the normal separates two series
 SAME_STEP_MM = 0.0031  # within a series; odd, so that no usual spacing lies on the edge
-ENCODER_STRIDE = 16  # four encoder levels at strides 2, 4, 8, 16
 MASK_THRESHOLDS = (0.2, 0.05)  # first place's: the second when the first leaves nothing
 MIN_CELLS, BOX_MARGIN = 12, 1.0  # cube cells: fewer are no vertebra; around a box (first place)
 CROPS_AT_ONCE = {"cpu": STEPS, "cuda": 210}  # 15 stay in a CPU's cache
+# Lossless: run lengths write fast; WebP takes a quarter less, for noise, but 15 times longer.
+CROP_FORMATS = ((".png", cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, 3),
+                (".webp", cv2.IMWRITE_WEBP_QUALITY, 101))
 KAGGLE_DATA = "/kaggle/input/rsna-2022-cervical-spine-fracture-detection"
 KAGGLE_MINUTES = 510.0  # of the 540 that a submission has
 MAX_SKIPPED_STEPS = 20  # in a row without a finite gradient before a training gives up
@@ -96,25 +97,25 @@ MAX_SKIPPED_STEPS = 20  # in a row without a finite gradient before a training g
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a training does; plain values, stored in its checkpoint. Ours, but where a source is."""
+    """What a training does, stored in its checkpoint. Ours, unless a source is named."""
 
     backbone: str
     epochs: int
     batch_size: int
     lr: float  # peak of AdamW
     size: int = CROP  # edge of the cube or the crop
-    mixup: float = 0.0  # share of batches whose two losses are mixed (first place)
-    accumulate: int = 1  # parts in which a batch is computed
-    weight_decay: float = 0.01  # AdamW's default; not on norms and biases
+    mixup: float = 0.0  # share of batches (first place)
+    accumulate: int = 1  # parts of a batch
+    weight_decay: float = 0.01  # AdamW's
     warm_up: float = 0.05  # share of the steps
-    ema: float = 0.998  # averaged weights are evaluated and shipped
+    ema: float = 0.998
     clip: float = 1.0  # norm of the gradient
     drop_path: float = 0.05
     dropout: float = 0.2  # EfficientNetV2-S's (Tan and Le 2021)
     positives: float = 0.0  # share of an epoch drawn from fractured vertebrae; 0: as they come
     hidden: int = 256  # width of the LSTMs (starting solution)
-    shuffle: float = 0.2  # share of samples with steps and vertebrae permuted (first place)
-    mask_of: str = "last"  # slice of a step whose mask is the sixth channel
+    shuffle: float = 0.2  # share of samples in another order (first place)
+    mask_of: str = "last"  # slice of a step
     seed: int = 0
 
 
@@ -126,11 +127,11 @@ RECIPES = {
 
 
 class Answers(NamedTuple):
-    """How logits become answers: README, "Better answers"."""
+    """How logits become answers."""
 
-    top_k: int = 5  # a vertebra's probability is the mean of its largest steps (first place)
+    top_k: int = 5  # a vertebra's answer is the mean of its largest steps (first place)
     views: int = 1  # dihedral views a model, the i-th starting at view i mod 8; 0: none
-    average: str = "logit"  # space of the ensemble's mean, or "probability"
+    average: str = "logit"  # or "probability"
     noisy_or: float = 0.3  # share of 1 - prod(1 - P(Ck)) in patient_overall
 
 
@@ -150,7 +151,7 @@ class Stopped(Exception):
 
 
 def say(text):
-    tqdm.write(text, file=sys.stderr)  # does not tear a progress bar
+    tqdm.write(text, file=sys.stderr)
 
 
 def progress(items, unit, total):
@@ -159,7 +160,7 @@ def progress(items, unit, total):
 
 
 def write_atomic(path, write):
-    """write(temporary path), then move the file into place: never half a file."""
+    """write(temporary path), moved into place when whole."""
     path = Path(path)
     new = path.with_name(f".{os.getpid()}.{threading.get_ident()}.{path.name}")
     try:
@@ -180,7 +181,7 @@ def write_csv(path, table):
 
 
 def read_csv(path, columns):
-    """A table. UserError if it is missing, unreadable or lacks a column."""
+    """A table. UserError if it cannot be read or lacks a column."""
     try:
         table = pd.read_csv(path, dtype={STUDY: str, "row_id": str})
     except (ValueError, OSError) as error:
@@ -192,7 +193,7 @@ def read_csv(path, columns):
 
 
 def prefetch(work, items, workers, ahead=1):
-    """Pairs (item, future of work(item)) in order, started `ahead` of the one yielded."""
+    """(item, future of work(item)) in order, `ahead` of them under way."""
     pool, waiting = ThreadPoolExecutor(max(1, workers)), []
     try:
         for item in items:
@@ -211,14 +212,15 @@ def ranks():
 
 def over_ranks(value):
     """The list of every rank's value."""
-    out = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
-    if len(out) > 1:
-        dist.all_gather_object(out, value)
+    if not dist.is_initialized():
+        return [value]
+    out = [None] * dist.get_world_size()
+    dist.all_gather_object(out, value)
     return out
 
 
 def pick_device(name):
-    """A torch.device that works; "auto": this rank's GPU if there is one."""
+    """A torch.device that works; "auto": this rank's GPU."""
     if name == "auto":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
@@ -230,8 +232,8 @@ def pick_device(name):
 def half_type(device):
     """bfloat16 where it is native, else float16 (T4); None on the CPU."""
     if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
-        return torch.bfloat16 if native else torch.float16
+        new = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if new else torch.float16
 
 
 def autocast(device):
@@ -246,8 +248,7 @@ class Stop:
     """Why a run should end: a signal or its deadline."""
 
     def __init__(self, minutes=0.0, clock=time.monotonic):
-        self.clock, self.signal = clock, ""
-        self.until = clock() + (60 * minutes or math.inf)
+        self.clock, self.signal, self.until = clock, "", clock() + (60 * minutes or math.inf)
         with contextlib.suppress(ValueError):  # another thread gets no signals
             for kind in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(kind, self.note)
@@ -513,18 +514,16 @@ def segmenter_input(volume, size=128, window=SEGMENTER_WINDOW):
 
 
 # =========================================== Segmenter ===========================================
-# In: the cube. Out: seven logits a cell. The trap: a timm network made 3-D can be wrong without
-# an error (activations inside norms, means over two axes); to_3d refuses what it does not know.
+# The trap: a network made 3-D can be wrong without an error; to_3d refuses what it does not know.
 
 
 class Conv3dSame(nn.Conv3d):
     """TensorFlow's SAME padding."""
 
     def forward(self, x):
-        reach, stride = (self.kernel_size[0] - 1) * self.dilation[0] + 1, self.stride[0]
         padding = []
         for n in x.shape[:1:-1]:  # F.pad takes the last axis first
-            total = max(reach - (n % stride or stride), 0)
+            total = max(self.kernel_size[0] - (n % self.stride[0] or self.stride[0]), 0)
             padding += [total // 2, total - total // 2]
         return super().forward(F.pad(x, padding))
 
@@ -533,11 +532,11 @@ class BatchNormAct3d(nn.BatchNorm3d):
     """With the activation inside, as timm's."""
 
     def forward(self, x):
-        return self.act(self.drop(super().forward(x)))
+        return self.act(super().forward(x))
 
 
 class SqueezeExcite3d(nn.Sequential):
-    """Layers of timm's, in their order; the mean over three axes."""
+    """timm's layers in their order; the mean over three axes."""
 
     def forward(self, x):
         return x * super().forward(x.mean((2, 3, 4), keepdim=True))
@@ -548,44 +547,37 @@ SOLID = {nn.Conv2d: nn.Conv3d, Conv2dSame: Conv3dSame, nn.MaxPool2d: nn.MaxPool3
 
 
 def to_3d(module, path=""):
-    """The 3-D twin of a timm network: paths kept, weights divided by the new edge of the kernel.
-
-    UserError naming the first layer that it cannot convert.
-    """
+    """The 3-D twin of a timm network, paths kept. UserError naming a layer that has none."""
     kind, name, home = type(module), type(module).__name__, type(module).__module__
     path = path or name
     sides = {n: v for n, v in vars(module).items() if isinstance(v, tuple) and len(v) == 2}
     if kind in SOLID and all(height == width for height, width in sides.values()):
         twin = copy.deepcopy(module)
         twin.__class__ = SOLID[kind]
-        vars(twin).update({n: v[:1] * 3 for n, v in sides.items()})  # kernel, stride, padding
+        vars(twin).update({n: v[:1] * 3 for n, v in sides.items()})
         if isinstance(module, nn.Conv2d):
-            k, weight = module.kernel_size[0], module.weight.detach()[:, :, None]
-            twin.weight = nn.Parameter(weight.repeat(1, 1, k, 1, 1) / k)  # (O, I, k, k, k)
+            k = module.kernel_size[0]
+            twin.weight = nn.Parameter(twin.weight.data[:, :, None].repeat(1, 1, k, 1, 1) / k)
         return twin
     squeeze = name in ("SqueezeExcite", "SEModule", "EffectiveSEModule")
-    known = squeeze or name.endswith(("ConvNormAct", "DropPath")) or "activation" in home
+    known = squeeze or "activation" in home or name in ("ConvNormAct", "DropPath")
     strange = kind in SOLID or "2d" in name or home.startswith("timm.layers")
-    own = [*module.parameters(False), *module.buffers(False)]
-    if own or strange and not known or getattr(module, "add_maxpool", False):
+    if [*module.parameters(False), *module.buffers(False)] or strange and not known:
         raise UserError(f"cannot make {path} three-dimensional: unknown layer {name}")
     twin = SqueezeExcite3d() if squeeze else copy.copy(module)
-    twin._modules = {n: to_3d(child, f"{path}.{n}") if child is not None else None
+    twin._modules = {n: child and to_3d(child, f"{path}.{n}")
                      for n, child in module._modules.items()}
     return twin
 
 
 def create_backbone(name, **arguments):
-    """A timm model with random weights. UserError for a name timm does not know."""
-    if ":" in name:  # hf-hub: would ask the network
-        raise UserError(f"--backbone {name}: not a plain name of timm")
+    """A timm model with random weights. UserError for a name that does not fit."""
     try:
+        if ":" in name:  # hf-hub: would ask the network
+            raise ValueError("not a plain name of timm")
         return timm.create_model(name, pretrained=False, **arguments)
-    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-        if "drop_path_rate" in arguments and "drop_path_rate" in str(error):
-            del arguments["drop_path_rate"]  # DenseNet and others have none
-            return create_backbone(name, **arguments)
-        raise UserError(f"--backbone {name}: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # timm has many kinds
+        raise UserError(f"--backbone {name}: {error!r}") from None
 
 
 class ConvBlock(nn.Module):
@@ -614,21 +606,21 @@ class Segmenter(nn.Module):
         self.settings = dict(backbone=backbone, size=size, window=window, decoder=decoder)
         flat = create_backbone(backbone, features_only=True, out_indices=(0, 1, 2, 3), in_chans=1,
                                drop_path_rate=drop_path)
-        if flat.feature_info.reduction() != [2, 4, 8, ENCODER_STRIDE]:
+        if flat.feature_info.reduction() != [2, 4, 8, 16]:
             raise UserError(f"--backbone {backbone}: needs features at strides 2, 4, 8 and 16")
         self.encoder = to_3d(flat)
         *skips, deepest = flat.feature_info.channels()
         skips[0] += 8  # and the cube itself, 2 x 2 x 2 cells a place
-        self.decoder = nn.ModuleList(ConvBlock(a + b, c) for a, b, c in zip(
-            (deepest, *decoder), skips[::-1], decoder))
+        before = zip((deepest, *decoder), skips[::-1])
+        self.decoder = nn.ModuleList(ConvBlock(sum(b), w) for b, w in zip(before, decoder))
         self.dropout = nn.Dropout3d(dropout)
-        self.head = nn.Conv3d(decoder[-1], 7 * 8, 1)  # at stride 2: answers for 2 x 2 x 2 cells
+        self.head = nn.Conv3d(decoder[-1], 7 * 8, 1)  # a place answers for its 8 cells
         nn.init.constant_(self.head.bias, -4.0)  # most cells belong to no vertebra
 
     def forward(self, x):
         size = x.shape[2:]
-        if any(n % ENCODER_STRIDE for n in size):
-            raise UserError(f"cube {tuple(size)}: axes must be multiples of {ENCODER_STRIDE}")
+        if any(n % 16 for n in size):
+            raise UserError(f"cube {tuple(size)}: axes must be multiples of 16")
         x = (x - 0.5) * 4
         cells = x.unfold(2, 2, 2).unfold(3, 2, 2).unfold(4, 2, 2).flatten(5)[:, 0].movedim(-1, 1)
         *skips, x = self.encoder(x)
@@ -640,7 +632,7 @@ class Segmenter(nn.Module):
 
 
 def segmenter_loss(logits, labels):
-    """BCE, and soft Dice of what is in view: logits (B, 7, Z, Y, X), uint8 labels (B, Z, Y, X)."""
+    """BCE, and Dice of what is in view: logits (B, 7, Z, Y, X), uint8 labels (B, Z, Y, X)."""
     logits, space = logits.float(), (2, 3, 4)
     truth = torch.stack([labels == v for v in range(1, 8)], 1).float()
     mask, seen = logits.sigmoid(), truth.amax(space)
@@ -650,8 +642,7 @@ def segmenter_loss(logits, labels):
 
 
 # ============================================= Slices ============================================
-# In: a Volume and the cube's probability. Out: ninety images a vertebra. The trap: the cube is
-# stretched, so cells and voxels differ by another factor on every axis.
+# The trap: the cube is stretched: cells and voxels differ by another factor on every axis.
 
 
 def interleave(images, masks):
@@ -671,7 +662,7 @@ def vertebra_box(probability):
                 runs = np.split(inside, np.flatnonzero(np.diff(inside) > 2) + 1)
                 longest = max(runs, key=lambda run: profile[run].sum())
                 box.append((longest[0], longest[-1]))
-            return box
+            return np.array(box)
 
 
 def apply_window(hu, window):
@@ -681,54 +672,53 @@ def apply_window(hu, window):
 
 
 def crop_plane(plane, box, size):
-    """(S, S): the part of an image inside ((y0, y1), (x0, x1)) pixels, edge repeated."""
-    (y, _), (x, _) = box
-    dy, dx = np.diff(box)[:, 0] / size
+    """(S, S): the part of an image inside ((y0, y1), (x0, x1)), shares of it; edge repeated."""
+    (y, dy), (x, dx) = np.c_[box[:, 0], np.ptp(box, 1) / size] * np.c_[plane.shape].T
     source = np.array([[dx, 0, x + dx / 2 - 0.5], [0, dy, y + dy / 2 - 0.5]])
     return cv2.warpAffine(plane, source, (size, size), borderMode=cv2.BORDER_REPLICATE,
                           flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
 
 
-def vertebra_slices(volume, probability, size=CROP, mask_of="last", window=BONE_WINDOW):
+def vertebra_slices(volume, probability, size=CROP, mask_of="last"):
     """uint8 (7, 15, 6, S, S): a step is five neighbouring native slices and one soft mask.
 
-    `probability` (7, D, D, D) covers the study. Boxes are square in mm: the shape is kept.
-    A vertebra not seen is all zero, mask included, which tells the classifiers.
+    `probability` (7, D, D, D) covers the study; boxes are square in mm.
+    A vertebra not seen is all zero; in the mask of another no cell is.
     """
-    out = np.zeros((7, STEPS, CHANNELS, size, size), np.uint8)
-    probability = np.asarray(probability, np.float32)
-    voxels = np.array(volume.hu.shape) / probability.shape[1:]  # a cell's edges
-    scale, cell_mm = voxels[0], (voxels * volume.spacing)[1:, None]
-    near = np.arange(SLICES_PER_STEP) - SLICES_PER_STEP // 2
-    for v, cells in enumerate(probability):
+    out, edge = np.zeros((7, STEPS, CHANNELS, size, size), np.uint8), probability.shape[-1]
+    count, extent_mm = len(volume.hu), np.multiply(volume.hu.shape, volume.spacing)[1:, None]
+    for v, cells in enumerate(np.asarray(probability, np.float32)):
         found = vertebra_box(cells)
         if found is None:
             continue
-        (first, last), *sides = found
-        sides = (np.array(sides) + [-BOX_MARGIN, 1 + BOX_MARGIN]) * cell_mm
+        sides = (found[1:] + [-BOX_MARGIN, 1 + BOX_MARGIN]) * extent_mm / edge
         half = np.ptp(sides, 1).max() / 2
-        box = (sides.mean(1, keepdims=True) + [-half, half]) / cell_mm  # of cells
-        centres = np.rint(np.linspace(first * scale, (last + 1) * scale - 1, STEPS))
-        index = np.clip(centres[:, None] + near, 0, len(volume.hu) - 1).astype(int)  # (15, 5)
-        shown, which = np.unique(index.ravel(), return_inverse=True)
-        images = [crop_plane(apply_window(volume.hu[z], window), box * voxels[1:, None], size)
-                  for z in shown]
-        z = (index[:, -1 if mask_of == "last" else SLICES_PER_STEP // 2] + 0.5) / scale - 0.5
-        z = np.float32(np.divmod(np.clip(z, 0, len(cells) - 1.001), 1))  # plane, share of the next
+        box = (sides.mean(1, keepdims=True) + [-half, half]) / extent_mm
+        first, last = (found[0] + [0, 1]) * count / edge - [0, 1]
+        centres = np.rint(np.linspace(first, last, STEPS)).astype(int)
+        index = (centres[:, None] + np.arange(SLICES_PER_STEP) - 2).clip(0, count - 1)  # (15, 5)
+        shown, which = np.unique(index, return_inverse=True)
+        images = [crop_plane(apply_window(volume.hu[z], BONE_WINDOW), box, size) for z in shown]
+        z = (index[:, -1 if mask_of == "last" else 2] + 0.5) * edge / count - 0.5
+        z = np.float32(np.divmod(z.clip(0, edge - 1.001), 1))  # plane, share of the next
         masks = [crop_plane(cells[int(k)] * (1 - share) + cells[int(k) + 1] * share, box, size)
                  for k, share in z.T]
-        masks = np.rint(np.maximum(np.array(masks) * 255, 1)).astype(np.uint8)  # 0: absent
-        out[v] = interleave(np.array(images)[which], masks)
+        masks = np.rint(np.maximum(np.array(masks) * 255, 1)).astype(np.uint8)
+        out[v] = interleave(np.array(images)[which.ravel()], masks)
     return out
 
 
 def write_crops(path, crops):
-    """One study's crops: each different image once, as PNG (steps share slices)."""
+    """One study's crops: each different image once (steps share slices), without loss."""
     index, known = np.full(crops.shape[:3], -1, np.int16), {}
     for place in np.ndindex(index.shape):
         if crops[place].any():
-            index[place], _ = known.setdefault(crops[place].tobytes(), (len(known), place))
-    images = [cv2.imencode(".png", crops[place])[1].ravel() for _, place in known.values()]
+            known.setdefault(crops[place].tobytes(), (len(known), crops[place]))
+            index[place] = known[crops[place].tobytes()][0]
+    for kind, *options in CROP_FORMATS:
+        images = [cv2.imencode(kind, image, options)[1].ravel() for _, image in known.values()]
+        if sum(map(len, images)) < crops.nbytes / 4:
+            break
     ends, data = np.cumsum([0, *map(len, images)]), np.concatenate([np.uint8([]), *images])
     write_atomic(path, lambda new: np.savez(
         new, index=index, ends=ends, data=data, edge=crops.shape[-1]))
@@ -736,21 +726,18 @@ def write_crops(path, crops):
 
 def read_crops(path, vertebrae=range(7)):
     """uint8 (len(vertebrae), 15, 6, S, S) of a study. StudyError if the file is damaged."""
-    try:
-        with np.load(path) as file:
-            index, ends, data, edge = (file[k] for k in ("index", "ends", "data", "edge"))
+    with study_errors(path), np.load(path) as file:
+        index, ends, data, edge = (file[k] for k in ("index", "ends", "data", "edge"))
         index = index[list(vertebrae)]
         out = np.zeros((*index.shape, edge, edge), np.uint8)
         for k in np.unique(index[index >= 0]):
             out[index == k] = cv2.imdecode(data[ends[k] : ends[k + 1]], cv2.IMREAD_GRAYSCALE)
-        return out
-    except Exception as error:  # NumPy, zipfile, zlib and OpenCV each have their own
-        raise StudyError(f"{path}: no crops of this version ({type(error).__name__})") from None
+    return out
 
 
 def crops_seen(path):
-    """bool (7,): which vertebrae a file of crops holds."""
-    with np.load(path) as file:
+    """bool (7,): which vertebrae a file of crops holds. StudyError if it is damaged."""
+    with study_errors(path), np.load(path) as file:
         return (file["index"] >= 0).any((1, 2))
 
 
@@ -775,16 +762,12 @@ class StepEncoder(nn.Module):
         if seen.any():  # absent vertebrae cost nothing
             shown = crops.flatten(0, 1)[seen]  # (B, N, K, S, S) -> (M, K, S, S)
             at_once = len(shown) if self.training else CROPS_AT_ONCE[crops.device.type]
-            found = [self.backbone(to_unit(part)) for part in shown.split(at_once)]
-            features[seen] = torch.cat(found).float()
+            scale = 2 / 255 if crops.dtype == torch.uint8 else 2
+            parts = (part.contiguous(memory_format=torch.channels_last) * scale - 1  # -1..1
+                     for part in shown.split(at_once))
+            features[seen] = torch.cat([*map(self.backbone, parts)]).float()
         features = features.unflatten(0, crops.shape[:2])  # (B * N, F) -> (B, N, F)
         return features, self.lstm(features)[0]
-
-
-def to_unit(crops):
-    """Channels-last floats in -1..1 from uint8 or 0..1."""
-    crops = crops / 255 if crops.dtype == torch.uint8 else crops
-    return (crops * 2 - 1).contiguous(memory_format=torch.channels_last)
 
 
 def logit_head(width, hidden, dropout):
@@ -826,30 +809,28 @@ KINDS = {"segmenter": Segmenter, "vertebra": VertebraClassifier, "patient": Pati
 
 
 def fold_norms(model):
-    """The model for inference, batch norms folded into the convolutions before them.
+    """The model for inference, its batch norms folded into the convolutions before them.
 
-    Seen by running it: a norm is given what a convolution of the same part returned.
+    Found by running it: a norm is folded if a convolution of its own part made its input.
     """
-    paths, calls = {m: path for path, m in model.named_modules()}, []
-    kinds = (nn.Conv2d, nn.Conv3d, nn.BatchNorm2d, nn.BatchNorm3d)
+    made_by = {}
 
     def note(module, given, out):
-        if isinstance(module, kinds):
-            calls.append((getattr(given[0], "made_by", None), module))
+        if isinstance(module, (nn.Conv2d, nn.Conv3d)):
             out.made_by = module
+        elif isinstance(module, (nn.BatchNorm2d, nn.BatchNorm3d)):
+            made_by[module] = getattr(given[0], "made_by", None)
 
     shape = (1, 1, 32, 32, 32) if isinstance(model, Segmenter) else (1, STEPS, CHANNELS, 64, 64)
     with torch.no_grad(), nn.modules.module.register_module_forward_hook(note):
         model.eval()(torch.ones(shape))
-    used = [module for _, module in calls]
-    for conv, norm in calls:
-        home, _, name = paths[norm].rpartition(".")
-        pair = isinstance(conv, kinds[:2]) and isinstance(norm, kinds[2:])
-        if pair and used.count(conv) == used.count(norm) == 1 and paths[conv].startswith(home):
-            conv.weight, conv.bias = nn.utils.fuse_conv_bn_weights(
-                conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps,
-                norm.weight, norm.bias)
-            setattr(model.get_submodule(home), name, getattr(norm, "act", nn.Identity()))
+    for part in list(model.modules()):
+        for name, norm in list(part.named_children()):
+            conv = made_by.get(norm)
+            if conv in set(part.modules()):
+                fused = nn.utils.fuse_conv_bn_eval(conv, norm)
+                conv.weight, conv.bias = fused.weight, fused.bias
+                setattr(part, name, getattr(norm, "act", nn.Identity()))
     return model
 
 
@@ -870,8 +851,7 @@ def classifier_loss(outputs, labels):
 
 
 # ========================================== Augmentation =========================================
-# Batches, on the device they train on. All that is random about a sample comes from its own
-# generator: batches, workers and ranks cannot change it.
+# On the device. All luck of a sample is its own generator's: batches and ranks cannot change it.
 
 # Degrees, log scale, share of the edge (the cube's: top teams), share mirrored along an axis;
 # window, log gamma, noise (of 0..1), shares seen at half resolution and with a hole.
@@ -961,8 +941,7 @@ def competition_scores(answers, labels):
     """Mean of sum(w * loss) / sum(w) over studies, and over columns, of (N, 8) answers."""
     loss, weight = element_losses(answers, labels), np.where(labels, POSITIVE_FACTOR, 1.0)
     study = np.average(loss, 1, weight * TARGET_WEIGHTS).mean()
-    column = np.average(np.average(loss, 0, weight), weights=TARGET_WEIGHTS)
-    return study, column
+    return study, np.average(np.average(loss, 0, weight), weights=TARGET_WEIGHTS)
 
 
 def auc(answers, labels):
@@ -970,22 +949,22 @@ def auc(answers, labels):
     positive = np.asarray(labels) > 0
     n, m = positive.sum(), (~positive).sum()
     rank = pd.Series(answers, dtype=float).rank()[positive].sum()
-    return float((rank - n * (n + 1) / 2) / (n * m)) if n and m else math.nan
+    return (rank - n * (n + 1) / 2) / (n * m) if n and m else math.nan
 
 
 def dice_scores(probability, labels):
     """Dice (7,) of masks at 0.5; NaN for a vertebra that labels (D, D, D) do not hold."""
     mask, truth = probability > 0.5, labels == np.arange(1, 8)[:, None, None, None]
-    overlap, found, size = (x.sum((1, 2, 3)) for x in (mask & truth, mask, truth))
-    return np.where(size, 2 * overlap / np.maximum(found + size, 1), np.nan)
+    overlap, both, size = (x.sum((1, 2, 3)) for x in (mask & truth, mask * 1 + truth, truth))
+    return np.where(size, 2 * overlap / both.clip(1), np.nan)
 
 
 def assign_folds(table, folds, masked):
     """uid -> fold: strata by mask, patient, number of fractures; within one by the uid's hash."""
-    uids, fractures = table[STUDY], table[list(VERTEBRAE)].sum(axis=1).clip(upper=2)
-    hashes = [hashlib.sha256(uid.encode()).digest() for uid in uids]
-    keys = sorted(zip(uids.isin(list(masked)), table.patient_overall, fractures, hashes, uids))
-    return {uid: k % folds for k, (*_, uid) in enumerate(keys)}
+    fractures = table[list(VERTEBRAE)].sum(axis=1).clip(upper=2)
+    hashes = [hashlib.sha256(uid.encode()).digest() for uid in table[STUDY]]
+    keys = zip(table[STUDY].isin(masked), table.patient_overall, fractures, hashes, table[STUDY])
+    return {uid: k % folds for k, (*_, uid) in enumerate(sorted(keys))}
 
 
 # ============================================ Training ===========================================
