@@ -268,6 +268,11 @@ class Stop:
 # In: a folder of DICOM slices, a NIfTI mask. Out: a Volume, labels on its grid. The trap: names
 # and instance numbers say nothing about where a slice lies; only its position does.
 
+DEFAULTS = {"ImagePositionPatient": [math.nan] * 3, "ImageOrientationPatient": [1, 0, 0, 0, 1, 0],
+            "PixelSpacing": [0, 0], "RescaleSlope": 1, "RescaleIntercept": 0}
+NIFTI_TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4",
+               1024: "i8", 1280: "u8"}
+
 
 class Volume(NamedTuple):
     """One CT study: `hu` int16 (Z, Y, X), head first, front to back, right to left.
@@ -287,187 +292,144 @@ def study_errors(where):
     """Whatever damaged bytes raise becomes a StudyError: libraries raise nearly every kind."""
     try:
         yield
-    except StudyError:
-        raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:150] or type(error).__name__
+        reason = " ".join(str(error).split())[:240] or type(error).__name__
         raise StudyError(f"{where}: {reason}") from error
 
 
-def read_frame(data, number, stored):
-    """(key of its series, place (3, 3), HU int16 (Y, X)) of one frame.
+def read_slices(path):
+    """(series, place (3, 3), HU int16 (Y, X)) of each frame of a file.
 
     `place`, LPS mm: the first voxel's centre, the step to the next row, to the next column.
     """
-    own = data.get("PerFrameFunctionalGroupsSequence") or []
-    groups = [*(data.get("SharedFunctionalGroupsSequence") or []), *own[number : number + 1]]
-    tags = {part.keyword: part.value for group in groups for part in group.iterall()}
-
-    def numbers(keyword, *default):
-        with contextlib.suppress(TypeError, ValueError):
-            values = np.array(tags.get(keyword, data.get(keyword)), float).ravel()
-            if len(values) == len(default) and np.isfinite(values).all():
-                return values
-        return np.array(default, float)
-
-    row, column = numbers("ImageOrientationPatient", 1, 0, 0, 0, 1, 0).reshape(2, 3)
-    height, width = numbers("PixelSpacing", 0, 0)
-    position = numbers("ImagePositionPatient", *[math.nan] * 3)
-    place, normal = np.array([position, column * height, row * width]), np.cross(row, column)
-    if not (min(height, width) > 0 and np.abs(place).max() < 1e6 and 0.9 < normal @ normal < 1.1):
-        raise StudyError("no PixelSpacing, ImagePositionPatient or ImageOrientationPatient")
-    if not own:  # plain multi-frame
-        step = numbers("SpacingBetweenSlices", *numbers("SliceThickness", 1))
-        place[0] += normal * step * number
-    slope, intercept = numbers("RescaleSlope", 1), numbers("RescaleIntercept", 0)
-    hu = np.rint(stored * slope.astype(np.float32) + intercept.astype(np.float32))
-    pages = mmap.mmap(-1, 2 * hu.size, mmap.MAP_PRIVATE)  # unlike malloc's, free when let go
-    plane = np.frombuffer(pages, np.int16).reshape(hu.shape)
-    plane[:] = hu.clip(AIR_HU, 32767)
-    steps = np.rint(place[1:].ravel() / SAME_STEP_MM)
-    return (str(data.get("SeriesInstanceUID")), hu.shape, *steps), place, plane
-
-
-@study_errors("damaged or unreadable")
-def read_slices(path):
-    """[read_frame of each frame] of one file, opened once."""
-    if not os.path.isfile(path):
+    if not path.is_file():
         raise StudyError("no plain file")
-    data = pydicom.dcmread(path, force=True)
-    return [read_frame(data, number, stored) for number, stored in enumerate(decode_pixels(data))]
+    data, out = pydicom.dcmread(path, force=True), []
+    shared = data.get("SharedFunctionalGroupsSequence") or []
+    own = data.get("PerFrameFunctionalGroupsSequence") or []
+    for number, stored in enumerate(decode_pixels(data)):
+        groups = [*shared, *own[number : number + 1]]
+        tags = {part.keyword: part.value for group in groups for part in group.iterall()}
+        position, directions, (height, width), slope, intercept = (
+            np.array(tags.get(name) or data.get(name) or default, float)
+            for name, default in DEFAULTS.items())
+        row, column = directions.reshape(2, 3)
+        place, normal = np.array([position, column * height, row * width]), np.cross(row, column)
+        if not (min(height, width) > 0 and abs(place).max() < 1e6 and 0.9 < normal @ normal < 1.1):
+            raise StudyError("no usable PixelSpacing, position or orientation")
+        pages = mmap.mmap(-1, 2 * stored.size, mmap.MAP_PRIVATE)  # malloc keeps what is freed
+        hu = np.ndarray(stored.shape, np.int16, pages)
+        hu[:] = np.rint(stored * slope + intercept).clip(AIR_HU, 32767)
+        steps = np.rint(place[1:].ravel() / SAME_STEP_MM)
+        out.append(((str(data.get("SeriesInstanceUID")), hu.shape, *steps), place, hu))
+    return out
 
 
 def decode_study(folder, workers, give_up):
-    """({series: [(place, HU), ...]}, problems)."""
-    with study_errors(folder):
-        files = sorted(sorted(Path(folder).iterdir()), key=lambda path: len(path.name))
-    stacks, problems, voxels = {}, [], 0
+    """({series: [(place, HU), ...]}, problems); each file is opened once."""
+    files = sorted(Path(folder).iterdir(), key=lambda path: (len(path.name), path))
+    stacks, problems = {}, []
     for path, future in prefetch(read_slices, files, workers, 4 * max(1, workers)):
         if give_up():
             raise StudyError("out of time while reading")
         try:
-            for series, place, hu in future.result():
-                stacks.setdefault(series, []).append((place, hu))
-                voxels += hu.size
+            with study_errors(path.name):
+                for series, *frame in future.result():
+                    stacks.setdefault(series, []).append(frame)
         except StudyError as error:
-            problems.append(f"{path.name}: {error}; left out")
-        if voxels > MAX_VOXELS:
-            raise StudyError(f"{folder}: more than {MAX_VOXELS} voxels")
+            problems.append(f"{error}; left out")
     return stacks, problems
 
 
 def one_series(stacks, problems):
-    """The largest stack in order: places (N, 3, 3), planes, where even steps lie among these.
+    """The largest stack in order: (planes, where even steps lie among them, affine).
 
-    No position twice, nothing beyond a gap; missing slices are filled by position, not by index.
+    Missing slices are filled by position, not by index.
     """
-    total, (places, planes) = sum(map(len, stacks.values())), zip(*max(stacks.values(), key=len))
-    places, normal = np.array(places), np.cross(*places[0][1:])
-    mm = places[:, 0] @ normal / np.linalg.norm(normal)
+    stack = max(stacks.values(), key=len, default=[])
+    places = np.array([place for place, _ in stack]).reshape(-1, 3, 3)
+    normal = np.cross(places[:1, 1], places[:1, 2])
+    mm = (places[:, 0] @ normal.T).ravel() / np.linalg.norm(normal)
     order = np.argsort(mm, kind="stable")
     order = order[np.diff(mm[order], prepend=-np.inf) > 0.01]
     run = max(np.split(order, np.flatnonzero(np.diff(mm[order]) > MAX_GAP_MM) + 1), key=len)
-    left_out = {"of another series or size": total - len(places),
-                "at duplicated positions": len(places) - len(order),
-                "beyond a gap": len(order) - len(run)}
-    problems += [f"{count} images {what} left out" for what, count in left_out.items() if count]
-    places, mm, steps = places[run], mm[run], np.arange(len(run))
-    step = np.median(np.diff(mm)) if len(run) > 1 else 1
+    left_out = sum(map(len, stacks.values())) - len(run)
+    if left_out:
+        problems.append(f"{left_out} images of another series or size, at a position taken or "
+                        "beyond a gap left out")
+    if len(run) < MIN_SLICES:
+        found = f"{len(run)} usable slices of at least {MIN_SLICES}"
+        raise StudyError("; ".join([found, *problems[-1:]]))
+    mm, steps, (start, column, row) = mm[run], np.arange(len(run)), places[run[0]]
+    step, way = np.median(np.diff(mm)), places[run[-1], 0] - start
     even = np.linspace(mm[0], mm[-1], round(np.ptp(mm) / step) + 1)
-    if len(even) != len(mm) or np.abs(mm - even).max() > 0.25 * step:
+    if len(even) != len(mm) or abs(mm - even).max() > 0.25 * step:
         problems.append(f"uneven positions: {len(mm)} slices put on {len(even)} even ones")
         steps = np.interp(even, mm, steps)
-    straight = np.ptp(mm) / (np.linalg.norm(places[-1, 0] - places[0, 0]) or 1)
-    if len(run) > 1 and straight < 0.999:
+    straight = np.ptp(mm) / np.linalg.norm(way)
+    if straight < 0.999:
         problems.append(f"gantry tilted by {math.degrees(math.acos(straight)):.0f} degrees")
-    return places, [planes[k] for k in run], steps
+    affine = np.c_[way / (len(even) - 1), column, row, start]
+    return [stack[k][1] for k in run], steps, np.r_[affine, [[0, 0, 0, 1]]]
 
 
-def head_first(shape, affine):
-    """(empty HU, the same memory in the axes of `affine`, affine of the HU), as in Volume."""
-    size = np.abs(affine[2::-1, :3]) / np.linalg.norm(affine[:3, :3], axis=0)  # (z y x, old axis)
-    axes = max(permutations(range(3)), key=lambda axes: size[range(3), axes].sum())
-    affine = affine[:, [*axes, 3]]
-    hu = slices = np.empty([shape[k] for k in axes], np.int16)
-    for k in range(3):
-        if affine[2 - k, k] * (-1, 1, 1)[k] < 0:
-            slices = np.flip(slices, k)
-            affine[:, 3] += affine[:, k] * (hu.shape[k] - 1)
-            affine[:, k] *= -1
-    return hu, slices.transpose(np.argsort(axes)), affine
-
-
-@study_errors("no readable study")
 def read_volume(folder, workers=2, give_up=lambda: False):
     """One CT study, head first, in Hounsfield units, on `workers` threads.
 
-    Ordered by position along the slice normal (PS3.3 C.7.6.2.1.1).
     StudyError, nothing else: under MIN_SLICES usable, or give_up() is true.
     """
-    stacks, problems = decode_study(folder, workers, give_up)
-    places, planes, steps = one_series(stacks, problems) if stacks else ((), (), ())
-    if len(planes) < MIN_SLICES or len(steps) * planes[0].size > MAX_VOXELS:
-        found = f"{folder}: {len(planes)} usable slices of at least {MIN_SLICES}"
-        raise StudyError("; ".join([found, *problems[-1:]]))
-    stacks.clear()
-    (position, column, row), last = places[0], places[-1, 0]
-    affine = np.eye(4)
-    affine[:3] = np.c_[(last - position) / (len(steps) - 1), column, row, position]
-    hu, slices, affine = head_first((len(steps), *planes[0].shape), affine)
-    for k, at in enumerate(steps):
-        below = min(int(at), len(planes) - 2)
-        planes[:below] = [None] * below  # the volume is never held twice
-        slices[k] = cv2.addWeighted(planes[below], below + 1 - at, planes[below + 1], at - below, 0)
-    spacing = tuple(np.linalg.norm(affine[:3, :3], axis=0).tolist())
-    return Volume(Path(folder).name, hu, spacing, affine, tuple(problems))
-
-
-NIFTI_TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4",
-               1024: "i8", 1280: "u8"}
-
-
-def nifti_affine(shape, zooms, forms, quaternion, rows):
-    """RAS mm from voxel (i, j, k, 1): sform, else qform (nifti1.h), else centred as nibabel."""
-    affine = np.eye(4)
-    if forms[1] > 0:
-        affine[:3] = np.reshape(rows, (3, 4))
-    elif forms[0] > 0:
-        b, c, d, *affine[:3, 3] = quaternion
-        skew = np.array([[0, -d, c], [d, 0, -b], [-c, b, 0]])
-        a = math.sqrt(max(0, 1 - b * b - c * c - d * d))
-        turn = np.eye(3) + 2 * (a * skew + skew @ skew)
-        affine[:3, :3] = turn * zooms[1:4] * (1, 1, -1 if zooms[0] < 0 else 1)
-    else:
-        affine[:3, :3] = np.diag(zooms[1:4]) * (-1, 1, 1)
-        affine[:3, 3] = affine[:3, :3] @ (1 - np.array(shape)) / 2
-    return affine
+    with study_errors(folder):
+        stacks, problems = decode_study(folder, workers, give_up)
+        planes, steps, affine = one_series(stacks, problems)
+        stacks.clear()
+        shape = len(steps), *planes[0].shape
+        if math.prod(shape) > MAX_VOXELS:
+            raise StudyError(f"more than {MAX_VOXELS} voxels")
+        spacing = np.linalg.norm(affine[:3, :3], axis=0)
+        share = affine[2::-1, :3] / spacing * [[-1], [1], [1]]  # (down back left, old axis)
+        axes = max(permutations(range(3)), key=lambda axes: abs(share[range(3), axes]).sum())
+        signs = np.sign(share[range(3), axes]).astype(int)
+        affine, hu = affine[:, [*axes, 3]], np.empty([shape[k] for k in axes], np.int16)
+        affine[:, 3] += affine[:, :3] @ ((signs < 0) * np.subtract(hu.shape, 1))
+        affine[:, :3] *= signs
+        slices = hu[tuple(slice(None, None, sign) for sign in signs)].transpose(np.argsort(axes))
+        for k, at in enumerate(steps):
+            low = min(int(at), len(planes) - 2)
+            planes[:low] = [None] * low  # the volume is never held twice
+            slices[k] = cv2.addWeighted(planes[low], low + 1 - at, planes[low + 1], at - low, 0)
+    return Volume(Path(folder).name, hu, tuple(spacing[[*axes]].tolist()), affine, tuple(problems))
 
 
 def read_nifti(path):
-    """(labels uint8 (I, J, K), voxel from LPS mm) of a .nii or .nii.gz file."""
-    with study_errors(f"{path}: not a whole NIfTI-1 mask in one file"):
-        raw = Path(path).read_bytes()
-        if raw[:2] == b"\x1f\x8b":
-            raw = zlib.decompressobj(31).decompress(raw, MAX_VOXELS)
-        order = "<" if raw[:2] == b"\x5c\x01" else ">"
-        head = struct.unpack_from(order + "i36x8h14xh4x8f3f132x2h6f12f16x3s", raw)
-        rank, shape, (start, slope, intercept) = head[1], head[2:5], head[18:21]
-        if head[0] != 348 or head[-1] != b"n+1" or start < 348:
-            raise ValueError(f"its magic is {head[-1]}")
-        if not 3 <= rank <= 7 or max((1, *head[5 : rank + 2])) > 1:
-            raise ValueError("not one 3-D image")
-        stored = np.ndarray(shape, order + NIFTI_TYPES[head[9]], raw, int(start), order="F")
-        affine = nifti_affine(shape, head[10:18], head[21:23], head[23:29], head[29:41])
-        voxel_from_lps = np.linalg.inv(affine) * (-1, -1, 1, 1)
-        if not np.isfinite(voxel_from_lps).all():
-            raise ValueError("it has no place")
+    """(stored labels (I, J, K), slope, intercept, voxel from LPS mm) of a mask."""
+    raw = Path(path).read_bytes()
+    if raw[:2] == b"\x1f\x8b":
+        raw = zlib.decompressobj(31).decompress(raw, MAX_VOXELS)
+    order = "<" if raw[:2] == b"\x5c\x01" else ">"  # fields by their offsets in nifti1.h
+    short, real = (np.frombuffer(raw[:348], order + kind) for kind in ("i2", "f4"))
+    shape, zooms, real = short[21:24], real[20:23].astype(float), real.astype(float)
+    if raw[344:348] != b"n+1\0" or short[20] < 3 or (short[24 : 21 + short[20]] > 1).any():
+        raise ValueError("another format or not one 3-D image")
+    stored = np.ndarray(shape, order + NIFTI_TYPES[short[35]], raw, int(real[27]), order="F")
+    affine = np.eye(4)
+    if short[127] > 0:  # sform
+        affine[:3] = real[70:82].reshape(3, 4)
+    elif short[126] > 0:  # qform
+        b, c, d, *affine[:3, 3] = real[64:70]
+        skew = np.array([[0, -d, c], [d, 0, -b], [-c, b, 0]])
+        a = math.sqrt(max(0, 1 - b * b - c * c - d * d))
+        turn = np.eye(3) + 2 * (a * skew + skew @ skew)
+        affine[:3, :3] = turn * zooms * (1, 1, -1 if real[19] < 0 else 1)
+    else:  # centred, as nibabel does
+        affine[:3, :3] = np.diag(zooms * (-1, 1, 1))
+        affine[:3, 3] = affine[:3, :3] @ (1.0 - shape) / 2
+    voxel_from_lps = np.linalg.inv(affine) * (-1, -1, 1, 1)
+    if not np.isfinite(voxel_from_lps).all():
+        raise ValueError("it has no place")
+    slope, intercept = real[28:30]
     if not math.isfinite(slope) or slope == 0:
         slope, intercept = 1, 0
-    labels = np.empty(shape, np.uint8, order="F")
-    for plane, values in zip(labels.T, stored.T):
-        values = values * slope + intercept
-        plane[:] = np.where((values > 0) & (values < 255), np.rint(values), 0)
-    return labels, voxel_from_lps
+    return stored, slope, intercept, voxel_from_lps
 
 
 def read_mask(path, volume, shape=None):
@@ -475,15 +437,17 @@ def read_mask(path, volume, shape=None):
 
     Nearest label, 0 outside; `shape`: of a coarser grid. StudyError for another format.
     """
-    labels, voxel_from_lps = read_nifti(path)
+    with study_errors(f"{path}: not a whole NIfTI-1 mask in one file"):
+        stored, slope, intercept, voxel_from_lps = read_nifti(path)
     out = np.zeros(shape or volume.hu.shape, np.uint8)
     matrix = (voxel_from_lps @ volume.affine)[:3, :, None, None]
     z, y, x = ((np.arange(n) + 0.5) * m / n - 0.5 for m, n in zip(volume.hu.shape, out.shape))
     flat = matrix[:, 1] * y[:, None] + matrix[:, 2] * x + matrix[:, 3] + 0.5  # (3, Y, X)
     for plane, above in zip(out, z):
         at = np.floor(flat + matrix[:, 0] * above).astype(int)
-        inside = ((at >= 0) & (at < np.reshape(labels.shape, (3, 1, 1)))).all(0)
-        plane[inside] = labels[tuple(at[:, inside])]
+        inside = ((at >= 0) & (at < np.reshape(stored.shape, (3, 1, 1)))).all(0)
+        values = stored[tuple(at[:, inside])] * slope + intercept
+        plane[inside] = np.where((values > 0) & (values < 255), np.rint(values), 0)
     return out
 
 
@@ -1451,10 +1415,7 @@ def predict_studies(images, out, rows, done, ensemble, options, stop, workers):
 # ============================================ Decoding ===========================================
 # In: a DICOM data set. Out: its stored values. The trap: headers lie, so every size is checked.
 
-MAX_EDGE, MAX_BITS = 4096, 2**32  # rows, columns or frames; all decoded pixels of one file
-MAX_JPEG_2000 = 2**20, 99, 9  # pixels, layers, levels: hostile ones cost OpenJPEG gigabytes
-CHUNK, GUARD = 2**15, 66  # bytes of a JPEG handled at once; those a jump may reach beyond
-NO_CODE = 32  # category of bits that are no Huffman code: T.81 ends at 16
+MAX_JPEG_2000 = 2**20  # pixels: hostile files cost OpenJPEG gigabytes
 HALVES = {1: (2, 0, 0), 2: (0, 2, 0), 3: (0, 0, 2), 4: (2, 2, -2),  # of left, above, corner
           5: (2, 1, -1), 6: (1, 2, -1), 7: (1, 1, 0)}  # by predictor (T.81 table H.1)
 
@@ -1464,58 +1425,43 @@ def decode_pixels(data):
     """Stored values (frames, rows, columns) of a DICOM data set, 16 or 32 bits."""
     shape = int(data.get("NumberOfFrames") or 1), data.Rows, data.Columns
     samples, allocated = data.get("SamplesPerPixel", 1), data.BitsAllocated
-    stored = data.get("BitsStored") or allocated
-    if samples != 1 or allocated not in (8, 16, 32) or not 1 <= stored <= allocated:
-        raise StudyError(f"{samples} samples of {stored} bits in {allocated}: not a CT slice")
-    if min(shape) < 1 or max(shape) > MAX_EDGE or math.prod(shape) * allocated > MAX_BITS:
-        raise StudyError(f"absurd size: frames, rows, columns = {shape}")
+    stored, count = data.get("BitsStored") or allocated, math.prod(shape)
+    if not (samples == 1 and allocated in (8, 16, 32) and 1 <= stored <= allocated
+            and min(shape) > 0 and count <= MAX_VOXELS):
+        raise StudyError(f"{samples} samples of {stored} bits in {allocated}, shape {shape}")
     syntax = UID(data.file_meta.get("TransferSyntaxUID", ImplicitVRLittleEndian))
-    if syntax in JPEG2000TransferSyntaxes:
-        words = _each_frame(data.PixelData, shape, _jpeg_2000)
-    elif syntax.is_little_endian and not syntax.is_encapsulated:
-        words = np.frombuffer(data.PixelData, f"<u{allocated // 8}", math.prod(shape))
-    elif get_decoder(syntax).is_available:  # big endian and RLE always, others by a plug-in
-        words = pixel_array(data, raw=True)
-    elif syntax in (JPEGLossless, JPEGLosslessSV1):
-        words = _each_frame(data.PixelData, shape, decode_lossless_jpeg)
+    jpeg_2000 = syntax in JPEG2000TransferSyntaxes
+    if syntax.is_little_endian and not syntax.is_encapsulated:
+        words = np.frombuffer(data.PixelData, f"<u{allocated // 8}", count)
+    elif not jpeg_2000 and get_decoder(syntax).is_available:
+        words = pixel_array(data, raw=True)  # big endian and RLE always, others by a plug-in
+    elif jpeg_2000 or syntax in (JPEGLossless, JPEGLosslessSV1):
+        decode = _decode_jpeg_2000 if jpeg_2000 else decode_lossless_jpeg
+        frames = generate_frames(data.PixelData, number_of_frames=shape[0])
+        words = np.stack([decode(frame) for frame in frames])
     else:
         raise StudyError(f"{syntax.name}: pip install pylibjpeg pylibjpeg-libjpeg")
     size, kind = max(2, words.itemsize), "i" if data.get("PixelRepresentation") == 1 else "u"
-    spare = 8 * size - stored  # bits above the pixel, which may hold overlays
+    spare = 8 * size - stored  # bits above the pixel may hold overlays
     return (words.reshape(shape).astype(f"u{size}") << spare).view(f"{kind}{size}") >> spare
 
 
-def _each_frame(data, shape, decode):
-    """Encapsulated frames, however split over items, as 16-bit words."""
-    out, frames = np.empty(shape, np.uint16), generate_frames(data, number_of_frames=shape[0])
-    for target, frame in zip(out, frames, strict=True):
-        words = decode(frame)
-        if words.shape != target.shape:
-            raise StudyError(f"JPEG of {words.shape} pixels, header of {target.shape}")
-        target[:] = words
-    return out
-
-
-def _jpeg_2000(jpeg):
-    """(rows, columns) of a JPEG 2000 image, negative numbers as two's complement."""
+def _decode_jpeg_2000(jpeg):
+    """(rows, columns) uint16 of a JPEG 2000 image, negative numbers as two's complement."""
     stream = bytearray(jpeg[max(0, jpeg.find(b"\xff\x4f\xff\x51")):])  # without JP2 boxes
     width, height, components, depth = struct.unpack_from(">2I24xHB", stream, 8)
-    layers, levels = struct.unpack_from(">HxB", stream, stream.find(b"\xff\x52") + 6)
-    size, bits, signed = (width * height, layers, levels), depth % 128 + 1, depth > 127
-    if components != 1 or bits > 16 or any(np.greater(size, MAX_JPEG_2000)):
-        raise StudyError(f"JPEG 2000 of {components} x {bits} bits, {size} pixels, layers, levels")
+    if width * height * components > MAX_JPEG_2000:
+        raise StudyError(f"JPEG 2000 of {width}x{height}x{components}")
+    bits, signed = depth % 128 + 1, depth > 127
     stream[42] = bits - 1  # OpenCV refuses signed images; unsigned, it adds half the range
     cv2.utils.logging.setLogLevel(0)  # else OpenCV prints a line a slice
     words = cv2.imdecode(np.frombuffer(stream, np.uint8), cv2.IMREAD_UNCHANGED)
     return words.astype(np.uint16) - np.uint16(signed << bits - 1)
 
 
-@study_errors("pixel data")
+@study_errors("JPEG Lossless")
 def decode_lossless_jpeg(data):
-    """(rows, columns) uint16 of a one-component JPEG Lossless stream, bit exact; else StudyError.
-
-    ITU-T T.81 annex H: predictors 1-7, point transform, restarts, 2-16 bits.
-    """
+    """(rows, columns) uint16 of a one-component JPEG Lossless stream (ITU-T T.81 annex H)."""
     at, segments, tables = 2, {}, {}  # by marker; Huffman tables by destination (annex B)
     while 0xFFDA not in segments:
         while data[at + 1] == 0xFF:  # fill bytes
@@ -1526,13 +1472,13 @@ def decode_lossless_jpeg(data):
         while marker == 0xFFC4 and body:
             end = 17 + sum(body[1:17])
             tables[body[0]], body = body[1:end], body[end:]
-    bits, rows, columns, components = struct.unpack_from(">BHHB", segments.get(0xFFC3, bytes(6)))
+    bits, rows, columns, parts = struct.unpack_from(">BHHB", segments.get(0xFFC3, bytes(6)))
     _, _, table, predictor, _, shift = segments[0xFFDA][:6]
     restart = int.from_bytes(segments.get(0xFFDD, b""), "big")
-    if components != 1 or predictor not in HALVES or not shift < bits <= 16 or restart % columns:
-        raise StudyError("not a JPEG Lossless stream of one component")
+    if parts != 1 or predictor not in HALVES or not shift < bits <= 16 or restart % columns:
+        raise StudyError("not one lossless component")
     if rows * columns > 8 * len(data):  # a sample takes a bit
-        raise StudyError(f"JPEG of {rows}x{columns} in {len(data)} bytes")
+        raise StudyError(f"{rows}x{columns} pixels in {len(data)} bytes")
     scan = re.sub(rb"\xff+(?=\xff)", b"", data[at:])  # fill bytes
     scan = re.split(rb"\xff[^\x00\xd0-\xd7]", scan, maxsplit=1)[0]
     intervals = re.split(rb"\xff[\xd0-\xd7]", scan)
@@ -1551,46 +1497,29 @@ def _code_tables(table):
     length = np.repeat(range(1, 17), [*table[:16]])
     share = 2 ** (16 - length)
     share = np.append(share, 2**16 - share.sum())
-    category = np.array([*table[16:], NO_CODE])
-    category[category > 16] = NO_CODE
+    category = np.array([*table[16:], 255])  # the rest of the bits is no code
     advance = np.append(length, 1) + category % 16
     return np.repeat(category, share), np.repeat(advance, share).astype(np.uint8)
 
 
 def _differences(coded, count, category_of, advance_of):
-    """The `count` differences of one restart interval.
-
-    At every bit: how far the next code is, then by doubling the eighth next (a byte holds it:
-    codes end at 31 bits). Only these jumps are walked; the codes between are looked up at once.
-    """
-    coded, at, found = coded[:4 * count], 0, []
-    stream = np.frombuffer(coded + bytes(GUARD), np.uint8)
-    for first in range(0, len(coded), CHUNK):
-        piece = stream[first:first + CHUNK + GUARD].astype(int)
-        words = piece[:-2] << 16 | piece[1:-1] << 8 | piece[2:]
-        windows = (words[:, None] >> np.arange(8, 0, -1) & 0xFFFF).ravel()  # 16 bits from each on
-        advance = jump = advance_of.take(windows)
-        for _ in range(3):
-            jump = jump + jump.take(np.arange(len(jump)) + jump, mode="clip")
-        starts, end, jumps = [], 8 * (len(piece) - GUARD), jump.tobytes()
-        while at < end:
-            starts.append(at)
-            at += jumps[at]
-        at -= end
-        codes = [np.array(starts, int)]
-        for _ in range(8):
-            codes.append(codes[-1] + advance.take(codes[-1]))
-        codes = np.stack(codes, 1)  # (jumps, 9): each starts where the one before ends
-        category = category_of.take(windows.take(codes[:, :-1]))
-        category[codes[:, 1:] > 8 * (len(coded) - first)] = NO_CODE
-        extra = category % 16
-        value = windows.take(codes[:, 1:] - extra) >> 16 - extra
-        value -= np.where(value < 1 << extra >> 1, (1 << extra) - 1, 0)
-        found.append((value + (category >> 4 << 15)).ravel())  # 16 means 32768, NO_CODE more
-    found = np.concatenate(found)[:count]
-    if len(found) < count or found.max() > 2**15:
-        raise StudyError("JPEG Lossless cut short or broken")
-    return found
+    """`count` differences: the next code is looked up from every bit, then the jumps walked."""
+    stream = np.frombuffer(coded[:4 * count] + bytes(6), np.uint8).astype(np.int32)
+    words = stream[:-2] << 16 | stream[1:-1] << 8 | stream[2:]
+    windows = np.stack([words >> 8 - bit for bit in range(8)], 1).astype(np.uint16).ravel()
+    jumps, at = advance_of.take(windows).tobytes(), 0
+    starts = bytearray(len(jumps))
+    for _ in range(count):
+        starts[at] = 1
+        at += jumps[at]
+    starts = np.flatnonzero(np.frombuffer(starts, bool))
+    category, ends = category_of.take(windows.take(starts)), np.append(starts[1:], at)
+    if at > 8 * len(coded) or category.max() > 16:
+        raise StudyError("cut short or broken")
+    extra = category % 16
+    value = windows.take(ends - extra).astype(int) >> 16 - extra
+    value -= np.where(value < 1 << extra >> 1, (1 << extra) - 1, 0)
+    return value + (category >> 4 << 15)  # 16 stands for 32768
 
 
 def _undo_prediction(grid, left, above, corner):
