@@ -989,13 +989,13 @@ def assign_folds(table, folds, masked):
 
 
 # ============================================ Training ===========================================
-# One loop for three models. What is random is drawn from (seed, step) or (seed, epoch, place): a
-# resumed run repeats an uninterrupted one, on the CPU bit for bit.
+# One loop for three models. What is random is drawn from (seed, step), or (seed, place in the
+# order of samples): a resumed run repeats an uninterrupted one, on the CPU bit for bit.
 
-# One fold. train: samples; fractured: bool of each; load(sample) -> arrays; loss(model, tensors,
-# generators, recipe); score(model, held-out study) -> columns; judge(table) -> "score": low is good
-Task = namedtuple("Task", "kind name recipe device train fractured load loss held_out columns "
-                  "score judge")
+# A sample is (study, fractured, ...); load(sample) -> arrays; score(model, study) -> a value a
+# target; loss(model, tensors, generators, recipe); judge(table) -> "score", low is good, and more
+Task = namedtuple("Task", "kind recipe device load loss score judge name train held_out",
+                  defaults=["", [], []])
 
 
 def save_checkpoint(path, kind, recipe, **content):
@@ -1004,7 +1004,7 @@ def save_checkpoint(path, kind, recipe, **content):
 
 
 def load_checkpoint(path):
-    """The plain content of a checkpoint of ours; nothing in it can run code."""
+    """The content of a checkpoint of ours, plain data: nothing in it can run."""
     with contextlib.suppress(Exception):  # torch has a dozen kinds
         content = torch.load(path, map_location="cpu", weights_only=True)
         if content["program"] == "cspine":
@@ -1023,47 +1023,39 @@ def new_model(kind, settings):
 def load_model(path, kind):
     """The model of a checkpoint, ready for inference. UserError if it holds another."""
     content = load_checkpoint(path)
-    try:
+    with study_errors(f"{path} holds a {content.get('kind')}, not a {kind} that fits"):
         model = new_model(kind, content["settings"])
         model.load_state_dict(content["tensors"])
-    except (KeyError, TypeError, RuntimeError, AttributeError, ValueError):
-        raise UserError(f"{path} holds a {content.get('kind')}, not a {kind} that fits") from None
-    return model.eval()
+        return model.eval()
 
 
 def adapt(tensor, like):
-    """An ImageNet tensor (3 colours, 2-D) in the shape of our layer, or None."""
+    """An ImageNet tensor (3 colours, 2-D) in the shape of our layer, if it can be."""
     if tensor.ndim == 4 <= like.ndim:
         channels, depth = like.shape[1:3]
         if tensor.shape[1] == 3 != channels:
             tensor = tensor.sum(1, keepdim=True).repeat(1, channels, 1, 1) / channels
         if like.ndim == 5:
             tensor = tensor[:, :, None].repeat(1, 1, depth, 1, 1) / depth
-    return tensor if tensor.shape == like.shape else None
+    return tensor
 
 
 def load_init(model, path):
-    """Start from a timm file, less its head, or one of ours: by name, else in order.
-
-    Only a patient classifier's own part may be missing. UserError for another architecture.
-    """
-    try:
+    """Start from a timm file, less its head, or one of ours: by name, else in order."""
+    with study_errors(f"--init {path}: cannot be read"):
         source = timm.models.load_state_dict(str(path), weights_only=True)
         part = model if "program" in source else getattr(model.encoder, "backbone", model.encoder)
         source = {n: t for n, t in source.get("tensors", source).items() if t.ndim}
-    except Exception as error:  # any file may be given here
-        raise UserError(f"--init {path}: cannot be read ({type(error).__name__})") from None
-    target = {n: t for n, t in part.state_dict().items()
+    target = {n: t for n, t in part.state_dict().items()  # a patient's own part may be missing
               if t.ndim and (n in source or not n.startswith("patient_"))}
     named = target.keys() <= source.keys()
-    pairs = dict(zip(target, target if named else source))
-    taken = {n: adapt(source[other], target[n]) for n, other in pairs.items()}
-    if len(taken) < len(target) or any(t is None for t in taken.values()):
+    names = zip(target, target if named else source)
+    taken = {n: adapt(source[other], target[n]) for n, other in names}
+    if [t.shape for t in taken.values()] != [t.shape for t in target.values()]:
         raise UserError(f"--init {path}: not the architecture of {model.settings}")
     part.load_state_dict(taken, strict=False)
-    left = [n for n in source if n not in pairs.values()]
-    say(f"--init: {len(taken)} tensors taken {'by name' if named else 'in order: names differ'}; "
-        f"{len(left)} left out, last {', '.join(left[-2:])}")
+    how = "by name" if named else "in order: names differ"
+    say(f"--init: {len(taken)} of {len(source)} tensors taken {how}")
 
 
 class Trainer:
@@ -1075,22 +1067,21 @@ class Trainer:
         self.model = model = new_model(task.kind, asdict(recipe))
         if init:
             load_init(model, init)
-        model.to(task.device)
-        self.averaged = copy.deepcopy(model).eval()
-        groups = [dict(params=[p for p in model.parameters() if p.ndim > 1]),
-                  dict(params=[p for p in model.parameters() if p.ndim < 2], weight_decay=0.0)]
-        self.optimizer = torch.optim.AdamW(groups, recipe.lr, weight_decay=recipe.weight_decay)
+        self.averaged = copy.deepcopy(model.to(task.device)).eval()
+        groups = [dict(params=[p for p in model.parameters() if (p.ndim > 1) == matrices],
+                       weight_decay=recipe.weight_decay * matrices) for matrices in (True, False)]
+        self.optimizer = torch.optim.AdamW(groups, recipe.lr)
         half = half_type(task.device) is torch.float16
         self.scaler = torch.amp.GradScaler(task.device.type, enabled=half)
         self.step = self.skipped = self.in_a_row = 0
-        self.losses, self.history, self.seconds, self.evaluation_s = [], [], 0.0, 0.0
+        self.losses, self.history, self.seconds, self.slowest = [], [], 0.0, 0.0
 
     def state(self):
         return {k: getattr(v, "state_dict", lambda: v)() for k, v in vars(self).items()}
 
     def load(self, state):
         for name, value in state.items():
-            part = getattr(self, name)
+            part = getattr(self, name, None)
             getattr(part, "load_state_dict", lambda v: setattr(self, name, v))(value)
 
     def update(self, task, batch, total):
@@ -1111,10 +1102,11 @@ class Trainer:
             mean += loss.item()
         self.scaler.unscale_(self.optimizer)
         for p in model.parameters() if dist.is_initialized() else ():
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # no vertebra on this rank
-        mean_over_ranks([p.grad for p in model.parameters()])
+            grad = torch.zeros_like(p) if p.grad is None else p.grad  # no vertebra on this rank
+            p.grad = grad.contiguous() / ranks()[1]
+            dist.all_reduce(p.grad)
         self.in_a_row += 1
-        if torch.isfinite(nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)):
+        if nn.utils.clip_grad_norm_(model.parameters(), recipe.clip).isfinite():
             self.scaler.step(self.optimizer)
             self.losses.append(mean)
             self.in_a_row = 0
@@ -1128,107 +1120,83 @@ class Trainer:
             slow.lerp_(fast, share) if slow.is_floating_point() else slow.copy_(fast)
 
 
-def mean_over_ranks(tensors):
-    """Each tensor becomes its mean over the ranks."""
-    if dist.is_initialized() and tensors:
-        flat = torch.cat([t.flatten() for t in tensors]) / ranks()[1]
-        dist.all_reduce(flat)  # one message
-        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors])):
-            tensor.copy_(part.view_as(tensor))
-
-
 def epoch_order(task, epoch, count):
     """(count,) places in task.train; a share of `positives` fractured, or (0) as they come."""
     rng, share = np.random.default_rng([task.recipe.seed, epoch]), task.recipe.positives
     order = rng.permutation(len(task.train))
-    hit = np.resize(task.fractured or [False], len(order))[order]
-    if share and hit.any() and not hit.all():
+    hit = np.array([sample[1] for sample in task.train])[order]
+    if share and 0 < hit.mean() < 1:
         n = round(share * count)
         order = np.r_[np.resize(order[hit], n), np.resize(order[~hit], count - n)]
         order = rng.permutation(order)
     return np.resize(order, count)
 
 
-def sample_stream(task, step, count):
-    """(sample, generator) for this rank from `step` on; an epoch is `count` samples."""
-    (rank, world), start = ranks(), step * task.recipe.batch_size
-    for epoch in range(start // count, task.recipe.epochs):
-        order = epoch_order(task, epoch, count)
-        for place in range(max(0, start - epoch * count) + rank, count, world):
-            seed = [task.recipe.seed, epoch, place]
-            yield task.train[order[place]], np.random.default_rng(seed)
-
-
-def close_epoch(trainer, task, weights, clock):
+def close_epoch(trainer, task, weights):
     """Score the averaged weights; write the best, their held-out answers and the log."""
-    started, (rank, world), history = clock(), ranks(), trainer.history
-    mean_over_ranks([b for b in trainer.averaged.buffers() if b.is_floating_point()])
+    (rank, world), history = ranks(), trainer.history
     with torch.inference_mode(), autocast(task.device):
         rows = [(uid, *task.score(trainer.averaged, uid)) for uid in task.held_out[rank::world]]
-    table = pd.DataFrame(sum(over_ranks(rows), []), columns=[STUDY, *task.columns])
-    losses = sum(over_ranks(trainer.losses), [])
-    loss = np.mean(losses or math.nan)
-    result = dict(task.judge(table) if len(table) else {"score": loss}, train_loss=loss)
-    result = {k: float(v) for k, v in result.items()}  # plain data, as load_checkpoint asks
-    if math.isnan(result["score"]):
-        result["score"] = math.inf
-    best = result["score"] <= min([line["score"] for line in history], default=math.inf)
-    samples = len(losses) // world * task.recipe.batch_size
-    result |= dict(lr=trainer.optimizer.param_groups[0]["lr"], seconds=trainer.seconds)
-    shown = "  ".join(f"{k} {v:.4g}" for k, v in result.items())
-    history.append(dict(epoch=len(history) + 1, **result, peak_gb=peak_gb(),
-                        samples_per_s=samples / trainer.seconds, skipped_steps=trainer.skipped))
-    trainer.losses, trainer.seconds, trainer.evaluation_s = [], 0.0, clock() - started
-    if rank == 0:
-        say(f"{task.name}  epoch {len(history)}/{task.recipe.epochs}  {shown}")
-        if best:  # ships matrices in half precision
-            tensors = trainer.averaged.state_dict()
-            tensors = {n: (t.half() if t.ndim > 1 else t).cpu() for n, t in tensors.items()}
-            save_checkpoint(weights / f"{task.name}.pt", task.kind, task.recipe, tensors=tensors,
-                            settings=trainer.model.settings, result=result)
-            write_csv(weights / f"{task.name}_heldout.csv", table)
-        write_csv(weights / f"{task.name}_log.csv", pd.DataFrame(history))
+    rows, losses = sum(over_ranks(rows), []), sum(over_ranks(trainer.losses), [])
+    table = pd.DataFrame(rows, columns=[STUDY, *TARGETS][: len(rows[0])])
+    line = dict(epoch=len(history) + 1, **task.judge(table.set_index(STUDY)))
+    line |= dict(train_loss=np.mean(losses or math.nan), seconds=trainer.seconds,
+                 lr=trainer.optimizer.param_groups[0]["lr"], skipped_steps=trainer.skipped,
+                 samples_per_s=len(losses) // world * task.recipe.batch_size / trainer.seconds,
+                 peak_gb=peak_gb())
+    history.append({k: float(v) for k, v in line.items()})  # plain data, as load_checkpoint asks
+    trainer.losses, trainer.seconds = [], 0.0
+    if rank:
+        return
+    say(f"{task.name}  " + "  ".join(f"{k} {v:.4g}" for k, v in line.items()))
+    if line["score"] <= np.nanmin([past["score"] for past in history]):  # NaN is never the best
+        tensors = {n: (t.half() if t.ndim > 1 else t).cpu()  # matrices ship in half precision
+                   for n, t in trainer.averaged.state_dict().items()}
+        save_checkpoint(weights / f"{task.name}.pt", task.kind, task.recipe, tensors=tensors,
+                        settings=trainer.model.settings, result=history[-1])
+        write_csv(weights / f"{task.name}_heldout.csv", table)
+    write_csv(weights / f"{task.name}_log.csv", pd.DataFrame(history))
 
 
 def train(task, weights, stop, workers=2, go_on=False, init=""):
-    """Train one fold into <name>.pt under `weights`; Stopped if cut short."""
-    (rank, world), samples, size = ranks(), len(task.train), task.recipe.batch_size
-    if not samples or size % world:
-        raise UserError(f"{task.name}: {samples} samples, --batch-size {size}: needs samples, and "
-                        f"a multiple of {world} processes")
+    """Train one fold into <name>.pt under `weights`; its history. Stopped if cut short."""
+    (rank, world), recipe, samples = ranks(), task.recipe, len(task.train)
+    if not samples or not task.held_out or recipe.batch_size % world:
+        raise UserError(f"{task.name}: {samples} samples, {len(task.held_out)} studies held out; "
+                        f"needs some, and a --batch-size that is a multiple of {world}")
     trainer, last, clock = Trainer(task, init), weights / f"{task.name}_last.pt", stop.clock
     if go_on and last.exists():
         saved = load_checkpoint(last)
-        other = [k for k, v in asdict(task.recipe).items() if v != saved["recipe"].get(k)]
-        if other or saved["samples"] != samples:
-            raise UserError(f"{last} was made with other {', '.join(other) or 'data'}: give the "
-                            "same options, or delete it")
+        if saved["recipe"] != asdict(recipe) or saved["samples"] != samples:
+            raise UserError(f"{last} was made with other options or data: give those, or delete it")
         trainer.load(saved["state"])
-    per_epoch, slowest = max(1, samples // size), 0.0
-    total = per_epoch * task.recipe.epochs
+    steps, size = max(1, samples // recipe.batch_size), recipe.batch_size
+    total = steps * recipe.epochs
     if rank == 0:
-        say(f"{task.name}: {task.recipe.backbone}, {samples} samples, {len(task.held_out)} studies "
-            f"held out, step {trainer.step} of {total}, {task.device}")
+        say(f"{task.name}: {samples} samples, from step {trainer.step} of {total}")
 
     def save():
         if rank == 0:
-            save_checkpoint(last, task.kind, task.recipe, samples=samples, state=trainer.state())
+            save_checkpoint(last, task.kind, recipe, samples=samples, state=trainer.state())
 
-    stream = sample_stream(task, trainer.step, per_epoch * size)
-    loaded = prefetch(lambda pair: (task.load(pair[0]), pair[1]), stream, workers, 2 * size)
+    order = np.concatenate([epoch_order(task, k, steps * size) for k in range(recipe.epochs)])
+    mine = range(trainer.step * size + rank, len(order), world)
+    loaded = prefetch(lambda k: task.load(task.train[order[k]]), mine, workers, 2 * size)
     for _ in progress(range(trainer.step, total), "step", total - trainer.step):
-        started, evaluation = clock(), trainer.evaluation_s or slowest * len(task.held_out)
-        if reason := max(over_ranks(stop.reason(2 * slowest + evaluation))):
+        started = clock()
+        if reason := max(over_ranks(stop.reason(1.1 * trainer.slowest))):
             save()
             raise Stopped(f"{task.name}: stopped by {reason} at step {trainer.step} of {total}; "
                           "the same command with --resume goes on")
-        batch = [future.result() for _, (_, future) in zip(range(size // world), loaded)]
+        batch = [(future.result(), np.random.default_rng([recipe.seed, k]))
+                 for _, (k, future) in zip(range(size // world), loaded)]
         trainer.update(task, batch, total)
-        seconds = clock() - started
-        trainer.seconds, slowest = trainer.seconds + seconds, max(0.9 * slowest, seconds)
-        if trainer.step % per_epoch == 0:
-            close_epoch(trainer, task, weights, clock)
+        trainer.seconds += clock() - started
+        if trainer.step % steps == 0:
+            close_epoch(trainer, task, weights)
             save()
+        trainer.slowest = max(trainer.slowest, clock() - started)  # an evaluation included
+    return trainer.history
 
 
 # =========================================== Prediction ==========================================
@@ -1833,54 +1801,46 @@ def training_data(o):
     """(labels by uid, uid -> fold, uid -> mask path), for the studies whose images are there."""
     data = data_folder(o, "train.csv", "train_images")
     table = read_csv(data / "train.csv", (STUDY, *TARGETS))
-    table = table[[(data / "train_images" / str(uid)).is_dir() for uid in table[STUDY]]]
-    masks = {p.name.split(".nii")[0]: p for p in sorted((data / "segmentations").glob("*.nii*"))}
-    masks = {uid: masks[uid] for uid in table[STUDY] if uid in masks}
-    return table.set_index(STUDY)[list(TARGETS)], assign_folds(table, o.folds, masks), masks
+    masks = {p.name.split(".nii")[0]: p for p in (data / "segmentations").glob("*.nii*")}
+    folds = assign_folds(table, o.folds, masks)  # of the whole table: a study keeps its fold
+    table = table[[(data / "train_images" / uid).is_dir() for uid in table[STUDY]]]
+    return table.set_index(STUDY)[list(TARGETS)], folds, masks
 
 
 def recipe_from(o, kind):
-    """The recipe of a kind with the options given, checked."""
-    given = {k: v for k, v in vars(o).items() if v and k in Recipe.__dataclass_fields__}
-    if any(v < 0 for k, v in given.items() if not isinstance(v, str)) or o.folds < 1:
+    """The recipe of a kind with the options given."""
+    if min(o.folds - 1, o.epochs, o.batch_size, o.accumulate, o.lr, o.size) < 0:
         raise UserError("--folds and the recipe's numbers start above 0")
+    given = {k: v for k, v in vars(o).items() if v and k in Recipe.__dataclass_fields__}
     return replace(RECIPES[kind], **given)
 
 
-def run_training(o, make_task):
-    """Train the folds asked for; with --fold all, finished ones are not repeated."""
-    folds = [k for k in range(o.folds) if o.fold in ("all", str(k))]
-    if not folds:
+def run_training(o, samples, folds, task):
+    """Train the folds asked for, on the samples of every uid; `all` repeats no finished one."""
+    wanted = [k for k in range(o.folds) if o.fold in ("all", str(k))]
+    if not wanted:
         raise UserError(f"--fold {o.fold}: there are folds 0 to {o.folds - 1}, or all")
-    stop = Stop(o.time_limit)
+    stop, weights, go_on = Stop(o.time_limit), Path(o.weights), o.resume or o.fold == "all"
     if ranks()[1] > 1:
         dist.init_process_group()  # gloo, and nccl for what is on a GPU
     try:
-        for fold in folds:
-            train(make_task(fold), Path(o.weights), stop, o.workers,
-                  o.resume or o.fold == "all", o.init)
+        for fold in wanted:
+            held_out = [uid for uid in samples if folds[uid] == fold]
+            others = samples if o.folds == 1 else samples.keys() - held_out
+            task = task._replace(name=f"{task.kind}_fold{fold}", held_out=held_out,
+                                 train=[s for uid in sorted(others) for s in samples[uid]])
+            history = train(task, weights, stop, o.workers, go_on, o.init)
+            if ranks()[0] == 0 and (HERE / "tests/pictures.py").exists():
+                side_room("pictures")["draw_curves"](weights / f"{task.name}.png", history)
     except (torch.OutOfMemoryError, MemoryError):
-        raise UserError("out of memory: lower --batch-size, --size or --workers, raise "
-                        "--accumulate, or choose a smaller --backbone") from None
+        raise UserError("out of memory: lower --batch-size, or raise --accumulate") from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def load_cube(uid, data, mask, cache, size):
-    """(cube float32 (1, D, D, D), labels uint8 (D, D, D)); the second time from a small file."""
-    path = cache / f"cube{size}" / f"{uid}.npy"
-    if not path.exists():
-        volume = read_volume(data / "train_images" / uid)
-        cube = np.rint(segmenter_input(volume, size).numpy() * 255).astype(np.uint8)
-        pair = np.concatenate([cube, cube_labels(mask, volume, size)[None]])
-        write_atomic(path, lambda new: np.save(new, pair))
-    pair = np.load(path)
-    return pair[:1] / np.float32(255), pair[1]
-
-
 def segmenter_batch(model, tensors, rngs, recipe):
-    cubes, labels = augment_volumes(*tensors, rngs)
+    cubes, labels = augment_volumes(tensors[0][:, None] / 255, tensors[1], rngs)
     return segmenter_loss(model(cubes.to(memory_format=torch.channels_last_3d)), labels)
 
 
@@ -1897,28 +1857,30 @@ def classifier_batch(model, tensors, rngs, recipe):
 
 def mode_train_seg(o):
     """Train segmenters on the studies with masks: writes segmenter_fold<k>.pt under --weights."""
-    recipe, (_, folds, masks) = recipe_from(o, "segmenter"), training_data(o)
-    device = pick_device(o.device)
+    recipe, (labels, folds, masks) = recipe_from(o, "segmenter"), training_data(o)
+    data, device, size = Path(o.data), pick_device(o.device), recipe.size
 
-    def load(uid):
-        return load_cube(uid, Path(o.data), masks[uid], Path(o.work), recipe.size)
+    def load(sample):  # uint8 (2, D, D, D), cube and labels; the second time from a small file
+        uid = sample[0]
+        path = Path(o.work) / f"cube{size}" / f"{uid}.npy"
+        if not path.exists():
+            volume = read_volume(data / "train_images" / uid)
+            cube = np.rint(segmenter_input(volume, size)[0].numpy() * 255)
+            pair = np.stack([cube, cube_labels(masks[uid], volume, size)]).astype(np.uint8)
+            write_atomic(path, lambda new: np.save(new, pair))
+        return np.load(path)
 
     def score(model, uid):
-        cube, labels = load(uid)
-        cube = torch.from_numpy(cube)[None].to(device)
-        return dice_scores(model(cube)[0].float().sigmoid().cpu().numpy(), labels)
+        cube, truth = load([uid])
+        logits = model(torch.from_numpy(cube[None, None]).to(device) / 255)
+        return dice_scores(logits[0].float().sigmoid().cpu().numpy(), truth)
 
     def judge(table):
-        dice = table[list(VERTEBRAE)].mean()
-        return dict(score=1 - dice.mean(), **dice.add_prefix("dice_"))
+        return dict(table.mean().add_prefix("dice_"), score=1 - table.mean().mean())
 
-    def task(fold):
-        mine = [u for u in masks if folds[u] != fold or o.folds == 1]
-        held_out = [u for u in masks if folds[u] == fold]
-        return Task("segmenter", f"segmenter_fold{fold}", recipe, device, mine, [], load,
-                    segmenter_batch, held_out, VERTEBRAE, score, judge)
-
-    run_training(o, task)
+    samples = {uid: [(uid, False)] for uid in labels.index if uid in masks}
+    task = Task("segmenter", recipe, device, load, segmenter_batch, score, judge)
+    run_training(o, samples, folds, task)
 
 
 def mode_extract(o):
@@ -1929,12 +1891,9 @@ def mode_extract(o):
     if not models:
         raise UserError(f"no segmenter_fold*.pt in {o.weights}: run train-seg first")
     todo = [u for u in labels.index[rank::world] if not (out / f"{u}.npz").exists()]
-    stop, written = Stop(o.time_limit), 0
-
-    def read(uid):
-        return read_volume(Path(o.data) / "train_images" / uid, o.workers)
-
-    for uid, future in progress(prefetch(read, todo, 1), "study", len(todo)):
+    images, stop, left_out = Path(o.data) / "train_images", Stop(o.time_limit), 0
+    volumes = prefetch(lambda u: read_volume(images / u, o.workers), todo, 1)
+    for uid, future in progress(volumes, "study", len(todo)):
         if reason := stop.reason():
             raise Stopped(f"extract: stopped by {reason}; the same command goes on")
         try:
@@ -1942,61 +1901,45 @@ def mode_extract(o):
             own = [models[folds[uid]]] if folds[uid] in models else [*models.values()]
             crops = vertebra_slices(volume, segment(own, volume, device), mask_of=o.mask_of)
             write_crops(out / f"{uid}.npz", crops)
-            written += 1
         except StudyError as error:
+            left_out += 1
             say(f"study {uid}: {error}; left out")
-    print(f"{out}: {written} studies written, {len(todo) - written} left out")
+    print(f"{out}: {len(todo) - left_out} studies written, {left_out} left out")
 
 
-def mode_train_cls(o, kind="vertebra"):
-    """Train vertebra classifiers on the crops: writes vertebra_fold<k>.pt under --weights."""
+def mode_train_cls(o):
+    """Train classifiers on the crops: writes vertebra_fold<k>.pt or patient_fold<k>.pt."""
+    kind = "patient" if o.mode == "train-patient" else "vertebra"
     recipe, (labels, folds, _) = recipe_from(o, kind), training_data(o)
-    device, folder, truth = pick_device(o.device), Path(o.work) / "crops", {}  # NaN: not in view
-    for uid, row in zip(labels.index, labels.to_numpy(np.float32)):
-        if (folder / f"{uid}.npz").exists():
-            seen = [*crops_seen(folder / f"{uid}.npz"), True]
-            truth[uid] = np.where(seen, row, np.float32("nan"))
+    device, crops, samples, truth = pick_device(o.device), Path(o.work) / "crops", {}, {}
+    for uid in [u for u in labels.index if (crops / f"{u}.npz").exists()]:
+        with study_errors(f"{crops / uid}.npz: damaged, delete it and run extract again"):
+            seen = crops_seen(crops / f"{uid}.npz")
+        truth[uid] = np.where([*seen, True], labels.loc[uid], np.nan).astype(np.float32)
+        each = [range(8)] if kind == "patient" else [[v] for v in np.flatnonzero(seen)]
+        samples[uid] = [(uid, truth[uid][chosen[-1]] > 0, [*chosen]) for chosen in each]
     if not truth:
-        raise UserError(f"no crops in {folder}: run extract with the same --work first")
+        raise UserError(f"no crops in {crops}: run extract with the same --work first")
 
     def load(sample):
-        uid, targets = sample
-        crops = read_crops(folder / f"{uid}.npz", targets[:7])
-        return crops.reshape(-1, CHANNELS, CROP, CROP), truth[uid][targets]
+        uid, _, targets = sample
+        chosen = read_crops(crops / f"{uid}.npz", targets[:7])
+        return chosen.reshape(-1, *chosen.shape[2:]), truth[uid][targets]
 
     def score(model, uid):
         one = Ensemble({"vertebra": [], "patient": [], kind: [model]}, device)
-        (steps, patient), = classify(one, read_crops(folder / f"{uid}.npz"), Effort(0, 1))
+        (steps, patient), = classify(one, read_crops(crops / f"{uid}.npz"), Effort(0, 1))
         return [*np.sort(steps, 1)[:, -Answers().top_k :].mean(1), patient]
 
-    def judge(table):
-        return judge_answers(table[list(TARGETS)].to_numpy(), labels.loc[table[STUDY]].to_numpy())
+    def judge(table):  # the prior where nothing was asked or in view
+        answers = table.fillna(dict(zip(TARGETS, PRIOR))).to_numpy()
+        right = labels.loc[table.index].to_numpy()
+        return dict(score=competition_scores(answers, right)[0],
+                    vertebra_auc=auc(answers[:, :7].ravel(), right[:, :7].ravel()),
+                    patient_auc=auc(answers[:, 7], right[:, 7]))
 
-    def task(fold):
-        mine = [u for u in truth if folds[u] != fold or o.folds == 1]
-        samples = [(u, [*range(8)]) for u in mine]
-        if kind == "vertebra":
-            samples = [(u, [v]) for u in mine for v in np.flatnonzero(truth[u][:7] >= 0)]
-        fractured = [truth[u][targets[0]] > 0 for u, targets in samples]
-        held_out = [u for u in truth if folds[u] == fold]
-        return Task(kind, f"{kind}_fold{fold}", recipe, device, samples, fractured, load,
-                    classifier_batch, held_out, TARGETS, score, judge)
-
-    run_training(o, task)
-
-
-def mode_train_patient(o):
-    """Train patient classifiers on the crops: writes patient_fold<k>.pt under --weights."""
-    mode_train_cls(o, "patient")
-
-
-def judge_answers(answers, labels):
-    """Weighted log loss and AUCs of (N, 8) answers; what is NaN was not asked."""
-    known = ~np.isnan(answers)
-    weight = known * TARGET_WEIGHTS * np.where(labels > 0, POSITIVE_FACTOR, 1)
-    loss = weight * element_losses(np.where(known, answers, 0.5), labels)
-    areas = [auc(answers[:, k][known[:, k]], labels[:, k][known[:, k]]) for k in (slice(7), 7)]
-    return dict(score=loss.sum() / weight.sum(), vertebra_auc=areas[0], patient_auc=areas[1])
+    task = Task(kind, recipe, device, load, classifier_batch, score, judge)
+    run_training(o, samples, folds, task)
 
 
 def mode_predict(o):
@@ -2257,7 +2200,7 @@ MODES = {  # function, options
     "train-seg": (mode_train_seg, TRAINING + "size"),
     "extract": (mode_extract, "data weights work device workers folds mask_of time_limit"),
     "train-cls": (mode_train_cls, TRAINING + "size mask_of hidden"),
-    "train-patient": (mode_train_patient, TRAINING + "size mask_of hidden"),
+    "train-patient": (mode_train_cls, TRAINING + "size mask_of hidden"),
     "predict": (mode_predict,
                 "data weights out device workers resume time_limit top_k views average noisy_or "
                 "no_calibration"),
