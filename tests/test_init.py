@@ -127,7 +127,7 @@ def checkpoint(model, kind, path, recipe=()):
 def test_a_patient_classifier_starts_from_a_vertebra_classifier(tmp_path, capsys):
     """Encoder and head are taken; the second LSTM and head keep their random start."""
     source = VertebraClassifier("test_resnet", 32, hidden=16)
-    patient = PatientClassifier("test_resnet", 48, hidden=16)
+    patient = PatientClassifier("test_resnet", size=48, hidden=16)
     before = {n: t.clone() for n, t in patient.state_dict().items()}
     load_init(patient, checkpoint(source, "vertebra", tmp_path / "w.pt"))
     for name, tensor in patient.state_dict().items():
@@ -137,7 +137,7 @@ def test_a_patient_classifier_starts_from_a_vertebra_classifier(tmp_path, capsys
     back = VertebraClassifier("test_resnet", 32, hidden=16)
     load_init(back, checkpoint(patient, "patient", tmp_path / "p.pt"))
     assert torch.equal(back.head[0].weight, source.head[0].weight)
-    twin = PatientClassifier("test_resnet", 32, hidden=16)
+    twin = PatientClassifier("test_resnet", size=32, hidden=16)
     load_init(twin, tmp_path / "p.pt")
     assert torch.equal(twin.patient_head[0].weight, patient.patient_head[0].weight)
 
