@@ -28,6 +28,7 @@ main(["predict", "--weights", "/kaggle/input/..."]) runs a mode. Not a medical d
 import argparse
 import contextlib
 import copy
+import functools
 import hashlib
 import inspect
 import json
@@ -1016,8 +1017,8 @@ def new_model(kind, settings):
     """A model with those of the settings that it knows, channels last."""
     known = inspect.signature(KINDS[kind]).parameters
     model = KINDS[kind](**{k: v for k, v in settings.items() if k in known})
-    deep = kind == "segmenter"
-    return model.to(memory_format=torch.channels_last_3d if deep else torch.channels_last)
+    last = torch.channels_last_3d if kind == "segmenter" else torch.channels_last
+    return model.to(memory_format=last)
 
 
 def load_model(path, kind):
@@ -1032,11 +1033,10 @@ def load_model(path, kind):
 def adapt(tensor, like):
     """An ImageNet tensor (3 colours, 2-D) in the shape of our layer, if it can be."""
     if tensor.ndim == 4 <= like.ndim:
-        channels, depth = like.shape[1:3]
-        if tensor.shape[1] == 3 != channels:
-            tensor = tensor.sum(1, keepdim=True).repeat(1, channels, 1, 1) / channels
+        if tensor.shape[1] == 3 != like.shape[1]:
+            tensor = tensor.sum(1, True).repeat(1, like.shape[1], 1, 1) / like.shape[1]
         if like.ndim == 5:
-            tensor = tensor[:, :, None].repeat(1, 1, depth, 1, 1) / depth
+            tensor = tensor[:, :, None].repeat(1, 1, like.shape[2], 1, 1) / like.shape[2]
     return tensor
 
 
@@ -1049,8 +1049,8 @@ def load_init(model, path):
     target = {n: t for n, t in part.state_dict().items()  # a patient's own part may be missing
               if t.ndim and (n in source or not n.startswith("patient_"))}
     named = target.keys() <= source.keys()
-    names = zip(target, target if named else source)
-    taken = {n: adapt(source[other], target[n]) for n, other in names}
+    pairs = zip(target, target if named else source)
+    taken = {n: adapt(source[other], target[n]) for n, other in pairs}
     if [t.shape for t in taken.values()] != [t.shape for t in target.values()]:
         raise UserError(f"--init {path}: not the architecture of {model.settings}")
     part.load_state_dict(taken, strict=False)
@@ -1105,14 +1105,15 @@ class Trainer:
             grad = torch.zeros_like(p) if p.grad is None else p.grad  # no vertebra on this rank
             p.grad = grad.contiguous() / ranks()[1]
             dist.all_reduce(p.grad)
-        self.in_a_row += 1
         if nn.utils.clip_grad_norm_(model.parameters(), recipe.clip).isfinite():
             self.scaler.step(self.optimizer)
             self.losses.append(mean)
             self.in_a_row = 0
-        self.skipped += self.in_a_row > 0
-        if self.in_a_row > MAX_SKIPPED_STEPS:
-            raise UserError(f"{self.in_a_row} steps without a finite gradient: lower --lr")
+        else:
+            self.skipped += 1
+            self.in_a_row += 1
+            if self.in_a_row > MAX_SKIPPED_STEPS:
+                raise UserError(f"{self.in_a_row} steps without a finite gradient: lower --lr")
         self.scaler.update()
         self.step += 1
         share = 1 - min(recipe.ema, (1 + self.step) / (10 + self.step))
@@ -1161,16 +1162,16 @@ def close_epoch(trainer, task, weights):
 def train(task, weights, stop, workers=2, go_on=False, init=""):
     """Train one fold into <name>.pt under `weights`; its history. Stopped if cut short."""
     (rank, world), recipe, samples = ranks(), task.recipe, len(task.train)
-    if not samples or not task.held_out or recipe.batch_size % world:
+    size, trainer, last = recipe.batch_size, Trainer(task, init), weights / f"{task.name}_last.pt"
+    if not samples or not task.held_out or size % world:
         raise UserError(f"{task.name}: {samples} samples, {len(task.held_out)} studies held out; "
                         f"needs some, and a --batch-size that is a multiple of {world}")
-    trainer, last, clock = Trainer(task, init), weights / f"{task.name}_last.pt", stop.clock
     if go_on and last.exists():
         saved = load_checkpoint(last)
         if saved["recipe"] != asdict(recipe) or saved["samples"] != samples:
             raise UserError(f"{last} was made with other options or data: give those, or delete it")
         trainer.load(saved["state"])
-    steps, size = max(1, samples // recipe.batch_size), recipe.batch_size
+    steps = max(1, samples // size)  # an epoch
     total = steps * recipe.epochs
     if rank == 0:
         say(f"{task.name}: {samples} samples, from step {trainer.step} of {total}")
@@ -1183,7 +1184,7 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
     mine = range(trainer.step * size + rank, len(order), world)
     loaded = prefetch(lambda k: task.load(task.train[order[k]]), mine, workers, 2 * size)
     for _ in progress(range(trainer.step, total), "step", total - trainer.step):
-        started = clock()
+        started = stop.clock()
         if reason := max(over_ranks(stop.reason(1.1 * trainer.slowest))):
             save()
             raise Stopped(f"{task.name}: stopped by {reason} at step {trainer.step} of {total}; "
@@ -1191,11 +1192,11 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
         batch = [(future.result(), np.random.default_rng([recipe.seed, k]))
                  for _, (k, future) in zip(range(size // world), loaded)]
         trainer.update(task, batch, total)
-        trainer.seconds += clock() - started
+        trainer.seconds += stop.clock() - started
         if trainer.step % steps == 0:
             close_epoch(trainer, task, weights)
             save()
-        trainer.slowest = max(trainer.slowest, clock() - started)  # an evaluation included
+        trainer.slowest = max(trainer.slowest, stop.clock() - started)  # or evaluation
     return trainer.history
 
 
@@ -1820,16 +1821,16 @@ def run_training(o, samples, folds, task):
     wanted = [k for k in range(o.folds) if o.fold in ("all", str(k))]
     if not wanted:
         raise UserError(f"--fold {o.fold}: there are folds 0 to {o.folds - 1}, or all")
-    stop, weights, go_on = Stop(o.time_limit), Path(o.weights), o.resume or o.fold == "all"
+    stop, weights = Stop(o.time_limit), Path(o.weights)
     if ranks()[1] > 1:
         dist.init_process_group()  # gloo, and nccl for what is on a GPU
     try:
         for fold in wanted:
             held_out = [uid for uid in samples if folds[uid] == fold]
-            others = samples if o.folds == 1 else samples.keys() - held_out
+            others = [uid for uid in samples if folds[uid] != fold or o.folds == 1]
             task = task._replace(name=f"{task.kind}_fold{fold}", held_out=held_out,
-                                 train=[s for uid in sorted(others) for s in samples[uid]])
-            history = train(task, weights, stop, o.workers, go_on, o.init)
+                                 train=sum([samples[uid] for uid in others], []))
+            history = train(task, weights, stop, o.workers, o.resume or o.fold == "all", o.init)
             if ranks()[0] == 0 and (HERE / "tests/pictures.py").exists():
                 side_room("pictures")["draw_curves"](weights / f"{task.name}.png", history)
     except (torch.OutOfMemoryError, MemoryError):
@@ -1852,27 +1853,24 @@ def classifier_batch(model, tensors, rngs, recipe):
     outputs = model(crops.flip(0).lerp(crops, share))
     other = classifier_loss(outputs, labels.flip(0))
     loss = share * classifier_loss(outputs, labels) + (1 - share) * other
-    return loss * (1 + labels).nanmean()  # the mean over parts and ranks: by their weights
+    return loss * (1 + labels).nan_to_num().mean()  # parts and ranks count by their weights
 
 
 def mode_train_seg(o):
     """Train segmenters on the studies with masks: writes segmenter_fold<k>.pt under --weights."""
     recipe, (labels, folds, masks) = recipe_from(o, "segmenter"), training_data(o)
-    data, device, size = Path(o.data), pick_device(o.device), recipe.size
+    device = pick_device(o.device)
 
-    def load(sample):  # uint8 (2, D, D, D), cube and labels; the second time from a small file
-        uid = sample[0]
-        path = Path(o.work) / f"cube{size}" / f"{uid}.npy"
-        if not path.exists():
-            volume = read_volume(data / "train_images" / uid)
-            cube = np.rint(segmenter_input(volume, size)[0].numpy() * 255)
-            pair = np.stack([cube, cube_labels(masks[uid], volume, size)]).astype(np.uint8)
-            write_atomic(path, lambda new: np.save(new, pair))
-        return np.load(path)
+    @functools.cache  # 4 MB a study
+    def load(sample):
+        volume = read_volume(Path(o.data) / "train_images" / sample[0])
+        cube = segmenter_input(volume, recipe.size)[0] * 255
+        labels = cube_labels(masks[sample[0]], volume, recipe.size)
+        return cube.round().byte().numpy(), labels
 
     def score(model, uid):
-        cube, truth = load([uid])
-        logits = model(torch.from_numpy(cube[None, None]).to(device) / 255)
+        cube, truth = load((uid, False))
+        logits = model(torch.from_numpy(cube)[None, None].to(device) / 255)
         return dice_scores(logits[0].float().sigmoid().cpu().numpy(), truth)
 
     def judge(table):
@@ -1887,19 +1885,19 @@ def mode_extract(o):
     """Write every study's crops under --work, masked by segmenters that did not train on it."""
     labels, folds, _ = training_data(o)
     device, out, (rank, world) = pick_device(o.device), Path(o.work) / "crops", ranks()
-    models = load_models(o.weights, "segmenter", device)
+    images, models = Path(o.data) / "train_images", load_models(o.weights, "segmenter", device)
     if not models:
         raise UserError(f"no segmenter_fold*.pt in {o.weights}: run train-seg first")
     todo = [u for u in labels.index[rank::world] if not (out / f"{u}.npz").exists()]
-    images, stop, left_out = Path(o.data) / "train_images", Stop(o.time_limit), 0
+    stop, left_out = Stop(o.time_limit), 0
     volumes = prefetch(lambda u: read_volume(images / u, o.workers), todo, 1)
     for uid, future in progress(volumes, "study", len(todo)):
         if reason := stop.reason():
             raise Stopped(f"extract: stopped by {reason}; the same command goes on")
         try:
-            volume = future.result()
-            own = [models[folds[uid]]] if folds[uid] in models else [*models.values()]
-            crops = vertebra_slices(volume, segment(own, volume, device), mask_of=o.mask_of)
+            volume, own = future.result(), models.get(folds[uid])
+            probability = segment([own] if own else [*models.values()], volume, device)
+            crops = vertebra_slices(volume, probability, mask_of=o.mask_of)
             write_crops(out / f"{uid}.npz", crops)
         except StudyError as error:
             left_out += 1
@@ -1911,24 +1909,24 @@ def mode_train_cls(o):
     """Train classifiers on the crops: writes vertebra_fold<k>.pt or patient_fold<k>.pt."""
     kind = "patient" if o.mode == "train-patient" else "vertebra"
     recipe, (labels, folds, _) = recipe_from(o, kind), training_data(o)
-    device, crops, samples, truth = pick_device(o.device), Path(o.work) / "crops", {}, {}
-    for uid in [u for u in labels.index if (crops / f"{u}.npz").exists()]:
-        with study_errors(f"{crops / uid}.npz: damaged, delete it and run extract again"):
-            seen = crops_seen(crops / f"{uid}.npz")
-        truth[uid] = np.where([*seen, True], labels.loc[uid], np.nan).astype(np.float32)
-        each = [range(8)] if kind == "patient" else [[v] for v in np.flatnonzero(seen)]
-        samples[uid] = [(uid, truth[uid][chosen[-1]] > 0, [*chosen]) for chosen in each]
-    if not truth:
-        raise UserError(f"no crops in {crops}: run extract with the same --work first")
+    device, folder = pick_device(o.device), Path(o.work) / "crops"
+    truth = dict(zip(labels.index, labels.to_numpy(np.float32)))
+    asked = [[*range(8)]] if kind == "patient" else [[v] for v in range(7)]
+    samples = {uid: [(uid, truth[uid][targets[-1]] > 0, targets) for targets in asked]
+               for uid in truth if (folder / f"{uid}.npz").exists()}
+    if not samples:
+        raise UserError(f"no crops in {folder}: run extract with the same --work first")
 
     def load(sample):
         uid, _, targets = sample
-        chosen = read_crops(crops / f"{uid}.npz", targets[:7])
-        return chosen.reshape(-1, *chosen.shape[2:]), truth[uid][targets]
+        crops = read_crops(folder / f"{uid}.npz", targets[:7])
+        seen = [*crops.any((1, 2, 3, 4)), True][: len(targets)]
+        crops = crops.reshape(-1, *crops.shape[2:])  # (N, T, K, S, S) -> (N * T, K, S, S)
+        return crops, np.where(seen, truth[uid][targets], np.float32("nan"))
 
     def score(model, uid):
         one = Ensemble({"vertebra": [], "patient": [], kind: [model]}, device)
-        (steps, patient), = classify(one, read_crops(crops / f"{uid}.npz"), Effort(0, 1))
+        (steps, patient), = classify(one, read_crops(folder / f"{uid}.npz"), Effort(0, 1))
         return [*np.sort(steps, 1)[:, -Answers().top_k :].mean(1), patient]
 
     def judge(table):  # the prior where nothing was asked or in view
