@@ -993,8 +993,8 @@ def assign_folds(table, folds, masked):
 # One loop for three models. What is random is drawn from (seed, step), or (seed, place in the
 # order of samples): a resumed run repeats an uninterrupted one, on the CPU bit for bit.
 
-# A sample is (study, fractured, ...); load(sample) -> arrays; score(model, study) -> a value a
-# target; loss(model, tensors, generators, recipe); judge(table) -> "score", low is good, and more
+# A sample is (study, fractured, ...). load(sample) -> arrays; loss(model, tensors, generators,
+# recipe); score(model, study) -> a value a target; judge(table) -> dict: low "score" is good
 Task = namedtuple("Task", "kind recipe device load loss score judge name train held_out",
                   defaults=["", [], []])
 
@@ -1085,7 +1085,7 @@ class Trainer:
             getattr(part, "load_state_dict", lambda v: setattr(self, name, v))(value)
 
     def update(self, task, batch, total):
-        """One of `total` optimiser steps, on this rank's pairs (arrays, generator)."""
+        """One of `total` steps, on this rank's pairs (arrays, generator)."""
         recipe, model, done = task.recipe, self.model.train(), self.step / total
         warm = min(1, (done + 1e-3) / (recipe.warm_up + 1e-3))
         for group in self.optimizer.param_groups:  # half a cosine, down to 1 %
@@ -1145,7 +1145,7 @@ def close_epoch(trainer, task, weights):
                  lr=trainer.optimizer.param_groups[0]["lr"], skipped_steps=trainer.skipped,
                  samples_per_s=len(losses) // world * task.recipe.batch_size / trainer.seconds,
                  peak_gb=peak_gb())
-    history.append({k: float(v) for k, v in line.items()})  # plain data, as load_checkpoint asks
+    history.append({k: float(v) for k, v in line.items()})  # plain data for load_checkpoint
     trainer.losses, trainer.seconds = [], 0.0
     if rank:
         return
@@ -1154,22 +1154,22 @@ def close_epoch(trainer, task, weights):
         tensors = {n: (t.half() if t.ndim > 1 else t).cpu()  # matrices ship in half precision
                    for n, t in trainer.averaged.state_dict().items()}
         save_checkpoint(weights / f"{task.name}.pt", task.kind, task.recipe, tensors=tensors,
-                        settings=trainer.model.settings, result=history[-1])
+                        settings=trainer.model.settings)
         write_csv(weights / f"{task.name}_heldout.csv", table)
     write_csv(weights / f"{task.name}_log.csv", pd.DataFrame(history))
 
 
 def train(task, weights, stop, workers=2, go_on=False, init=""):
-    """Train one fold into <name>.pt under `weights`; its history. Stopped if cut short."""
+    """Train one fold into <name>.pt under `weights`: its history. Stopped if cut short."""
     (rank, world), recipe, samples = ranks(), task.recipe, len(task.train)
     size, trainer, last = recipe.batch_size, Trainer(task, init), weights / f"{task.name}_last.pt"
     if not samples or not task.held_out or size % world:
-        raise UserError(f"{task.name}: {samples} samples, {len(task.held_out)} studies held out; "
-                        f"needs some, and a --batch-size that is a multiple of {world}")
+        raise UserError(f"{task.name}: needs studies to train on, others to hold out, and a "
+                        f"--batch-size that is a multiple of {world}")
     if go_on and last.exists():
         saved = load_checkpoint(last)
         if saved["recipe"] != asdict(recipe) or saved["samples"] != samples:
-            raise UserError(f"{last} was made with other options or data: give those, or delete it")
+            raise UserError(f"{last} was made with other options or data: delete it, or give them")
         trainer.load(saved["state"])
     steps = max(1, samples // size)  # an epoch
     total = steps * recipe.epochs
@@ -1188,7 +1188,7 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
         if reason := max(over_ranks(stop.reason(1.1 * trainer.slowest))):
             save()
             raise Stopped(f"{task.name}: stopped by {reason} at step {trainer.step} of {total}; "
-                          "the same command with --resume goes on")
+                          "--resume goes on")
         batch = [(future.result(), np.random.default_rng([recipe.seed, k]))
                  for _, (k, future) in zip(range(size // world), loaded)]
         trainer.update(task, batch, total)
@@ -1799,7 +1799,7 @@ def data_folder(o, *needed):
 
 
 def training_data(o):
-    """(labels by uid, uid -> fold, uid -> mask path), for the studies whose images are there."""
+    """Labels of the studies whose images are there, uid -> fold, uid -> path of the mask."""
     data = data_folder(o, "train.csv", "train_images")
     table = read_csv(data / "train.csv", (STUDY, *TARGETS))
     masks = {p.name.split(".nii")[0]: p for p in (data / "segmentations").glob("*.nii*")}
@@ -1817,7 +1817,7 @@ def recipe_from(o, kind):
 
 
 def run_training(o, samples, folds, task):
-    """Train the folds asked for, on the samples of every uid; `all` repeats no finished one."""
+    """Train the folds asked for, on the samples of every uid."""
     wanted = [k for k in range(o.folds) if o.fold in ("all", str(k))]
     if not wanted:
         raise UserError(f"--fold {o.fold}: there are folds 0 to {o.folds - 1}, or all")
@@ -1834,7 +1834,7 @@ def run_training(o, samples, folds, task):
             if ranks()[0] == 0 and (HERE / "tests/pictures.py").exists():
                 side_room("pictures")["draw_curves"](weights / f"{task.name}.png", history)
     except (torch.OutOfMemoryError, MemoryError):
-        raise UserError("out of memory: lower --batch-size, or raise --accumulate") from None
+        raise UserError("out of memory: lower --batch-size or raise --accumulate") from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -360,11 +360,12 @@ def test_a_time_limit_leaves_room_for_the_evaluation_and_is_kept(tmp_path):
 
 
 def test_the_best_weights_are_kept_and_no_score_is_no_good_score(tmp_path):
-    scores = iter([0.5, math.nan, 0.7, 0.4, 0.6])
-    task = toy_task(judge=lambda table: {"score": next(scores)}, recipe=replace(TOY, epochs=5))
+    scores, epochs = [math.nan, 0.5, math.nan, 0.7, 0.4, 0.6], iter(range(6))
+    task = toy_task(judge=lambda table: {"score": scores[int(table.C1.iloc[0])]},
+                    score=lambda model, uid: [next(epochs)], recipe=replace(TOY, epochs=6))
     cspine.train(task, tmp_path, Stop())
+    assert list(pd.read_csv(tmp_path / "vertebra_fold0_heldout.csv").C1) == [4]
     content = torch.load(tmp_path / "vertebra_fold0.pt", weights_only=True)
-    assert content["result"]["score"] == 0.4
     assert {"program", "kind", "recipe", "settings", "tensors"} <= content.keys()
     assert set(content["recipe"]) == set(cspine.Recipe.__dataclass_fields__)
 
@@ -424,7 +425,7 @@ def test_fractured_vertebrae_are_drawn_as_often_as_the_recipe_says():
 def test_samples_and_their_randomness_do_not_depend_on_ranks_or_on_where_a_run_starts(
         rank, world, tmp_path, monkeypatch):
     recipe, seen = replace(TOY, positives=0.35), []
-    task = toy_task(train=toy_samples(10, 5), recipe=recipe)
+    task = toy_task(train=toy_samples(10, 5), recipe=recipe, held_out=["a", "b"])
     trained = cspine.train(task, tmp_path, Stop())
 
     def note(self, task, batch, total):
