@@ -28,6 +28,7 @@ main(["predict", "--weights", "/kaggle/input/..."]) runs a mode. Not a medical d
 import argparse
 import contextlib
 import copy
+import functools
 import hashlib
 import importlib
 import inspect
@@ -932,13 +933,13 @@ def assign_folds(table, folds, masked):
 
 
 # ============================================ Training ===========================================
-# One loop for three models. What is random is drawn from (seed, step) or (seed, epoch, place): a
-# resumed run repeats an uninterrupted one, on the CPU bit for bit.
+# One loop for three models. What is random is drawn from (seed, step), or (seed, place in the
+# order of samples): a resumed run repeats an uninterrupted one, on the CPU bit for bit.
 
-# One fold. train: samples; fractured: bool of each; load(sample) -> arrays; loss(model, tensors,
-# generators, recipe); score(model, held-out study) -> columns; judge(table) -> "score": low is good
-Task = namedtuple("Task", "kind name recipe device train fractured load loss held_out columns "
-                  "score judge")
+# A sample is (study, fractured, ...). load(sample) -> arrays; loss(model, tensors, generators,
+# recipe); score(model, study) -> a value a target; judge(table) -> dict: low "score" is good
+Task = namedtuple("Task", "kind recipe device load loss score judge name train held_out",
+                  defaults=["", [], []])
 
 
 def save_checkpoint(path, kind, recipe, **content):
@@ -947,7 +948,7 @@ def save_checkpoint(path, kind, recipe, **content):
 
 
 def load_checkpoint(path):
-    """The plain content of a checkpoint of ours; nothing in it can run code."""
+    """The content of a checkpoint of ours, plain data: nothing in it can run."""
     with contextlib.suppress(Exception):  # torch has a dozen kinds
         content = torch.load(path, map_location="cpu", weights_only=True)
         if content["program"] == "cspine":
@@ -959,54 +960,45 @@ def new_model(kind, settings):
     """A model with those of the settings that it knows, channels last."""
     known = inspect.signature(KINDS[kind]).parameters
     model = KINDS[kind](**{k: v for k, v in settings.items() if k in known})
-    deep = kind == "segmenter"
-    return model.to(memory_format=torch.channels_last_3d if deep else torch.channels_last)
+    last = torch.channels_last_3d if kind == "segmenter" else torch.channels_last
+    return model.to(memory_format=last)
 
 
 def load_model(path, kind):
     """The model of a checkpoint, ready for inference. UserError if it holds another."""
     content = load_checkpoint(path)
-    try:
+    with study_errors(f"{path} holds a {content.get('kind')}, not a {kind} that fits"):
         model = new_model(kind, content["settings"])
         model.load_state_dict(content["tensors"])
-    except (KeyError, TypeError, RuntimeError, AttributeError, ValueError):
-        raise UserError(f"{path} holds a {content.get('kind')}, not a {kind} that fits") from None
-    return fold_norms(model)
+        return fold_norms(model)
 
 
 def adapt(tensor, like):
-    """An ImageNet tensor (3 colours, 2-D) in the shape of our layer, or None."""
+    """An ImageNet tensor (3 colours, 2-D) in the shape of our layer, if it can be."""
     if tensor.ndim == 4 <= like.ndim:
-        channels, depth = like.shape[1:3]
-        if tensor.shape[1] == 3 != channels:
-            tensor = tensor.sum(1, keepdim=True).repeat(1, channels, 1, 1) / channels
+        if tensor.shape[1] == 3 != like.shape[1]:
+            tensor = tensor.sum(1, True).repeat(1, like.shape[1], 1, 1) / like.shape[1]
         if like.ndim == 5:
-            tensor = tensor[:, :, None].repeat(1, 1, depth, 1, 1) / depth
-    return tensor if tensor.shape == like.shape else None
+            tensor = tensor[:, :, None].repeat(1, 1, like.shape[2], 1, 1) / like.shape[2]
+    return tensor
 
 
 def load_init(model, path):
-    """Start from a timm file, less its head, or one of ours: by name, else in order.
-
-    Only a patient classifier's own part may be missing. UserError for another architecture.
-    """
-    try:
+    """Start from a timm file, less its head, or one of ours: by name, else in order."""
+    with study_errors(f"--init {path}: cannot be read"):
         source = timm.models.load_state_dict(str(path), weights_only=True)
         part = model if "program" in source else getattr(model.encoder, "backbone", model.encoder)
         source = {n: t for n, t in source.get("tensors", source).items() if t.ndim}
-    except Exception as error:  # any file may be given here
-        raise UserError(f"--init {path}: cannot be read ({type(error).__name__})") from None
-    target = {n: t for n, t in part.state_dict().items()
+    target = {n: t for n, t in part.state_dict().items()  # a patient's own part may be missing
               if t.ndim and (n in source or not n.startswith("patient_"))}
     named = target.keys() <= source.keys()
-    pairs = dict(zip(target, target if named else source))
-    taken = {n: adapt(source[other], target[n]) for n, other in pairs.items()}
-    if len(taken) < len(target) or any(t is None for t in taken.values()):
+    pairs = zip(target, target if named else source)
+    taken = {n: adapt(source[other], target[n]) for n, other in pairs}
+    if [t.shape for t in taken.values()] != [t.shape for t in target.values()]:
         raise UserError(f"--init {path}: not the architecture of {model.settings}")
     part.load_state_dict(taken, strict=False)
-    left = [n for n in source if n not in pairs.values()]
-    say(f"--init: {len(taken)} tensors taken {'by name' if named else 'in order: names differ'}; "
-        f"{len(left)} left out, last {', '.join(left[-2:])}")
+    how = "by name" if named else "in order: names differ"
+    say(f"--init: {len(taken)} of {len(source)} tensors taken {how}")
 
 
 class Trainer:
@@ -1018,26 +1010,25 @@ class Trainer:
         self.model = model = new_model(task.kind, asdict(recipe))
         if init:
             load_init(model, init)
-        model.to(task.device)
-        self.averaged = copy.deepcopy(model).eval()
-        groups = [dict(params=[p for p in model.parameters() if p.ndim > 1]),
-                  dict(params=[p for p in model.parameters() if p.ndim < 2], weight_decay=0.0)]
-        self.optimizer = torch.optim.AdamW(groups, recipe.lr, weight_decay=recipe.weight_decay)
+        self.averaged = copy.deepcopy(model.to(task.device)).eval()
+        groups = [dict(params=[p for p in model.parameters() if (p.ndim > 1) == matrices],
+                       weight_decay=recipe.weight_decay * matrices) for matrices in (True, False)]
+        self.optimizer = torch.optim.AdamW(groups, recipe.lr)
         half = half_type(task.device) is torch.float16
         self.scaler = torch.amp.GradScaler(task.device.type, enabled=half)
         self.step = self.skipped = self.in_a_row = 0
-        self.losses, self.history, self.seconds, self.evaluation_s = [], [], 0.0, 0.0
+        self.losses, self.history, self.seconds, self.slowest = [], [], 0.0, 0.0
 
     def state(self):
         return {k: getattr(v, "state_dict", lambda: v)() for k, v in vars(self).items()}
 
     def load(self, state):
         for name, value in state.items():
-            part = getattr(self, name)
+            part = getattr(self, name, None)
             getattr(part, "load_state_dict", lambda v: setattr(self, name, v))(value)
 
     def update(self, task, batch, total):
-        """One of `total` optimiser steps, on this rank's pairs (arrays, generator)."""
+        """One of `total` steps, on this rank's pairs (arrays, generator)."""
         recipe, model, done = task.recipe, self.model.train(), self.step / total
         warm = min(1, (done + 1e-3) / (recipe.warm_up + 1e-3))
         for group in self.optimizer.param_groups:  # half a cosine, down to 1 %
@@ -1054,16 +1045,18 @@ class Trainer:
             mean += loss.item()
         self.scaler.unscale_(self.optimizer)
         for p in model.parameters() if dist.is_initialized() else ():
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # no vertebra on this rank
-        mean_over_ranks([p.grad for p in model.parameters()])
-        self.in_a_row += 1
-        if torch.isfinite(nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)):
+            grad = torch.zeros_like(p) if p.grad is None else p.grad  # no vertebra on this rank
+            p.grad = grad.contiguous() / ranks()[1]
+            dist.all_reduce(p.grad)
+        if nn.utils.clip_grad_norm_(model.parameters(), recipe.clip).isfinite():
             self.scaler.step(self.optimizer)
             self.losses.append(mean)
             self.in_a_row = 0
-        self.skipped += self.in_a_row > 0
-        if self.in_a_row > MAX_SKIPPED_STEPS:
-            raise UserError(f"{self.in_a_row} steps without a finite gradient: lower --lr")
+        else:
+            self.skipped += 1
+            self.in_a_row += 1
+            if self.in_a_row > MAX_SKIPPED_STEPS:
+                raise UserError(f"{self.in_a_row} steps without a finite gradient: lower --lr")
         self.scaler.update()
         self.step += 1
         share = 1 - min(recipe.ema, (1 + self.step) / (10 + self.step))
@@ -1071,107 +1064,83 @@ class Trainer:
             slow.lerp_(fast, share) if slow.is_floating_point() else slow.copy_(fast)
 
 
-def mean_over_ranks(tensors):
-    """Each tensor becomes its mean over the ranks."""
-    if dist.is_initialized() and tensors:
-        flat = torch.cat([t.flatten() for t in tensors]) / ranks()[1]
-        dist.all_reduce(flat)  # one message
-        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors])):
-            tensor.copy_(part.view_as(tensor))
-
-
 def epoch_order(task, epoch, count):
     """(count,) places in task.train; a share of `positives` fractured, or (0) as they come."""
     rng, share = np.random.default_rng([task.recipe.seed, epoch]), task.recipe.positives
     order = rng.permutation(len(task.train))
-    hit = np.resize(task.fractured or [False], len(order))[order]
-    if share and hit.any() and not hit.all():
+    hit = np.array([sample[1] for sample in task.train])[order]
+    if share and 0 < hit.mean() < 1:
         n = round(share * count)
         order = np.r_[np.resize(order[hit], n), np.resize(order[~hit], count - n)]
         order = rng.permutation(order)
     return np.resize(order, count)
 
 
-def sample_stream(task, step, count):
-    """(sample, generator) for this rank from `step` on; an epoch is `count` samples."""
-    (rank, world), start = ranks(), step * task.recipe.batch_size
-    for epoch in range(start // count, task.recipe.epochs):
-        order = epoch_order(task, epoch, count)
-        for place in range(max(0, start - epoch * count) + rank, count, world):
-            seed = [task.recipe.seed, epoch, place]
-            yield task.train[order[place]], np.random.default_rng(seed)
-
-
-def close_epoch(trainer, task, weights, clock):
+def close_epoch(trainer, task, weights):
     """Score the averaged weights; write the best, their held-out answers and the log."""
-    started, (rank, world), history = clock(), ranks(), trainer.history
-    mean_over_ranks([b for b in trainer.averaged.buffers() if b.is_floating_point()])
+    (rank, world), history = ranks(), trainer.history
     with torch.inference_mode(), autocast(task.device):
         rows = [(uid, *task.score(trainer.averaged, uid)) for uid in task.held_out[rank::world]]
-    table = pd.DataFrame(sum(over_ranks(rows), []), columns=[STUDY, *task.columns])
-    losses = sum(over_ranks(trainer.losses), [])
-    loss = np.mean(losses or math.nan)
-    result = dict(task.judge(table) if len(table) else {"score": loss}, train_loss=loss)
-    result = {k: float(v) for k, v in result.items()}  # plain data, as load_checkpoint asks
-    if math.isnan(result["score"]):
-        result["score"] = math.inf
-    best = result["score"] <= min([line["score"] for line in history], default=math.inf)
-    samples = len(losses) // world * task.recipe.batch_size
-    result |= dict(lr=trainer.optimizer.param_groups[0]["lr"], seconds=trainer.seconds)
-    shown = "  ".join(f"{k} {v:.4g}" for k, v in result.items())
-    history.append(dict(epoch=len(history) + 1, **result, peak_gb=peak_gb(),
-                        samples_per_s=samples / trainer.seconds, skipped_steps=trainer.skipped))
-    trainer.losses, trainer.seconds, trainer.evaluation_s = [], 0.0, clock() - started
-    if rank == 0:
-        say(f"{task.name}  epoch {len(history)}/{task.recipe.epochs}  {shown}")
-        if best:  # ships matrices in half precision
-            tensors = trainer.averaged.state_dict()
-            tensors = {n: (t.half() if t.ndim > 1 else t).cpu() for n, t in tensors.items()}
-            save_checkpoint(weights / f"{task.name}.pt", task.kind, task.recipe, tensors=tensors,
-                            settings=trainer.model.settings, result=result)
-            write_csv(weights / f"{task.name}_heldout.csv", table)
-        write_csv(weights / f"{task.name}_log.csv", pd.DataFrame(history))
+    rows, losses = sum(over_ranks(rows), []), sum(over_ranks(trainer.losses), [])
+    table = pd.DataFrame(rows, columns=[STUDY, *TARGETS][: len(rows[0])])
+    line = dict(epoch=len(history) + 1, **task.judge(table.set_index(STUDY)))
+    line |= dict(train_loss=np.mean(losses or math.nan), seconds=trainer.seconds,
+                 lr=trainer.optimizer.param_groups[0]["lr"], skipped_steps=trainer.skipped,
+                 samples_per_s=len(losses) // world * task.recipe.batch_size / trainer.seconds,
+                 peak_gb=peak_gb())
+    history.append({k: float(v) for k, v in line.items()})  # plain data for load_checkpoint
+    trainer.losses, trainer.seconds = [], 0.0
+    if rank:
+        return
+    say(f"{task.name}  " + "  ".join(f"{k} {v:.4g}" for k, v in line.items()))
+    if line["score"] <= np.nanmin([past["score"] for past in history]):  # NaN is never the best
+        tensors = {n: (t.half() if t.ndim > 1 else t).cpu()  # matrices ship in half precision
+                   for n, t in trainer.averaged.state_dict().items()}
+        save_checkpoint(weights / f"{task.name}.pt", task.kind, task.recipe, tensors=tensors,
+                        settings=trainer.model.settings)
+        write_csv(weights / f"{task.name}_heldout.csv", table)
+    write_csv(weights / f"{task.name}_log.csv", pd.DataFrame(history))
 
 
 def train(task, weights, stop, workers=2, go_on=False, init=""):
-    """Train one fold into <name>.pt under `weights`; Stopped if cut short."""
-    (rank, world), samples, size = ranks(), len(task.train), task.recipe.batch_size
-    if not samples or size % world:
-        raise UserError(f"{task.name}: {samples} samples, --batch-size {size}: needs samples, and "
-                        f"a multiple of {world} processes")
-    trainer, last, clock = Trainer(task, init), weights / f"{task.name}_last.pt", stop.clock
+    """Train one fold into <name>.pt under `weights`: its history. Stopped if cut short."""
+    (rank, world), recipe, samples = ranks(), task.recipe, len(task.train)
+    size, trainer, last = recipe.batch_size, Trainer(task, init), weights / f"{task.name}_last.pt"
+    if not samples or not task.held_out or size % world:
+        raise UserError(f"{task.name}: needs studies to train on, others to hold out, and a "
+                        f"--batch-size that is a multiple of {world}")
     if go_on and last.exists():
         saved = load_checkpoint(last)
-        other = [k for k, v in asdict(task.recipe).items() if v != saved["recipe"].get(k)]
-        if other or saved["samples"] != samples:
-            raise UserError(f"{last} was made with other {', '.join(other) or 'data'}: give the "
-                            "same options, or delete it")
+        if saved["recipe"] != asdict(recipe) or saved["samples"] != samples:
+            raise UserError(f"{last} was made with other options or data: delete it, or give them")
         trainer.load(saved["state"])
-    per_epoch, slowest = max(1, samples // size), 0.0
-    total = per_epoch * task.recipe.epochs
+    steps = max(1, samples // size)  # an epoch
+    total = steps * recipe.epochs
     if rank == 0:
-        say(f"{task.name}: {task.recipe.backbone}, {samples} samples, {len(task.held_out)} studies "
-            f"held out, step {trainer.step} of {total}, {task.device}")
+        say(f"{task.name}: {samples} samples, from step {trainer.step} of {total}")
 
     def save():
         if rank == 0:
-            save_checkpoint(last, task.kind, task.recipe, samples=samples, state=trainer.state())
+            save_checkpoint(last, task.kind, recipe, samples=samples, state=trainer.state())
 
-    stream = sample_stream(task, trainer.step, per_epoch * size)
-    loaded = prefetch(lambda pair: (task.load(pair[0]), pair[1]), stream, workers, 2 * size)
+    order = np.concatenate([epoch_order(task, k, steps * size) for k in range(recipe.epochs)])
+    mine = range(trainer.step * size + rank, len(order), world)
+    loaded = prefetch(lambda k: task.load(task.train[order[k]]), mine, workers, 2 * size)
     for _ in progress(range(trainer.step, total), "step", total - trainer.step):
-        started, evaluation = clock(), trainer.evaluation_s or slowest * len(task.held_out)
-        if reason := max(over_ranks(stop.reason(2 * slowest + evaluation))):
+        started = stop.clock()
+        if reason := max(over_ranks(stop.reason(1.1 * trainer.slowest))):
             save()
             raise Stopped(f"{task.name}: stopped by {reason} at step {trainer.step} of {total}; "
-                          "the same command with --resume goes on")
-        batch = [future.result() for _, (_, future) in zip(range(size // world), loaded)]
+                          "--resume goes on")
+        batch = [(future.result(), np.random.default_rng([recipe.seed, k]))
+                 for _, (k, future) in zip(range(size // world), loaded)]
         trainer.update(task, batch, total)
-        seconds = clock() - started
-        trainer.seconds, slowest = trainer.seconds + seconds, max(0.9 * slowest, seconds)
-        if trainer.step % per_epoch == 0:
-            close_epoch(trainer, task, weights, clock)
+        trainer.seconds += stop.clock() - started
+        if trainer.step % steps == 0:
+            close_epoch(trainer, task, weights)
             save()
+        trainer.slowest = max(trainer.slowest, stop.clock() - started)  # or evaluation
+    return trainer.history
 
 
 # =========================================== Prediction ==========================================
@@ -1553,57 +1522,49 @@ def data_folder(o, *needed):
 
 
 def training_data(o):
-    """(labels by uid, uid -> fold, uid -> mask path), for the studies whose images are there."""
+    """Labels of the studies whose images are there, uid -> fold, uid -> path of the mask."""
     data = data_folder(o, "train.csv", "train_images")
     table = read_csv(data / "train.csv", (STUDY, *TARGETS))
-    table = table[[(data / "train_images" / str(uid)).is_dir() for uid in table[STUDY]]]
-    masks = {p.name.split(".nii")[0]: p for p in sorted((data / "segmentations").glob("*.nii*"))}
-    masks = {uid: masks[uid] for uid in table[STUDY] if uid in masks}
-    return table.set_index(STUDY)[list(TARGETS)], assign_folds(table, o.folds, masks), masks
+    masks = {p.name.split(".nii")[0]: p for p in (data / "segmentations").glob("*.nii*")}
+    folds = assign_folds(table, o.folds, masks)  # of the whole table: a study keeps its fold
+    table = table[[(data / "train_images" / uid).is_dir() for uid in table[STUDY]]]
+    return table.set_index(STUDY)[list(TARGETS)], folds, masks
 
 
 def recipe_from(o, kind):
-    """The recipe of a kind with the options given, checked."""
-    given = {k: v for k, v in vars(o).items() if v and k in Recipe.__dataclass_fields__}
-    if any(v < 0 for k, v in given.items() if not isinstance(v, str)) or o.folds < 1:
+    """The recipe of a kind with the options given."""
+    if min(o.folds - 1, o.epochs, o.batch_size, o.accumulate, o.lr, o.size) < 0:
         raise UserError("--folds and the recipe's numbers start above 0")
+    given = {k: v for k, v in vars(o).items() if v and k in Recipe.__dataclass_fields__}
     return replace(RECIPES[kind], **given)
 
 
-def run_training(o, make_task):
-    """Train the folds asked for; with --fold all, finished ones are not repeated."""
-    folds = [k for k in range(o.folds) if o.fold in ("all", str(k))]
-    if not folds:
+def run_training(o, samples, folds, task):
+    """Train the folds asked for, on the samples of every uid."""
+    wanted = [k for k in range(o.folds) if o.fold in ("all", str(k))]
+    if not wanted:
         raise UserError(f"--fold {o.fold}: there are folds 0 to {o.folds - 1}, or all")
-    stop = Stop(o.time_limit)
+    stop, weights = Stop(o.time_limit), Path(o.weights)
     if ranks()[1] > 1:
         dist.init_process_group()  # gloo, and nccl for what is on a GPU
     try:
-        for fold in folds:
-            train(make_task(fold), Path(o.weights), stop, o.workers,
-                  o.resume or o.fold == "all", o.init)
+        for fold in wanted:
+            held_out = [uid for uid in samples if folds[uid] == fold]
+            others = [uid for uid in samples if folds[uid] != fold or o.folds == 1]
+            task = task._replace(name=f"{task.kind}_fold{fold}", held_out=held_out,
+                                 train=sum([samples[uid] for uid in others], []))
+            history = train(task, weights, stop, o.workers, o.resume or o.fold == "all", o.init)
+            if ranks()[0] == 0 and (HERE / "tests/pictures.py").exists():
+                side_room("pictures")["draw_curves"](weights / f"{task.name}.png", history)
     except (torch.OutOfMemoryError, MemoryError):
-        raise UserError("out of memory: lower --batch-size, --size or --workers, raise "
-                        "--accumulate, or choose a smaller --backbone") from None
+        raise UserError("out of memory: lower --batch-size or raise --accumulate") from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def load_cube(uid, data, mask, cache, size):
-    """(cube float32 (1, D, D, D), labels uint8 (D, D, D)); the second time from a small file."""
-    path = cache / f"cube{size}" / f"{uid}.npy"
-    if not path.exists():
-        volume = read_volume(data / "train_images" / uid)
-        cube = np.rint(segmenter_input(volume, size).numpy() * 255).astype(np.uint8)
-        pair = np.concatenate([cube, cube_labels(mask, volume, size)[None]])
-        write_atomic(path, lambda new: np.save(new, pair))
-    pair = np.load(path)
-    return pair[:1] / np.float32(255), pair[1]
-
-
 def segmenter_batch(model, tensors, rngs, recipe):
-    cubes, labels = augment_volumes(*tensors, rngs)
+    cubes, labels = augment_volumes(tensors[0][:, None] / 255, tensors[1], rngs)
     return segmenter_loss(model(cubes.to(memory_format=torch.channels_last_3d)), labels)
 
 
@@ -1615,111 +1576,91 @@ def classifier_batch(model, tensors, rngs, recipe):
     outputs = model(crops.flip(0).lerp(crops, share))
     other = classifier_loss(outputs, labels.flip(0))
     loss = share * classifier_loss(outputs, labels) + (1 - share) * other
-    return loss * (1 + labels).nanmean()  # the mean over parts and ranks: by their weights
+    return loss * (1 + labels).nan_to_num().mean()  # parts and ranks count by their weights
 
 
 def mode_train_seg(o):
     """Train segmenters on the studies with masks: writes segmenter_fold<k>.pt under --weights."""
-    recipe, (_, folds, masks) = recipe_from(o, "segmenter"), training_data(o)
+    recipe, (labels, folds, masks) = recipe_from(o, "segmenter"), training_data(o)
     device = pick_device(o.device)
 
-    def load(uid):
-        return load_cube(uid, Path(o.data), masks[uid], Path(o.work), recipe.size)
+    @functools.cache  # 4 MB a study
+    def load(sample):
+        volume = read_volume(Path(o.data) / "train_images" / sample[0])
+        cube = segmenter_input(volume, recipe.size)[0] * 255
+        labels = cube_labels(masks[sample[0]], volume, recipe.size)
+        return cube.round().byte().numpy(), labels
 
     def score(model, uid):
-        cube, labels = load(uid)
-        cube = torch.from_numpy(cube)[None].to(device)
-        return dice_scores(model(cube)[0].float().sigmoid().cpu().numpy(), labels)
+        cube, truth = load((uid, False))
+        logits = model(torch.from_numpy(cube)[None, None].to(device) / 255)
+        return dice_scores(logits[0].float().sigmoid().cpu().numpy(), truth)
 
     def judge(table):
-        dice = table[list(VERTEBRAE)].mean()
-        return dict(score=1 - dice.mean(), **dice.add_prefix("dice_"))
+        return dict(table.mean().add_prefix("dice_"), score=1 - table.mean().mean())
 
-    def task(fold):
-        mine = [u for u in masks if folds[u] != fold or o.folds == 1]
-        held_out = [u for u in masks if folds[u] == fold]
-        return Task("segmenter", f"segmenter_fold{fold}", recipe, device, mine, [], load,
-                    segmenter_batch, held_out, VERTEBRAE, score, judge)
-
-    run_training(o, task)
+    samples = {uid: [(uid, False)] for uid in labels.index if uid in masks}
+    task = Task("segmenter", recipe, device, load, segmenter_batch, score, judge)
+    run_training(o, samples, folds, task)
 
 
 def mode_extract(o):
     """Write every study's crops under --work, masked by segmenters that did not train on it."""
     labels, folds, _ = training_data(o)
     device, out, (rank, world) = pick_device(o.device), Path(o.work) / "crops", ranks()
-    models = load_models(o.weights, "segmenter", device)
+    images, models = Path(o.data) / "train_images", load_models(o.weights, "segmenter", device)
     if not models:
         raise UserError(f"no segmenter_fold*.pt in {o.weights}: run train-seg first")
     todo = [u for u in labels.index[rank::world] if not (out / f"{u}.npz").exists()]
-    stop, written = Stop(o.time_limit), 0
-
-    def read(uid):
-        return read_volume(Path(o.data) / "train_images" / uid, o.workers)
-
-    for uid, future in progress(prefetch(read, todo, 1), "study", len(todo)):
+    stop, left_out = Stop(o.time_limit), 0
+    volumes = prefetch(lambda u: read_volume(images / u, o.workers), todo, 1)
+    for uid, future in progress(volumes, "study", len(todo)):
         if reason := stop.reason():
             raise Stopped(f"extract: stopped by {reason}; the same command goes on")
         try:
-            volume = future.result()
-            own = [models[folds[uid]]] if folds[uid] in models else [*models.values()]
-            crops = vertebra_slices(volume, segment(own, volume, device), mask_of=o.mask_of)
+            volume, own = future.result(), models.get(folds[uid])
+            probability = segment([own] if own else [*models.values()], volume, device)
+            crops = vertebra_slices(volume, probability, mask_of=o.mask_of)
             write_crops(out / f"{uid}.npz", crops)
-            written += 1
         except StudyError as error:
+            left_out += 1
             say(f"study {uid}: {error}; left out")
-    print(f"{out}: {written} studies written, {len(todo) - written} left out")
+    print(f"{out}: {len(todo) - left_out} studies written, {left_out} left out")
 
 
-def mode_train_cls(o, kind="vertebra"):
-    """Train vertebra classifiers on the crops: writes vertebra_fold<k>.pt under --weights."""
+def mode_train_cls(o):
+    """Train classifiers on the crops: writes vertebra_fold<k>.pt or patient_fold<k>.pt."""
+    kind = "patient" if o.mode == "train-patient" else "vertebra"
     recipe, (labels, folds, _) = recipe_from(o, kind), training_data(o)
-    device, folder, truth = pick_device(o.device), Path(o.work) / "crops", {}  # NaN: not in view
-    for uid, row in zip(labels.index, labels.to_numpy(np.float32)):
-        if (folder / f"{uid}.npz").exists():
-            seen = [*crops_seen(folder / f"{uid}.npz"), True]
-            truth[uid] = np.where(seen, row, np.float32("nan"))
-    if not truth:
+    device, folder = pick_device(o.device), Path(o.work) / "crops"
+    truth = dict(zip(labels.index, labels.to_numpy(np.float32)))
+    asked = [[*range(8)]] if kind == "patient" else [[v] for v in range(7)]
+    samples = {uid: [(uid, truth[uid][targets[-1]] > 0, targets) for targets in asked]
+               for uid in truth if (folder / f"{uid}.npz").exists()}
+    if not samples:
         raise UserError(f"no crops in {folder}: run extract with the same --work first")
 
     def load(sample):
-        uid, targets = sample
+        uid, _, targets = sample
         crops = read_crops(folder / f"{uid}.npz", targets[:7])
-        return crops.reshape(-1, CHANNELS, CROP, CROP), truth[uid][targets]
+        seen = [*crops.any((1, 2, 3, 4)), True][: len(targets)]
+        crops = crops.reshape(-1, *crops.shape[2:])  # (N, T, K, S, S) -> (N * T, K, S, S)
+        return crops, np.where(seen, truth[uid][targets], np.float32("nan"))
 
     def score(model, uid):
         one = Ensemble({"vertebra": [], "patient": [], kind: [model]}, device)
         (steps, patient), = classify(one, read_crops(folder / f"{uid}.npz"), Effort(0, 1))
         return [*np.sort(steps, 1)[:, -Answers().top_k :].mean(1), patient]
 
-    def judge(table):
-        return judge_answers(table[list(TARGETS)].to_numpy(), labels.loc[table[STUDY]].to_numpy())
+    def judge(table):  # the prior where nothing was asked or in view
+        answers = table.fillna(dict(zip(TARGETS, PRIOR))).to_numpy()
+        right = labels.loc[table.index].to_numpy()
+        return dict(score=competition_scores(answers, right)[0],
+                    vertebra_auc=auc(answers[:, :7].ravel(), right[:, :7].ravel()),
+                    patient_auc=auc(answers[:, 7], right[:, 7]))
 
-    def task(fold):
-        mine = [u for u in truth if folds[u] != fold or o.folds == 1]
-        samples = [(u, [*range(8)]) for u in mine]
-        if kind == "vertebra":
-            samples = [(u, [v]) for u in mine for v in np.flatnonzero(truth[u][:7] >= 0)]
-        fractured = [truth[u][targets[0]] > 0 for u, targets in samples]
-        held_out = [u for u in truth if folds[u] == fold]
-        return Task(kind, f"{kind}_fold{fold}", recipe, device, samples, fractured, load,
-                    classifier_batch, held_out, TARGETS, score, judge)
-
-    run_training(o, task)
-
-
-def mode_train_patient(o):
-    """Train patient classifiers on the crops: writes patient_fold<k>.pt under --weights."""
-    mode_train_cls(o, "patient")
-
-
-def judge_answers(answers, labels):
-    """Weighted log loss and AUCs of (N, 8) answers; what is NaN was not asked."""
-    known = ~np.isnan(answers)
-    weight = known * TARGET_WEIGHTS * np.where(labels > 0, POSITIVE_FACTOR, 1)
-    loss = weight * element_losses(np.where(known, answers, 0.5), labels)
-    areas = [auc(answers[:, k][known[:, k]], labels[:, k][known[:, k]]) for k in (slice(7), 7)]
-    return dict(score=loss.sum() / weight.sum(), vertebra_auc=areas[0], patient_auc=areas[1])
+    task = Task(kind, recipe, device, load, classifier_batch, score, judge)
+    run_training(o, samples, folds, task)
 
 
 def mode_predict(o):
@@ -1931,7 +1872,7 @@ MODES = {  # function, options
     "train-seg": (mode_train_seg, TRAINING + "size"),
     "extract": (mode_extract, "data weights work device workers folds mask_of time_limit"),
     "train-cls": (mode_train_cls, TRAINING + "size mask_of hidden"),
-    "train-patient": (mode_train_patient, TRAINING + "size mask_of hidden"),
+    "train-patient": (mode_train_cls, TRAINING + "size mask_of hidden"),
     "predict": (mode_predict,
                 "data weights out device workers resume time_limit top_k views average noisy_or "
                 "no_calibration"),
