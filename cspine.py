@@ -32,7 +32,6 @@ import functools
 import hashlib
 import importlib
 import inspect
-import json
 import math
 import mmap
 import os
@@ -1146,53 +1145,47 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
 # =========================================== Prediction ==========================================
 # Studies to rows. A complete submission is on disk from the first second, at worst with the prior.
 
-CALIBRATION_PULL = 2.0  # towards the identity: a spread of 0.5 in log scale and in shift
 READING_SHARE = 0.25  # of the time left, for one study
 REPORTS = [f"predict_report{k or ''}.csv" for k in range(16)]  # one a process
+BLIND = dict(zip(TARGETS, PRIOR))
 
-# models: {kind: list}; calibration: (8, 2) scale and shift in logit space, or None
-Ensemble = namedtuple("Ensemble", "models device calibration", defaults=[None])
-Effort = namedtuple("Effort", "views folds")  # what a study is given; without folds the prior
-
-
-def write_json(path, content):
-    write_atomic(path, lambda new: new.write_text(json.dumps(content, indent=1)))
+# models: {kind: list}; calibration: (8, 2) scale and shift in logit space
+Ensemble = namedtuple("Ensemble", "models device calibration options",
+                      defaults=[[[1, 0]] * 8, Answers()])
+Effort = namedtuple("Effort", "views folds")  # what a study is given
 
 
 def load_models(weights, kind, device):
     """{fold: model} of <kind>_fold<k>.pt."""
-    paths = [(p.stem.rpartition("fold")[2], p) for p in Path(weights).glob(f"{kind}_fold*.pt")]
-    return {int(k): load_model(p, kind).to(device) for k, p in sorted(paths) if k.isdecimal()}
+    paths = {k: Path(weights) / f"{kind}_fold{k}.pt" for k in range(100)}
+    return {k: load_model(p, kind).to(device) for k, p in paths.items() if p.exists()}
 
 
 def load_ensemble(weights, device):
     """All models under `weights`. UserError without a segmenter and a classifier."""
     models = {kind: [*load_models(weights, kind, device).values()] for kind in KINDS}
     if not models["segmenter"] or not models["vertebra"] + models["patient"]:
-        raise UserError(f"no weights in {weights}: train, or give --weights a folder with "
-                        "segmenter_fold*.pt and vertebra_fold*.pt or patient_fold*.pt")
-    path = Path(weights) / "calibration.json"
-    if not path.exists():
-        return Ensemble(models, device)
-    with study_errors(f"{path}: expected a finite [scale, shift] for each target"):
-        table = json.loads(path.read_text())
-        calibration = np.array([table[t] for t in TARGETS], float).reshape(8, 2)
-        assert np.isfinite(calibration).all()
-    return Ensemble(models, device, calibration)
+        raise UserError(f"no weights in {weights}: --weights must hold a segmenter and a "
+                        "vertebra or patient classifier")
+    ensemble, path = Ensemble(models, device), Path(weights) / "calibration.json"
+    if path.exists():
+        with study_errors(f"{path}: expected finite [scale, shift] of each target"):
+            table = pd.read_json(path)[list(TARGETS)].to_numpy(float).T.reshape(8, 2)
+            assert np.isfinite(table).all()
+            ensemble = ensemble._replace(calibration=table)
+    return ensemble
 
 
 @torch.inference_mode()
 def segment(models, volume, device, problems=None):
     """float32 (7, D, D, D): mean probability of the segmenters, in_order."""
-    edge, total, cubes = max(model.settings["size"] for model in models), 0, {}
+    size, window = (models[0].settings[k] for k in ("size", "window"))  # as of all folds
+    cube = segmenter_input(volume, size, window)[None]
+    cube, total = cube.to(device, memory_format=torch.channels_last_3d), 0
     for model in models:
-        key = model.settings["size"], tuple(model.settings["window"])
-        if key not in cubes:
-            cubes[key] = segmenter_input(volume, *key)[None]
         with autocast(device):
-            logits = model(cubes[key].to(device, memory_format=torch.channels_last_3d))
-        found = F.interpolate(logits.float().sigmoid(), (edge,) * 3, mode="trilinear")[0]
-        total += found.nan_to_num_() / len(models)
+            logits = model(cube)[0]
+        total += logits.float().sigmoid().nan_to_num_() / len(models)
     return in_order(total.cpu().numpy(), [] if problems is None else problems)
 
 
@@ -1201,184 +1194,147 @@ def in_order(probability, problems):
     weight = (probability * (probability > 0.5)).sum((2, 3))  # (7, D)
     mass = weight.sum(1)
     centre = weight @ np.arange(weight.shape[1]) / np.maximum(mass, 1)
-    while True:
-        seen = np.flatnonzero(mass > MIN_CELLS)
-        wrong = np.diff(centre[seen]) <= 0
-        if not wrong.any():
-            return probability
-        drop = min(seen[wrong.argmax() :][:2], key=lambda v: mass[v])
-        mass[drop] = probability[drop] = 0
-        problems.append(f"{VERTEBRAE[drop]} against the order head to foot, taken out")
+    seen = np.flatnonzero(mass > MIN_CELLS)
+    for pair in zip(seen, seen[1:]):
+        if centre[pair[0]] >= centre[pair[1]]:
+            drop = min(pair, key=mass.item)
+            probability[drop] = 0
+            problems.append(f"{VERTEBRAE[drop]} out of order, taken out")
+            return in_order(probability, problems)
+    return probability
 
 
 @torch.inference_mode()
 def classify(ensemble, crops, effort):
     """[(step probability (7, 15), patient probability)], one a model and view; NaN: none."""
-    absent, resized, out = ~crops.any((1, 2, 3, 4)), {}, []
+    absent, out = ~crops.any((1, 2, 3, 4)), []
+    vertebra, patient = (ensemble.models[k][: effort.folds] for k in ("vertebra", "patient"))
     crops = torch.from_numpy(crops).to(ensemble.device)
-    patient = ensemble.models["patient"][: effort.folds]
-    for i, model in enumerate(ensemble.models["vertebra"][: effort.folds] + patient):
-        size = model.settings["size"]
-        if size not in resized:  # a vertebra at a time, back to bytes: little memory
-            resized[size] = torch.stack([F.interpolate(
-                c.float(), (size, size), mode="bilinear").round().byte() for c in crops])
+    for i, model in enumerate(vertebra + patient):
+        size, whole = (model.settings["size"],) * 2, i >= len(vertebra)
+        shown = torch.stack([  # a vertebra at a time, back to bytes: little memory
+            F.interpolate(c.float(), size, mode="bilinear").round().byte() for c in crops])
         for view in range(i, i + effort.views) or [0]:
-            turned = torch.rot90(resized[size], view, (-2, -1))
+            turned = torch.rot90(shown, view, (-2, -1))
             turned = turned.flip(-1) if view & 4 else turned
             with autocast(ensemble.device):
-                whole = model in patient
                 steps, head = model(turned.flatten(0, 1)[None]) if whole else (model(turned), None)
-            steps = steps.float().sigmoid().double().view(7, STEPS).cpu().numpy()
+            steps = steps.float().sigmoid().view(7, STEPS).cpu().numpy()
             steps[absent] = np.nan
             out.append((steps, float(head.float().sigmoid()) if whole else math.nan))
     return out
 
 
-def combine(outputs, options, calibration=None):
+def combine(outputs, options, calibration=((1, 0),) * 8):
     """(8,) answers from what classify gave; what is NaN gets the prior."""
     rows = [[*np.sort(steps, 1)[:, -options.top_k :].mean(1), head] for steps, head in outputs]
-    rows, share = torch.tensor(rows, dtype=torch.float64), options.noisy_or
-    logit = options.average == "logit"
-    answer = (rows.logit(FLOOR).nanmean(0).sigmoid() if logit else rows.nanmean(0)).numpy()
-    either = 1 - pd.Series(1 - answer[:7]).prod(min_count=1)  # NaN with no vertebra in sight
-    answer[7] = share * either + (1 - share) * np.nan_to_num(answer[7], nan=either)
-    if calibration is not None:
-        scale, shift = torch.tensor(calibration).T
-        answer = (torch.tensor(answer).logit(FLOOR) * scale + shift).sigmoid().numpy()
+    rows, (scale, shift) = torch.tensor(rows, dtype=torch.float64), torch.tensor(calibration).T
+    logit, share = options.average == "logit", options.noisy_or
+    answer = rows.logit(FLOOR).nanmean(0).sigmoid() if logit else rows.nanmean(0)
+    either = float(1 - (1 - answer[:7]).nan_to_num(1).prod()) or math.nan  # 0: nothing in sight
+    answer[7] = share * either + (1 - share) * answer[7].nan_to_num(either)
+    answer = (answer.logit(FLOOR) * scale + shift).sigmoid().numpy()
     return np.where(np.isnan(answer), PRIOR, answer).clip(FLOOR, 1 - FLOOR)
 
 
-def fit_calibration(answers, labels):
-    """(8, 2) scale and shift that lower the score of (N, 8) answers, held near the identity."""
-    weight = np.where(labels > 0, POSITIVE_FACTOR, 1.0)
-    weight /= (weight * TARGET_WEIGHTS).sum(1, keepdims=True)
-    weight *= (labels.min(0) < labels.max(0)) / weight.mean(0)  # one class says nothing
-    logits, truth = torch.tensor(answers).logit(FLOOR), torch.tensor(labels).double()
-    fit = torch.zeros(2, 8, dtype=torch.float64, requires_grad=True)  # log scale, shift
-    optimizer = torch.optim.LBFGS([fit], max_iter=200, line_search_fn="strong_wolfe")
-
-    def loss():
-        optimizer.zero_grad()
-        total = CALIBRATION_PULL * fit.square().sum() + F.binary_cross_entropy_with_logits(
-            logits * fit[0].exp() + fit[1], truth, torch.tensor(weight), reduction="sum")
-        total.backward()
-        return total
-
-    optimizer.step(loss)
-    return np.stack([fit[0].exp().detach(), fit[1].detach()], 1)
-
-
-def answer_study(volume, ensemble, effort, options):
+def answer_study(volume, ensemble, effort):
     """A study's row of the report, with its answers."""
-    models, clock, problems = ensemble.models, time.monotonic, [*volume.problems]
+    models, device, problems = ensemble.models, ensemble.device, [*volume.problems]
+    start = time.monotonic()
     for model in sum(models.values(), []):
-        model.to(ensemble.device)  # the study before may have left them on the CPU
-    start = clock()
-    probability = segment(models["segmenter"][: effort.folds], volume, ensemble.device, problems)
-    found = clock()
+        model.to(device)  # the study before may have left them on the CPU
+    probability = segment(models["segmenter"][: effort.folds], volume, device, problems)
+    found = time.monotonic()
     mask_of = (models["vertebra"] + models["patient"])[0].settings["mask_of"]
     crops = vertebra_slices(volume, probability, mask_of=mask_of)
-    cut = clock()
-    answers = combine(classify(ensemble, crops, effort), options, ensemble.calibration)
+    cut = time.monotonic()
+    answers = combine(classify(ensemble, crops, effort), ensemble.options, ensemble.calibration)
     seen = [name for name, crop in zip(VERTEBRAE, crops) if crop.any()]
     status = "ok" if len(seen) == 7 else "partial" if seen else "nothing seen"
     return dict(zip(TARGETS, answers), status=status, slices=len(volume.hu), seen="+".join(seen),
-                segment_s=found - start, crops_s=cut - found, classify_s=clock() - cut,
-                warnings="; ".join(problems)[:500])
+                segment_s=found - start, crops_s=cut - found, classify_s=time.monotonic() - cut,
+                warnings="; ".join(problems))
 
 
-def answer_or_prior(uid, future, ensemble, effort, options, seconds):
+def answer_or_prior(uid, future, ensemble, effort):
     """A study's row of the report: whatever goes wrong with it ends here."""
-    prior = dict(zip(TARGETS, PRIOR), status="no time")
-    if not effort.folds:
-        future.cancel()
-        return prior
+    what = "out of memory"
     try:
-        volume, read_s = future.result(min(max(seconds, 1), threading.TIMEOUT_MAX))
-        try:
-            row = answer_study(volume, ensemble, effort, options)
-        except torch.OutOfMemoryError:  # the CPU has room for this study
-            ensemble = ensemble._replace(device=torch.device("cpu"))
-            row = answer_study(volume, ensemble, effort, options)
-            row["warnings"] += "; out of GPU memory, done on the CPU"
-        return dict(row, read_s=read_s)
+        volume, read_s = future.result()
+        for device in (ensemble.device, torch.device("cpu")):  # where there is room for a study
+            with contextlib.suppress(torch.OutOfMemoryError):
+                row = answer_study(volume, ensemble._replace(device=device), effort)
+                return dict(row, read_s=read_s, device=device)
     except Exception as error:  # the one place that must outlive all that a study can do
         what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        say(f"study {uid}: {what}; answered with the prior")
-        return dict(prior, status="failed", warnings=what)
+    say(f"study {uid}: {what}; answered with the prior")
+    return dict(BLIND, status="failed", warnings=what)
 
 
-def choose_effort(options, folds, seconds, left):
-    """What fits `left`, at `seconds` a fold and view: views go first, then folds, then all."""
-    few = min(options.views, 1)
-    for effort in (Effort(options.views, folds), *(Effort(few, folds >> k) for k in range(9))):
-        if seconds * effort.folds * max(effort.views, 1) <= max(left, 0):
-            return effort
-
-
-def safe_folder(root, uid):
-    """root / uid. StudyError if the uid, from a csv, is no plain folder name."""
-    if uid in ("", "..") or Path(uid).name != uid:
-        raise StudyError(f"{uid!r} is no plain folder name")
-    return Path(root) / uid
+def choose_effort(views, folds, seconds, share):
+    """What fits a study's share of time, at `seconds` a fold and view: views go before folds."""
+    while max(views, 1) * folds > max(share / seconds, 1):
+        views, folds = (1, folds) if views > 1 else (views, folds // 2)
+    return Effort(views, folds)
 
 
 def submission_rows(table):
     """[(row_id, study, target)] of test.csv, each row_id once; its ending says the target."""
     table = table.fillna("").astype(str).drop_duplicates("row_id")
-    target = table.row_id.str.extract(f"_({'|'.join(TARGETS)})$")[0].fillna(table.prediction_type)
-    return [*zip(table.row_id, table[STUDY], target.where(target.isin(TARGETS), TARGETS[-1]))]
-
-
-def answered(row):
-    return row["status"] not in ("failed", "no time")
+    target = table.row_id.str.extract(f"_({'|'.join(TARGETS)})$")[0]
+    return [*zip(table.row_id, table[STUDY], target.fillna(table.prediction_type))]
 
 
 def read_reports(out):
-    """{study: row} of all processes that write beside `out`; an answer outdoes a failure."""
+    """{study: row} of all processes that write beside `out`: answers, no failures."""
     rows = [row for path in map(out.with_name, REPORTS) if path.exists()
             for row in read_csv(path, (STUDY, "status", *TARGETS)).to_dict("records")]
-    return {row[STUDY]: row for row in sorted(rows, key=answered)}
+    return {row[STUDY]: row for row in rows if row["status"] not in ("failed", "no time")}
 
 
 def write_submission(out, rows):
     """Every row of test.csv, with the prior where no report has an answer."""
-    prior, reports, known = dict(zip(TARGETS, PRIOR)), read_reports(out), None
-    while known != len(reports):  # else another process reported meanwhile
-        known = len(reports)
-        values = [(row, reports.get(uid, prior)[target]) for row, uid, target in rows]
+    answers, known = read_reports(out), None
+    while known != len(answers):  # else another process reported meanwhile
+        known = len(answers)
+        values = [(row, answers.get(uid, BLIND).get(target, 0.5)) for row, uid, target in rows]
         write_csv(out, pd.DataFrame(values, columns=["row_id", "fractured"]))
-        reports = read_reports(out)
+        answers = read_reports(out)
 
 
-def predict_studies(images, out, rows, done, ensemble, options, stop, workers):
+def predict_studies(images, out, rows, ensemble, stop, workers):
     """Answer this process's share of the studies; report and submission follow each."""
-    (rank, world), reports = ranks(), [*done.values()]
-    todo = [u for u in [*dict.fromkeys(u for _, u, _ in rows)][rank::world] if u not in done]
-    folds, seconds, effort = max(map(len, ensemble.models.values())), 1e-9, None
+    (rank, world), done, seconds = ranks(), read_reports(out), 1e-9
+    uids, reports = list(dict.fromkeys(uid for _, uid, _ in rows)), [*done.values()]
+    todo = [uid for uid in uids[rank::world] if uid not in done]
+    full = Effort(ensemble.options.views, max(map(len, ensemble.models.values())))
 
     def read(uid):
         start, share = stop.clock(), READING_SHARE * stop.left()
-        folder = safe_folder(images, uid)
-        volume = read_volume(folder, workers, lambda: stop.clock() - start > share)
+        if uid in ("", "..") or Path(uid).name != uid:
+            raise StudyError(f"{uid!r} is no plain folder name")
+        volume = read_volume(images / uid, workers, lambda: stop.clock() - start > share)
         return volume, stop.clock() - start
 
+    def save(*new):
+        reports.extend(new)
+        write_csv(out.with_name(REPORTS[rank]), pd.DataFrame(reports))
+        write_submission(out, rows)
+
     for k, (uid, future) in enumerate(progress(prefetch(read, todo, 1), "study", len(todo))):
-        start, left, last = stop.clock(), stop.left(), effort
-        effort = choose_effort(options, folds, seconds, left / (len(todo) - k))
-        if last not in (None, effort):
-            say(f"time is short: {effort.folds} folds, {effort.views} views from study {k + 1} on")
-        row = answer_or_prior(uid, future, ensemble, effort, options, READING_SHARE * left)
-        reports.append({STUDY: uid, **row, "peak_gb": peak_gb()})
-        if effort.folds or uid == todo[-1] or stop.signal:  # a prior is on disk already
-            write_csv(out.with_name(REPORTS[rank]), pd.DataFrame(reports))
-            write_submission(out, rows)
-        if effort.folds:
-            used = (stop.clock() - start) / (effort.folds * max(effort.views, 1))
-            seconds = max(used, 0.8 * seconds)
+        start, left = stop.clock(), stop.left()
+        if seconds > left:
+            say(f"time is short: {len(todo) - k} studies are left with the prior")
+            return save(*[{STUDY: uid, **BLIND, "status": "no time"} for uid in todo[k:]])
+        effort = choose_effort(*full, seconds, left / (len(todo) - k))
+        if effort != full:
+            say(f"study {uid}: time is short, {effort}")
+        row = answer_or_prior(uid, future, ensemble, effort)
+        save({STUDY: uid, **row, "peak_gb": peak_gb()})
         if stop.signal:
-            raise Stopped(f"stopped by {stop.signal}: {out} is complete, the rest with the prior; "
-                          "--resume goes on")
+            raise Stopped(f"stopped by {stop.signal}; {out} is complete, --resume goes on")
+        used = (stop.clock() - start) / (effort.folds * max(effort.views, 1))
+        seconds = max(used, 0.8 * seconds)
 
 
 # ============================================ Decoding ===========================================
@@ -1671,216 +1627,88 @@ def mode_predict(o):
     for path in [] if o.resume else map(out.with_name, REPORTS[rank::world]):
         if path.exists():
             path.unlink()
-    done = {u: row for u, row in read_reports(out).items() if o.resume and answered(row)}
     write_submission(out, rows)
-    ensemble = load_ensemble(o.weights, pick_device(o.device))
-    if o.no_calibration:
-        ensemble = ensemble._replace(calibration=None)
-    predict_studies(data / "test_images", out, rows, done, ensemble,
-                    Answers(o.top_k, o.views, o.average, o.noisy_or), stop, o.workers)
-    good = {u for u, row in read_reports(out).items() if row["status"] in ("ok", "partial")}
+    ensemble = load_ensemble(o.weights, pick_device(o.device))._replace(options=o)
+    predict_studies(data / "test_images", out, rows, ensemble, stop, o.workers)
     studies = {uid for _, uid, _ in rows}
-    print(f"{out}: {len(rows)} rows, {len(studies)} studies, {len(studies - good)} of them fell "
+    good = sum(row["status"] != "nothing seen" for row in read_reports(out).values())
+    print(f"{out}: {len(rows)} rows, {len(studies)} studies, {len(studies) - good} of them fell "
           "back to the prior")
 
 
-def held_out_answers(weights):
-    """Out-of-fold answers by uid, blended over the kinds as predict does."""
-    tables = [read_csv(p, (STUDY, *TARGETS)) for kind in ("vertebra", "patient")
-              for p in sorted(weights.glob(f"{kind}_fold*_heldout.csv"))]
-    if not tables:
-        raise UserError(f"no vertebra_fold*_heldout.csv or patient_fold*_heldout.csv in {weights}")
-    blended = {}
-    for uid, rows in pd.concat(tables).groupby(STUDY)[list(TARGETS)]:
-        outputs = [(np.repeat(row[:7, None], STEPS, 1), row[7]) for row in rows.to_numpy()]
-        blended[uid] = combine(outputs, Answers())
-    return pd.DataFrame.from_dict(blended, orient="index", columns=TARGETS)
-
-
-def read_answers(path):
-    """The answers of a submission, a study a row; what is no number is NaN."""
-    table = read_csv(path, ("row_id", "fractured"))
-    table[["uid", "target"]] = table.row_id.str.extract(f"^(.*)_({'|'.join(TARGETS)})$")
-    table["fractured"] = pd.to_numeric(table.fractured, "coerce")
-    return table.pivot_table("fractured", "uid", "target").reindex(columns=TARGETS)
-
-
-def mode_evaluate(o):
-    """Read labels and answers, of --submission or held out (--folds); print scores and Dice."""
-    data, weights = data_folder(o, "train.csv"), Path(o.weights)
-    files = [p for p in (data / "train.csv", data / "test_labels.csv") if p.exists()]
-    labels = pd.concat([read_csv(p, (STUDY, *TARGETS)) for p in files])
-    labels = labels.drop_duplicates(STUDY).set_index(STUDY)[list(TARGETS)]
-    answers = held_out_answers(weights) if o.held_out else read_answers(o.submission)
-    answers = answers[answers.index.isin(labels.index)].fillna(dict(zip(TARGETS, PRIOR)))
-    if not len(answers):
-        raise UserError(f"nothing to score: no answered study has labels in {data}/")
-    labels = labels.loc[answers.index]
-    print_scores(answers.to_numpy(), labels.to_numpy())
-    if o.calibrate:
-        fitted = fit_calibration(answers.to_numpy(), labels.to_numpy())
-        write_json(weights / "calibration.json", dict(zip(TARGETS, fitted.tolist())))
-        print(f"{weights / 'calibration.json'} is written: predict uses it from now on")
-    models = load_models(weights, "segmenter", pick_device(o.device))
-    if not o.held_out and models:
-        print_dice(data, answers.index, list(models.values()), o.workers)
-
-
-def print_scores(answers, labels):
-    """The metric, and log loss and AUC of every target."""
-    study, column = competition_scores(answers, labels)
-    blind = competition_scores(np.tile(PRIOR, (len(labels), 1)), labels)
-    print(f"{len(labels)} studies; weighted log loss, lower is better: {study:.4f} per study, "
-          f"{column:.4f} per column; the best constants: {blind[0]:.4f}, {blind[1]:.4f}")
-    parts = [(answers[:, k].ravel(), labels[:, k].ravel()) for k in (*range(8), slice(0, 7))]
-    rows = [(y.sum(), element_losses(p, y).mean(), auc(p, y)) for p, y in parts]
-    print(pd.DataFrame(rows, (*TARGETS, "C1 to C7"), ["fractured", "log loss", "AUC"]).round(4))
-
-
-def print_dice(data, uids, models, workers):
-    """Dice, and vertebrae named right: more of the mask lies in the true one than elsewhere."""
-    rows, named = [], []
-    masks = {p.name.split(".nii")[0]: p for p in (data / "segmentations").glob("*.nii*")}
-    uids = sorted({*uids} & {*masks})  # no path from a csv
-    for uid in progress(uids, "study", len(uids)):
-        folder = data / "train_images" / uid
-        volume = read_volume(folder if folder.exists() else data / "test_images" / uid, workers)
-        probability = segment(models, volume, next(models[0].parameters()).device)
-        labels = cube_labels(masks[uid], volume, probability.shape[-1])
-        rows.append(dice_scores(probability, labels))
-        for v in np.flatnonzero(~np.isnan(rows[-1])):
-            found = labels[probability[v] > 0.5]
-            named.append(len(found) > 0 and (found == v + 1).mean() > 0.5)
-    if rows:
-        dice = np.nanmean(rows, 0)
-        shown = ", ".join(f"{name} {d:.3f}" for name, d in zip(VERTEBRAE, dice))
-        print(f"{len(rows)} masks: Dice {dice.mean():.3f}; {shown}; {np.mean(named):.1%} of "
-              f"{len(named)} vertebrae named right")
-
-
 def side_room(name):
-    """The module tests/<name>.py: tools beside the road, which need the repository."""
-    folder = HERE / "tests"
-    if not (folder / f"{name}.py").exists():
-        raise UserError(f"no {name}.py in {folder}: this mode runs where the repository is")
-    sys.modules.setdefault("cspine", sys.modules[__name__])  # the side room imports us
-    sys.path.append(str(folder))
+    """The module tests/<name>.py."""
+    if not (HERE / "tests" / f"{name}.py").exists():
+        raise UserError(f"no tests/{name}.py in {HERE}: this mode needs the repository")
+    sys.modules.setdefault("cspine", sys.modules[__name__])  # it imports us
+    sys.path.insert(0, str(HERE / "tests"))
     return importlib.import_module(name)
 
 
-def mode_phantom(o):
-    """Make a synthetic data set in the layout of the competition, in the folder OUT."""
-    side_room("phantoms").make_dataset(Path(o.target), o.studies, o.test_studies, o.seed, o.matrix,
-                                       o.workers, o.variety, o.fractures)
-    print(f"{o.target}: {o.studies} training and {o.test_studies} test studies")
+def beside(room, meaning):
+    """A mode that stands in a side room, in the function of its name."""
+    def run(o):
+        getattr(side_room(room), o.mode)(o)
+
+    run.__doc__ = meaning
+    return run
 
 
-def mode_show(o):
-    """Draw a study and its answers: overview.png and C1.png to C7.png in --out."""
-    side_room("pictures").show(o)
-
-
-def mode_eda(o):
-    """Describe a data set from headers: studies.csv and charts in --out, then what is unusual."""
-    side_room("pictures").eda(o)
-
-
-def mode_demo(o):
-    """Make phantoms no training saw, predict them with the shipped weights, score the answers."""
-    o = argparse.Namespace(**{k: v for k, (v, _) in OPTIONS.items()} | vars(o))
-    o.data = o.target = str(Path(o.work) / "demo")
-    o.studies, o.held_out, o.submission = 0, False, o.out
-    mode_phantom(o)
-    mode_predict(o)
-    labels = read_csv(Path(o.data) / "test_labels.csv", (STUDY, *TARGETS)).set_index(STUDY)
-    answers, labels = read_answers(o.out).loc[labels.index], labels[list(TARGETS)]
-    print("probabilities, * fractured:")
-    print((answers.map("{:.2f}".format) + labels.map(" *".__getitem__)).to_string())
-    mode_evaluate(o)
-
-
-def mode_notebook(o):
-    """Write cspine.ipynb, this file ready to run, and kernel-metadata.json in the folder --out."""
-    source, weights = HERE / "cspine.py", o.weights_dataset
-    if not source.exists():
-        raise UserError(f"no {source} to put into a notebook")
-    if not re.fullmatch(r"([\w-]+/[\w-]+)?", weights):
-        raise UserError(f"--weights-dataset {weights}: expected OWNER/NAME")
-    owner, _, name = weights.partition("/")
-    run = "!python cspine.py predict" + (f" --weights /kaggle/input/{name}" if name else "")
-    cells = [dict(cell_type="code", metadata={}, outputs=[], execution_count=None, source=text)
-             for text in ("%%writefile cspine.py\n" + source.read_text(), run, LOOK)]
-    write_json(Path(o.out) / "cspine.ipynb", dict(
-        nbformat=4, nbformat_minor=4, cells=cells, metadata=dict(
-            kernelspec=dict(name="python3", display_name="Python 3"))))
-    write_json(Path(o.out) / "kernel-metadata.json", dict(
-        id=f"{owner or 'OWNER'}/cspine", title="cspine", code_file="cspine.ipynb",
-        language="python", kernel_type="notebook", is_private=True, enable_gpu=True,
-        enable_internet=False, dataset_sources=[weights] if weights else [],
-        competition_sources=[Path(KAGGLE_DATA).name]))
-    print(f"kaggle kernels push -p {o.out}")
-
-
-LOOK = """import glob
-import pandas as pd
-submission = pd.read_csv("submission.csv")
-report = pd.concat(map(pd.read_csv, glob.glob("predict_report*.csv")))  # one a process
-report = report.drop_duplicates("StudyInstanceUID", keep="last")
-print(len(submission), "rows;", report.status.value_counts().to_dict())
-submission.head(16)"""
-
-
-OPTIONS = {  # default, meaning
-    "data": (KAGGLE_DATA, "folder with train.csv, train_images, test.csv, ..."),
-    "weights": (str(HERE / "weights"), "folder of the weights"),
-    "work": ("work", "folder for crops and caches"),
-    "out": ("submission.csv", "file or folder to write"),
-    "submission": ("submission.csv", "file to score"),
-    "device": ("auto", "auto, cpu, cuda, cuda:1, ..."),
-    "seed": (0, "of everything random"),
-    "workers": (os.cpu_count() or 1, "threads that read and decode"),
-    "backbone": ("", "timm network; else the recipe's"),
-    "fold": ("all", "one fold, or all"),
-    "folds": (5, "number of folds"),
-    "epochs": (0, "0: the recipe's"),
-    "batch_size": (0, "over all processes; 0: the recipe's"),
-    "accumulate": (0, "parts in which a batch is computed; 0: the recipe's"),
-    "lr": (0.0, "peak learning rate; 0: the recipe's"),
-    "size": (0, "edge of the cube, or of the crops shown; 0: the recipe's"),
-    "hidden": (0, "width of the LSTMs; 0: the recipe's"),
-    "resume": (False, "go on where the last run stopped"),
-    "time_limit": (0.0, "minutes after which to stop, all saved; 0: none"),
-    "init": ("", "weights to start from: a timm file, or one of ours"),
-    "mask_of": ("last", "slice of a step whose mask is shown: last or center"),
-    "no_calibration": (False, "leave calibration.json out: answers to fit it to"),
-    "calibrate": (False, "fit calibration.json under --weights to these answers"),
-    "weights_dataset": ("", "OWNER/NAME of the Kaggle data set that holds the weights"),
-    "top_k": (Answers().top_k, "steps whose mean is a vertebra's probability"),
-    "views": (Answers().views, "dihedral views a model; 0: none"),
-    "average": (Answers().average, "space of the ensemble's mean: logit or probability"),
-    "noisy_or": (Answers().noisy_or, "share of noisy-or in patient_overall"),
-    "studies": (20, "training studies"),
-    "test_studies": (4, "test studies"),
-    "matrix": (256, "rows and columns of a slice"),
-    "variety": (1.0, "1: realistic; 2: far beyond, for training"),
-    "fractures": (1.0, "1: as often as in the competition; 2: twice, for training"),
-}
-TRAINING = ("data weights work device seed workers backbone fold folds epochs batch_size accumulate "
-            "lr resume time_limit init ")
+OPTIONS = dict(  # default (None: must be given), meaning
+    target=(None, "folder to write"),
+    study=(None, "folder, or uid in --data"),
+    data=(KAGGLE_DATA, "folder of train.csv, train_images, test.csv, ..."),
+    weights=(str(HERE / "weights"), "folder of weights"),
+    work=("work", "folder of crops and caches"),
+    out=("submission.csv", "file or folder to write"),
+    submission=("submission.csv", "file to score"),
+    Folds=(False, "score the held-out answers"),
+    calibrate=(False, "write calibration.json to --weights"),
+    device=("auto", "auto, cpu, cuda:0, ..."),
+    seed=(0, "of all that is random"),
+    workers=(os.cpu_count() or 1, "threads"),
+    backbone=("", "timm network; empty: the recipe's"),
+    fold=("all", "one fold, or all"),
+    folds=(5, "number of folds"),
+    resume=(False, "go on where a run stopped"),
+    time_limit=(0.0, "minutes; 0: none"),
+    init=("", "weights to start from"),
+    mask_of=("last", "slice of a step whose mask is shown: last, center"),
+    top_k=(Answers().top_k, "steps averaged"),
+    views=(Answers().views, "dihedral views a model; 0: none"),
+    average=(Answers().average, "of models: logit, probability"),
+    noisy_or=(Answers().noisy_or, "share in patient_overall"),
+    weights_dataset=("", "OWNER/NAME of the weights on Kaggle"),
+    studies=(20, "training studies"),
+    test_studies=(4, "test studies"),
+    matrix=(256, "rows of a slice"),
+    variety=(1.0, "2: far beyond the real"),
+    fractures=(1.0, "2: twice as many"),
+    lr=(0.0, "peak; 0: the recipe's"),
+    **dict.fromkeys(("epochs", "batch_size", "accumulate", "size", "hidden"), (0, "0: the recipe's")),
+)
+TRAINING = ("data weights work device seed workers backbone fold folds epochs batch_size size lr "
+            "accumulate resume time_limit init")
 MODES = {  # function, options
-    "phantom": (mode_phantom, "studies test_studies seed matrix variety fractures workers"),
-    "train-seg": (mode_train_seg, TRAINING + "size"),
+    "phantom": (beside("demo", "Make a data set of phantoms, in the competition's layout."),
+                "target studies test_studies seed matrix variety fractures workers"),
+    "train-seg": (mode_train_seg, TRAINING),
     "extract": (mode_extract, "data weights work device workers folds mask_of time_limit"),
-    "train-cls": (mode_train_cls, TRAINING + "size mask_of hidden"),
-    "train-patient": (mode_train_cls, TRAINING + "size mask_of hidden"),
-    "predict": (mode_predict,
-                "data weights out device workers resume time_limit top_k views average noisy_or "
-                "no_calibration"),
-    "evaluate": (mode_evaluate, "data weights submission device workers calibrate"),
-    "eda": (mode_eda, "data out=eda workers"),
-    "show": (mode_show, "data weights out=pictures device"),
-    "notebook": (mode_notebook, "out=notebook weights_dataset"),
-    "demo": (mode_demo, "weights work out device workers seed test_studies"),
+    "train-cls": (mode_train_cls, TRAINING + " mask_of hidden"),
+    "train-patient": (mode_train_cls, TRAINING + " mask_of hidden"),
+    "predict": (mode_predict, "data weights out device workers resume time_limit top_k views "
+                              "average noisy_or"),
+    "evaluate": (beside("evaluation", "Score --submission, or the held-out answers (--folds), by "
+                                      "the labels and masks of --data; prints."),
+                 "data weights submission Folds device workers calibrate"),
+    "eda": (beside("pictures", "Describe --data from headers: studies.csv and charts in --out."),
+            "data out=eda workers"),
+    "show": (beside("pictures", "Draw a study and its answers: PNG files in --out."),
+             "study data weights out=pictures device"),
+    "notebook": (beside("kaggle_kernel", "Write a Kaggle notebook and its metadata to --out."),
+                 "out=notebook weights_dataset"),
+    "demo": (beside("demo", "Make phantoms in --work, predict them to --out, score and draw."),
+             "weights work out device workers seed test_studies"),
 }
 
 
@@ -1892,19 +1720,16 @@ def build_parser():
         mode = modes.add_parser(name, help=function.__doc__, description=function.__doc__,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         mode.set_defaults(function=function)
-        if name == "phantom":
-            mode.add_argument("target", metavar="OUT", help="folder to write")
-        if name == "show":
-            mode.add_argument("study", metavar="STUDY", help="folder, or uid of the data set")
-        if name == "evaluate":
-            mode.add_argument("--folds", dest="held_out", action="store_true",
-                              help="score the held-out answers of all folds")
         for option in options.split():
             option, _, own = option.partition("=")
             default, meaning = OPTIONS[option]
-            how = dict(type=type(default), default=own or default)
-            mode.add_argument("--" + option.replace("_", "-"), help=meaning,
-                              **dict(action="store_true") if default is False else how)
+            flag = "--" + option.lower().replace("_", "-")
+            if default is None:
+                mode.add_argument(option, help=meaning)
+            elif default is False:
+                mode.add_argument(flag, action="store_true", help=meaning)
+            else:
+                mode.add_argument(flag, type=type(default), default=own or default, help=meaning)
     return parser
 
 
@@ -1923,7 +1748,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         return 130
     finally:
-        if threading.current_thread() is threading.main_thread():
+        with contextlib.suppress(ValueError):  # another thread has no signals
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
