@@ -1511,7 +1511,7 @@ def run_training(o, samples, folds, task):
                                  train=sum([samples[uid] for uid in others], []))
             history = train(task, weights, stop, o.workers, o.resume or o.fold == "all", o.init)
             if ranks()[0] == 0 and (HERE / "tests/pictures.py").exists():
-                side_room("pictures")["draw_curves"](weights / f"{task.name}.png", history)
+                side_room("pictures").draw_curves(weights / f"{task.name}_curves.png", history)
     except (torch.OutOfMemoryError, MemoryError):
         raise UserError("out of memory: lower --batch-size or raise --accumulate") from None
     finally:
