@@ -15,11 +15,11 @@
 Shapes: B batch, C channels, Z Y X voxel axes (head to foot, front to back, right to left),
 V 7 vertebrae, T 15 steps, K 6 channels a step, S crop edge, D cube edge, F features.
 
-    python cspine.py demo                              phantoms in, scored submission.csv out
-    python cspine.py train-seg --data DIR              then extract, train-cls, train-patient
-    python cspine.py evaluate --data DIR --folds       the out-of-fold score
-    python cspine.py predict --data DIR                submission.csv
-    torchrun --nproc_per_node=2 cspine.py predict ...  on two GPUs
+    python cspine.py demo                   phantoms in, scored submission.csv out
+    python cspine.py train-seg --data DIR   then extract, train-cls, train-patient
+    python cspine.py evaluate --data DIR --folds   the out-of-fold score
+    python cspine.py predict --data DIR     submission.csv
+    torchrun --nproc_per_node=2 cspine.py predict ...   on two GPUs
 
 Pasted into a notebook cell, the file defines everything and runs nothing; then
 main(["predict", "--weights", "/kaggle/input/..."]) runs a mode. Not a medical device.
@@ -578,7 +578,7 @@ class Segmenter(nn.Module):
         before = zip((deepest, *decoder), skips[::-1])
         self.decoder = nn.ModuleList(ConvBlock(sum(b), w) for b, w in zip(before, decoder))
         self.dropout = nn.Dropout3d(dropout)
-        self.head = nn.Conv3d(decoder[-1], 7 * 8, 1)  # a place answers for its 8 cells
+        self.head = nn.Conv3d(decoder[-1], 7 * 8, 1)  # a place answers for 8 cells
         nn.init.constant_(self.head.bias, -4.0)  # most cells belong to no vertebra
 
     def forward(self, x):
@@ -815,10 +815,8 @@ def classifier_loss(outputs, labels):
 
 
 # ========================================== Augmentation =========================================
-# On the device. All luck of a sample is its own generator's: batches and ranks cannot change it.
-
-# Degrees, log scale, share of the edge (the cube's: top teams), share mirrored along an axis;
-# window, log gamma, noise (of 0..1), shares seen at half resolution and with a hole.
+# A sample's luck is its own generator's: batches and ranks cannot change it. Ranges: degrees, log
+# scale, share of the edge (the cube's: top teams), shares; of 0..1, log, of 0..1, shares.
 VOLUME_RANGES = dict(rotation=15, scale=0.2, shift=0.3, mirror=0.5, window=0.2, gamma=0.3,
                      noise=0.06, blur=0.3, hole=0.0)
 CROP_RANGES = dict(rotation=20, scale=0.15, shift=0.1, mirror=0.5, window=0.15, gamma=0.25,
@@ -843,7 +841,7 @@ def draw_grid(rngs, ranges, shape, device):
 
 
 def grey_levels(image, rng, ranges):
-    """One sample (N, ...) in 0..1 as another scanner might show it, perhaps with a hole."""
+    """One sample (N, ...) in 0..1 as another scanner might show it."""
     stretch, shift = ranges["window"] * rng.uniform(-1, 1, 2)
     gamma = math.exp(ranges["gamma"] * rng.uniform(-1, 1))
     noise, coarse, hole = rng.random(3)
@@ -872,7 +870,7 @@ def augment_volumes(cubes, labels, rngs, ranges=VOLUME_RANGES):
 
 
 def augment_crops(crops, rngs, size=CROP, ranges=CROP_RANGES):
-    """Crops (B, N, K, S, S) in 0..1: a sample moved as one, its slices regreyed, not its masks."""
+    """Crops (B, N, K, S, S) in 0..1: a sample moved as one; all but its masks regreyed."""
     grid = draw_grid(rngs, ranges, (len(crops), 1, size, size), crops.device)
     moved = F.grid_sample(crops.flatten(1, 2), grid, align_corners=False)
     moved = moved.unflatten(1, crops.shape[1:3])  # (B, N * K, S, S) -> (B, N, K, S, S)
@@ -902,7 +900,7 @@ def element_losses(answers, labels):
 
 
 def competition_scores(answers, labels):
-    """Mean of sum(w * loss) / sum(w) over studies, and over columns, of (N, 8) answers."""
+    """Weighted means of the loss of (N, 8) answers by studies, and by columns."""
     loss, weight = element_losses(answers, labels), np.where(labels, POSITIVE_FACTOR, 1.0)
     study = np.average(loss, 1, weight * TARGET_WEIGHTS).mean()
     return study, np.average(np.average(loss, 0, weight), weights=TARGET_WEIGHTS)
@@ -924,7 +922,7 @@ def dice_scores(probability, labels):
 
 
 def assign_folds(table, folds, masked):
-    """uid -> fold: strata by mask, patient, number of fractures; within one by the uid's hash."""
+    """uid -> fold: strata of mask, patient, fractures; within one by the uid's hash."""
     fractures = table[list(VERTEBRAE)].sum(axis=1).clip(upper=2)
     hashes = [hashlib.sha256(uid.encode()).digest() for uid in table[STUDY]]
     keys = zip(table[STUDY].isin(masked), table.patient_overall, fractures, hashes, table[STUDY])

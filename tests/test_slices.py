@@ -192,10 +192,10 @@ def test_a_damaged_file_of_crops_is_a_study_error(tmp_path):
 
 
 def test_noisy_crops_stay_within_a_quarter_and_without_loss(tmp_path):
-    rng = np.random.default_rng(0)
-    noise = cv2.GaussianBlur(rng.normal(100, 32, (7 * 15 * 64, 6 * 64)), (0, 0), 0.6)
-    crops = noise.clip(0, 255).astype(np.uint8).reshape(7, 15, 64, 6, 64).swapaxes(2, 3).copy()
+    noise = np.random.default_rng(0).normal(128, 40, (7 * 15 * 96, 6 * 96))
+    noise = cv2.GaussianBlur(noise, (0, 0), 2).clip(0, 255).astype(np.uint8)
+    crops = noise.reshape(7, 15, 96, 6, 96).swapaxes(2, 3).copy()
     crops[:, :, -1] = 255
     cspine.write_crops(tmp_path / "a.npz", crops)
     assert np.array_equal(cspine.read_crops(tmp_path / "a.npz"), crops)
-    print((tmp_path / "a.npz").stat().st_size / crops.nbytes)
+    assert (tmp_path / "a.npz").stat().st_size < crops.nbytes / 4  # as PNG 0.27, as WebP 0.22
