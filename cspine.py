@@ -265,8 +265,8 @@ class Stop:
 
 
 # ============================================ Reading ============================================
-# In: a folder of DICOM slices, a NIfTI mask. Out: a Volume, labels on its grid. The trap: names
-# and instance numbers say nothing about where a slice lies; only its position does.
+# In: DICOM slices, a NIfTI mask. Out: a Volume, labels on its grid. The trap: only its position
+# says where a slice lies.
 
 DEFAULTS = {"ImagePositionPatient": [math.nan] * 3, "ImageOrientationPatient": [1, 0, 0, 0, 1, 0],
             "PixelSpacing": [0, 0], "RescaleSlope": 1, "RescaleIntercept": 0}
@@ -353,10 +353,8 @@ def one_series(stacks, problems):
     order = np.argsort(mm, kind="stable")
     order = order[np.diff(mm[order], prepend=-np.inf) > 0.01]
     run = max(np.split(order, np.flatnonzero(np.diff(mm[order]) > MAX_GAP_MM) + 1), key=len)
-    left_out = sum(map(len, stacks.values())) - len(run)
-    if left_out:
-        problems.append(f"{left_out} images of another series or size, at a position taken or "
-                        "beyond a gap left out")
+    if other := sum(map(len, stacks.values())) - len(run):
+        problems.append(f"{other} images of another series, size or position left out")
     if len(run) < MIN_SLICES:
         found = f"{len(run)} usable slices of at least {MIN_SLICES}"
         raise StudyError("; ".join([found, *problems[-1:]]))
@@ -406,10 +404,11 @@ def read_nifti(path):
     if raw[:2] == b"\x1f\x8b":
         raw = zlib.decompressobj(31).decompress(raw, MAX_VOXELS)
     order = "<" if raw[:2] == b"\x5c\x01" else ">"  # fields by their offsets in nifti1.h
-    short, real = (np.frombuffer(raw[:348], order + kind) for kind in ("i2", "f4"))
-    shape, zooms, real = short[21:24], real[20:23].astype(float), real.astype(float)
+    short = np.frombuffer(raw[:348], order + "i2")
+    real = np.frombuffer(raw[:348], order + "f4").astype(float)
+    shape, zooms = short[21:24], real[20:23]
     if raw[344:348] != b"n+1\0" or short[20] < 3 or (short[24 : 21 + short[20]] > 1).any():
-        raise ValueError("another format or not one 3-D image")
+        raise ValueError("not one 3-D image")
     stored = np.ndarray(shape, order + NIFTI_TYPES[short[35]], raw, int(real[27]), order="F")
     affine = np.eye(4)
     if short[127] > 0:  # sform
@@ -423,19 +422,15 @@ def read_nifti(path):
     else:  # centred, as nibabel does
         affine[:3, :3] = np.diag(zooms * (-1, 1, 1))
         affine[:3, 3] = affine[:3, :3] @ (1.0 - shape) / 2
-    voxel_from_lps = np.linalg.inv(affine) * (-1, -1, 1, 1)
-    if not np.isfinite(voxel_from_lps).all():
-        raise ValueError("it has no place")
-    slope, intercept = real[28:30]
-    if not math.isfinite(slope) or slope == 0:
-        slope, intercept = 1, 0
+    voxel_from_lps = np.linalg.inv(np.asarray_chkfinite(affine)) * (-1, -1, 1, 1)
+    slope, intercept = real[28:30] if math.isfinite(real[28]) and real[28] else (1, 0)
     return stored, slope, intercept, voxel_from_lps
 
 
 def read_mask(path, volume, shape=None):
-    """uint8 (Z, Y, X): 1-7 = C1-C7, 8-19 = T1-T12, placed on the volume by the NIfTI affine.
+    """uint8 (Z, Y, X): each voxel's nearest label, 1-7 = C1-C7, 8-19 = T1-T12, 0 outside.
 
-    Nearest label, 0 outside; `shape`: of a coarser grid. StudyError for another format.
+    `shape`: of a coarser grid. StudyError for another format.
     """
     with study_errors(f"{path}: not a whole NIfTI-1 mask in one file"):
         stored, slope, intercept, voxel_from_lps = read_nifti(path)
@@ -1387,8 +1382,6 @@ def decode_lossless_jpeg(data):
     """(rows, columns) uint16 of a one-component JPEG Lossless stream (ITU-T T.81 annex H)."""
     at, segments, tables = 2, {}, {}  # by marker; Huffman tables by destination (annex B)
     while 0xFFDA not in segments:
-        while data[at + 1] == 0xFF:  # fill bytes
-            at += 1
         marker, length = struct.unpack_from(">HH", data, at)
         segments[marker] = body = data[at + 4 : at + 2 + length]
         at += 2 + length
@@ -1398,10 +1391,9 @@ def decode_lossless_jpeg(data):
     bits, rows, columns, parts = struct.unpack_from(">BHHB", segments.get(0xFFC3, bytes(6)))
     _, _, table, predictor, _, shift = segments[0xFFDA][:6]
     restart = int.from_bytes(segments.get(0xFFDD, b""), "big")
-    if parts != 1 or predictor not in HALVES or not shift < bits <= 16 or restart % columns:
-        raise StudyError("not one lossless component")
-    if rows * columns > 8 * len(data):  # a sample takes a bit
-        raise StudyError(f"{rows}x{columns} pixels in {len(data)} bytes")
+    if (parts != 1 or predictor not in HALVES or not shift < bits <= 16 or restart % columns
+            or rows * columns > 8 * len(data)):  # a sample takes a bit
+        raise StudyError(f"{rows}x{columns}x{parts} pixels of {bits} bits in {len(data)} bytes")
     scan = re.sub(rb"\xff+(?=\xff)", b"", data[at:])  # fill bytes
     scan = re.split(rb"\xff[^\x00\xd0-\xd7]", scan, maxsplit=1)[0]
     intervals = re.split(rb"\xff[\xd0-\xd7]", scan)
@@ -1426,7 +1418,7 @@ def _code_tables(table):
 
 
 def _differences(coded, count, category_of, advance_of):
-    """`count` differences: the next code is looked up from every bit, then the jumps walked."""
+    """`count` differences: jumps to the next code, known at every bit, are walked."""
     stream = np.frombuffer(coded[:4 * count] + bytes(6), np.uint8).astype(np.int32)
     words = stream[:-2] << 16 | stream[1:-1] << 8 | stream[2:]
     windows = np.stack([words >> 8 - bit for bit in range(8)], 1).astype(np.uint16).ravel()
