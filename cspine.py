@@ -751,8 +751,9 @@ class VertebraClassifier(nn.Module):
 class PatientClassifier(VertebraClassifier):
     """All vertebrae: (B, 105, 6, S, S) -> (B, 105) logits of the steps, (B,) of the patient."""
 
-    def __init__(self, backbone="convnext_nano", **settings):
-        super().__init__(backbone, **settings)
+    def __init__(self, backbone="convnext_nano", size=CROP, mask_of="last", hidden=256,
+                 drop_path=0.0, dropout=0.0):
+        super().__init__(backbone, size, mask_of, hidden, drop_path, dropout)
         lstm = self.encoder.lstm
         self.patient_lstm = copy.deepcopy(lstm)
         self.patient_head = logit_head(4 * lstm.hidden_size, lstm.hidden_size, lstm.dropout)
