@@ -567,6 +567,10 @@ class Segmenter(nn.Module):
                                drop_path_rate=drop_path)
         if flat.feature_info.reduction() != [2, 4, 8, 16]:
             raise UserError(f"--backbone {backbone}: needs features at strides 2, 4, 8 and 16")
+        home, _, last = flat.feature_info.module_name()[-1].rpartition(".")
+        stages = getattr(flat, home, [])  # EfficientNets would go on to stride 32
+        for k in range(int(last) + 1 if stages else 0, len(stages)):
+            stages[k] = nn.Identity()
         self.encoder = to_3d(flat)
         *skips, deepest = flat.feature_info.channels()
         skips[0] += 8  # and the cube itself, 2 x 2 x 2 cells a place
@@ -1119,7 +1123,8 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
     order = np.concatenate([epoch_order(task, k, steps * size) for k in range(recipe.epochs)])
     mine = range(trainer.step * size + rank, len(order), world)
     loaded = prefetch(lambda k: task.load(task.train[order[k]]), mine, workers, 2 * size)
-    for _ in progress(range(trainer.step, total), "step", total - trainer.step):
+    bar = progress(range(trainer.step, total), "step", total - trainer.step)
+    for _ in bar:
         started = stop.clock()
         if reason := max(over_ranks(stop.reason(1.1 * trainer.slowest))):
             save()
@@ -1129,6 +1134,7 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
                  for _, (k, future) in zip(range(size // world), loaded)]
         trainer.update(task, batch, total)
         trainer.seconds += stop.clock() - started
+        bar.set_postfix(loss=np.mean(trainer.losses[-20:] or math.nan))
         if trainer.step % steps == 0:
             close_epoch(trainer, task, weights)
             save()
@@ -1206,7 +1212,7 @@ def classify(ensemble, crops, effort):
     crops = torch.from_numpy(crops).to(ensemble.device)
     for i, model in enumerate(vertebra + patient):
         size, whole = (model.settings["size"],) * 2, i >= len(vertebra)
-        shown = torch.stack([  # a vertebra at a time, back to bytes: little memory
+        shown = crops if size[0] == crops.shape[-1] else torch.stack([  # bytes: little memory
             F.interpolate(c.float(), size, mode="bilinear").round().byte() for c in crops])
         for view in range(i, i + effort.views) or [0]:
             turned = torch.rot90(shown, view, (-2, -1))
@@ -1250,11 +1256,11 @@ def answer_study(volume, ensemble, effort):
                 warnings="; ".join(problems))
 
 
-def answer_or_prior(uid, future, ensemble, effort):
+def answer_or_prior(uid, future, ensemble, effort, seconds):
     """A study's row of the report: whatever goes wrong with it ends here."""
     what = "out of memory"
     try:
-        volume, read_s = future.result()
+        volume, read_s = future.result(seconds)
         for device in (ensemble.device, torch.device("cpu")):  # where there is room for a study
             with contextlib.suppress(torch.OutOfMemoryError):
                 row = answer_study(volume, ensemble._replace(device=device), effort)
@@ -1323,7 +1329,7 @@ def predict_studies(images, out, rows, ensemble, stop, workers):
         effort = choose_effort(*full, seconds, left / (len(todo) - k))
         if effort != full:
             say(f"study {uid}: time is short, {effort}")
-        row = answer_or_prior(uid, future, ensemble, effort)
+        row = answer_or_prior(uid, future, ensemble, effort, min(left, threading.TIMEOUT_MAX))
         save({STUDY: uid, **row, "peak_gb": peak_gb()})
         if stop.signal:
             raise Stopped(f"stopped by {stop.signal}; {out} is complete, --resume goes on")
@@ -1676,7 +1682,7 @@ OPTIONS = dict(  # default (None: must be given), meaning
     variety=(1.0, "2: far beyond the real"),
     fractures=(1.0, "2: twice as many"),
     lr=(0.0, "peak; 0: the recipe's"),
-    **dict.fromkeys(("epochs", "batch_size", "accumulate", "size", "hidden"), (0, "0: the recipe's")),
+    **dict.fromkeys("epochs batch_size accumulate size hidden".split(), (0, "0: the recipe's")),
 )
 TRAINING = ("data weights work device seed workers backbone fold folds epochs batch_size size lr "
             "accumulate resume time_limit init")

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pytest
 import torch
 
 from cspine import TARGETS, competition_scores, main
@@ -50,8 +49,7 @@ def test_the_readme_names_every_mode():
     assert "pip install torch timm pydicom opencv-python numpy pandas tqdm pytest" in text
 
 
-@pytest.mark.parametrize("seed", [0])
-def test_the_shipped_weights_see_and_name_vertebrae(tmp_path, seed, capsys):
+def test_the_shipped_weights_see_and_name_vertebrae(tmp_path, capsys):
     """Three phantoms of 256 x 256; bounds well below what weights/README.md reports."""
     data, torch_threads = tmp_path / "data", torch.get_num_threads()
     main(["phantom", str(data), "--studies", "0", "--test-studies", "3", "--seed", "77"])
@@ -63,9 +61,10 @@ def test_the_shipped_weights_see_and_name_vertebrae(tmp_path, seed, capsys):
     capsys.readouterr()
     assert main(["evaluate", "--data", str(data), "--submission", str(tmp_path / "s.csv")]) == 0
     printed = capsys.readouterr().out
-    dice = float(printed.split("Dice ")[1].split(";")[0])
+    whole = next(line for line in printed.splitlines() if line.startswith("C1 to C7"))
+    dice, named = map(float, whole.split()[-2:])
     labels = pd.read_csv(data / "test_labels.csv")[list(TARGETS)].to_numpy()
     answers = pd.read_csv(tmp_path / "s.csv").fractured.to_numpy().reshape(-1, 8)
     score, _ = competition_scores(answers, labels)
-    assert dice > 0.7 and score < 0.75, (dice, score)
+    assert dice > 0.7 and named > 0.8 and score < 0.75, printed
     assert np.ptp(answers) > 0.2, "answers that differ"
