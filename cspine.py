@@ -28,15 +28,15 @@ main(["predict", "--weights", "/kaggle/input/..."]) runs a mode. Not a medical d
 import argparse
 import contextlib
 import copy
+import functools
 import hashlib
+import importlib
 import inspect
-import json
 import math
 import mmap
 import os
 import re
 import resource
-import runpy
 import signal
 import struct
 import sys
@@ -46,7 +46,7 @@ import zlib
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from itertools import combinations, permutations
+from itertools import permutations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,27 +68,28 @@ from tqdm import tqdm
 
 
 # ======================================= Facts and settings ======================================
-# Every number of the road. Source: the starting solution, unless another is named.
+# Every number of the road: the starting solution's, unless another source is named.
 
 VERTEBRAE = ("C1", "C2", "C3", "C4", "C5", "C6", "C7")
 TARGETS = VERTEBRAE + ("patient_overall",)
 STUDY = "StudyInstanceUID"
 STEPS, SLICES_PER_STEP, CROP = 15, 5, 224
-CHANNELS = SLICES_PER_STEP + 1  # five slices and one mask
-TARGET_WEIGHTS = np.array([1.0] * 7 + [7.0])  # the metric's; a positive weighs double
-POSITIVE_FACTOR = 2.0
-# The constants with the lowest score on the 2019 training labels (0.5573): a blind answer.
+CHANNELS = SLICES_PER_STEP + 1  # and a mask
+TARGET_WEIGHTS, POSITIVE_FACTOR = np.array([1.0] * 7 + [7.0]), 2.0  # the metric's
+# A blind answer: the constants with the lowest score (0.5573) on the 2019 training labels.
 PRIOR = np.array([0.1027, 0.1930, 0.0512, 0.0752, 0.1105, 0.1842, 0.2559, 0.5309])
-FLOOR = 1e-4  # answers stay within (FLOOR, 1 - FLOOR): no infinite loss
+FLOOR = 1e-4  # answers stay within (FLOOR, 1 - FLOOR)
 AIR_HU = -1024  # padding outside the scanner's circle lies below it
 SEGMENTER_WINDOW, BONE_WINDOW = (300, 1600), (500, 2000)  # (level, width) HU: cube, crops
 MIN_SLICES, MAX_VOXELS = 16, 2**30  # fewer are no study, more do not fit a notebook
 MAX_GAP_MM = 30.0  # a longer hole along the normal separates two series
 SAME_STEP_MM = 0.0031  # within a series; odd, so that no usual spacing lies on the edge
-ENCODER_STRIDE = 16  # four encoder levels at strides 2, 4, 8, 16
 MASK_THRESHOLDS = (0.2, 0.05)  # first place's: the second when the first leaves nothing
 MIN_CELLS, BOX_MARGIN = 12, 1.0  # cube cells: fewer are no vertebra; around a box (first place)
 CROPS_AT_ONCE = {"cpu": STEPS, "cuda": 210}  # 15 stay in a CPU's cache
+# Lossless: run lengths write fast; WebP takes a quarter less, for noise, but 15 times longer.
+CROP_FORMATS = ((".png", cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, 3),
+                (".webp", cv2.IMWRITE_WEBP_QUALITY, 101))
 KAGGLE_DATA = "/kaggle/input/rsna-2022-cervical-spine-fracture-detection"
 KAGGLE_MINUTES = 510.0  # of the 540 that a submission has
 MAX_SKIPPED_STEPS = 20  # in a row without a finite gradient before a training gives up
@@ -96,25 +97,25 @@ MAX_SKIPPED_STEPS = 20  # in a row without a finite gradient before a training g
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a training does; plain values, stored in its checkpoint. Ours, but where a source is."""
+    """What a training does, stored in its checkpoint. Ours, unless a source is named."""
 
     backbone: str
     epochs: int
     batch_size: int
     lr: float  # peak of AdamW
     size: int = CROP  # edge of the cube or the crop
-    mixup: float = 0.0  # share of batches whose two losses are mixed (first place)
-    accumulate: int = 1  # parts in which a batch is computed
-    weight_decay: float = 0.01  # AdamW's default; not on norms and biases
+    mixup: float = 0.0  # share of batches (first place)
+    accumulate: int = 1  # parts of a batch
+    weight_decay: float = 0.01  # AdamW's
     warm_up: float = 0.05  # share of the steps
-    ema: float = 0.998  # averaged weights are evaluated and shipped
+    ema: float = 0.998
     clip: float = 1.0  # norm of the gradient
     drop_path: float = 0.05
     dropout: float = 0.2  # EfficientNetV2-S's (Tan and Le 2021)
     positives: float = 0.0  # share of an epoch drawn from fractured vertebrae; 0: as they come
     hidden: int = 256  # width of the LSTMs (starting solution)
-    shuffle: float = 0.2  # share of samples with steps and vertebrae permuted (first place)
-    mask_of: str = "last"  # slice of a step whose mask is the sixth channel
+    shuffle: float = 0.2  # share of samples in another order (first place)
+    mask_of: str = "last"  # slice of a step
     seed: int = 0
 
 
@@ -126,11 +127,11 @@ RECIPES = {
 
 
 class Answers(NamedTuple):
-    """How logits become answers: README, "Better answers"."""
+    """How logits become answers."""
 
-    top_k: int = 5  # a vertebra's probability is the mean of its largest steps (first place)
+    top_k: int = 5  # a vertebra's answer is the mean of its largest steps (first place)
     views: int = 1  # dihedral views a model, the i-th starting at view i mod 8; 0: none
-    average: str = "logit"  # space of the ensemble's mean, or "probability"
+    average: str = "logit"  # or "probability"
     noisy_or: float = 0.3  # share of 1 - prod(1 - P(Ck)) in patient_overall
 
 
@@ -150,7 +151,7 @@ class Stopped(Exception):
 
 
 def say(text):
-    tqdm.write(text, file=sys.stderr)  # does not tear a progress bar
+    tqdm.write(text, file=sys.stderr)
 
 
 def progress(items, unit, total):
@@ -159,7 +160,7 @@ def progress(items, unit, total):
 
 
 def write_atomic(path, write):
-    """write(temporary path), then move the file into place: never half a file."""
+    """write(temporary path), moved into place when whole."""
     path = Path(path)
     new = path.with_name(f".{os.getpid()}.{threading.get_ident()}.{path.name}")
     try:
@@ -180,7 +181,7 @@ def write_csv(path, table):
 
 
 def read_csv(path, columns):
-    """A table. UserError if it is missing, unreadable or lacks a column."""
+    """A table. UserError if it cannot be read or lacks a column."""
     try:
         table = pd.read_csv(path, dtype={STUDY: str, "row_id": str})
     except (ValueError, OSError) as error:
@@ -192,7 +193,7 @@ def read_csv(path, columns):
 
 
 def prefetch(work, items, workers, ahead=1):
-    """Pairs (item, future of work(item)) in order, started `ahead` of the one yielded."""
+    """(item, future of work(item)) in order, `ahead` of them under way."""
     pool, waiting = ThreadPoolExecutor(max(1, workers)), []
     try:
         for item in items:
@@ -211,14 +212,15 @@ def ranks():
 
 def over_ranks(value):
     """The list of every rank's value."""
-    out = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
-    if len(out) > 1:
-        dist.all_gather_object(out, value)
+    if not dist.is_initialized():
+        return [value]
+    out = [None] * dist.get_world_size()
+    dist.all_gather_object(out, value)
     return out
 
 
 def pick_device(name):
-    """A torch.device that works; "auto": this rank's GPU if there is one."""
+    """A torch.device that works; "auto": this rank's GPU."""
     if name == "auto":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
@@ -230,8 +232,8 @@ def pick_device(name):
 def half_type(device):
     """bfloat16 where it is native, else float16 (T4); None on the CPU."""
     if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
-        return torch.bfloat16 if native else torch.float16
+        new = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if new else torch.float16
 
 
 def autocast(device):
@@ -246,8 +248,7 @@ class Stop:
     """Why a run should end: a signal or its deadline."""
 
     def __init__(self, minutes=0.0, clock=time.monotonic):
-        self.clock, self.signal = clock, ""
-        self.until = clock() + (60 * minutes or math.inf)
+        self.clock, self.signal, self.until = clock, "", clock() + (60 * minutes or math.inf)
         with contextlib.suppress(ValueError):  # another thread gets no signals
             for kind in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(kind, self.note)
@@ -473,18 +474,16 @@ def segmenter_input(volume, size=128, window=SEGMENTER_WINDOW):
 
 
 # =========================================== Segmenter ===========================================
-# In: the cube. Out: seven logits a cell. The trap: a timm network made 3-D can be wrong without
-# an error (activations inside norms, means over two axes); to_3d refuses what it does not know.
+# The trap: a network made 3-D can be wrong without an error; to_3d refuses what it does not know.
 
 
 class Conv3dSame(nn.Conv3d):
     """TensorFlow's SAME padding."""
 
     def forward(self, x):
-        reach, stride = (self.kernel_size[0] - 1) * self.dilation[0] + 1, self.stride[0]
         padding = []
         for n in x.shape[:1:-1]:  # F.pad takes the last axis first
-            total = max(reach - (n % stride or stride), 0)
+            total = max(self.kernel_size[0] - (n % self.stride[0] or self.stride[0]), 0)
             padding += [total // 2, total - total // 2]
         return super().forward(F.pad(x, padding))
 
@@ -493,11 +492,11 @@ class BatchNormAct3d(nn.BatchNorm3d):
     """With the activation inside, as timm's."""
 
     def forward(self, x):
-        return self.act(self.drop(super().forward(x)))
+        return self.act(super().forward(x))
 
 
 class SqueezeExcite3d(nn.Sequential):
-    """Layers of timm's, in their order; the mean over three axes."""
+    """timm's layers in their order; the mean over three axes."""
 
     def forward(self, x):
         return x * super().forward(x.mean((2, 3, 4), keepdim=True))
@@ -508,44 +507,37 @@ SOLID = {nn.Conv2d: nn.Conv3d, Conv2dSame: Conv3dSame, nn.MaxPool2d: nn.MaxPool3
 
 
 def to_3d(module, path=""):
-    """The 3-D twin of a timm network: paths kept, weights divided by the new edge of the kernel.
-
-    UserError naming the first layer that it cannot convert.
-    """
+    """The 3-D twin of a timm network, paths kept. UserError naming a layer that has none."""
     kind, name, home = type(module), type(module).__name__, type(module).__module__
     path = path or name
     sides = {n: v for n, v in vars(module).items() if isinstance(v, tuple) and len(v) == 2}
     if kind in SOLID and all(height == width for height, width in sides.values()):
         twin = copy.deepcopy(module)
         twin.__class__ = SOLID[kind]
-        vars(twin).update({n: v[:1] * 3 for n, v in sides.items()})  # kernel, stride, padding
+        vars(twin).update({n: v[:1] * 3 for n, v in sides.items()})
         if isinstance(module, nn.Conv2d):
-            k, weight = module.kernel_size[0], module.weight.detach()[:, :, None]
-            twin.weight = nn.Parameter(weight.repeat(1, 1, k, 1, 1) / k)  # (O, I, k, k, k)
+            k = module.kernel_size[0]
+            twin.weight = nn.Parameter(twin.weight.data[:, :, None].repeat(1, 1, k, 1, 1) / k)
         return twin
     squeeze = name in ("SqueezeExcite", "SEModule", "EffectiveSEModule")
-    known = squeeze or name.endswith(("ConvNormAct", "DropPath")) or "activation" in home
+    known = squeeze or "activation" in home or name in ("ConvNormAct", "DropPath")
     strange = kind in SOLID or "2d" in name or home.startswith("timm.layers")
-    own = [*module.parameters(False), *module.buffers(False)]
-    if own or strange and not known or getattr(module, "add_maxpool", False):
+    if [*module.parameters(False), *module.buffers(False)] or strange and not known:
         raise UserError(f"cannot make {path} three-dimensional: unknown layer {name}")
     twin = SqueezeExcite3d() if squeeze else copy.copy(module)
-    twin._modules = {n: to_3d(child, f"{path}.{n}") if child is not None else None
+    twin._modules = {n: child and to_3d(child, f"{path}.{n}")
                      for n, child in module._modules.items()}
     return twin
 
 
 def create_backbone(name, **arguments):
-    """A timm model with random weights. UserError for a name timm does not know."""
-    if ":" in name:  # hf-hub: would ask the network
-        raise UserError(f"--backbone {name}: not a plain name of timm")
+    """A timm model with random weights. UserError for a name that does not fit."""
     try:
+        if ":" in name:  # hf-hub: would ask the network
+            raise ValueError("not a plain name of timm")
         return timm.create_model(name, pretrained=False, **arguments)
-    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-        if "drop_path_rate" in arguments and "drop_path_rate" in str(error):
-            del arguments["drop_path_rate"]  # DenseNet and others have none
-            return create_backbone(name, **arguments)
-        raise UserError(f"--backbone {name}: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # timm has many kinds
+        raise UserError(f"--backbone {name}: {error!r}") from None
 
 
 class ConvBlock(nn.Module):
@@ -574,21 +566,21 @@ class Segmenter(nn.Module):
         self.settings = dict(backbone=backbone, size=size, window=window, decoder=decoder)
         flat = create_backbone(backbone, features_only=True, out_indices=(0, 1, 2, 3), in_chans=1,
                                drop_path_rate=drop_path)
-        if flat.feature_info.reduction() != [2, 4, 8, ENCODER_STRIDE]:
+        if flat.feature_info.reduction() != [2, 4, 8, 16]:
             raise UserError(f"--backbone {backbone}: needs features at strides 2, 4, 8 and 16")
         self.encoder = to_3d(flat)
         *skips, deepest = flat.feature_info.channels()
         skips[0] += 8  # and the cube itself, 2 x 2 x 2 cells a place
-        self.decoder = nn.ModuleList(ConvBlock(a + b, c) for a, b, c in zip(
-            (deepest, *decoder), skips[::-1], decoder))
+        before = zip((deepest, *decoder), skips[::-1])
+        self.decoder = nn.ModuleList(ConvBlock(sum(b), w) for b, w in zip(before, decoder))
         self.dropout = nn.Dropout3d(dropout)
-        self.head = nn.Conv3d(decoder[-1], 7 * 8, 1)  # at stride 2: answers for 2 x 2 x 2 cells
+        self.head = nn.Conv3d(decoder[-1], 7 * 8, 1)  # a place answers for its 8 cells
         nn.init.constant_(self.head.bias, -4.0)  # most cells belong to no vertebra
 
     def forward(self, x):
         size = x.shape[2:]
-        if any(n % ENCODER_STRIDE for n in size):
-            raise UserError(f"cube {tuple(size)}: axes must be multiples of {ENCODER_STRIDE}")
+        if any(n % 16 for n in size):
+            raise UserError(f"cube {tuple(size)}: axes must be multiples of 16")
         x = (x - 0.5) * 4
         cells = x.unfold(2, 2, 2).unfold(3, 2, 2).unfold(4, 2, 2).flatten(5)[:, 0].movedim(-1, 1)
         *skips, x = self.encoder(x)
@@ -600,7 +592,7 @@ class Segmenter(nn.Module):
 
 
 def segmenter_loss(logits, labels):
-    """BCE, and soft Dice of what is in view: logits (B, 7, Z, Y, X), uint8 labels (B, Z, Y, X)."""
+    """BCE, and Dice of what is in view: logits (B, 7, Z, Y, X), uint8 labels (B, Z, Y, X)."""
     logits, space = logits.float(), (2, 3, 4)
     truth = torch.stack([labels == v for v in range(1, 8)], 1).float()
     mask, seen = logits.sigmoid(), truth.amax(space)
@@ -610,8 +602,7 @@ def segmenter_loss(logits, labels):
 
 
 # ============================================= Slices ============================================
-# In: a Volume and the cube's probability. Out: ninety images a vertebra. The trap: the cube is
-# stretched, so cells and voxels differ by another factor on every axis.
+# The trap: the cube is stretched: cells and voxels differ by another factor on every axis.
 
 
 def interleave(images, masks):
@@ -631,7 +622,7 @@ def vertebra_box(probability):
                 runs = np.split(inside, np.flatnonzero(np.diff(inside) > 2) + 1)
                 longest = max(runs, key=lambda run: profile[run].sum())
                 box.append((longest[0], longest[-1]))
-            return box
+            return np.array(box)
 
 
 def apply_window(hu, window):
@@ -641,54 +632,53 @@ def apply_window(hu, window):
 
 
 def crop_plane(plane, box, size):
-    """(S, S): the part of an image inside ((y0, y1), (x0, x1)) pixels, edge repeated."""
-    (y, _), (x, _) = box
-    dy, dx = np.diff(box)[:, 0] / size
+    """(S, S): the part of an image inside ((y0, y1), (x0, x1)), shares of it; edge repeated."""
+    (y, dy), (x, dx) = np.c_[box[:, 0], np.ptp(box, 1) / size] * np.c_[plane.shape].T
     source = np.array([[dx, 0, x + dx / 2 - 0.5], [0, dy, y + dy / 2 - 0.5]])
     return cv2.warpAffine(plane, source, (size, size), borderMode=cv2.BORDER_REPLICATE,
                           flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
 
 
-def vertebra_slices(volume, probability, size=CROP, mask_of="last", window=BONE_WINDOW):
+def vertebra_slices(volume, probability, size=CROP, mask_of="last"):
     """uint8 (7, 15, 6, S, S): a step is five neighbouring native slices and one soft mask.
 
-    `probability` (7, D, D, D) covers the study. Boxes are square in mm: the shape is kept.
-    A vertebra not seen is all zero, mask included, which tells the classifiers.
+    `probability` (7, D, D, D) covers the study; boxes are square in mm.
+    A vertebra not seen is all zero; in the mask of another no cell is.
     """
-    out = np.zeros((7, STEPS, CHANNELS, size, size), np.uint8)
-    probability = np.asarray(probability, np.float32)
-    voxels = np.array(volume.hu.shape) / probability.shape[1:]  # a cell's edges
-    scale, cell_mm = voxels[0], (voxels * volume.spacing)[1:, None]
-    near = np.arange(SLICES_PER_STEP) - SLICES_PER_STEP // 2
-    for v, cells in enumerate(probability):
+    out, edge = np.zeros((7, STEPS, CHANNELS, size, size), np.uint8), probability.shape[-1]
+    count, extent_mm = len(volume.hu), np.multiply(volume.hu.shape, volume.spacing)[1:, None]
+    for v, cells in enumerate(np.asarray(probability, np.float32)):
         found = vertebra_box(cells)
         if found is None:
             continue
-        (first, last), *sides = found
-        sides = (np.array(sides) + [-BOX_MARGIN, 1 + BOX_MARGIN]) * cell_mm
+        sides = (found[1:] + [-BOX_MARGIN, 1 + BOX_MARGIN]) * extent_mm / edge
         half = np.ptp(sides, 1).max() / 2
-        box = (sides.mean(1, keepdims=True) + [-half, half]) / cell_mm  # of cells
-        centres = np.rint(np.linspace(first * scale, (last + 1) * scale - 1, STEPS))
-        index = np.clip(centres[:, None] + near, 0, len(volume.hu) - 1).astype(int)  # (15, 5)
-        shown, which = np.unique(index.ravel(), return_inverse=True)
-        images = [crop_plane(apply_window(volume.hu[z], window), box * voxels[1:, None], size)
-                  for z in shown]
-        z = (index[:, -1 if mask_of == "last" else SLICES_PER_STEP // 2] + 0.5) / scale - 0.5
-        z = np.float32(np.divmod(np.clip(z, 0, len(cells) - 1.001), 1))  # plane, share of the next
+        box = (sides.mean(1, keepdims=True) + [-half, half]) / extent_mm
+        first, last = (found[0] + [0, 1]) * count / edge - [0, 1]
+        centres = np.rint(np.linspace(first, last, STEPS)).astype(int)
+        index = (centres[:, None] + np.arange(SLICES_PER_STEP) - 2).clip(0, count - 1)  # (15, 5)
+        shown, which = np.unique(index, return_inverse=True)
+        images = [crop_plane(apply_window(volume.hu[z], BONE_WINDOW), box, size) for z in shown]
+        z = (index[:, -1 if mask_of == "last" else 2] + 0.5) * edge / count - 0.5
+        z = np.float32(np.divmod(z.clip(0, edge - 1.001), 1))  # plane, share of the next
         masks = [crop_plane(cells[int(k)] * (1 - share) + cells[int(k) + 1] * share, box, size)
                  for k, share in z.T]
-        masks = np.rint(np.maximum(np.array(masks) * 255, 1)).astype(np.uint8)  # 0: absent
-        out[v] = interleave(np.array(images)[which], masks)
+        masks = np.rint(np.maximum(np.array(masks) * 255, 1)).astype(np.uint8)
+        out[v] = interleave(np.array(images)[which.ravel()], masks)
     return out
 
 
 def write_crops(path, crops):
-    """One study's crops: each different image once, as PNG (steps share slices)."""
+    """One study's crops: each different image once (steps share slices), without loss."""
     index, known = np.full(crops.shape[:3], -1, np.int16), {}
     for place in np.ndindex(index.shape):
         if crops[place].any():
-            index[place], _ = known.setdefault(crops[place].tobytes(), (len(known), place))
-    images = [cv2.imencode(".png", crops[place])[1].ravel() for _, place in known.values()]
+            known.setdefault(crops[place].tobytes(), (len(known), crops[place]))
+            index[place] = known[crops[place].tobytes()][0]
+    for kind, *options in CROP_FORMATS:
+        images = [cv2.imencode(kind, image, options)[1].ravel() for _, image in known.values()]
+        if sum(map(len, images)) < crops.nbytes / 4:
+            break
     ends, data = np.cumsum([0, *map(len, images)]), np.concatenate([np.uint8([]), *images])
     write_atomic(path, lambda new: np.savez(
         new, index=index, ends=ends, data=data, edge=crops.shape[-1]))
@@ -696,21 +686,18 @@ def write_crops(path, crops):
 
 def read_crops(path, vertebrae=range(7)):
     """uint8 (len(vertebrae), 15, 6, S, S) of a study. StudyError if the file is damaged."""
-    try:
-        with np.load(path) as file:
-            index, ends, data, edge = (file[k] for k in ("index", "ends", "data", "edge"))
+    with study_errors(path), np.load(path) as file:
+        index, ends, data, edge = (file[k] for k in ("index", "ends", "data", "edge"))
         index = index[list(vertebrae)]
         out = np.zeros((*index.shape, edge, edge), np.uint8)
         for k in np.unique(index[index >= 0]):
             out[index == k] = cv2.imdecode(data[ends[k] : ends[k + 1]], cv2.IMREAD_GRAYSCALE)
-        return out
-    except Exception as error:  # NumPy, zipfile, zlib and OpenCV each have their own
-        raise StudyError(f"{path}: no crops of this version ({type(error).__name__})") from None
+    return out
 
 
 def crops_seen(path):
-    """bool (7,): which vertebrae a file of crops holds."""
-    with np.load(path) as file:
+    """bool (7,): which vertebrae a file of crops holds. StudyError if it is damaged."""
+    with study_errors(path), np.load(path) as file:
         return (file["index"] >= 0).any((1, 2))
 
 
@@ -735,16 +722,12 @@ class StepEncoder(nn.Module):
         if seen.any():  # absent vertebrae cost nothing
             shown = crops.flatten(0, 1)[seen]  # (B, N, K, S, S) -> (M, K, S, S)
             at_once = len(shown) if self.training else CROPS_AT_ONCE[crops.device.type]
-            found = [self.backbone(to_unit(part)) for part in shown.split(at_once)]
-            features[seen] = torch.cat(found).float()
+            scale = 2 / 255 if crops.dtype == torch.uint8 else 2
+            parts = (part.contiguous(memory_format=torch.channels_last) * scale - 1  # -1..1
+                     for part in shown.split(at_once))
+            features[seen] = torch.cat([*map(self.backbone, parts)]).float()
         features = features.unflatten(0, crops.shape[:2])  # (B * N, F) -> (B, N, F)
         return features, self.lstm(features)[0]
-
-
-def to_unit(crops):
-    """Channels-last floats in -1..1 from uint8 or 0..1."""
-    crops = crops / 255 if crops.dtype == torch.uint8 else crops
-    return (crops * 2 - 1).contiguous(memory_format=torch.channels_last)
 
 
 def logit_head(width, hidden, dropout):
@@ -786,30 +769,28 @@ KINDS = {"segmenter": Segmenter, "vertebra": VertebraClassifier, "patient": Pati
 
 
 def fold_norms(model):
-    """The model for inference, batch norms folded into the convolutions before them.
+    """The model for inference, its batch norms folded into the convolutions before them.
 
-    Seen by running it: a norm is given what a convolution of the same part returned.
+    Found by running it: a norm is folded if a convolution of its own part made its input.
     """
-    paths, calls = {m: path for path, m in model.named_modules()}, []
-    kinds = (nn.Conv2d, nn.Conv3d, nn.BatchNorm2d, nn.BatchNorm3d)
+    made_by = {}
 
     def note(module, given, out):
-        if isinstance(module, kinds):
-            calls.append((getattr(given[0], "made_by", None), module))
+        if isinstance(module, (nn.Conv2d, nn.Conv3d)):
             out.made_by = module
+        elif isinstance(module, (nn.BatchNorm2d, nn.BatchNorm3d)):
+            made_by[module] = getattr(given[0], "made_by", None)
 
     shape = (1, 1, 32, 32, 32) if isinstance(model, Segmenter) else (1, STEPS, CHANNELS, 64, 64)
     with torch.no_grad(), nn.modules.module.register_module_forward_hook(note):
         model.eval()(torch.ones(shape))
-    used = [module for _, module in calls]
-    for conv, norm in calls:
-        home, _, name = paths[norm].rpartition(".")
-        pair = isinstance(conv, kinds[:2]) and isinstance(norm, kinds[2:])
-        if pair and used.count(conv) == used.count(norm) == 1 and paths[conv].startswith(home):
-            conv.weight, conv.bias = nn.utils.fuse_conv_bn_weights(
-                conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps,
-                norm.weight, norm.bias)
-            setattr(model.get_submodule(home), name, getattr(norm, "act", nn.Identity()))
+    for part in list(model.modules()):
+        for name, norm in list(part.named_children()):
+            conv = made_by.get(norm)
+            if conv in set(part.modules()):
+                fused = nn.utils.fuse_conv_bn_eval(conv, norm)
+                conv.weight, conv.bias = fused.weight, fused.bias
+                setattr(part, name, getattr(norm, "act", nn.Identity()))
     return model
 
 
@@ -830,8 +811,7 @@ def classifier_loss(outputs, labels):
 
 
 # ========================================== Augmentation =========================================
-# Batches, on the device they train on. All that is random about a sample comes from its own
-# generator: batches, workers and ranks cannot change it.
+# On the device. All luck of a sample is its own generator's: batches and ranks cannot change it.
 
 # Degrees, log scale, share of the edge (the cube's: top teams), share mirrored along an axis;
 # window, log gamma, noise (of 0..1), shares seen at half resolution and with a hole.
@@ -921,8 +901,7 @@ def competition_scores(answers, labels):
     """Mean of sum(w * loss) / sum(w) over studies, and over columns, of (N, 8) answers."""
     loss, weight = element_losses(answers, labels), np.where(labels, POSITIVE_FACTOR, 1.0)
     study = np.average(loss, 1, weight * TARGET_WEIGHTS).mean()
-    column = np.average(np.average(loss, 0, weight), weights=TARGET_WEIGHTS)
-    return study, column
+    return study, np.average(np.average(loss, 0, weight), weights=TARGET_WEIGHTS)
 
 
 def auc(answers, labels):
@@ -930,32 +909,32 @@ def auc(answers, labels):
     positive = np.asarray(labels) > 0
     n, m = positive.sum(), (~positive).sum()
     rank = pd.Series(answers, dtype=float).rank()[positive].sum()
-    return float((rank - n * (n + 1) / 2) / (n * m)) if n and m else math.nan
+    return (rank - n * (n + 1) / 2) / (n * m) if n and m else math.nan
 
 
 def dice_scores(probability, labels):
     """Dice (7,) of masks at 0.5; NaN for a vertebra that labels (D, D, D) do not hold."""
     mask, truth = probability > 0.5, labels == np.arange(1, 8)[:, None, None, None]
-    overlap, found, size = (x.sum((1, 2, 3)) for x in (mask & truth, mask, truth))
-    return np.where(size, 2 * overlap / np.maximum(found + size, 1), np.nan)
+    overlap, both, size = (x.sum((1, 2, 3)) for x in (mask & truth, mask * 1 + truth, truth))
+    return np.where(size, 2 * overlap / both.clip(1), np.nan)
 
 
 def assign_folds(table, folds, masked):
     """uid -> fold: strata by mask, patient, number of fractures; within one by the uid's hash."""
-    uids, fractures = table[STUDY], table[list(VERTEBRAE)].sum(axis=1).clip(upper=2)
-    hashes = [hashlib.sha256(uid.encode()).digest() for uid in uids]
-    keys = sorted(zip(uids.isin(list(masked)), table.patient_overall, fractures, hashes, uids))
-    return {uid: k % folds for k, (*_, uid) in enumerate(keys)}
+    fractures = table[list(VERTEBRAE)].sum(axis=1).clip(upper=2)
+    hashes = [hashlib.sha256(uid.encode()).digest() for uid in table[STUDY]]
+    keys = zip(table[STUDY].isin(masked), table.patient_overall, fractures, hashes, table[STUDY])
+    return {uid: k % folds for k, (*_, uid) in enumerate(sorted(keys))}
 
 
 # ============================================ Training ===========================================
-# One loop for three models. What is random is drawn from (seed, step) or (seed, epoch, place): a
-# resumed run repeats an uninterrupted one, on the CPU bit for bit.
+# One loop for three models. What is random is drawn from (seed, step), or (seed, place in the
+# order of samples): a resumed run repeats an uninterrupted one, on the CPU bit for bit.
 
-# One fold. train: samples; fractured: bool of each; load(sample) -> arrays; loss(model, tensors,
-# generators, recipe); score(model, held-out study) -> columns; judge(table) -> "score": low is good
-Task = namedtuple("Task", "kind name recipe device train fractured load loss held_out columns "
-                  "score judge")
+# A sample is (study, fractured, ...). load(sample) -> arrays; loss(model, tensors, generators,
+# recipe); score(model, study) -> a value a target; judge(table) -> dict: low "score" is good
+Task = namedtuple("Task", "kind recipe device load loss score judge name train held_out",
+                  defaults=["", [], []])
 
 
 def save_checkpoint(path, kind, recipe, **content):
@@ -964,7 +943,7 @@ def save_checkpoint(path, kind, recipe, **content):
 
 
 def load_checkpoint(path):
-    """The plain content of a checkpoint of ours; nothing in it can run code."""
+    """The content of a checkpoint of ours, plain data: nothing in it can run."""
     with contextlib.suppress(Exception):  # torch has a dozen kinds
         content = torch.load(path, map_location="cpu", weights_only=True)
         if content["program"] == "cspine":
@@ -976,54 +955,45 @@ def new_model(kind, settings):
     """A model with those of the settings that it knows, channels last."""
     known = inspect.signature(KINDS[kind]).parameters
     model = KINDS[kind](**{k: v for k, v in settings.items() if k in known})
-    deep = kind == "segmenter"
-    return model.to(memory_format=torch.channels_last_3d if deep else torch.channels_last)
+    last = torch.channels_last_3d if kind == "segmenter" else torch.channels_last
+    return model.to(memory_format=last)
 
 
 def load_model(path, kind):
     """The model of a checkpoint, ready for inference. UserError if it holds another."""
     content = load_checkpoint(path)
-    try:
+    with study_errors(f"{path} holds a {content.get('kind')}, not a {kind} that fits"):
         model = new_model(kind, content["settings"])
         model.load_state_dict(content["tensors"])
-    except (KeyError, TypeError, RuntimeError, AttributeError, ValueError):
-        raise UserError(f"{path} holds a {content.get('kind')}, not a {kind} that fits") from None
-    return model.eval()
+        return fold_norms(model)
 
 
 def adapt(tensor, like):
-    """An ImageNet tensor (3 colours, 2-D) in the shape of our layer, or None."""
+    """An ImageNet tensor (3 colours, 2-D) in the shape of our layer, if it can be."""
     if tensor.ndim == 4 <= like.ndim:
-        channels, depth = like.shape[1:3]
-        if tensor.shape[1] == 3 != channels:
-            tensor = tensor.sum(1, keepdim=True).repeat(1, channels, 1, 1) / channels
+        if tensor.shape[1] == 3 != like.shape[1]:
+            tensor = tensor.sum(1, True).repeat(1, like.shape[1], 1, 1) / like.shape[1]
         if like.ndim == 5:
-            tensor = tensor[:, :, None].repeat(1, 1, depth, 1, 1) / depth
-    return tensor if tensor.shape == like.shape else None
+            tensor = tensor[:, :, None].repeat(1, 1, like.shape[2], 1, 1) / like.shape[2]
+    return tensor
 
 
 def load_init(model, path):
-    """Start from a timm file, less its head, or one of ours: by name, else in order.
-
-    Only a patient classifier's own part may be missing. UserError for another architecture.
-    """
-    try:
+    """Start from a timm file, less its head, or one of ours: by name, else in order."""
+    with study_errors(f"--init {path}: cannot be read"):
         source = timm.models.load_state_dict(str(path), weights_only=True)
         part = model if "program" in source else getattr(model.encoder, "backbone", model.encoder)
         source = {n: t for n, t in source.get("tensors", source).items() if t.ndim}
-    except Exception as error:  # any file may be given here
-        raise UserError(f"--init {path}: cannot be read ({type(error).__name__})") from None
-    target = {n: t for n, t in part.state_dict().items()
+    target = {n: t for n, t in part.state_dict().items()  # a patient's own part may be missing
               if t.ndim and (n in source or not n.startswith("patient_"))}
     named = target.keys() <= source.keys()
-    pairs = dict(zip(target, target if named else source))
-    taken = {n: adapt(source[other], target[n]) for n, other in pairs.items()}
-    if len(taken) < len(target) or any(t is None for t in taken.values()):
+    pairs = zip(target, target if named else source)
+    taken = {n: adapt(source[other], target[n]) for n, other in pairs}
+    if [t.shape for t in taken.values()] != [t.shape for t in target.values()]:
         raise UserError(f"--init {path}: not the architecture of {model.settings}")
     part.load_state_dict(taken, strict=False)
-    left = [n for n in source if n not in pairs.values()]
-    say(f"--init: {len(taken)} tensors taken {'by name' if named else 'in order: names differ'}; "
-        f"{len(left)} left out, last {', '.join(left[-2:])}")
+    how = "by name" if named else "in order: names differ"
+    say(f"--init: {len(taken)} of {len(source)} tensors taken {how}")
 
 
 class Trainer:
@@ -1035,26 +1005,25 @@ class Trainer:
         self.model = model = new_model(task.kind, asdict(recipe))
         if init:
             load_init(model, init)
-        model.to(task.device)
-        self.averaged = copy.deepcopy(model).eval()
-        groups = [dict(params=[p for p in model.parameters() if p.ndim > 1]),
-                  dict(params=[p for p in model.parameters() if p.ndim < 2], weight_decay=0.0)]
-        self.optimizer = torch.optim.AdamW(groups, recipe.lr, weight_decay=recipe.weight_decay)
+        self.averaged = copy.deepcopy(model.to(task.device)).eval()
+        groups = [dict(params=[p for p in model.parameters() if (p.ndim > 1) == matrices],
+                       weight_decay=recipe.weight_decay * matrices) for matrices in (True, False)]
+        self.optimizer = torch.optim.AdamW(groups, recipe.lr)
         half = half_type(task.device) is torch.float16
         self.scaler = torch.amp.GradScaler(task.device.type, enabled=half)
         self.step = self.skipped = self.in_a_row = 0
-        self.losses, self.history, self.seconds, self.evaluation_s = [], [], 0.0, 0.0
+        self.losses, self.history, self.seconds, self.slowest = [], [], 0.0, 0.0
 
     def state(self):
         return {k: getattr(v, "state_dict", lambda: v)() for k, v in vars(self).items()}
 
     def load(self, state):
         for name, value in state.items():
-            part = getattr(self, name)
+            part = getattr(self, name, None)
             getattr(part, "load_state_dict", lambda v: setattr(self, name, v))(value)
 
     def update(self, task, batch, total):
-        """One of `total` optimiser steps, on this rank's pairs (arrays, generator)."""
+        """One of `total` steps, on this rank's pairs (arrays, generator)."""
         recipe, model, done = task.recipe, self.model.train(), self.step / total
         warm = min(1, (done + 1e-3) / (recipe.warm_up + 1e-3))
         for group in self.optimizer.param_groups:  # half a cosine, down to 1 %
@@ -1071,16 +1040,18 @@ class Trainer:
             mean += loss.item()
         self.scaler.unscale_(self.optimizer)
         for p in model.parameters() if dist.is_initialized() else ():
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # no vertebra on this rank
-        mean_over_ranks([p.grad for p in model.parameters()])
-        self.in_a_row += 1
-        if torch.isfinite(nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)):
+            grad = torch.zeros_like(p) if p.grad is None else p.grad  # no vertebra on this rank
+            p.grad = grad.contiguous() / ranks()[1]
+            dist.all_reduce(p.grad)
+        if nn.utils.clip_grad_norm_(model.parameters(), recipe.clip).isfinite():
             self.scaler.step(self.optimizer)
             self.losses.append(mean)
             self.in_a_row = 0
-        self.skipped += self.in_a_row > 0
-        if self.in_a_row > MAX_SKIPPED_STEPS:
-            raise UserError(f"{self.in_a_row} steps without a finite gradient: lower --lr")
+        else:
+            self.skipped += 1
+            self.in_a_row += 1
+            if self.in_a_row > MAX_SKIPPED_STEPS:
+                raise UserError(f"{self.in_a_row} steps without a finite gradient: lower --lr")
         self.scaler.update()
         self.step += 1
         share = 1 - min(recipe.ema, (1 + self.step) / (10 + self.step))
@@ -1088,159 +1059,129 @@ class Trainer:
             slow.lerp_(fast, share) if slow.is_floating_point() else slow.copy_(fast)
 
 
-def mean_over_ranks(tensors):
-    """Each tensor becomes its mean over the ranks."""
-    if dist.is_initialized() and tensors:
-        flat = torch.cat([t.flatten() for t in tensors]) / ranks()[1]
-        dist.all_reduce(flat)  # one message
-        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors])):
-            tensor.copy_(part.view_as(tensor))
-
-
 def epoch_order(task, epoch, count):
     """(count,) places in task.train; a share of `positives` fractured, or (0) as they come."""
     rng, share = np.random.default_rng([task.recipe.seed, epoch]), task.recipe.positives
     order = rng.permutation(len(task.train))
-    hit = np.resize(task.fractured or [False], len(order))[order]
-    if share and hit.any() and not hit.all():
+    hit = np.array([sample[1] for sample in task.train])[order]
+    if share and 0 < hit.mean() < 1:
         n = round(share * count)
         order = np.r_[np.resize(order[hit], n), np.resize(order[~hit], count - n)]
         order = rng.permutation(order)
     return np.resize(order, count)
 
 
-def sample_stream(task, step, count):
-    """(sample, generator) for this rank from `step` on; an epoch is `count` samples."""
-    (rank, world), start = ranks(), step * task.recipe.batch_size
-    for epoch in range(start // count, task.recipe.epochs):
-        order = epoch_order(task, epoch, count)
-        for place in range(max(0, start - epoch * count) + rank, count, world):
-            seed = [task.recipe.seed, epoch, place]
-            yield task.train[order[place]], np.random.default_rng(seed)
-
-
-def close_epoch(trainer, task, weights, clock):
+def close_epoch(trainer, task, weights):
     """Score the averaged weights; write the best, their held-out answers and the log."""
-    started, (rank, world), history = clock(), ranks(), trainer.history
-    mean_over_ranks([b for b in trainer.averaged.buffers() if b.is_floating_point()])
+    (rank, world), history = ranks(), trainer.history
     with torch.inference_mode(), autocast(task.device):
         rows = [(uid, *task.score(trainer.averaged, uid)) for uid in task.held_out[rank::world]]
-    table = pd.DataFrame(sum(over_ranks(rows), []), columns=[STUDY, *task.columns])
-    losses = sum(over_ranks(trainer.losses), [])
-    loss = np.mean(losses or math.nan)
-    result = dict(task.judge(table) if len(table) else {"score": loss}, train_loss=loss)
-    result = {k: float(v) for k, v in result.items()}  # plain data, as load_checkpoint asks
-    if math.isnan(result["score"]):
-        result["score"] = math.inf
-    best = result["score"] <= min([line["score"] for line in history], default=math.inf)
-    samples = len(losses) // world * task.recipe.batch_size
-    result |= dict(lr=trainer.optimizer.param_groups[0]["lr"], seconds=trainer.seconds)
-    shown = "  ".join(f"{k} {v:.4g}" for k, v in result.items())
-    history.append(dict(epoch=len(history) + 1, **result, peak_gb=peak_gb(),
-                        samples_per_s=samples / trainer.seconds, skipped_steps=trainer.skipped))
-    trainer.losses, trainer.seconds, trainer.evaluation_s = [], 0.0, clock() - started
-    if rank == 0:
-        say(f"{task.name}  epoch {len(history)}/{task.recipe.epochs}  {shown}")
-        if best:  # ships matrices in half precision
-            tensors = trainer.averaged.state_dict()
-            tensors = {n: (t.half() if t.ndim > 1 else t).cpu() for n, t in tensors.items()}
-            save_checkpoint(weights / f"{task.name}.pt", task.kind, task.recipe, tensors=tensors,
-                            settings=trainer.model.settings, result=result)
-            write_csv(weights / f"{task.name}_heldout.csv", table)
-        write_csv(weights / f"{task.name}_log.csv", pd.DataFrame(history))
+    rows, losses = sum(over_ranks(rows), []), sum(over_ranks(trainer.losses), [])
+    table = pd.DataFrame(rows, columns=[STUDY, *TARGETS][: len(rows[0])])
+    line = dict(epoch=len(history) + 1, **task.judge(table.set_index(STUDY)))
+    line |= dict(train_loss=np.mean(losses or math.nan), seconds=trainer.seconds,
+                 lr=trainer.optimizer.param_groups[0]["lr"], skipped_steps=trainer.skipped,
+                 samples_per_s=len(losses) // world * task.recipe.batch_size / trainer.seconds,
+                 peak_gb=peak_gb())
+    history.append({k: float(v) for k, v in line.items()})  # plain data for load_checkpoint
+    trainer.losses, trainer.seconds = [], 0.0
+    if rank:
+        return
+    say(f"{task.name}  " + "  ".join(f"{k} {v:.4g}" for k, v in line.items()))
+    if line["score"] <= np.nanmin([past["score"] for past in history]):  # NaN is never the best
+        tensors = {n: (t.half() if t.ndim > 1 else t).cpu()  # matrices ship in half precision
+                   for n, t in trainer.averaged.state_dict().items()}
+        save_checkpoint(weights / f"{task.name}.pt", task.kind, task.recipe, tensors=tensors,
+                        settings=trainer.model.settings)
+        write_csv(weights / f"{task.name}_heldout.csv", table)
+    write_csv(weights / f"{task.name}_log.csv", pd.DataFrame(history))
 
 
 def train(task, weights, stop, workers=2, go_on=False, init=""):
-    """Train one fold into <name>.pt under `weights`; Stopped if cut short."""
-    (rank, world), samples, size = ranks(), len(task.train), task.recipe.batch_size
-    if not samples or size % world:
-        raise UserError(f"{task.name}: {samples} samples, --batch-size {size}: needs samples, and "
-                        f"a multiple of {world} processes")
-    trainer, last, clock = Trainer(task, init), weights / f"{task.name}_last.pt", stop.clock
+    """Train one fold into <name>.pt under `weights`: its history. Stopped if cut short."""
+    (rank, world), recipe, samples = ranks(), task.recipe, len(task.train)
+    size, trainer, last = recipe.batch_size, Trainer(task, init), weights / f"{task.name}_last.pt"
+    if not samples or not task.held_out or size % world:
+        raise UserError(f"{task.name}: needs studies to train on, others to hold out, and a "
+                        f"--batch-size that is a multiple of {world}")
     if go_on and last.exists():
         saved = load_checkpoint(last)
-        other = [k for k, v in asdict(task.recipe).items() if v != saved["recipe"].get(k)]
-        if other or saved["samples"] != samples:
-            raise UserError(f"{last} was made with other {', '.join(other) or 'data'}: give the "
-                            "same options, or delete it")
+        if saved["recipe"] != asdict(recipe) or saved["samples"] != samples:
+            raise UserError(f"{last} was made with other options or data: delete it, or give them")
         trainer.load(saved["state"])
-    per_epoch, slowest = max(1, samples // size), 0.0
-    total = per_epoch * task.recipe.epochs
+    steps = max(1, samples // size)  # an epoch
+    total = steps * recipe.epochs
     if rank == 0:
-        say(f"{task.name}: {task.recipe.backbone}, {samples} samples, {len(task.held_out)} studies "
-            f"held out, step {trainer.step} of {total}, {task.device}")
+        say(f"{task.name}: {samples} samples, from step {trainer.step} of {total}")
 
     def save():
         if rank == 0:
-            save_checkpoint(last, task.kind, task.recipe, samples=samples, state=trainer.state())
+            save_checkpoint(last, task.kind, recipe, samples=samples, state=trainer.state())
 
-    stream = sample_stream(task, trainer.step, per_epoch * size)
-    loaded = prefetch(lambda pair: (task.load(pair[0]), pair[1]), stream, workers, 2 * size)
+    order = np.concatenate([epoch_order(task, k, steps * size) for k in range(recipe.epochs)])
+    mine = range(trainer.step * size + rank, len(order), world)
+    loaded = prefetch(lambda k: task.load(task.train[order[k]]), mine, workers, 2 * size)
     for _ in progress(range(trainer.step, total), "step", total - trainer.step):
-        started, evaluation = clock(), trainer.evaluation_s or slowest * len(task.held_out)
-        if reason := max(over_ranks(stop.reason(2 * slowest + evaluation))):
+        started = stop.clock()
+        if reason := max(over_ranks(stop.reason(1.1 * trainer.slowest))):
             save()
             raise Stopped(f"{task.name}: stopped by {reason} at step {trainer.step} of {total}; "
-                          "the same command with --resume goes on")
-        batch = [future.result() for _, (_, future) in zip(range(size // world), loaded)]
+                          "--resume goes on")
+        batch = [(future.result(), np.random.default_rng([recipe.seed, k]))
+                 for _, (k, future) in zip(range(size // world), loaded)]
         trainer.update(task, batch, total)
-        seconds = clock() - started
-        trainer.seconds, slowest = trainer.seconds + seconds, max(0.9 * slowest, seconds)
-        if trainer.step % per_epoch == 0:
-            close_epoch(trainer, task, weights, clock)
+        trainer.seconds += stop.clock() - started
+        if trainer.step % steps == 0:
+            close_epoch(trainer, task, weights)
             save()
+        trainer.slowest = max(trainer.slowest, stop.clock() - started)  # or evaluation
+    return trainer.history
 
 
 # =========================================== Prediction ==========================================
 # Studies to rows. A complete submission is on disk from the first second, at worst with the prior.
 
-CALIBRATION_PULL = 2.0  # towards the identity: a spread of 0.5 in log scale and in shift
 READING_SHARE = 0.25  # of the time left, for one study
 REPORTS = [f"predict_report{k or ''}.csv" for k in range(16)]  # one a process
+BLIND = dict(zip(TARGETS, PRIOR))
 
-# models: {kind: list}; calibration: (8, 2) scale and shift in logit space, or None
-Ensemble = namedtuple("Ensemble", "models device calibration", defaults=[None])
-Effort = namedtuple("Effort", "views folds")  # what a study is given; without folds the prior
-
-
-def write_json(path, content):
-    write_atomic(path, lambda new: new.write_text(json.dumps(content, indent=1)))
+# models: {kind: list}; calibration: (8, 2) scale and shift in logit space
+Ensemble = namedtuple("Ensemble", "models device calibration options",
+                      defaults=[[[1, 0]] * 8, Answers()])
+Effort = namedtuple("Effort", "views folds")  # what a study is given
 
 
 def load_models(weights, kind, device):
     """{fold: model} of <kind>_fold<k>.pt."""
-    paths = [(p.stem.rpartition("fold")[2], p) for p in Path(weights).glob(f"{kind}_fold*.pt")]
-    return {int(k): load_model(p, kind).to(device) for k, p in sorted(paths) if k.isdecimal()}
+    paths = {k: Path(weights) / f"{kind}_fold{k}.pt" for k in range(100)}
+    return {k: load_model(p, kind).to(device) for k, p in paths.items() if p.exists()}
 
 
 def load_ensemble(weights, device):
     """All models under `weights`. UserError without a segmenter and a classifier."""
     models = {kind: [*load_models(weights, kind, device).values()] for kind in KINDS}
     if not models["segmenter"] or not models["vertebra"] + models["patient"]:
-        raise UserError(f"no weights in {weights}: train, or give --weights a folder with "
-                        "segmenter_fold*.pt and vertebra_fold*.pt or patient_fold*.pt")
-    path = Path(weights) / "calibration.json"
-    if not path.exists():
-        return Ensemble(models, device)
-    with study_errors(f"{path}: expected a finite [scale, shift] for each target"):
-        table = json.loads(path.read_text())
-        calibration = np.array([table[t] for t in TARGETS], float).reshape(8, 2)
-        assert np.isfinite(calibration).all()
-    return Ensemble(models, device, calibration)
+        raise UserError(f"no weights in {weights}: --weights must hold a segmenter and a "
+                        "vertebra or patient classifier")
+    ensemble, path = Ensemble(models, device), Path(weights) / "calibration.json"
+    if path.exists():
+        with study_errors(f"{path}: expected finite [scale, shift] of each target"):
+            table = pd.read_json(path)[list(TARGETS)].to_numpy(float).T.reshape(8, 2)
+            assert np.isfinite(table).all()
+            ensemble = ensemble._replace(calibration=table)
+    return ensemble
 
 
 @torch.inference_mode()
 def segment(models, volume, device, problems=None):
     """float32 (7, D, D, D): mean probability of the segmenters, in_order."""
-    edge, total, cubes = max(model.settings["size"] for model in models), 0, {}
+    size, window = (models[0].settings[k] for k in ("size", "window"))  # as of all folds
+    cube = segmenter_input(volume, size, window)[None]
+    cube, total = cube.to(device, memory_format=torch.channels_last_3d), 0
     for model in models:
-        key = model.settings["size"], tuple(model.settings["window"])
-        if key not in cubes:
-            cubes[key] = segmenter_input(volume, *key)[None]
         with autocast(device):
-            logits = model(cubes[key].to(device, memory_format=torch.channels_last_3d))
-        found = F.interpolate(logits.float().sigmoid(), (edge,) * 3, mode="trilinear")[0]
-        total += found.nan_to_num_() / len(models)
+            logits = model(cube)[0]
+        total += logits.float().sigmoid().nan_to_num_() / len(models)
     return in_order(total.cpu().numpy(), [] if problems is None else problems)
 
 
@@ -1249,184 +1190,147 @@ def in_order(probability, problems):
     weight = (probability * (probability > 0.5)).sum((2, 3))  # (7, D)
     mass = weight.sum(1)
     centre = weight @ np.arange(weight.shape[1]) / np.maximum(mass, 1)
-    while True:
-        seen = np.flatnonzero(mass > MIN_CELLS)
-        wrong = np.diff(centre[seen]) <= 0
-        if not wrong.any():
-            return probability
-        drop = min(seen[wrong.argmax() :][:2], key=lambda v: mass[v])
-        mass[drop] = probability[drop] = 0
-        problems.append(f"{VERTEBRAE[drop]} against the order head to foot, taken out")
+    seen = np.flatnonzero(mass > MIN_CELLS)
+    for pair in zip(seen, seen[1:]):
+        if centre[pair[0]] >= centre[pair[1]]:
+            drop = min(pair, key=mass.item)
+            probability[drop] = 0
+            problems.append(f"{VERTEBRAE[drop]} out of order, taken out")
+            return in_order(probability, problems)
+    return probability
 
 
 @torch.inference_mode()
 def classify(ensemble, crops, effort):
     """[(step probability (7, 15), patient probability)], one a model and view; NaN: none."""
-    absent, resized, out = ~crops.any((1, 2, 3, 4)), {}, []
+    absent, out = ~crops.any((1, 2, 3, 4)), []
+    vertebra, patient = (ensemble.models[k][: effort.folds] for k in ("vertebra", "patient"))
     crops = torch.from_numpy(crops).to(ensemble.device)
-    patient = ensemble.models["patient"][: effort.folds]
-    for i, model in enumerate(ensemble.models["vertebra"][: effort.folds] + patient):
-        size = model.settings["size"]
-        if size not in resized:  # a vertebra at a time, back to bytes: little memory
-            resized[size] = torch.stack([F.interpolate(
-                c.float(), (size, size), mode="bilinear").round().byte() for c in crops])
+    for i, model in enumerate(vertebra + patient):
+        size, whole = (model.settings["size"],) * 2, i >= len(vertebra)
+        shown = torch.stack([  # a vertebra at a time, back to bytes: little memory
+            F.interpolate(c.float(), size, mode="bilinear").round().byte() for c in crops])
         for view in range(i, i + effort.views) or [0]:
-            turned = torch.rot90(resized[size], view, (-2, -1))
+            turned = torch.rot90(shown, view, (-2, -1))
             turned = turned.flip(-1) if view & 4 else turned
             with autocast(ensemble.device):
-                whole = model in patient
                 steps, head = model(turned.flatten(0, 1)[None]) if whole else (model(turned), None)
-            steps = steps.float().sigmoid().double().view(7, STEPS).cpu().numpy()
+            steps = steps.float().sigmoid().view(7, STEPS).cpu().numpy()
             steps[absent] = np.nan
             out.append((steps, float(head.float().sigmoid()) if whole else math.nan))
     return out
 
 
-def combine(outputs, options, calibration=None):
+def combine(outputs, options, calibration=((1, 0),) * 8):
     """(8,) answers from what classify gave; what is NaN gets the prior."""
     rows = [[*np.sort(steps, 1)[:, -options.top_k :].mean(1), head] for steps, head in outputs]
-    rows, share = torch.tensor(rows, dtype=torch.float64), options.noisy_or
-    logit = options.average == "logit"
-    answer = (rows.logit(FLOOR).nanmean(0).sigmoid() if logit else rows.nanmean(0)).numpy()
-    either = 1 - pd.Series(1 - answer[:7]).prod(min_count=1)  # NaN with no vertebra in sight
-    answer[7] = share * either + (1 - share) * np.nan_to_num(answer[7], nan=either)
-    if calibration is not None:
-        scale, shift = torch.tensor(calibration).T
-        answer = (torch.tensor(answer).logit(FLOOR) * scale + shift).sigmoid().numpy()
+    rows, (scale, shift) = torch.tensor(rows, dtype=torch.float64), torch.tensor(calibration).T
+    logit, share = options.average == "logit", options.noisy_or
+    answer = rows.logit(FLOOR).nanmean(0).sigmoid() if logit else rows.nanmean(0)
+    either = float(1 - (1 - answer[:7]).nan_to_num(1).prod()) or math.nan  # 0: nothing in sight
+    answer[7] = share * either + (1 - share) * answer[7].nan_to_num(either)
+    answer = (answer.logit(FLOOR) * scale + shift).sigmoid().numpy()
     return np.where(np.isnan(answer), PRIOR, answer).clip(FLOOR, 1 - FLOOR)
 
 
-def fit_calibration(answers, labels):
-    """(8, 2) scale and shift that lower the score of (N, 8) answers, held near the identity."""
-    weight = np.where(labels > 0, POSITIVE_FACTOR, 1.0)
-    weight /= (weight * TARGET_WEIGHTS).sum(1, keepdims=True)
-    weight *= (labels.min(0) < labels.max(0)) / weight.mean(0)  # one class says nothing
-    logits, truth = torch.tensor(answers).logit(FLOOR), torch.tensor(labels).double()
-    fit = torch.zeros(2, 8, dtype=torch.float64, requires_grad=True)  # log scale, shift
-    optimizer = torch.optim.LBFGS([fit], max_iter=200, line_search_fn="strong_wolfe")
-
-    def loss():
-        optimizer.zero_grad()
-        total = CALIBRATION_PULL * fit.square().sum() + F.binary_cross_entropy_with_logits(
-            logits * fit[0].exp() + fit[1], truth, torch.tensor(weight), reduction="sum")
-        total.backward()
-        return total
-
-    optimizer.step(loss)
-    return np.stack([fit[0].exp().detach(), fit[1].detach()], 1)
-
-
-def answer_study(volume, ensemble, effort, options):
+def answer_study(volume, ensemble, effort):
     """A study's row of the report, with its answers."""
-    models, clock, problems = ensemble.models, time.monotonic, [*volume.problems]
+    models, device, problems = ensemble.models, ensemble.device, [*volume.problems]
+    start = time.monotonic()
     for model in sum(models.values(), []):
-        model.to(ensemble.device)  # the study before may have left them on the CPU
-    start = clock()
-    probability = segment(models["segmenter"][: effort.folds], volume, ensemble.device, problems)
-    found = clock()
+        model.to(device)  # the study before may have left them on the CPU
+    probability = segment(models["segmenter"][: effort.folds], volume, device, problems)
+    found = time.monotonic()
     mask_of = (models["vertebra"] + models["patient"])[0].settings["mask_of"]
     crops = vertebra_slices(volume, probability, mask_of=mask_of)
-    cut = clock()
-    answers = combine(classify(ensemble, crops, effort), options, ensemble.calibration)
+    cut = time.monotonic()
+    answers = combine(classify(ensemble, crops, effort), ensemble.options, ensemble.calibration)
     seen = [name for name, crop in zip(VERTEBRAE, crops) if crop.any()]
     status = "ok" if len(seen) == 7 else "partial" if seen else "nothing seen"
     return dict(zip(TARGETS, answers), status=status, slices=len(volume.hu), seen="+".join(seen),
-                segment_s=found - start, crops_s=cut - found, classify_s=clock() - cut,
-                warnings="; ".join(problems)[:500])
+                segment_s=found - start, crops_s=cut - found, classify_s=time.monotonic() - cut,
+                warnings="; ".join(problems))
 
 
-def answer_or_prior(uid, future, ensemble, effort, options, seconds):
+def answer_or_prior(uid, future, ensemble, effort):
     """A study's row of the report: whatever goes wrong with it ends here."""
-    prior = dict(zip(TARGETS, PRIOR), status="no time")
-    if not effort.folds:
-        future.cancel()
-        return prior
+    what = "out of memory"
     try:
-        volume, read_s = future.result(min(max(seconds, 1), threading.TIMEOUT_MAX))
-        try:
-            row = answer_study(volume, ensemble, effort, options)
-        except torch.OutOfMemoryError:  # the CPU has room for this study
-            ensemble = ensemble._replace(device=torch.device("cpu"))
-            row = answer_study(volume, ensemble, effort, options)
-            row["warnings"] += "; out of GPU memory, done on the CPU"
-        return dict(row, read_s=read_s)
+        volume, read_s = future.result()
+        for device in (ensemble.device, torch.device("cpu")):  # where there is room for a study
+            with contextlib.suppress(torch.OutOfMemoryError):
+                row = answer_study(volume, ensemble._replace(device=device), effort)
+                return dict(row, read_s=read_s, device=device)
     except Exception as error:  # the one place that must outlive all that a study can do
         what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        say(f"study {uid}: {what}; answered with the prior")
-        return dict(prior, status="failed", warnings=what)
+    say(f"study {uid}: {what}; answered with the prior")
+    return dict(BLIND, status="failed", warnings=what)
 
 
-def choose_effort(options, folds, seconds, left):
-    """What fits `left`, at `seconds` a fold and view: views go first, then folds, then all."""
-    few = min(options.views, 1)
-    for effort in (Effort(options.views, folds), *(Effort(few, folds >> k) for k in range(9))):
-        if seconds * effort.folds * max(effort.views, 1) <= max(left, 0):
-            return effort
-
-
-def safe_folder(root, uid):
-    """root / uid. StudyError if the uid, from a csv, is no plain folder name."""
-    if uid in ("", "..") or Path(uid).name != uid:
-        raise StudyError(f"{uid!r} is no plain folder name")
-    return Path(root) / uid
+def choose_effort(views, folds, seconds, share):
+    """What fits a study's share of time, at `seconds` a fold and view: views go before folds."""
+    while max(views, 1) * folds > max(share / seconds, 1):
+        views, folds = (1, folds) if views > 1 else (views, folds // 2)
+    return Effort(views, folds)
 
 
 def submission_rows(table):
     """[(row_id, study, target)] of test.csv, each row_id once; its ending says the target."""
     table = table.fillna("").astype(str).drop_duplicates("row_id")
-    target = table.row_id.str.extract(f"_({'|'.join(TARGETS)})$")[0].fillna(table.prediction_type)
-    return [*zip(table.row_id, table[STUDY], target.where(target.isin(TARGETS), TARGETS[-1]))]
-
-
-def answered(row):
-    return row["status"] not in ("failed", "no time")
+    target = table.row_id.str.extract(f"_({'|'.join(TARGETS)})$")[0]
+    return [*zip(table.row_id, table[STUDY], target.fillna(table.prediction_type))]
 
 
 def read_reports(out):
-    """{study: row} of all processes that write beside `out`; an answer outdoes a failure."""
+    """{study: row} of all processes that write beside `out`: answers, no failures."""
     rows = [row for path in map(out.with_name, REPORTS) if path.exists()
             for row in read_csv(path, (STUDY, "status", *TARGETS)).to_dict("records")]
-    return {row[STUDY]: row for row in sorted(rows, key=answered)}
+    return {row[STUDY]: row for row in rows if row["status"] not in ("failed", "no time")}
 
 
 def write_submission(out, rows):
     """Every row of test.csv, with the prior where no report has an answer."""
-    prior, reports, known = dict(zip(TARGETS, PRIOR)), read_reports(out), None
-    while known != len(reports):  # else another process reported meanwhile
-        known = len(reports)
-        values = [(row, reports.get(uid, prior)[target]) for row, uid, target in rows]
+    answers, known = read_reports(out), None
+    while known != len(answers):  # else another process reported meanwhile
+        known = len(answers)
+        values = [(row, answers.get(uid, BLIND).get(target, 0.5)) for row, uid, target in rows]
         write_csv(out, pd.DataFrame(values, columns=["row_id", "fractured"]))
-        reports = read_reports(out)
+        answers = read_reports(out)
 
 
-def predict_studies(images, out, rows, done, ensemble, options, stop, workers):
+def predict_studies(images, out, rows, ensemble, stop, workers):
     """Answer this process's share of the studies; report and submission follow each."""
-    (rank, world), reports = ranks(), [*done.values()]
-    todo = [u for u in [*dict.fromkeys(u for _, u, _ in rows)][rank::world] if u not in done]
-    folds, seconds, effort = max(map(len, ensemble.models.values())), 1e-9, None
+    (rank, world), done, seconds = ranks(), read_reports(out), 1e-9
+    uids, reports = list(dict.fromkeys(uid for _, uid, _ in rows)), [*done.values()]
+    todo = [uid for uid in uids[rank::world] if uid not in done]
+    full = Effort(ensemble.options.views, max(map(len, ensemble.models.values())))
 
     def read(uid):
         start, share = stop.clock(), READING_SHARE * stop.left()
-        folder = safe_folder(images, uid)
-        volume = read_volume(folder, workers, lambda: stop.clock() - start > share)
+        if uid in ("", "..") or Path(uid).name != uid:
+            raise StudyError(f"{uid!r} is no plain folder name")
+        volume = read_volume(images / uid, workers, lambda: stop.clock() - start > share)
         return volume, stop.clock() - start
 
+    def save(*new):
+        reports.extend(new)
+        write_csv(out.with_name(REPORTS[rank]), pd.DataFrame(reports))
+        write_submission(out, rows)
+
     for k, (uid, future) in enumerate(progress(prefetch(read, todo, 1), "study", len(todo))):
-        start, left, last = stop.clock(), stop.left(), effort
-        effort = choose_effort(options, folds, seconds, left / (len(todo) - k))
-        if last not in (None, effort):
-            say(f"time is short: {effort.folds} folds, {effort.views} views from study {k + 1} on")
-        row = answer_or_prior(uid, future, ensemble, effort, options, READING_SHARE * left)
-        reports.append({STUDY: uid, **row, "peak_gb": peak_gb()})
-        if effort.folds or uid == todo[-1] or stop.signal:  # a prior is on disk already
-            write_csv(out.with_name(REPORTS[rank]), pd.DataFrame(reports))
-            write_submission(out, rows)
-        if effort.folds:
-            used = (stop.clock() - start) / (effort.folds * max(effort.views, 1))
-            seconds = max(used, 0.8 * seconds)
+        start, left = stop.clock(), stop.left()
+        if seconds > left:
+            say(f"time is short: {len(todo) - k} studies are left with the prior")
+            return save(*[{STUDY: uid, **BLIND, "status": "no time"} for uid in todo[k:]])
+        effort = choose_effort(*full, seconds, left / (len(todo) - k))
+        if effort != full:
+            say(f"study {uid}: time is short, {effort}")
+        row = answer_or_prior(uid, future, ensemble, effort)
+        save({STUDY: uid, **row, "peak_gb": peak_gb()})
         if stop.signal:
-            raise Stopped(f"stopped by {stop.signal}: {out} is complete, the rest with the prior; "
-                          "--resume goes on")
+            raise Stopped(f"stopped by {stop.signal}; {out} is complete, --resume goes on")
+        used = (stop.clock() - start) / (effort.folds * max(effort.views, 1))
+        seconds = max(used, 0.8 * seconds)
 
 
 # ============================================ Decoding ===========================================
@@ -1552,191 +1456,6 @@ def _undo_prediction(grid, left, above, corner):
     return flat.T.astype(np.uint16).reshape(grid.shape)
 
 
-# ============================================ Pictures ===========================================
-# In: studies, answers, tables. Out: PNGs. The trap: OpenCV's points are (x, y), its colours BGR.
-
-PANEL, TILE = 465, 72  # pixels: edge of a picture, of a crop; 3 pictures are as high as 15 steps
-# C1 to C7, patient: Okabe and Ito's colours, which differ for the colour-blind
-COLOURS = ((0, 159, 230), (233, 180, 86), (115, 158, 0), (66, 228, 240), (178, 114, 0),
-           (0, 94, 213), (167, 121, 204), (140, 140, 140))
-SIDES = ("HF", "AP", "RL")  # the two ends of Z, Y and X
-
-
-def write_png(path, image):
-    png = cv2.imencode(".png", image & 252, [cv2.IMWRITE_PNG_COMPRESSION, 9])[1]  # 64 greys: small
-    write_atomic(path, png.tofile)
-
-
-def text(image, words, x, y, anchor=(0, 0), grey=40, size=0.5):
-    """Words with a shadow; the share `anchor` of their width and height lies at (x, y)."""
-    width, height = cv2.getTextSize(words, 0, size, 1)[0]
-    x = int(min(max(2, x - anchor[0] * width), image.shape[1] - width - 2))
-    y = int(y + (1 - anchor[1]) * height)
-    for shift, tone in ((1, 255 - grey), (0, grey)):
-        cv2.putText(image, words, (x + shift, y + shift), 0, size, (tone,) * 3, 1, cv2.LINE_AA)
-
-
-def chart(title, values, axes, peak=0, colours=COLOURS[4:5], line=False):
-    """Bars, or a line, of {label: number}; wider than PANEL if the labels ask for it."""
-    letters, count = max([len(str(label)) for label in values], default=1), max(1, len(values))
-    slot, base = max((PANEL - 24) / count, 0 if line else 9 * letters + 8), PANEL - 56
-    every = max(1, count // 3) if line else 1
-    image = np.full((PANEL, int(24 + slot * count), 3), 255, np.uint8)
-    scale = (base - 84) / (peak or max([*values.values(), 1e-9]))
-    points = [(12, 64), (12, base), (image.shape[1] - 12, base)]
-    cv2.polylines(image, [np.int32(points)], False, (40, 40, 40))
-    points = [(12 + slot * (i + 0.5), base - v * scale) for i, v in enumerate(values.values())]
-    for i, ((x, y), label) in enumerate(zip(points, values)):
-        if not line:
-            corners = (int(x - 0.4 * slot), round(y)), (int(x + 0.4 * slot), base - 1)
-            cv2.rectangle(image, *corners, colours[i % len(colours)], -1)
-        if i % every == 0:
-            text(image, f"{values[label]:.4g}", x, y - 5, (0 if line else 0.5, 1), size=0.45)
-            text(image, str(label), x, base + 8, (0.5, 0), size=0.45)
-    if line:
-        cv2.polylines(image, [np.int32(points)], False, colours[0], 2, cv2.LINE_AA)
-    for words, y in ((title, 12), (axes[1], 40), (axes[0], PANEL - 22)):
-        text(image, words, 12, y)
-    return image
-
-
-def draw_curves(path, history):
-    """PNG of loss, score and learning rate; `history`: a dict of numbers an epoch."""
-    table = pd.DataFrame(history).fillna(0).set_index("epoch")
-    write_png(path, np.hstack([
-        chart(title, table[key].to_dict(), ("epoch", ""), line=True) for key, title in (
-            ("train_loss", "Training loss"), ("score", "Held-out score, lower is better"),
-            ("lr", "Learning rate"))]))
-
-
-def panel(volume, probability, axis, cell, title, names, truth):
-    """(PANEL, PANEL, 3): a plane of the cube, mm to one scale, vertebrae coloured and named."""
-    rows, columns = (k for k in range(3) if k != axis)
-    size_mm = np.multiply(volume.hu.shape, volume.spacing)[[columns, rows]]
-    scale = (PANEL - 48) / size_mm.max()
-    width, height = size = np.rint(size_mm * scale).astype(int).tolist()
-    left, top = (PANEL - width) // 2, (PANEL - height) // 2
-    index = int((int(cell) + 0.5) / probability.shape[-1] * volume.hu.shape[axis])
-    image = np.zeros((PANEL, PANEL, 3), np.uint8)
-    view = image[top : top + height, left : left + width]
-    view[:] = cv2.resize(apply_window(volume.hu.take(index, axis), BONE_WINDOW), size)[..., None]
-    for v, mask in enumerate(probability.take(int(cell), axis + 1)):
-        y, x = np.nonzero(cv2.resize(mask, size) > 0.5)
-        view[y, x] = view[y, x] * 0.55 + np.multiply(COLOURS[v], 0.45)
-        if len(x):
-            text(image, names[v], left + x.max() + 6, top + y.mean(), (0, 0.5), 255)
-    if truth is not None:
-        labels = cv2.resize(truth.take(index, axis), size, interpolation=cv2.INTER_NEAREST)
-        view[cv2.morphologyEx(labels, cv2.MORPH_GRADIENT, np.ones((2, 2))) > 0] = 255
-    for word, x, y in zip(SIDES[rows] + SIDES[columns], (0.5, 0.5, 0, 1), (0, 1, 0.5, 0.5)):
-        text(image, word, 6 + x * (PANEL - 12), 6 + y * (PANEL - 12), (x, y), 255, 0.6)
-    cm = next(n for n in (5, 2, 1) if n == 1 or 10 * n * scale < PANEL / 3)
-    cv2.line(image, (12, PANEL - 10), (12 + round(10 * cm * scale), PANEL - 10), (255,) * 3, 2)
-    text(image, f"{cm} cm", 12, PANEL - 16, (0, 1), 255)
-    text(image, title, 6, 6, grey=255)
-    return cv2.rectangle(image, (0, 0), (PANEL - 1, PANEL - 1), (90,) * 3)
-
-
-def overview(path, volume, probability, answers, truth=None, dice=None):
-    """PNG: middle planes, the three most suspicious vertebrae, the eight answers.
-
-    `probability` (7, D, D, D), `answers` (8,). With a mask: read_mask's labels, outlined white, and
-    Dice (7,).
-    """
-    cells = [np.argwhere(mask > 0.5) for mask in probability]
-    found = [v for v in np.argsort(-answers[:7]) if len(cells[v])][:3]
-    z, y, x = np.concatenate(cells).mean(0) if found else [probability.shape[-1] / 2] * 3
-    planes = [(2, x, "sagittal"), (1, y, "coronal")]
-    planes += [(0, cells[v][:, 0].mean(), f"axial, {VERTEBRAE[v]}") for v in sorted(found)]
-    planes += [(0, z * share, "axial") for share in (1, 0.5, 1.5)[len(found):]]
-    names = VERTEBRAE if dice is None else [f"{n} Dice {d:.2f}" for n, d in zip(VERTEBRAE, dice)]
-    panels = [panel(volume, probability, *plane, names, truth) for plane in planes]
-    bars = dict(zip((*VERTEBRAE, "all"), np.round(answers, 2)))
-    panels.insert(2, chart("Probability of a fracture", bars, (f"study {volume.uid}"[-54:], ""),
-                           1, COLOURS))
-    write_png(path, np.vstack([np.hstack(panels[:3]), np.hstack(panels[3:])]))
-
-
-def heat_map(model, crops, device):
-    """(15, S, S) in 0..1: gradient of a vertebra's logit at the centre slices of its steps."""
-    crops = torch.tensor(crops / np.float32(255), device=device, requires_grad=True)
-    with torch.backends.cudnn.flags(enabled=False):  # its LSTM has no gradient in eval mode
-        logits = model(F.interpolate(crops, (model.settings["size"],) * 2, mode="bilinear")[None])
-        logits = logits if torch.is_tensor(logits) else logits[0]
-        logits.topk(Answers().top_k).values.mean().backward(inputs=[crops])
-    heat = crops.grad[:, SLICES_PER_STEP // 2].abs().cpu().numpy()
-    heat = np.array([cv2.GaussianBlur(step, (0, 0), len(step) / 30) for step in heat])
-    return heat / heat.max((1, 2), keepdims=True).clip(1e-12)
-
-
-def strip(title, crops, steps, heat):
-    """A vertebra's (15, 6, S, S), a row and its probability a step; the strongest with its heat."""
-    best, rows = int(steps.argmax()), []
-    for t, step in enumerate(crops):
-        row = [cv2.resize(k, (TILE, TILE), interpolation=cv2.INTER_AREA) for k in step]
-        row = np.pad(np.hstack(row), ((0, 21), (0, 12)), constant_values=255)
-        text(row, f"step {t + 1}: {steps[t]:.2f}" + ", strongest" * (t == best), 4, TILE + 4)
-        rows.append(row)
-    left, y = cv2.cvtColor(np.vstack(rows), cv2.COLOR_GRAY2BGR), best * len(row)
-    cv2.rectangle(left, (2, y + 2), (CHANNELS * TILE - 2, y + TILE - 2), COLOURS[5], 3)
-    centre, hot = (cv2.resize(image, (PANEL, PANEL)) for image in
-                   (crops[best, SLICES_PER_STEP // 2], np.uint8(heat[best] * 255)))
-    centre = cv2.cvtColor(centre, cv2.COLOR_GRAY2BGR)
-    hot = cv2.addWeighted(centre, 0.6, cv2.applyColorMap(hot, cv2.COLORMAP_INFERNO), 0.6, 0)
-    text(centre, f"{title}: centre slice of step {best + 1}", 6, 6, grey=255)
-    text(hot, "what the answer hangs on: gradient", 6, 6, grey=255)
-    bars = chart("Probability of each step, %", dict(enumerate(np.rint(100 * steps), 1)),
-                 ("step, head to foot", ""), 100)
-    right = np.vstack([centre, hot, bars])
-    return np.hstack([left, right])
-
-
-@study_errors("headers")
-def describe_study(folder):
-    """A row of studies.csv, from three headers if they agree on the order, else from all."""
-    files = sorted(folder.iterdir(), key=lambda path: (len(path.name), path.name))
-    if len(files) < MIN_SLICES:
-        raise StudyError(f"{len(files)} files of at least {MIN_SLICES}")
-    for chosen in (files[:2] + files[-1:], files):
-        heads = [pydicom.dcmread(path, stop_before_pixels=True) for path in chosen]
-        places = np.array([read_frame(head, 0, np.zeros(1, np.int16))[1] for head in heads])
-        at, head = -places[:, 2], heads[0]  # grows to the feet
-        step, span = at[1] - at[0], at[-1] - at[0]
-        if abs(step * (len(files) - 1) - span) < abs(step) / 2:
-            break
-    steps, spacing = np.diff(at), np.ptp(at) / (len(files) - 1)
-    return dict(
-        slices=len(files), spacing_mm=spacing, pixel_mm=places[0, 9],
-        extent_mm=np.ptp(at) + spacing, width_mm=places[0, 10] * head.Columns, matrix=f"{head.Rows} x {head.Columns}",
-        order="head first" if min(steps) > 0 else "foot first" if max(steps) < 0 else "mixed",
-        transfer_syntax=head.file_meta.TransferSyntaxUID.keyword,
-        bits=f"{head.BitsStored} {'signed' if head.PixelRepresentation else 'unsigned'}")
-
-
-def tally(values):
-    """{label: count}; many or broken numbers in ten classes, named by where they begin."""
-    if pd.api.types.is_float_dtype(values) or values.nunique() > 10:
-        counts, edges = np.histogram(values.dropna(), 10)
-        return dict(zip([f"{edge:.4g}+" for edge in edges], counts))
-    return values.value_counts().sort_index().to_dict()
-
-
-def unusual(table):
-    """Sentences: numbers far from the middle half (Tukey's fences), rare kinds, problems."""
-    for name, values in table.set_index(STUDY).items():
-        values = values.dropna()
-        if values.dtype.kind in "if":
-            low, high = values.quantile([0.25, 0.75])
-            odd = (values - (low + high) / 2).abs() > 2 * (high - low)
-            usual, values = f"{low:.3g} to {high:.3g}", values.round(3)
-        else:
-            counts = values.value_counts()
-            odd, usual = values.map(counts) < 0.2 * len(values), counts.index[0]
-        if odd.any():
-            examples = "; ".join(f"{value} ({uid})" for uid, value in values[odd][:3].items())
-            yield f"{name}: {odd.sum()} of {len(values)} studies differ from {usual}, as {examples}"
-
-
 # ============================================= Modes =============================================
 # One short function a mode. Options stand once, in OPTIONS; a mode names those it takes.
 
@@ -1752,57 +1471,49 @@ def data_folder(o, *needed):
 
 
 def training_data(o):
-    """(labels by uid, uid -> fold, uid -> mask path), for the studies whose images are there."""
+    """Labels of the studies whose images are there, uid -> fold, uid -> path of the mask."""
     data = data_folder(o, "train.csv", "train_images")
     table = read_csv(data / "train.csv", (STUDY, *TARGETS))
-    table = table[[(data / "train_images" / str(uid)).is_dir() for uid in table[STUDY]]]
-    masks = {p.name.split(".nii")[0]: p for p in sorted((data / "segmentations").glob("*.nii*"))}
-    masks = {uid: masks[uid] for uid in table[STUDY] if uid in masks}
-    return table.set_index(STUDY)[list(TARGETS)], assign_folds(table, o.folds, masks), masks
+    masks = {p.name.split(".nii")[0]: p for p in (data / "segmentations").glob("*.nii*")}
+    folds = assign_folds(table, o.folds, masks)  # of the whole table: a study keeps its fold
+    table = table[[(data / "train_images" / uid).is_dir() for uid in table[STUDY]]]
+    return table.set_index(STUDY)[list(TARGETS)], folds, masks
 
 
 def recipe_from(o, kind):
-    """The recipe of a kind with the options given, checked."""
-    given = {k: v for k, v in vars(o).items() if v and k in Recipe.__dataclass_fields__}
-    if any(v < 0 for k, v in given.items() if not isinstance(v, str)) or o.folds < 1:
+    """The recipe of a kind with the options given."""
+    if min(o.folds - 1, o.epochs, o.batch_size, o.accumulate, o.lr, o.size) < 0:
         raise UserError("--folds and the recipe's numbers start above 0")
+    given = {k: v for k, v in vars(o).items() if v and k in Recipe.__dataclass_fields__}
     return replace(RECIPES[kind], **given)
 
 
-def run_training(o, make_task):
-    """Train the folds asked for; with --fold all, finished ones are not repeated."""
-    folds = [k for k in range(o.folds) if o.fold in ("all", str(k))]
-    if not folds:
+def run_training(o, samples, folds, task):
+    """Train the folds asked for, on the samples of every uid."""
+    wanted = [k for k in range(o.folds) if o.fold in ("all", str(k))]
+    if not wanted:
         raise UserError(f"--fold {o.fold}: there are folds 0 to {o.folds - 1}, or all")
-    stop = Stop(o.time_limit)
+    stop, weights = Stop(o.time_limit), Path(o.weights)
     if ranks()[1] > 1:
         dist.init_process_group()  # gloo, and nccl for what is on a GPU
     try:
-        for fold in folds:
-            train(make_task(fold), Path(o.weights), stop, o.workers,
-                  o.resume or o.fold == "all", o.init)
+        for fold in wanted:
+            held_out = [uid for uid in samples if folds[uid] == fold]
+            others = [uid for uid in samples if folds[uid] != fold or o.folds == 1]
+            task = task._replace(name=f"{task.kind}_fold{fold}", held_out=held_out,
+                                 train=sum([samples[uid] for uid in others], []))
+            history = train(task, weights, stop, o.workers, o.resume or o.fold == "all", o.init)
+            if ranks()[0] == 0 and (HERE / "tests/pictures.py").exists():
+                side_room("pictures").draw_curves(weights / f"{task.name}_curves.png", history)
     except (torch.OutOfMemoryError, MemoryError):
-        raise UserError("out of memory: lower --batch-size, --size or --workers, raise "
-                        "--accumulate, or choose a smaller --backbone") from None
+        raise UserError("out of memory: lower --batch-size or raise --accumulate") from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def load_cube(uid, data, mask, cache, size):
-    """(cube float32 (1, D, D, D), labels uint8 (D, D, D)); the second time from a small file."""
-    path = cache / f"cube{size}" / f"{uid}.npy"
-    if not path.exists():
-        volume = read_volume(data / "train_images" / uid)
-        cube = np.rint(segmenter_input(volume, size).numpy() * 255).astype(np.uint8)
-        pair = np.concatenate([cube, cube_labels(mask, volume, size)[None]])
-        write_atomic(path, lambda new: np.save(new, pair))
-    pair = np.load(path)
-    return pair[:1] / np.float32(255), pair[1]
-
-
 def segmenter_batch(model, tensors, rngs, recipe):
-    cubes, labels = augment_volumes(*tensors, rngs)
+    cubes, labels = augment_volumes(tensors[0][:, None] / 255, tensors[1], rngs)
     return segmenter_loss(model(cubes.to(memory_format=torch.channels_last_3d)), labels)
 
 
@@ -1814,111 +1525,91 @@ def classifier_batch(model, tensors, rngs, recipe):
     outputs = model(crops.flip(0).lerp(crops, share))
     other = classifier_loss(outputs, labels.flip(0))
     loss = share * classifier_loss(outputs, labels) + (1 - share) * other
-    return loss * (1 + labels).nanmean()  # the mean over parts and ranks: by their weights
+    return loss * (1 + labels).nan_to_num().mean()  # parts and ranks count by their weights
 
 
 def mode_train_seg(o):
     """Train segmenters on the studies with masks: writes segmenter_fold<k>.pt under --weights."""
-    recipe, (_, folds, masks) = recipe_from(o, "segmenter"), training_data(o)
+    recipe, (labels, folds, masks) = recipe_from(o, "segmenter"), training_data(o)
     device = pick_device(o.device)
 
-    def load(uid):
-        return load_cube(uid, Path(o.data), masks[uid], Path(o.work), recipe.size)
+    @functools.cache  # 4 MB a study
+    def load(sample):
+        volume = read_volume(Path(o.data) / "train_images" / sample[0])
+        cube = segmenter_input(volume, recipe.size)[0] * 255
+        labels = cube_labels(masks[sample[0]], volume, recipe.size)
+        return cube.round().byte().numpy(), labels
 
     def score(model, uid):
-        cube, labels = load(uid)
-        cube = torch.from_numpy(cube)[None].to(device)
-        return dice_scores(model(cube)[0].float().sigmoid().cpu().numpy(), labels)
+        cube, truth = load((uid, False))
+        logits = model(torch.from_numpy(cube)[None, None].to(device) / 255)
+        return dice_scores(logits[0].float().sigmoid().cpu().numpy(), truth)
 
     def judge(table):
-        dice = table[list(VERTEBRAE)].mean()
-        return dict(score=1 - dice.mean(), **dice.add_prefix("dice_"))
+        return dict(table.mean().add_prefix("dice_"), score=1 - table.mean().mean())
 
-    def task(fold):
-        mine = [u for u in masks if folds[u] != fold or o.folds == 1]
-        held_out = [u for u in masks if folds[u] == fold]
-        return Task("segmenter", f"segmenter_fold{fold}", recipe, device, mine, [], load,
-                    segmenter_batch, held_out, VERTEBRAE, score, judge)
-
-    run_training(o, task)
+    samples = {uid: [(uid, False)] for uid in labels.index if uid in masks}
+    task = Task("segmenter", recipe, device, load, segmenter_batch, score, judge)
+    run_training(o, samples, folds, task)
 
 
 def mode_extract(o):
     """Write every study's crops under --work, masked by segmenters that did not train on it."""
     labels, folds, _ = training_data(o)
     device, out, (rank, world) = pick_device(o.device), Path(o.work) / "crops", ranks()
-    models = load_models(o.weights, "segmenter", device)
+    images, models = Path(o.data) / "train_images", load_models(o.weights, "segmenter", device)
     if not models:
         raise UserError(f"no segmenter_fold*.pt in {o.weights}: run train-seg first")
     todo = [u for u in labels.index[rank::world] if not (out / f"{u}.npz").exists()]
-    stop, written = Stop(o.time_limit), 0
-
-    def read(uid):
-        return read_volume(Path(o.data) / "train_images" / uid, o.workers)
-
-    for uid, future in progress(prefetch(read, todo, 1), "study", len(todo)):
+    stop, left_out = Stop(o.time_limit), 0
+    volumes = prefetch(lambda u: read_volume(images / u, o.workers), todo, 1)
+    for uid, future in progress(volumes, "study", len(todo)):
         if reason := stop.reason():
             raise Stopped(f"extract: stopped by {reason}; the same command goes on")
         try:
-            volume = future.result()
-            own = [models[folds[uid]]] if folds[uid] in models else [*models.values()]
-            crops = vertebra_slices(volume, segment(own, volume, device), mask_of=o.mask_of)
+            volume, own = future.result(), models.get(folds[uid])
+            probability = segment([own] if own else [*models.values()], volume, device)
+            crops = vertebra_slices(volume, probability, mask_of=o.mask_of)
             write_crops(out / f"{uid}.npz", crops)
-            written += 1
         except StudyError as error:
+            left_out += 1
             say(f"study {uid}: {error}; left out")
-    print(f"{out}: {written} studies written, {len(todo) - written} left out")
+    print(f"{out}: {len(todo) - left_out} studies written, {left_out} left out")
 
 
-def mode_train_cls(o, kind="vertebra"):
-    """Train vertebra classifiers on the crops: writes vertebra_fold<k>.pt under --weights."""
+def mode_train_cls(o):
+    """Train classifiers on the crops: writes vertebra_fold<k>.pt or patient_fold<k>.pt."""
+    kind = "patient" if o.mode == "train-patient" else "vertebra"
     recipe, (labels, folds, _) = recipe_from(o, kind), training_data(o)
-    device, folder, truth = pick_device(o.device), Path(o.work) / "crops", {}  # NaN: not in view
-    for uid, row in zip(labels.index, labels.to_numpy(np.float32)):
-        if (folder / f"{uid}.npz").exists():
-            seen = [*crops_seen(folder / f"{uid}.npz"), True]
-            truth[uid] = np.where(seen, row, np.float32("nan"))
-    if not truth:
+    device, folder = pick_device(o.device), Path(o.work) / "crops"
+    truth = dict(zip(labels.index, labels.to_numpy(np.float32)))
+    asked = [[*range(8)]] if kind == "patient" else [[v] for v in range(7)]
+    samples = {uid: [(uid, truth[uid][targets[-1]] > 0, targets) for targets in asked]
+               for uid in truth if (folder / f"{uid}.npz").exists()}
+    if not samples:
         raise UserError(f"no crops in {folder}: run extract with the same --work first")
 
     def load(sample):
-        uid, targets = sample
+        uid, _, targets = sample
         crops = read_crops(folder / f"{uid}.npz", targets[:7])
-        return crops.reshape(-1, CHANNELS, CROP, CROP), truth[uid][targets]
+        seen = [*crops.any((1, 2, 3, 4)), True][: len(targets)]
+        crops = crops.reshape(-1, *crops.shape[2:])  # (N, T, K, S, S) -> (N * T, K, S, S)
+        return crops, np.where(seen, truth[uid][targets], np.float32("nan"))
 
     def score(model, uid):
         one = Ensemble({"vertebra": [], "patient": [], kind: [model]}, device)
         (steps, patient), = classify(one, read_crops(folder / f"{uid}.npz"), Effort(0, 1))
         return [*np.sort(steps, 1)[:, -Answers().top_k :].mean(1), patient]
 
-    def judge(table):
-        return judge_answers(table[list(TARGETS)].to_numpy(), labels.loc[table[STUDY]].to_numpy())
+    def judge(table):  # the prior where nothing was asked or in view
+        answers = table.fillna(dict(zip(TARGETS, PRIOR))).to_numpy()
+        right = labels.loc[table.index].to_numpy()
+        return dict(score=competition_scores(answers, right)[0],
+                    vertebra_auc=auc(answers[:, :7].ravel(), right[:, :7].ravel()),
+                    patient_auc=auc(answers[:, 7], right[:, 7]))
 
-    def task(fold):
-        mine = [u for u in truth if folds[u] != fold or o.folds == 1]
-        samples = [(u, [*range(8)]) for u in mine]
-        if kind == "vertebra":
-            samples = [(u, [v]) for u in mine for v in np.flatnonzero(truth[u][:7] >= 0)]
-        fractured = [truth[u][targets[0]] > 0 for u, targets in samples]
-        held_out = [u for u in truth if folds[u] == fold]
-        return Task(kind, f"{kind}_fold{fold}", recipe, device, samples, fractured, load,
-                    classifier_batch, held_out, TARGETS, score, judge)
-
-    run_training(o, task)
-
-
-def mode_train_patient(o):
-    """Train patient classifiers on the crops: writes patient_fold<k>.pt under --weights."""
-    mode_train_cls(o, "patient")
-
-
-def judge_answers(answers, labels):
-    """Weighted log loss and AUCs of (N, 8) answers; what is NaN was not asked."""
-    known = ~np.isnan(answers)
-    weight = known * TARGET_WEIGHTS * np.where(labels > 0, POSITIVE_FACTOR, 1)
-    loss = weight * element_losses(np.where(known, answers, 0.5), labels)
-    areas = [auc(answers[:, k][known[:, k]], labels[:, k][known[:, k]]) for k in (slice(7), 7)]
-    return dict(score=loss.sum() / weight.sum(), vertebra_auc=areas[0], patient_auc=areas[1])
+    task = Task(kind, recipe, device, load, classifier_batch, score, judge)
+    run_training(o, samples, folds, task)
 
 
 def mode_predict(o):
@@ -1926,268 +1617,91 @@ def mode_predict(o):
     data, out, (rank, world) = data_folder(o, "test.csv"), Path(o.out), ranks()
     rows = submission_rows(read_csv(data / "test.csv", ("row_id", STUDY, "prediction_type")))
     stop = Stop(o.time_limit)
-    for name in [] if o.resume else REPORTS[rank::world]:
-        out.with_name(name).unlink(missing_ok=True)
-    done = {u: row for u, row in read_reports(out).items() if o.resume and answered(row)}
+    for path in [] if o.resume else map(out.with_name, REPORTS[rank::world]):
+        if path.exists():
+            path.unlink()
     write_submission(out, rows)
-    ensemble = load_ensemble(o.weights, pick_device(o.device))
-    if o.no_calibration:
-        ensemble = ensemble._replace(calibration=None)
-    predict_studies(data / "test_images", out, rows, done, ensemble,
-                    Answers(o.top_k, o.views, o.average, o.noisy_or), stop, o.workers)
-    good = {u for u, row in read_reports(out).items() if row["status"] in ("ok", "partial")}
+    ensemble = load_ensemble(o.weights, pick_device(o.device))._replace(options=o)
+    predict_studies(data / "test_images", out, rows, ensemble, stop, o.workers)
     studies = {uid for _, uid, _ in rows}
-    print(f"{out}: {len(rows)} rows, {len(studies)} studies, {len(studies - good)} of them fell "
+    good = sum(row["status"] != "nothing seen" for row in read_reports(out).values())
+    print(f"{out}: {len(rows)} rows, {len(studies)} studies, {len(studies) - good} of them fell "
           "back to the prior")
 
 
-def held_out_answers(weights):
-    """Out-of-fold answers by uid, blended over the kinds as predict does."""
-    tables = [read_csv(p, (STUDY, *TARGETS)) for kind in ("vertebra", "patient")
-              for p in sorted(weights.glob(f"{kind}_fold*_heldout.csv"))]
-    if not tables:
-        raise UserError(f"no vertebra_fold*_heldout.csv or patient_fold*_heldout.csv in {weights}")
-    blended = {}
-    for uid, rows in pd.concat(tables).groupby(STUDY)[list(TARGETS)]:
-        outputs = [(np.repeat(row[:7, None], STEPS, 1), row[7]) for row in rows.to_numpy()]
-        blended[uid] = combine(outputs, Answers())
-    return pd.DataFrame.from_dict(blended, orient="index", columns=TARGETS)
+def side_room(name):
+    """The module tests/<name>.py."""
+    if not (HERE / "tests" / f"{name}.py").exists():
+        raise UserError(f"no tests/{name}.py in {HERE}: this mode needs the repository")
+    sys.modules.setdefault("cspine", sys.modules[__name__])  # it imports us
+    sys.path.insert(0, str(HERE / "tests"))
+    return importlib.import_module(name)
 
 
-def read_answers(path):
-    """The answers of a submission, a study a row; what is no number is NaN."""
-    table = read_csv(path, ("row_id", "fractured"))
-    table[["uid", "target"]] = table.row_id.str.extract(f"^(.*)_({'|'.join(TARGETS)})$")
-    table["fractured"] = pd.to_numeric(table.fractured, "coerce")
-    return table.pivot_table("fractured", "uid", "target").reindex(columns=TARGETS)
+def beside(room, meaning):
+    """A mode that stands in a side room, in the function of its name."""
+    def run(o):
+        getattr(side_room(room), o.mode)(o)
+
+    run.__doc__ = meaning
+    return run
 
 
-def mode_evaluate(o):
-    """Read labels and answers, of --submission or held out (--folds); print scores and Dice."""
-    data, weights = data_folder(o, "train.csv"), Path(o.weights)
-    files = [p for p in (data / "train.csv", data / "test_labels.csv") if p.exists()]
-    labels = pd.concat([read_csv(p, (STUDY, *TARGETS)) for p in files])
-    labels = labels.drop_duplicates(STUDY).set_index(STUDY)[list(TARGETS)]
-    answers = held_out_answers(weights) if o.held_out else read_answers(o.submission)
-    answers = answers[answers.index.isin(labels.index)].fillna(dict(zip(TARGETS, PRIOR)))
-    if not len(answers):
-        raise UserError(f"nothing to score: no answered study has labels in {data}/")
-    labels = labels.loc[answers.index]
-    print_scores(answers.to_numpy(), labels.to_numpy())
-    if o.calibrate:
-        fitted = fit_calibration(answers.to_numpy(), labels.to_numpy())
-        write_json(weights / "calibration.json", dict(zip(TARGETS, fitted.tolist())))
-        print(f"{weights / 'calibration.json'} is written: predict uses it from now on")
-    models = load_models(weights, "segmenter", pick_device(o.device))
-    if not o.held_out and models:
-        print_dice(data, answers.index, list(models.values()), o.workers)
-
-
-def print_scores(answers, labels):
-    """The metric, and log loss and AUC of every target."""
-    study, column = competition_scores(answers, labels)
-    blind = competition_scores(np.tile(PRIOR, (len(labels), 1)), labels)
-    print(f"{len(labels)} studies; weighted log loss, lower is better: {study:.4f} per study, "
-          f"{column:.4f} per column; the best constants: {blind[0]:.4f}, {blind[1]:.4f}")
-    parts = [(answers[:, k].ravel(), labels[:, k].ravel()) for k in (*range(8), slice(0, 7))]
-    rows = [(y.sum(), element_losses(p, y).mean(), auc(p, y)) for p, y in parts]
-    print(pd.DataFrame(rows, (*TARGETS, "C1 to C7"), ["fractured", "log loss", "AUC"]).round(4))
-
-
-def print_dice(data, uids, models, workers):
-    """Dice, and vertebrae named right: more of the mask lies in the true one than elsewhere."""
-    rows, named = [], []
-    masks = {p.name.split(".nii")[0]: p for p in (data / "segmentations").glob("*.nii*")}
-    uids = sorted({*uids} & {*masks})  # no path from a csv
-    for uid in progress(uids, "study", len(uids)):
-        folder = data / "train_images" / uid
-        volume = read_volume(folder if folder.exists() else data / "test_images" / uid, workers)
-        probability = segment(models, volume, next(models[0].parameters()).device)
-        labels = cube_labels(masks[uid], volume, probability.shape[-1])
-        rows.append(dice_scores(probability, labels))
-        for v in np.flatnonzero(~np.isnan(rows[-1])):
-            found = labels[probability[v] > 0.5]
-            named.append(len(found) > 0 and (found == v + 1).mean() > 0.5)
-    if rows:
-        dice = np.nanmean(rows, 0)
-        shown = ", ".join(f"{name} {d:.3f}" for name, d in zip(VERTEBRAE, dice))
-        print(f"{len(rows)} masks: Dice {dice.mean():.3f}; {shown}; {np.mean(named):.1%} of "
-              f"{len(named)} vertebrae named right")
-
-
-def mode_phantom(o):
-    """Make a synthetic data set in the layout of the competition, in the folder OUT."""
-    script = HERE / "tests" / "phantoms.py"
-    if not script.exists():
-        raise UserError(f"no {script}: phantoms are made where the repository is")
-    make_dataset = runpy.run_path(str(script))["make_dataset"]
-    make_dataset(Path(o.target), o.studies, o.test_studies, o.seed, o.matrix, o.workers, o.variety,
-                 o.fractures)
-    print(f"{o.target}: {o.studies} training and {o.test_studies} test studies")
-
-
-def mode_demo(o):
-    """Make phantoms no training saw, predict them with the shipped weights, score the answers."""
-    o = argparse.Namespace(**{k: v for k, (v, _) in OPTIONS.items()} | vars(o))
-    o.data = o.target = str(Path(o.work) / "demo")
-    o.studies, o.held_out, o.submission = 0, False, o.out
-    mode_phantom(o)
-    mode_predict(o)
-    labels = read_csv(Path(o.data) / "test_labels.csv", (STUDY, *TARGETS)).set_index(STUDY)
-    answers, labels = read_answers(o.out).loc[labels.index], labels[list(TARGETS)]
-    print("probabilities, * fractured:")
-    print((answers.map("{:.2f}".format) + labels.map(" *".__getitem__)).to_string())
-    mode_evaluate(o)
-
-
-def mode_notebook(o):
-    """Write cspine.ipynb, this file ready to run, and kernel-metadata.json in the folder --out."""
-    source, weights = HERE / "cspine.py", o.weights_dataset
-    if not source.exists():
-        raise UserError(f"no {source} to put into a notebook")
-    if not re.fullmatch(r"([\w-]+/[\w-]+)?", weights):
-        raise UserError(f"--weights-dataset {weights}: expected OWNER/NAME")
-    owner, _, name = weights.partition("/")
-    run = "!python cspine.py predict" + (f" --weights /kaggle/input/{name}" if name else "")
-    cells = [dict(cell_type="code", metadata={}, outputs=[], execution_count=None, source=text)
-             for text in ("%%writefile cspine.py\n" + source.read_text(), run, LOOK)]
-    write_json(Path(o.out) / "cspine.ipynb", dict(
-        nbformat=4, nbformat_minor=4, cells=cells, metadata=dict(
-            kernelspec=dict(name="python3", display_name="Python 3"))))
-    write_json(Path(o.out) / "kernel-metadata.json", dict(
-        id=f"{owner or 'OWNER'}/cspine", title="cspine", code_file="cspine.ipynb",
-        language="python", kernel_type="notebook", is_private=True, enable_gpu=True,
-        enable_internet=False, dataset_sources=[weights] if weights else [],
-        competition_sources=[Path(KAGGLE_DATA).name]))
-    print(f"kaggle kernels push -p {o.out}")
-
-
-LOOK = """import glob
-import pandas as pd
-submission = pd.read_csv("submission.csv")
-report = pd.concat(map(pd.read_csv, glob.glob("predict_report*.csv")))
-print(len(submission), "rows;", report.status.value_counts().to_dict())
-submission.head(16)"""
-
-
-def mode_show(o):
-    """Draw a study and its answers: overview.png and C1.png to C7.png in --out."""
-    out, places = Path(o.out), [Path(o.study)]
-    places += [Path(o.data) / part / o.study for part in ("train_images", "test_images")]
-    folder = next((place.resolve() for place in places if place.is_dir()), None)
-    if folder is None:
-        raise UserError(f"{o.study}: neither a folder nor a study in {o.data}/")
-    ensemble, truth, dice = load_ensemble(o.weights, pick_device(o.device)), None, None
-    models, volume = ensemble.models["vertebra"] + ensemble.models["patient"], read_volume(folder)
-    probability = segment(ensemble.models["segmenter"], volume, ensemble.device)
-    crops = vertebra_slices(volume, probability, mask_of=models[0].settings["mask_of"])
-    outputs = classify(ensemble, crops, Effort(1, len(models)))
-    answers = combine(outputs, Answers(), ensemble.calibration)
-    steps = np.mean([steps for steps, _ in outputs], 0)
-    for mask in (folder.parents[1] / "segmentations").glob(f"{folder.name}.nii*"):
-        truth, edge = read_mask(mask, volume), probability.shape[-1]
-        truth, dice = truth * (truth < 8), dice_scores(probability, cube_labels(mask, volume, edge))
-    overview(out / "overview.png", volume, probability, answers, truth, dice)
-    cell_mm = np.multiply(volume.hu.shape, volume.spacing) / probability.shape[1:]
-    for v, name in enumerate(VERTEBRAE):
-        image, line = chart(f"{name}: not seen", {}, ("", "")), f"{name}: not seen"
-        if crops[v].any():
-            z, y, x = (np.ptp(vertebra_box(probability[v]), 1) + 1) * cell_mm
-            line = f"{name}: seen, {z:.0f} mm high, {y:.0f} deep, {x:.0f} wide"
-            image = strip(name, crops[v], steps[v], heat_map(models[0], crops[v], ensemble.device))
-        write_png(out / f"{name}.png", image)
-        line += f"; probability {answers[v]:.3f}"
-        print(line if dice is None else f"{line}; Dice {dice[v]:.3f}")
-
-
-def mode_eda(o):
-    """Describe a data set from headers: studies.csv and charts in --out, then what is unusual."""
-    data, out, rows = data_folder(o, "train.csv"), Path(o.out), []
-    folders = sorted(path for path in data.glob("*_images/*") if path.is_dir())
-    masks = {path.name.split(".nii")[0] for path in data.glob("segmentations/*.nii*")}
-    work = prefetch(describe_study, folders, o.workers, 2 * o.workers)
-    for folder, future in progress(work, "study", len(folders)):
-        try:
-            row = future.result()
-        except StudyError as error:
-            row = {"problems": str(error)}
-        rows.append({STUDY: folder.name, "problems": "none", **row, "mask": folder.name in masks})
-    labels, table = read_csv(data / "train.csv", (STUDY, *TARGETS)), pd.DataFrame(rows)
-    if "order" not in table:
-        raise UserError(f"no readable study in {data}/")
-    write_csv(out / "studies.csv", table.merge(labels, "left", STUDY))
-    broken = labels[list(VERTEBRAE)]
-    both = broken.T @ broken
-    pairs = {f"{a}+{b}": both.loc[a, b] for a, b in combinations(VERTEBRAE, 2)}
-    charts = {"fractured vertebra": broken.sum().to_dict(), "fractured together": pairs,
-              "fractured vertebrae per patient": tally(broken.sum(axis=1))}
-    for name in ("slices", "spacing_mm", "extent_mm", "transfer_syntax", "order"):
-        charts[name.replace("_", " ")] = tally(table[name])
-    path = data / "train_bounding_boxes.csv"
-    if path.exists():
-        boxes = read_csv(path, (STUDY, "slice_number")).merge(table, on=STUDY)
-        share = 100 * boxes.slice_number / boxes.slices
-        share = share.where(boxes.order == "head first", 100 - share)[boxes.order != "mixed"]
-        charts["boxes, % from head to foot"] = tally(share)
-    for name, counts in charts.items():
-        file = re.sub(r"\W+", "_", name)
-        image = chart(f"{name}, {len(table)} studies".capitalize(), counts, (name, "count"))
-        write_png(out / f"{file}.png", image)
-    print(f"{len(table)} studies, {len(charts)} charts in {out}/. Unusual:")
-    print(*unusual(table), sep="\n")
-
-
-OPTIONS = {  # default, meaning
-    "data": (KAGGLE_DATA, "folder with train.csv, train_images, test.csv, ..."),
-    "weights": (str(HERE / "weights"), "folder of the weights"),
-    "work": ("work", "folder for crops and caches"),
-    "out": ("submission.csv", "file or folder to write"),
-    "submission": ("submission.csv", "file to score"),
-    "device": ("auto", "auto, cpu, cuda, cuda:1, ..."),
-    "seed": (0, "of everything random"),
-    "workers": (os.cpu_count() or 1, "threads that read and decode"),
-    "backbone": ("", "timm network; else the recipe's"),
-    "fold": ("all", "one fold, or all"),
-    "folds": (5, "number of folds"),
-    "epochs": (0, "0: the recipe's"),
-    "batch_size": (0, "over all processes; 0: the recipe's"),
-    "accumulate": (0, "parts in which a batch is computed; 0: the recipe's"),
-    "lr": (0.0, "peak learning rate; 0: the recipe's"),
-    "size": (0, "edge of the cube, or of the crops shown; 0: the recipe's"),
-    "hidden": (0, "width of the LSTMs; 0: the recipe's"),
-    "resume": (False, "go on where the last run stopped"),
-    "time_limit": (0.0, "minutes after which to stop, all saved; 0: none"),
-    "init": ("", "weights to start from: a timm file, or one of ours"),
-    "mask_of": ("last", "slice of a step whose mask is shown: last or center"),
-    "no_calibration": (False, "leave calibration.json out: answers to fit it to"),
-    "calibrate": (False, "fit calibration.json under --weights to these answers"),
-    "weights_dataset": ("", "OWNER/NAME of the Kaggle data set that holds the weights"),
-    "top_k": (Answers().top_k, "steps whose mean is a vertebra's probability"),
-    "views": (Answers().views, "dihedral views a model; 0: none"),
-    "average": (Answers().average, "space of the ensemble's mean: logit or probability"),
-    "noisy_or": (Answers().noisy_or, "share of noisy-or in patient_overall"),
-    "studies": (20, "training studies"),
-    "test_studies": (4, "test studies"),
-    "matrix": (256, "rows and columns of a slice"),
-    "variety": (1.0, "1: realistic; 2: far beyond, for training"),
-    "fractures": (1.0, "1: as often as in the competition; 2: twice, for training"),
-}
-TRAINING = ("data weights work device seed workers backbone fold folds epochs batch_size accumulate "
-            "lr resume time_limit init ")
+OPTIONS = dict(  # default (None: must be given), meaning
+    target=(None, "folder to write"),
+    study=(None, "folder, or uid in --data"),
+    data=(KAGGLE_DATA, "folder of train.csv, train_images, test.csv, ..."),
+    weights=(str(HERE / "weights"), "folder of weights"),
+    work=("work", "folder of crops and caches"),
+    out=("submission.csv", "file or folder to write"),
+    submission=("submission.csv", "file to score"),
+    Folds=(False, "score the held-out answers"),
+    calibrate=(False, "write calibration.json to --weights"),
+    device=("auto", "auto, cpu, cuda:0, ..."),
+    seed=(0, "of all that is random"),
+    workers=(os.cpu_count() or 1, "threads"),
+    backbone=("", "timm network; empty: the recipe's"),
+    fold=("all", "one fold, or all"),
+    folds=(5, "number of folds"),
+    resume=(False, "go on where a run stopped"),
+    time_limit=(0.0, "minutes; 0: none"),
+    init=("", "weights to start from"),
+    mask_of=("last", "slice of a step whose mask is shown: last, center"),
+    top_k=(Answers().top_k, "steps averaged"),
+    views=(Answers().views, "dihedral views a model; 0: none"),
+    average=(Answers().average, "of models: logit, probability"),
+    noisy_or=(Answers().noisy_or, "share in patient_overall"),
+    weights_dataset=("", "OWNER/NAME of the weights on Kaggle"),
+    studies=(20, "training studies"),
+    test_studies=(4, "test studies"),
+    matrix=(256, "rows of a slice"),
+    variety=(1.0, "2: far beyond the real"),
+    fractures=(1.0, "2: twice as many"),
+    lr=(0.0, "peak; 0: the recipe's"),
+    **dict.fromkeys(("epochs", "batch_size", "accumulate", "size", "hidden"), (0, "0: the recipe's")),
+)
+TRAINING = ("data weights work device seed workers backbone fold folds epochs batch_size size lr "
+            "accumulate resume time_limit init")
 MODES = {  # function, options
-    "phantom": (mode_phantom, "studies test_studies seed matrix variety fractures workers"),
-    "train-seg": (mode_train_seg, TRAINING + "size"),
+    "phantom": (beside("demo", "Make a data set of phantoms, in the competition's layout."),
+                "target studies test_studies seed matrix variety fractures workers"),
+    "train-seg": (mode_train_seg, TRAINING),
     "extract": (mode_extract, "data weights work device workers folds mask_of time_limit"),
-    "train-cls": (mode_train_cls, TRAINING + "size mask_of hidden"),
-    "train-patient": (mode_train_patient, TRAINING + "size mask_of hidden"),
-    "predict": (mode_predict,
-                "data weights out device workers resume time_limit top_k views average noisy_or "
-                "no_calibration"),
-    "evaluate": (mode_evaluate, "data weights submission device workers calibrate"),
-    "eda": (mode_eda, "data out=eda workers"),
-    "show": (mode_show, "data weights out=pictures device"),
-    "notebook": (mode_notebook, "out=notebook weights_dataset"),
-    "demo": (mode_demo, "weights work out device workers seed test_studies"),
+    "train-cls": (mode_train_cls, TRAINING + " mask_of hidden"),
+    "train-patient": (mode_train_cls, TRAINING + " mask_of hidden"),
+    "predict": (mode_predict, "data weights out device workers resume time_limit top_k views "
+                              "average noisy_or"),
+    "evaluate": (beside("evaluation", "Score --submission, or the held-out answers (--folds), by "
+                                      "the labels and masks of --data; prints."),
+                 "data weights submission Folds device workers calibrate"),
+    "eda": (beside("pictures", "Describe --data from headers: studies.csv and charts in --out."),
+            "data out=eda workers"),
+    "show": (beside("pictures", "Draw a study and its answers: PNG files in --out."),
+             "study data weights out=pictures device"),
+    "notebook": (beside("kaggle_kernel", "Write a Kaggle notebook and its metadata to --out."),
+                 "out=notebook weights_dataset"),
+    "demo": (beside("demo", "Make phantoms in --work, predict them to --out, score and draw."),
+             "weights work out device workers seed test_studies"),
 }
 
 
@@ -2199,19 +1713,16 @@ def build_parser():
         mode = modes.add_parser(name, help=function.__doc__, description=function.__doc__,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         mode.set_defaults(function=function)
-        if name == "phantom":
-            mode.add_argument("target", metavar="OUT", help="folder to write")
-        if name == "show":
-            mode.add_argument("study", metavar="STUDY", help="folder, or uid of the data set")
-        if name == "evaluate":
-            mode.add_argument("--folds", dest="held_out", action="store_true",
-                              help="score the held-out answers of all folds")
         for option in options.split():
             option, _, own = option.partition("=")
             default, meaning = OPTIONS[option]
-            how = dict(type=type(default), default=own or default)
-            mode.add_argument("--" + option.replace("_", "-"), help=meaning,
-                              **dict(action="store_true") if default is False else how)
+            flag = "--" + option.lower().replace("_", "-")
+            if default is None:
+                mode.add_argument(option, help=meaning)
+            elif default is False:
+                mode.add_argument(flag, action="store_true", help=meaning)
+            else:
+                mode.add_argument(flag, type=type(default), default=own or default, help=meaning)
     return parser
 
 
@@ -2230,7 +1741,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         return 130
     finally:
-        if threading.current_thread() is threading.main_thread():
+        with contextlib.suppress(ValueError):  # another thread has no signals
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

@@ -52,8 +52,9 @@ def test_every_mode_answers_help_with_its_purpose_and_defaults(mode, capsys, mon
     for option in options.split():
         name, _, own = option.partition("=")
         default, meaning = cspine.OPTIONS[name]
-        assert "--" + name.replace("_", "-") in text
-        assert " ".join(f"{meaning} (default: {own or default})".split()) in text
+        assert (name if default is None else "--" + name.lower().replace("_", "-")) in text
+        shown = meaning if default is None else f"{meaning} (default: {own or default})"
+        assert " ".join(shown.split()) in text
 
 
 def test_every_option_is_used_by_a_mode():
@@ -240,3 +241,15 @@ def test_a_bug_shows_its_traceback(monkeypatch, tmp_path):
     monkeypatch.setattr(cspine, "read_csv", broken)
     with pytest.raises(ZeroDivisionError):
         cspine.main(["predict", "--data", str(tmp_path)])
+
+
+def test_demo_goes_from_phantoms_to_scores_and_dice(weights, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(cspine.OPTIONS, "matrix", (64, ""))
+    assert cspine.main(["demo", "--weights", str(weights), "--test-studies", "1"]) == 0
+    text = capsys.readouterr().out
+    labels = pd.read_csv(tmp_path / "work" / "demo" / "test_labels.csv")
+    shown = next(line for line in text.splitlines() if line.startswith(labels[cspine.STUDY][0]))
+    assert shown.count("*") == labels[list(cspine.TARGETS)].to_numpy().sum()
+    assert "1 studies; weighted log loss" in text and "1 masks: Dice" in text
+    assert "vertebrae named right" in text and len(pd.read_csv("submission.csv")) == 8

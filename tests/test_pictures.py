@@ -3,6 +3,7 @@
 import cv2
 import numpy as np
 import pandas as pd
+import pictures
 import pytest
 import torch
 
@@ -16,13 +17,13 @@ def coloured(image):
 @pytest.fixture
 def words(monkeypatch):
     """Every (words, x, y) that is written, in order."""
-    found, write = [], cspine.text
+    found, write = [], pictures.text
 
     def note(image, text, x, y, *rest, **more):
         found.append((text, x, y))
         write(image, text, x, y, *rest, **more)
 
-    monkeypatch.setattr(cspine, "text", note)
+    monkeypatch.setattr(pictures, "text", note)
     return found
 
 
@@ -39,13 +40,13 @@ def test_coloured_voxels_lie_where_the_mask_is(volume, axis):
     probability = np.zeros((7, 16, 16, 16), np.float32)
     box = np.array([[4, 12], [5, 11], [9, 13]])
     probability[2, 4:12, 5:11, 9:13] = 1
-    image = cspine.panel(volume, probability, axis, 10, "", cspine.VERTEBRAE, None)
+    image = pictures.panel(volume, probability, axis, 10, "", cspine.VERTEBRAE, None)
     rows, columns = [k for k in range(3) if k != axis]
     size_mm = np.multiply(volume.hu.shape, volume.spacing)
-    scale = (cspine.PANEL - 48) / size_mm[[rows, columns]].max()
+    scale = (pictures.PANEL - 48) / size_mm[[rows, columns]].max()
     for k, across in ((rows, 1), (columns, 0)):
         seen = np.flatnonzero(coloured(image).any(across))
-        corner = (cspine.PANEL - size_mm[k] * scale) / 2
+        corner = (pictures.PANEL - size_mm[k] * scale) / 2
         expected = corner + box[k] / 16 * size_mm[k] * scale
         assert np.abs([seen[0], seen[-1] + 1] - expected).max() < 3
     y, x = np.argwhere(coloured(image)).mean(0).astype(int)
@@ -55,20 +56,20 @@ def test_coloured_voxels_lie_where_the_mask_is(volume, axis):
 
 @pytest.mark.parametrize("axis, first, second", [(0, "AP", "RL"), (1, "HF", "RL"), (2, "HF", "AP")])
 def test_letters_stand_on_the_side_that_they_name(volume, words, axis, first, second):
-    image = cspine.panel(volume, np.zeros((7, 16, 16, 16), np.float32), axis, 0, "", "", None)
+    image = pictures.panel(volume, np.zeros((7, 16, 16, 16), np.float32), axis, 0, "", "", None)
     at = {word: (x, y) for word, x, y in words if word in "HFAPRL" and word}
     y, x = np.argwhere(image[60:-60, 60:-60, 0] > 150).mean(0) + 60  # head, front, right
-    assert at[first[0]][1] < y < cspine.PANEL / 2 < at[first[1]][1]
-    assert at[second[0]][0] < x < cspine.PANEL / 2 < at[second[1]][0]
+    assert at[first[0]][1] < y < pictures.PANEL / 2 < at[first[1]][1]
+    assert at[second[0]][0] < x < pictures.PANEL / 2 < at[second[1]][0]
 
 
 def test_the_true_mask_is_outlined_at_its_place(volume):
     truth = np.zeros(volume.hu.shape, np.uint8)
     truth[20:40, 10:30, 30:60] = 4
-    image = cspine.panel(volume, np.zeros((7, 16, 16, 16), np.float32), 0, 8, "", "", truth)
-    scale = (cspine.PANEL - 48) / 80
+    image = pictures.panel(volume, np.zeros((7, 16, 16, 16), np.float32), 0, 8, "", "", truth)
+    scale = (pictures.PANEL - 48) / 80
     y, x = np.argwhere((image == 255).all(2)[60:-60, 60:-60]).T + 60
-    corner = (cspine.PANEL - 40 * scale) / 2
+    corner = (pictures.PANEL - 40 * scale) / 2
     assert np.abs([y.min() - corner - 10 * scale, y.max() - corner - 30 * scale]).max() < 3
     assert np.abs([x.min() - 24 - 30 * scale, x.max() - 24 - 60 * scale]).max() < 3
     assert len(x) < 3 * 2 * (20 + 30) * scale  # a line, no area
@@ -79,14 +80,14 @@ def test_the_marked_step_is_the_strongest(words):
     crops = rng.integers(0, 255, (15, 6, 32, 32), np.uint8)
     steps = rng.uniform(0.1, 0.6, 15)
     steps[9] = 0.9
-    image = cspine.strip("C4", crops, steps, np.ones((15, 32, 32)))
-    rows = np.flatnonzero(coloured(image[:, :6 * cspine.TILE]).any(1))
+    image = pictures.strip("C4", crops, steps, np.ones((15, 32, 32)))
+    rows = np.flatnonzero(coloured(image[:, :6 * pictures.TILE]).any(1))
     assert np.all(rows // (len(image) // 15) == 9)
     assert [w for w, _, _ in words if "strongest" in w] == ["step 10: 0.90, strongest"]
     shown = [w for w, _, _ in words if w.startswith("step ") and ":" in w]
     assert shown[3].startswith(f"step 4: {steps[3]:.2f}")
-    centre = image[:cspine.PANEL, -cspine.PANEL:, 0]
-    expected = cv2.resize(crops[9, 2], (cspine.PANEL, cspine.PANEL))
+    centre = image[:pictures.PANEL, -pictures.PANEL:, 0]
+    expected = cv2.resize(crops[9, 2], (pictures.PANEL, pictures.PANEL))
     assert np.abs(centre[60:].astype(int) - expected[60:]).max() <= 1
 
 
@@ -102,7 +103,7 @@ class Corner(torch.nn.Module):
 def test_the_heat_map_is_hot_where_the_model_looks():
     crops = np.random.default_rng(0).integers(1, 255, (15, 6, 32, 32), np.uint8)
     crops[3] = 255  # among the largest, which alone count
-    heat = cspine.heat_map(Corner(), crops, torch.device("cpu"))
+    heat = pictures.heat_map(Corner(), crops, torch.device("cpu"))
     y, x = np.unravel_index(heat[3].argmax(), (32, 32))
     assert heat.shape == (15, 32, 32) and heat.max() == 1
     assert 4 <= y < 10 and 20 <= x < 28 and heat[3, 25:, :12].max() < 0.01
@@ -110,9 +111,9 @@ def test_the_heat_map_is_hot_where_the_model_looks():
 
 def test_bars_are_as_tall_as_counts(words):
     counts = {"C1": 4, "C2": 0, "C3": 10, "C4": 5}
-    image = cspine.chart("Fractures", counts, ("vertebra", "studies"))
+    image = pictures.chart("Fractures", counts, ("vertebra", "studies"))
     bars = coloured(image).sum(0)
-    slot = (cspine.PANEL - 24) / 4
+    slot = (pictures.PANEL - 24) / 4
     tall = np.array([bars[int(12 + slot * (k + 0.5))] for k in range(4)])
     assert np.abs(tall / tall.max() * 10 - [4, 0, 10, 5]).max() < 0.1
     assert {"4", "0", "10", "5", *counts, "Fractures", "vertebra", "studies"} <= {
@@ -121,7 +122,7 @@ def test_bars_are_as_tall_as_counts(words):
 
 def test_curves_rise_and_fall_with_the_numbers(tmp_path):
     history = [dict(epoch=k + 1, train_loss=4 - k, lr=1e-3, score=1 + k) for k in range(4)]
-    cspine.draw_curves(tmp_path / "curves.png", history)
+    pictures.draw_curves(tmp_path / "curves.png", history)
     lines = np.hsplit(coloured(cv2.imread(str(tmp_path / "curves.png"))), 3)
     ends = [[np.flatnonzero(line[:, x]).mean() for x in (72, 395)] for line in lines]
     assert ends[0][0] + 100 < ends[0][1]  # the loss falls: further from the top
@@ -131,7 +132,7 @@ def test_curves_rise_and_fall_with_the_numbers(tmp_path):
 
 def test_eda_tells_from_headers_what_the_volumes_are(phantom_data, tmp_path, monkeypatch, capsys):
     drawn = {}
-    monkeypatch.setattr(cspine, "chart", lambda title, counts, axes: drawn.update(
+    monkeypatch.setattr(pictures, "chart", lambda title, counts, axes: drawn.update(
         {axes[0]: counts}) or np.zeros((4, 4, 3), np.uint8))
     assert cspine.main(["eda", "--data", str(phantom_data), "--out", str(tmp_path)]) == 0
     table = pd.read_csv(tmp_path / "studies.csv").set_index(cspine.STUDY)
@@ -154,16 +155,16 @@ def test_eda_tells_from_headers_what_the_volumes_are(phantom_data, tmp_path, mon
     (np.random.default_rng(0).permutation(20) + 1, "mixed")])
 def test_the_order_of_files_is_told(write_series, numbers, order):
     folder = write_series(np.zeros((20, 8, 8), np.int16), step=-0.7, numbers=numbers)
-    row = cspine.describe_study(folder)
+    row = pictures.describe_study(folder)
     assert row["order"] == order and row["spacing_mm"] == pytest.approx(0.7)
 
 
 def test_what_is_unusual_is_said_and_nothing_else():
     table = pd.DataFrame({cspine.STUDY: [f"s{k}" for k in range(20)], "slices": [300] * 20,
                           "spacing_mm": np.linspace(0.5, 1, 20), "order": ["head first"] * 20})
-    assert list(cspine.unusual(table)) == []
+    assert list(pictures.unusual(table)) == []
     table.loc[3, "spacing_mm"], table.loc[7, "order"] = 5.0, "foot first"
-    spacing, order = cspine.unusual(table)
+    spacing, order = pictures.unusual(table)
     assert spacing.startswith("spacing_mm: 1 of 20") and "5.0 (s3)" in spacing
     assert order.startswith("order: 1 of 20") and "foot first (s7)" in order
 
@@ -186,7 +187,7 @@ def test_show_draws_a_study_and_says_what_it_sees(phantom_data, weights, tmp_pat
         labels = cspine.cube_labels(path, volume, 64)
         return np.stack([(labels == v) & (v < 7) for v in range(1, 8)]).astype(np.float32)
 
-    monkeypatch.setattr(cspine, "segment", segment)
+    monkeypatch.setattr(pictures, "segment", segment)
     uid = pd.read_csv(phantom_data / "test.csv")[cspine.STUDY][0]
     out = tmp_path / "pictures"
     assert cspine.main(["show", uid, "--data", str(phantom_data), "--weights", str(weights),
@@ -197,7 +198,7 @@ def test_show_draws_a_study_and_says_what_it_sees(phantom_data, weights, tmp_pat
     assert seen and all(line.endswith("Dice 1.000") for line in seen)
     assert "not seen" in lines[6]
     image = cv2.imread(str(out / "overview.png"))
-    assert image.shape == (2 * cspine.PANEL, 3 * cspine.PANEL, 3)
+    assert image.shape == (2 * pictures.PANEL, 3 * pictures.PANEL, 3)
     for name in cspine.VERTEBRAE:
         assert (out / f"{name}.png").stat().st_size > 1000
 

@@ -186,5 +186,16 @@ def test_a_damaged_file_of_crops_is_a_study_error(tmp_path):
     data = (tmp_path / "a.npz").read_bytes()
     for broken in (data[: len(data) // 2], b"", b"no zip file", data[:300] + data[400:]):
         (tmp_path / "b.npz").write_bytes(broken)
-        with pytest.raises(cspine.StudyError, match="b.npz"):
-            cspine.read_crops(tmp_path / "b.npz")
+        for read in (cspine.read_crops, cspine.crops_seen):
+            with pytest.raises(cspine.StudyError, match="b.npz"):
+                read(tmp_path / "b.npz")
+
+
+def test_noisy_crops_stay_within_a_quarter_and_without_loss(tmp_path):
+    rng = np.random.default_rng(0)
+    noise = cv2.GaussianBlur(rng.normal(100, 32, (7 * 15 * 64, 6 * 64)), (0, 0), 0.6)
+    crops = noise.clip(0, 255).astype(np.uint8).reshape(7, 15, 64, 6, 64).swapaxes(2, 3).copy()
+    crops[:, :, -1] = 255
+    cspine.write_crops(tmp_path / "a.npz", crops)
+    assert np.array_equal(cspine.read_crops(tmp_path / "a.npz"), crops)
+    print((tmp_path / "a.npz").stat().st_size / crops.nbytes)

@@ -1,0 +1,123 @@
+"""What `cspine.py evaluate` prints, and the calibration that it fits."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+
+from cspine import (
+    BLIND, FLOOR, POSITIVE_FACTOR, STUDY, TARGET_WEIGHTS, TARGETS, VERTEBRAE, Answers, UserError,
+    auc, combine, competition_scores, cube_labels, data_folder, dice_scores, element_losses,
+    load_models, pick_device, progress, read_csv, read_volume, segment, write_atomic)
+
+CALIBRATION_PULL = 2.0  # towards the identity: a spread of 0.5 in log scale and in shift
+
+
+def read_answers(path):
+    """The answers of a submission, a study a row; what is no number is NaN."""
+    table = read_csv(path, ("row_id", "fractured"))
+    table[["uid", "target"]] = table.row_id.str.extract(f"^(.*)_({'|'.join(TARGETS)})$")
+    table["fractured"] = pd.to_numeric(table.fractured, "coerce")
+    return table.pivot_table("fractured", "uid", "target").reindex(columns=TARGETS)
+
+
+def held_out_answers(weights):
+    """Out-of-fold answers, a study a row, blended over the kinds as predict does."""
+    files = sorted(weights.glob("vertebra_fold*_heldout.csv"))
+    files += sorted(weights.glob("patient_fold*_heldout.csv"))
+    if not files:
+        raise UserError(f"no vertebra_fold*_heldout.csv in {weights}: run train-cls first")
+    table = pd.concat([read_csv(path, (STUDY, *TARGETS)) for path in files])
+    blended = {uid: combine([(row[:7, None], row[7]) for row in rows.to_numpy()], Answers())
+               for uid, rows in table.groupby(STUDY)[list(TARGETS)]}
+    return pd.DataFrame.from_dict(blended, orient="index", columns=TARGETS)
+
+
+def read_labels(data):
+    """Labels (N, 8) by uid: train.csv, and the phantoms' test_labels.csv."""
+    files = [p for p in (data / "train.csv", data / "test_labels.csv") if p.exists()]
+    labels = pd.concat([read_csv(path, (STUDY, *TARGETS)) for path in files])
+    return labels.groupby(STUDY)[list(TARGETS)].first()
+
+
+def score_table(answers, labels):
+    """Log loss and AUC of every target, and of C1 to C7 together."""
+    parts = {name: [k] for k, name in enumerate(TARGETS)} | {"C1 to C7": [*range(7)]}
+    rows = []
+    for columns in parts.values():
+        p, y = answers[:, columns].ravel(), labels[:, columns].ravel()
+        rows.append((y.sum(), element_losses(p, y).mean(), auc(p, y)))
+    return pd.DataFrame(rows, parts, ["fractured", "log loss", "AUC"])
+
+
+def mask_table(data, uids, models, workers):
+    """Dice of every vertebra, and the share named right: most of the mask in the true one."""
+    masks, rows = {p.name.split(".nii")[0]: p for p in data.glob("segmentations/*.nii*")}, []
+    # found among the folders that are there: no path is made from a csv
+    folders = [p for p in sorted(data.glob("*_images/*")) if p.name in masks and p.name in uids]
+    for folder in progress(folders, "study", len(folders)):
+        volume = read_volume(folder, workers)
+        probability = segment(models, volume, next(models[0].parameters()).device)
+        labels = cube_labels(masks[folder.name], volume, probability.shape[-1])
+        named = [np.append(labels[mask > 0.5] == v, False).mean() > 0.5
+                 for v, mask in enumerate(probability, 1)]
+        dice = dice_scores(probability, labels)
+        rows.append(pd.DataFrame({"Dice": dice, "named right": named}, VERTEBRAE).dropna())
+    if not rows:
+        return pd.DataFrame()
+    table = pd.concat(rows)
+    whole = table.mean().to_frame("C1 to C7").T
+    return pd.concat([table.groupby(level=0).mean(), whole])
+
+
+def evaluate(o):
+    """Print the metric beside the best constants', and a table of every target."""
+    data, weights = data_folder(o, "train.csv"), Path(o.weights)
+    labels = read_labels(data)
+    answers = held_out_answers(weights) if o.folds else read_answers(o.submission)
+    answers = answers[answers.index.isin(labels.index)].fillna(BLIND)
+    if not len(answers):
+        raise UserError(f"nothing to score: no answered study has labels in {data}/")
+    uids, labels = answers.index, labels.loc[answers.index].to_numpy()
+    blind, answers = answers.assign(**BLIND).to_numpy(), answers.to_numpy()
+    study, column = competition_scores(answers, labels)
+    print(f"{len(labels)} studies; weighted log loss, lower is better: {study:.4f} per study, "
+          f"{column:.4f} per column; the best constants: "
+          "{:.4f}, {:.4f}".format(*competition_scores(blind, labels)))
+    table = score_table(answers, labels)
+    if o.calibrate:
+        write_calibration(weights / "calibration.json", fit_calibration(answers, labels))
+    models = [*load_models(weights, "segmenter", pick_device(o.device)).values()]
+    if models and not o.folds:
+        table = table.join(mask_table(data, uids, models, o.workers))
+    print(table.round(4).to_string(na_rep=""))
+
+
+def fit_calibration(answers, labels):
+    """(8, 2) scale and shift that lower the score of (N, 8) answers, held near the identity."""
+    weight = np.where(labels > 0, POSITIVE_FACTOR, 1.0)
+    weight /= (weight * TARGET_WEIGHTS).sum(1, keepdims=True)
+    weight *= (labels.min(0) < labels.max(0)) / weight.mean(0)  # one class says nothing
+    logits, truth = torch.tensor(answers).logit(FLOOR), torch.tensor(labels).double()
+    fit = torch.zeros(2, 8, dtype=torch.float64, requires_grad=True)  # log scale, shift
+    optimizer = torch.optim.LBFGS([fit], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        total = CALIBRATION_PULL * fit.square().sum() + F.binary_cross_entropy_with_logits(
+            logits * fit[0].exp() + fit[1], truth, torch.tensor(weight), reduction="sum")
+        total.backward()
+        return total
+
+    optimizer.step(loss)
+    scale, shift = fit.detach().numpy()
+    return np.stack([np.exp(scale), shift], 1)
+
+
+def write_calibration(path, fitted):
+    text = json.dumps(dict(zip(TARGETS, fitted.tolist())), indent=1)
+    write_atomic(path, lambda new: new.write_text(text))
+    print(f"{path} is written: predict uses it from now on")

@@ -1,0 +1,42 @@
+"""What `cspine.py notebook` writes: a notebook for Kaggle, and the description that pushes it."""
+
+import json
+import re
+from pathlib import Path
+
+from cspine import HERE, KAGGLE_DATA, UserError, write_atomic
+
+LOOK = """import glob
+import pandas as pd
+submission = pd.read_csv("submission.csv")
+report = pd.concat(map(pd.read_csv, glob.glob("predict_report*.csv")))  # one a process
+report = report.drop_duplicates("StudyInstanceUID", keep="last")
+print(len(submission), "rows;", report.status.value_counts().to_dict())
+submission.head(16)"""
+
+
+def write_json(path, content):
+    write_atomic(path, lambda new: new.write_text(json.dumps(content, indent=1)))
+
+
+def code_cell(source):
+    return dict(cell_type="code", metadata={}, outputs=[], execution_count=None, source=source)
+
+
+def notebook(o):
+    """cspine.ipynb, the file ready to run and a look at its answers; kernel-metadata.json."""
+    source, weights, out = HERE / "cspine.py", o.weights_dataset, Path(o.out)
+    if not re.fullmatch(r"([\w-]+/[\w-]+)?", weights):
+        raise UserError(f"--weights-dataset {weights}: expected OWNER/NAME")
+    owner, _, name = weights.partition("/")
+    run = "!python cspine.py predict" + (f" --weights /kaggle/input/{name}" if name else "")
+    cells = ["%%writefile cspine.py\n" + source.read_text(), run, LOOK]
+    write_json(out / "cspine.ipynb", dict(
+        nbformat=4, nbformat_minor=4, cells=[code_cell(text) for text in cells],
+        metadata=dict(kernelspec=dict(name="python3", display_name="Python 3"))))
+    write_json(out / "kernel-metadata.json", dict(
+        id=f"{owner or 'OWNER'}/cspine", title="cspine", code_file="cspine.ipynb",
+        language="python", kernel_type="notebook", is_private=True, enable_gpu=True,
+        enable_internet=False, dataset_sources=[weights] if weights else [],
+        competition_sources=[Path(KAGGLE_DATA).name]))
+    print(f"kaggle kernels push -p {out}")
