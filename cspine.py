@@ -329,7 +329,7 @@ def decode_study(folder, workers, give_up):
     """({series: [(place, HU), ...]}, problems); each file is opened once."""
     files = sorted(Path(folder).iterdir(), key=lambda path: (len(path.name), path))
     stacks, problems = {}, []
-    for path, future in prefetch(read_slices, files, workers, 4 * max(1, workers)):
+    for path, future in prefetch(read_slices, files, workers, 4 * workers + 1):
         if give_up():
             raise StudyError("out of time while reading")
         try:
@@ -362,7 +362,7 @@ def one_series(stacks, problems):
     step, way = np.median(np.diff(mm)), places[run[-1], 0] - start
     even = np.linspace(mm[0], mm[-1], round(np.ptp(mm) / step) + 1)
     if len(even) != len(mm) or abs(mm - even).max() > 0.25 * step:
-        problems.append(f"uneven positions: {len(mm)} slices put on {len(even)} even ones")
+        problems.append(f"uneven positions: {len(mm)} slices on {len(even)} even ones")
         steps = np.interp(even, mm, steps)
     straight = np.ptp(mm) / np.linalg.norm(way)
     if straight < 0.999:
@@ -382,7 +382,7 @@ def read_volume(folder, workers=2, give_up=lambda: False):
         stacks.clear()
         shape = len(steps), *planes[0].shape
         if math.prod(shape) > MAX_VOXELS:
-            raise StudyError(f"more than {MAX_VOXELS} voxels")
+            raise StudyError(f"{shape} voxels")
         spacing = np.linalg.norm(affine[:3, :3], axis=0)
         share = affine[2::-1, :3] / spacing * [[-1], [1], [1]]  # (down back left, old axis)
         axes = max(permutations(range(3)), key=lambda axes: abs(share[range(3), axes]).sum())
@@ -407,9 +407,10 @@ def read_nifti(path):
     short = np.frombuffer(raw[:348], order + "i2")
     real = np.frombuffer(raw[:348], order + "f4").astype(float)
     shape, zooms = short[21:24], real[20:23]
-    if raw[344:348] != b"n+1\0" or short[20] < 3 or (short[24 : 21 + short[20]] > 1).any():
-        raise ValueError("not one 3-D image")
-    stored = np.ndarray(shape, order + NIFTI_TYPES[short[35]], raw, int(real[27]), order="F")
+    rank, start = short[20], int(real[27])
+    if raw[344:348] != b"n+1\0" or rank < 3 or start < 348 or (short[24 : 21 + rank] > 1).any():
+        raise ValueError("not one 3-D image")  # NumPy would read before the file's first byte
+    stored = np.ndarray(shape, order + NIFTI_TYPES[short[35]], raw, start, order="F")
     affine = np.eye(4)
     if short[127] > 0:  # sform
         affine[:3] = real[70:82].reshape(3, 4)
