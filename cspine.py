@@ -1286,9 +1286,9 @@ def submission_rows(table):
     return [*zip(table.row_id, table[STUDY], target.fillna(table.prediction_type))]
 
 
-def read_reports(out):
+def read_reports(out, files=REPORTS):
     """{study: row} of all processes that write beside `out`: answers, no failures."""
-    rows = [row for path in map(out.with_name, REPORTS) if path.exists()
+    rows = [row for path in map(out.with_name, files) if path.exists()
             for row in read_csv(path, (STUDY, "status", *TARGETS)).to_dict("records")]
     return {row[STUDY]: row for row in rows if row["status"] not in ("failed", "no time")}
 
@@ -1303,10 +1303,11 @@ def write_submission(out, rows):
         answers = read_reports(out)
 
 
-def predict_studies(images, out, rows, ensemble, stop, workers):
+def predict_studies(images, out, rows, ensemble, stop, workers, done=()):
     """Answer this process's share of the studies; report and submission follow each."""
-    (rank, world), done, seconds = ranks(), read_reports(out), 1e-9
-    uids, reports = list(dict.fromkeys(uid for _, uid, _ in rows)), [*done.values()]
+    (rank, world), seconds = ranks(), 1e-9
+    uids = list(dict.fromkeys(uid for _, uid, _ in rows))
+    reports = [row for uid, row in read_reports(out, [REPORTS[rank]]).items() if uid in done]
     todo = [uid for uid in uids[rank::world] if uid not in done]
     full = Effort(ensemble.options.views, max(map(len, ensemble.models.values())))
 
@@ -1488,7 +1489,7 @@ def training_data(o):
 def recipe_from(o, kind):
     """The recipe of a kind with the options given."""
     if min(o.folds - 1, o.epochs, o.batch_size, o.accumulate, o.lr, o.size) < 0:
-        raise UserError("--folds and the recipe's numbers start above 0")
+        raise UserError("--folds, --epochs, --batch-size, --accumulate, --lr, --size: none below 0")
     given = {k: v for k, v in vars(o).items() if v and k in Recipe.__dataclass_fields__}
     return replace(RECIPES[kind], **given)
 
@@ -1627,7 +1628,8 @@ def mode_predict(o):
             path.unlink()
     write_submission(out, rows)
     ensemble = load_ensemble(o.weights, pick_device(o.device))._replace(options=o)
-    predict_studies(data / "test_images", out, rows, ensemble, stop, o.workers)
+    done = read_reports(out) if o.resume else ()  # else another process's, about to be deleted
+    predict_studies(data / "test_images", out, rows, ensemble, stop, o.workers, done)
     studies = {uid for _, uid, _ in rows}
     good = sum(row["status"] != "nothing seen" for row in read_reports(out).values())
     print(f"{out}: {len(rows)} rows, {len(studies)} studies, {len(studies) - good} of them fell "

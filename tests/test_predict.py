@@ -421,7 +421,7 @@ def test_too_little_time_in_a_real_run_leaves_priors_and_says_so(predict, tmp_pa
 def test_on_kaggle_the_limit_is_eight_and_a_half_hours(predict, tmp_path, monkeypatch):
     limits = []
     monkeypatch.setattr(cspine, "KAGGLE_DATA", str(tmp_path))
-    monkeypatch.setattr(cspine, "predict_studies", lambda *given: limits.append(given[-2].left()))
+    monkeypatch.setattr(cspine, "predict_studies", lambda *given: limits.append(given[4].left()))
     predict()
     predict("--time-limit", 3)
     monkeypatch.setattr(cspine, "KAGGLE_DATA", str(tmp_path / "elsewhere"))
