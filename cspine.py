@@ -690,19 +690,13 @@ def write_crops(path, crops):
 
 def read_crops(path, vertebrae=range(7)):
     """uint8 (len(vertebrae), 15, 6, S, S) of a study. StudyError if the file is damaged."""
-    with study_errors(path), np.load(path) as file:
+    with study_errors(f"{path}: no crops"), np.load(path) as file:
         index, ends, data, edge = (file[k] for k in ("index", "ends", "data", "edge"))
         index = index[list(vertebrae)]
         out = np.zeros((*index.shape, edge, edge), np.uint8)
         for k in np.unique(index[index >= 0]):
             out[index == k] = cv2.imdecode(data[ends[k] : ends[k + 1]], cv2.IMREAD_GRAYSCALE)
     return out
-
-
-def crops_seen(path):
-    """bool (7,): which vertebrae a file of crops holds. StudyError if it is damaged."""
-    with study_errors(path), np.load(path) as file:
-        return (file["index"] >= 0).any((1, 2))
 
 
 # ========================================== Classifiers ==========================================
@@ -1608,7 +1602,7 @@ def mode_train_cls(o):
         return [*np.sort(steps, 1)[:, -Answers().top_k :].mean(1), patient]
 
     def judge(table):  # the prior where nothing was asked or in view
-        answers = table.fillna(dict(zip(TARGETS, PRIOR))).to_numpy()
+        answers = table.astype(float).fillna(dict(zip(TARGETS, PRIOR))).to_numpy()
         right = labels.loc[table.index].to_numpy()
         return dict(score=competition_scores(answers, right)[0],
                     vertebra_auc=auc(answers[:, :7].ravel(), right[:, :7].ravel()),

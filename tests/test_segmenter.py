@@ -16,7 +16,7 @@ from cspine import Segmenter, UserError, segmenter_loss, to_3d
 
 BACKBONES = ("tf_efficientnetv2_s", "tf_efficientnetv2_b0", "resnet18d")
 SMALL = "tf_mobilenetv3_small_075"  # with SAME padding and squeeze-excite
-WIDER = (SMALL, "mobilenetv4_conv_small", "repvgg_a0", "regnety_002", "ese_vovnet19b_dw")
+WIDER = (SMALL, "mobilenetv4_conv_small", "repvgg_a0", "regnety_002")
 DEPTH = 9  # planes of a constant volume; its middle is far from the padding of one layer
 
 
