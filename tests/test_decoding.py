@@ -15,7 +15,6 @@ import pytest
 from lossless_jpeg_encoder import dicom_file, encode, random_table
 from pydicom.data import get_testdata_file
 
-import cspine
 from cspine import StudyError, decode_lossless_jpeg, decode_pixels
 
 IMPLICIT, EXPLICIT, BIG = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"

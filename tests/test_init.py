@@ -10,9 +10,8 @@ import pytest
 import timm
 import torch
 
-import cspine
 from cspine import (RECIPES, PatientClassifier, Segmenter, UserError, VertebraClassifier,
-                    load_init, load_model, save_checkpoint)
+                    load_init, load_model)
 
 
 @pytest.fixture
