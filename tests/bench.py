@@ -289,7 +289,7 @@ def old_sample(study, size):
 
 def old_mask(path, size):
     """float32 (7, D, D, D)."""
-    labels, _ = cspine.read_nifti(path)
+    labels, *_ = cspine.read_nifti(path)
     labels = labels.transpose(2, 1, 0)[::-1, ::-1]
     channels = np.stack([labels == v for v in range(1, 8)]).astype(np.uint8) * 255
     small = [F.interpolate(torch.from_numpy(c)[None, None].float(), (size,) * 3, mode="area")[0, 0]
@@ -460,16 +460,13 @@ def bench_train(scale, root):
 
 
 def bench_loading(scale, root, study):
-    cache = root / "cache"
-
-    def load(fresh):
-        for path in cache.rglob("*.np*") if fresh else ():
-            path.unlink()
-        cspine.load_cube(study.folder.name, root, study.mask, cache, scale.cube)
+    def load():  # as train-seg does, once; later epochs find it in memory
+        volume = cspine.read_volume(study.folder, CORES)
+        cspine.segmenter_input(volume, scale.cube)
+        cspine.cube_labels(study.mask, volume, scale.cube)
 
     theirs = lambda: old_sample(study, scale.cube)  # noqa: E731
-    row("cube with mask, first epoch, s", *compare(lambda: load(True), theirs, scale.repeats))
-    row("cube with mask, later epochs, s", *compare(lambda: load(False), theirs, scale.repeats))
+    row("cube with mask, first epoch, s", *compare(load, theirs, scale.repeats))
     volume = cspine.read_volume(study.folder, CORES)
     row("mask alone, s", *compare(lambda: cspine.cube_labels(study.mask, volume, scale.cube),
                                   lambda: old_mask(study.mask, scale.cube), scale.repeats))
@@ -496,13 +493,14 @@ def bench_step(scale, kind, crops, study):
     if kind == "segmenter":
         recipe = cspine.replace(recipe, size=scale.cube)
         labels = (study.probability.argmax(0) + 1) * (study.probability.max(0) > 0.5)
-        sample = old_cube(study.folder, scale.cube)[0, :1].numpy(), labels.astype(np.uint8)
+        cube = old_cube(study.folder, scale.cube)[0, 0]
+        sample = (cube * 255).byte().numpy(), labels.astype(np.uint8)
         batch = cspine.segmenter_batch
     else:
         label = np.zeros(1 if kind == "vertebra" else 8, np.float32)
         chosen = crops[3] if kind == "vertebra" else crops.reshape(-1, *crops.shape[2:])
         sample, batch = (chosen, label), cspine.classifier_batch
-    task = cspine.Task(kind, kind, recipe, CPU, [0], [], None, batch, [], (), None, None)
+    task = cspine.Task(kind, recipe, CPU, None, batch, None, None)
     trainer = cspine.Trainer(task)
     model = old_models(random_models(scale))[kind]
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
@@ -510,7 +508,7 @@ def bench_step(scale, kind, crops, study):
 
     def loss(inputs):
         if kind == "segmenter":
-            cube = inputs[0].expand(-1, 3, -1, -1, -1).contiguous()
+            cube = inputs[0][:, None].expand(-1, 3, -1, -1, -1) / 255
             return cspine.segmenter_loss(model(cube), inputs[1])
         return cspine.classifier_loss(old_classifier(model, inputs[0]), inputs[1])
 
