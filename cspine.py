@@ -86,6 +86,7 @@ MAX_GAP_MM = 30.0  # a longer hole along the normal separates two series
 SAME_STEP_MM = 0.0031  # within a series; odd, so that no usual spacing lies on the edge
 MASK_THRESHOLDS = (0.2, 0.05)  # first place's: the second when the first leaves nothing
 MIN_CELLS, BOX_MARGIN = 12, 1.0  # cube cells: fewer are no vertebra; around a box (first place)
+BOX_SHARE = 0.05  # of the fullest plane's cells: planes with fewer hold strays (README, Results)
 CROPS_AT_ONCE = {"cpu": STEPS, "cuda": 210}  # 15 stay in a CPU's cache
 # Lossless: run lengths write fast; WebP takes a quarter less, for noise, but 15 times longer.
 CROP_FORMATS = ((".png", cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, 3),
@@ -622,7 +623,7 @@ def vertebra_box(probability):
         if mask.sum() >= MIN_CELLS:
             for others in ((1, 2), (0, 2), (0, 1)):
                 profile = mask.sum(others)
-                inside = np.flatnonzero(profile)
+                inside = np.flatnonzero(profile > BOX_SHARE * profile.max())
                 runs = np.split(inside, np.flatnonzero(np.diff(inside) > 2) + 1)
                 longest = max(runs, key=lambda run: profile[run].sum())
                 box.append((longest[0], longest[-1]))
@@ -1225,10 +1226,12 @@ def combine(outputs, options, calibration=((1, 0),) * 8):
     rows = [[*np.sort(steps, 1)[:, -options.top_k :].mean(1), head] for steps, head in outputs]
     rows, (scale, shift) = torch.tensor(rows, dtype=torch.float64), torch.tensor(calibration).T
     logit, share = options.average == "logit", options.noisy_or
-    answer = rows.logit(FLOOR).nanmean(0).sigmoid() if logit else rows.nanmean(0)
+    raw = rows.logit(FLOOR).nanmean(0).sigmoid() if logit else rows.nanmean(0)
+    answer = (raw.logit(FLOOR) * scale + shift).sigmoid()
     either = float(1 - (1 - answer[:7]).nan_to_num(1).prod()) or math.nan  # 0: nothing in sight
-    answer[7] = share * either + (1 - share) * answer[7].nan_to_num(either)
-    answer = (answer.logit(FLOOR) * scale + shift).sigmoid().numpy()
+    patient = share * either + (1 - share) * raw[7].nan_to_num(either)
+    answer[7] = (patient.logit(FLOOR) * scale[7] + shift[7]).sigmoid()
+    answer = answer.numpy()
     return np.where(np.isnan(answer), PRIOR, answer).clip(FLOOR, 1 - FLOOR)
 
 

@@ -89,7 +89,12 @@ def evaluate(o):
           "{:.4f}, {:.4f}".format(*competition_scores(blind, labels)))
     table = score_table(answers, labels)
     if o.calibrate:
-        write_calibration(weights / "calibration.json", fit_calibration(answers, labels))
+        path, raw = weights / "calibration.json", answers
+        if path.exists() and not o.folds:  # it is in the submission: taken back before the fit
+            table = json.loads(path.read_text())
+            scale, shift = torch.tensor([table[target] for target in TARGETS]).double().T
+            raw = ((torch.tensor(answers).logit(FLOOR) - shift) / scale).sigmoid().numpy()
+        write_calibration(path, fit_calibration(raw, labels))
     models = [*load_models(weights, "segmenter", pick_device(o.device)).values()]
     if models and not o.folds:
         table = table.join(mask_table(data, uids, models, o.workers))

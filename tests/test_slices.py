@@ -180,6 +180,15 @@ def test_crops_are_stored_without_loss_in_a_quarter_of_their_size(tmp_path):
     assert np.array_equal(cspine.read_crops(tmp_path / "b.npz"), nothing)
 
 
+def test_a_thin_trail_of_mask_does_not_draw_the_steps_out_of_the_vertebra():
+    """A few faint cells a plane reached far below a vertebra: half of its steps missed it."""
+    solid = np.zeros((32, 32, 32), np.float32)
+    solid[8:14, 8:20, 8:20] = 0.9
+    trail = solid.copy()
+    trail[14:28, 12, 10:14] = 0.4
+    assert np.array_equal(cspine.vertebra_box(trail), cspine.vertebra_box(solid))
+
+
 def test_a_damaged_file_of_crops_is_a_study_error(tmp_path):
     cspine.write_crops(tmp_path / "a.npz", np.ones((7, 15, 6, 16, 16), np.uint8))
     data = (tmp_path / "a.npz").read_bytes()
