@@ -10,19 +10,18 @@
     Volume + probability --vertebra_slices--> uint8 (7, 15, 6, 224, 224), 5 slices + 1 mask a step
     (15, 6, 224, 224) --VertebraClassifier--> 15 logits --> P(Ck)
     (105, 6, 224, 224) --PatientClassifier--> 105 + 1 logits --> P(C1..C7), P(patient_overall)
-    all models --ensemble--> submission.csv
+    all models --combine--> submission.csv
 
 Shapes: B batch, C channels, Z Y X voxel axes (head to foot, front to back, right to left),
 V 7 vertebrae, T 15 steps, K 6 channels a step, S crop edge, D cube edge, F features.
 
     python cspine.py demo                   phantoms in, scored submission.csv out
     python cspine.py train-seg --data DIR   then extract, train-cls, train-patient
-    python cspine.py evaluate --data DIR --folds   the out-of-fold score
     python cspine.py predict --data DIR     submission.csv
     torchrun --nproc_per_node=2 cspine.py predict ...   on two GPUs
 
-Pasted into a notebook cell, the file defines everything and runs nothing; then
-main(["predict", "--weights", "/kaggle/input/..."]) runs a mode. Not a medical device.
+Pasted into a notebook cell, the file runs nothing; then main(["predict", "--weights", "DIR"])
+runs a mode. Not a medical device.
 """
 
 import argparse
@@ -115,6 +114,7 @@ class Recipe:
     dropout: float = 0.2  # EfficientNetV2-S's (Tan and Le 2021)
     positives: float = 0.0  # share of an epoch drawn from fractured vertebrae; 0: as they come
     hidden: int = 256  # width of the LSTMs (starting solution)
+    thin: int = 1  # 3: a third of a vertebra's steps, in turns; a divisor of 15
     shuffle: float = 0.2  # share of samples in another order (first place)
     mask_of: str = "last"  # slice of a step
     seed: int = 0
@@ -156,8 +156,7 @@ def say(text):
 
 
 def progress(items, unit, total):
-    """A bar on a terminal, silence elsewhere."""
-    return tqdm(items, unit=unit, total=total, disable=None, leave=False)
+    return tqdm(items, unit=unit, total=total, disable=None, leave=False)  # None: terminals alone
 
 
 def write_atomic(path, write):
@@ -187,8 +186,7 @@ def read_csv(path, columns):
         table = pd.read_csv(path, dtype={STUDY: str, "row_id": str})
     except (ValueError, OSError) as error:
         raise UserError(f"{path}: no readable csv ({str(error).splitlines()[0]})") from None
-    missing = ", ".join(c for c in columns if c not in table)
-    if missing:
+    if missing := ", ".join(c for c in columns if c not in table):
         raise UserError(f"{path}: no column {missing}; found {', '.join(table)}")
     return table
 
@@ -213,10 +211,9 @@ def ranks():
 
 def over_ranks(value):
     """The list of every rank's value."""
-    if not dist.is_initialized():
-        return [value]
-    out = [None] * dist.get_world_size()
-    dist.all_gather_object(out, value)
+    out = [value] * ranks()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(out, value)
     return out
 
 
@@ -276,16 +273,13 @@ NIFTI_TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u
 
 
 class Volume(NamedTuple):
-    """One CT study: `hu` int16 (Z, Y, X), head first, front to back, right to left.
-
-    `spacing` (z, y, x) in mm; `affine` LPS mm from (z, y, x, 1); `problems` in words.
-    """
+    """A CT study: int16 (Z, Y, X), head first, front to back, right to left; LPS mm from voxel."""
 
     uid: str
     hu: np.ndarray
-    spacing: tuple
-    affine: np.ndarray
-    problems: tuple = ()
+    spacing: tuple  # (z, y, x), mm
+    affine: np.ndarray  # (4, 4), of (z, y, x, 1)
+    problems: tuple = ()  # in words
 
 
 @contextlib.contextmanager
@@ -343,10 +337,7 @@ def decode_study(folder, workers, give_up):
 
 
 def one_series(stacks, problems):
-    """The largest stack in order: (planes, where even steps lie among them, affine).
-
-    Missing slices are filled by position, not by index.
-    """
+    """The largest stack in order: (planes, where even steps lie among them, affine)."""
     stack = max(stacks.values(), key=len, default=[])
     places = np.array([place for place, _ in stack]).reshape(-1, 3, 3)
     normal = np.cross(places[:1, 1], places[:1, 2])
@@ -362,7 +353,7 @@ def one_series(stacks, problems):
     mm, steps, (start, column, row) = mm[run], np.arange(len(run)), places[run[0]]
     step, way = np.median(np.diff(mm)), places[run[-1], 0] - start
     even = np.linspace(mm[0], mm[-1], round(np.ptp(mm) / step) + 1)
-    if len(even) != len(mm) or abs(mm - even).max() > 0.25 * step:
+    if len(even) != len(mm) or abs(mm - even).max() > 0.25 * step:  # fill by position, not index
         problems.append(f"uneven positions: {len(mm)} slices on {len(even)} even ones")
         steps = np.interp(even, mm, steps)
     straight = np.ptp(mm) / np.linalg.norm(way)
@@ -407,8 +398,7 @@ def read_nifti(path):
     order = "<" if raw[:2] == b"\x5c\x01" else ">"  # fields by their offsets in nifti1.h
     short = np.frombuffer(raw[:348], order + "i2")
     real = np.frombuffer(raw[:348], order + "f4").astype(float)
-    shape, zooms = short[21:24], real[20:23]
-    rank, start = short[20], int(real[27])
+    rank, start, shape, zooms = short[20], int(real[27]), short[21:24], real[20:23]
     if raw[344:348] != b"n+1\0" or rank < 3 or start < 348 or (short[24 : 21 + rank] > 1).any():
         raise ValueError("not one 3-D image")  # NumPy would read before the file's first byte
     stored = np.ndarray(shape, order + NIFTI_TYPES[short[35]], raw, start, order="F")
@@ -714,9 +704,10 @@ class StepEncoder(nn.Module):
         self.absent = nn.Parameter(torch.zeros(width))  # in the place of a vertebra out of view
         self.lstm = nn.LSTM(width, hidden, 2, batch_first=True, bidirectional=True, dropout=dropout)
 
-    def forward(self, crops):
-        masks = crops[:, :, -1].unflatten(1, (-1, STEPS)).flatten(2)
-        seen = (masks.amax(2) > 0).flatten().repeat_interleave(STEPS)  # (B * N,)
+    def forward(self, crops, vertebrae):
+        masks = crops[:, :, -1].unflatten(1, (vertebrae, -1)).flatten(2)
+        seen = masks.amax(2) > 0  # (B, V)
+        seen = seen.flatten().repeat_interleave(crops.shape[1] // vertebrae)  # (B * N,)
         features = self.absent.float().repeat(len(seen), 1)
         if seen.any():  # absent vertebrae cost nothing
             shown = crops.flatten(0, 1)[seen]  # (B, N, K, S, S) -> (M, K, S, S)
@@ -745,7 +736,7 @@ class VertebraClassifier(nn.Module):
         self.head = logit_head(2 * hidden, hidden, dropout)
 
     def forward(self, crops):
-        return self.head(self.encoder(crops)[1])[..., 0]
+        return self.head(self.encoder(crops, 1)[1])[..., 0]
 
 
 class PatientClassifier(VertebraClassifier):
@@ -759,7 +750,7 @@ class PatientClassifier(VertebraClassifier):
         self.patient_head = logit_head(4 * lstm.hidden_size, lstm.hidden_size, lstm.dropout)
 
     def forward(self, crops):
-        features, context = self.encoder(crops)
+        features, context = self.encoder(crops, 7)
         whole = self.patient_lstm(features)[0]
         whole = torch.cat([whole.amax(1), whole.mean(1)], 1)  # (B, N, 2H) -> (B, 4H)
         return self.head(context)[..., 0], self.patient_head(whole)[..., 0]
@@ -781,7 +772,7 @@ def fold_norms(model):
         elif isinstance(module, (nn.BatchNorm2d, nn.BatchNorm3d)):
             made_by[module] = getattr(given[0], "made_by", None)
 
-    shape = (1, 1, 32, 32, 32) if isinstance(model, Segmenter) else (1, STEPS, CHANNELS, 64, 64)
+    shape = (1, 1, 32, 32, 32) if isinstance(model, Segmenter) else (1, 7, CHANNELS, 64, 64)
     with torch.no_grad(), nn.modules.module.register_module_forward_hook(note):
         model.eval()(torch.ones(shape))
     for part in list(model.modules()):
@@ -801,7 +792,8 @@ def classifier_loss(outputs, labels):
     """
     if isinstance(outputs, tuple):
         outputs = torch.cat([outputs[0], outputs[1][:, None]], 1)
-    which = np.arange(outputs.shape[1]) // STEPS  # the label of every logit
+    steps = outputs.shape[1] // min(7, labels.shape[1])  # of a vertebra
+    which = np.arange(outputs.shape[1]) // steps  # the label of every logit
     share = labels.new_tensor(TARGET_WEIGHTS[which] / np.bincount(which)[which])
     truth = labels[:, which]
     weight = share * torch.where(truth > 0, POSITIVE_FACTOR, 1.0) * ~truth.isnan()
@@ -877,9 +869,10 @@ def augment_crops(crops, rngs, size=CROP, ranges=CROP_RANGES):
 
 def shuffle_order(crops, labels, rngs, share):
     """A share of the samples with vertebrae, and the steps of each, in another order."""
-    crops, labels = crops.unflatten(1, (-1, STEPS)).clone(), labels.clone()
+    crops = crops.unflatten(1, (min(7, labels.shape[1]), -1)).clone()  # (B, V, T, K, S, S)
+    labels = labels.clone()
     for crop, label, rng in zip(crops, labels, rngs):
-        steps, order = rng.permutation(STEPS), rng.permutation(len(crop))
+        steps, order = rng.permutation(crop.shape[1]), rng.permutation(len(crop))
         if rng.random() < share:
             crop[:] = crop[order][:, steps]
             label[: len(crop)] = label[order]
@@ -1488,7 +1481,10 @@ def recipe_from(o, kind):
     if min(o.folds - 1, o.epochs, o.batch_size, o.accumulate, o.lr, o.size) < 0:
         raise UserError("--folds, --epochs, --batch-size, --accumulate, --lr, --size: none below 0")
     given = {k: v for k, v in vars(o).items() if v and k in Recipe.__dataclass_fields__}
-    return replace(RECIPES[kind], **given)
+    recipe = replace(RECIPES[kind], **given)
+    if recipe.thin < 1 or STEPS % recipe.thin:
+        raise UserError(f"--thin {recipe.thin}: must divide {STEPS}")
+    return recipe
 
 
 def run_training(o, samples, folds, task):
@@ -1506,8 +1502,8 @@ def run_training(o, samples, folds, task):
             task = task._replace(name=f"{task.kind}_fold{fold}", held_out=held_out,
                                  train=sum([samples[uid] for uid in others], []))
             history = train(task, weights, stop, o.workers, o.resume or o.fold == "all", o.init)
-            if ranks()[0] == 0 and (HERE / "tests/pictures.py").exists():
-                side_room("pictures").draw_curves(weights / f"{task.name}_curves.png", history)
+            if ranks()[0] == 0 and (pictures := side_room("pictures")):
+                pictures.draw_curves(weights / f"{task.name}_curves.png", history)
     except (torch.OutOfMemoryError, MemoryError):
         raise UserError("out of memory: lower --batch-size or raise --accumulate") from None
     finally:
@@ -1522,7 +1518,8 @@ def segmenter_batch(model, tensors, rngs, recipe):
 
 def classifier_batch(model, tensors, rngs, recipe):
     """Loss of an augmented batch; mixup mixes the two losses, never the labels."""
-    crops = augment_crops(tensors[0].float() / 255, rngs, recipe.size)
+    crops = tensors[0][:, int(rngs[0].integers(recipe.thin)) :: recipe.thin]
+    crops = augment_crops(crops.float() / 255, rngs, recipe.size)
     crops, labels = shuffle_order(crops, tensors[1], rngs, recipe.shuffle)
     share = rngs[0].random() if rngs[0].random() < recipe.mixup else 1.0
     outputs = model(crops.flip(0).lerp(crops, share))
@@ -1634,33 +1631,19 @@ def mode_predict(o):
 
 
 def side_room(name):
-    """The module tests/<name>.py."""
-    if not (HERE / "tests" / f"{name}.py").exists():
-        raise UserError(f"no tests/{name}.py in {HERE}: this mode needs the repository")
+    """The module tests/<name>.py; None where the file was pasted."""
+    if not (HERE / "tests/kaggle_kernel.py").exists():
+        return None
     sys.modules.setdefault("cspine", sys.modules[__name__])  # it imports us
     sys.path.insert(0, str(HERE / "tests"))
     return importlib.import_module(name)
 
 
-def beside(room, meaning):
-    """A mode that stands in a side room, in the function of its name."""
-    def run(o):
-        getattr(side_room(room), o.mode)(o)
-
-    run.__doc__ = meaning
-    return run
-
-
-OPTIONS = dict(  # default (None: must be given), meaning
-    target=(None, "folder to write"),
-    study=(None, "folder, or uid in --data"),
+OPTIONS = dict(  # default, meaning
     data=(KAGGLE_DATA, "folder of train.csv, train_images, test.csv, ..."),
     weights=(str(HERE / "weights"), "folder of weights"),
     work=("work", "folder of crops and caches"),
     out=("submission.csv", "file or folder to write"),
-    submission=("submission.csv", "file to score"),
-    Folds=(False, "score the held-out answers"),
-    calibrate=(False, "write calibration.json to --weights"),
     device=("auto", "auto, cpu, cuda:0, ..."),
     seed=(0, "of all that is random"),
     workers=(os.cpu_count() or 1, "threads"),
@@ -1675,37 +1658,26 @@ OPTIONS = dict(  # default (None: must be given), meaning
     views=(Answers().views, "dihedral views a model; 0: none"),
     average=(Answers().average, "of models: logit, probability"),
     noisy_or=(Answers().noisy_or, "share in patient_overall"),
-    weights_dataset=("", "OWNER/NAME of the weights on Kaggle"),
-    studies=(20, "training studies"),
-    test_studies=(4, "test studies"),
-    matrix=(256, "rows of a slice"),
-    variety=(1.0, "2: far beyond the real"),
-    fractures=(1.0, "2: twice as many"),
     lr=(0.0, "peak; 0: the recipe's"),
-    **dict.fromkeys("epochs batch_size accumulate size hidden".split(), (0, "0: the recipe's")),
+    **dict.fromkeys("epochs batch_size accumulate size hidden thin".split(),
+                    (0, "0: the recipe's")),
 )
 TRAINING = ("data weights work device seed workers backbone fold folds epochs batch_size size lr "
             "accumulate resume time_limit init")
-MODES = {  # function, options
-    "phantom": (beside("demo", "Make a data set of phantoms, in the competition's layout."),
-                "target studies test_studies seed matrix variety fractures workers"),
+CLASSIFIERS = TRAINING + " mask_of hidden thin"
+MODES = {  # function, options; or the side room whose MODES say so: only in the repository
+    "phantom": "demo",
     "train-seg": (mode_train_seg, TRAINING),
     "extract": (mode_extract, "data weights work device workers folds mask_of time_limit"),
-    "train-cls": (mode_train_cls, TRAINING + " mask_of hidden"),
-    "train-patient": (mode_train_cls, TRAINING + " mask_of hidden"),
+    "train-cls": (mode_train_cls, CLASSIFIERS),
+    "train-patient": (mode_train_cls, CLASSIFIERS),
     "predict": (mode_predict, "data weights out device workers resume time_limit top_k views "
                               "average noisy_or"),
-    "evaluate": (beside("evaluation", "Score --submission, or the held-out answers (--folds), by "
-                                      "the labels and masks of --data; prints."),
-                 "data weights submission Folds device workers calibrate"),
-    "eda": (beside("pictures", "Describe --data from headers: studies.csv and charts in --out."),
-            "data out=eda workers"),
-    "show": (beside("pictures", "Draw a study and its answers: PNG files in --out."),
-             "study data weights out=pictures device"),
-    "notebook": (beside("kaggle_kernel", "Write a Kaggle notebook and its metadata to --out."),
-                 "out=notebook weights_dataset"),
-    "demo": (beside("demo", "Make phantoms in --work, predict them to --out, score and draw."),
-             "weights work out device workers seed test_studies"),
+    "evaluate": "evaluation",
+    "eda": "pictures",
+    "show": "pictures",
+    "notebook": "kaggle_kernel",
+    "demo": "demo",
 }
 
 
@@ -1713,20 +1685,25 @@ def build_parser():
     """The command line, made from MODES and OPTIONS."""
     parser = argparse.ArgumentParser("cspine.py", description=__doc__.splitlines()[0])
     modes = parser.add_subparsers(dest="mode", required=True, metavar="MODE")
-    for name, (function, options) in MODES.items():
+    for name, entry in MODES.items():
+        if isinstance(entry, str):
+            room = side_room(entry)
+            if room is None:
+                continue
+            entry = room.MODES[name]
+        function, options, *own = entry
         mode = modes.add_parser(name, help=function.__doc__, description=function.__doc__,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         mode.set_defaults(function=function)
         for option in options.split():
-            option, _, own = option.partition("=")
-            default, meaning = OPTIONS[option]
+            default, meaning = (OPTIONS | dict(*own))[option]
             flag = "--" + option.lower().replace("_", "-")
-            if default is None:
+            if default is None:  # must be given
                 mode.add_argument(option, help=meaning)
             elif default is False:
                 mode.add_argument(flag, action="store_true", help=meaning)
             else:
-                mode.add_argument(flag, type=type(default), default=own or default, help=meaning)
+                mode.add_argument(flag, type=type(default), default=default, help=meaning)
     return parser
 
 

@@ -12,7 +12,7 @@ from pictures import overview
 
 
 def phantom(o):
-    """A synthetic data set in the layout of the competition."""
+    """Make a data set of phantoms, in the competition's layout."""
     make_dataset(Path(o.target), o.studies, o.test_studies, o.seed, o.matrix, o.workers, o.variety,
                  o.fractures)
     print(f"{o.target}: {o.studies} training and {o.test_studies} test studies")
@@ -25,7 +25,7 @@ def mode(*arguments):
 
 
 def demo(o):
-    """Make phantoms no training saw, predict them, print answers and score, draw one study."""
+    """Make phantoms in --work that no training saw, predict them to --out, score, draw one."""
     data, machine = Path(o.work) / "demo", ("--workers", o.workers, "--device", o.device)
     shipped = ("--data", data, "--weights", o.weights)
     mode("phantom", data, "--studies", 0, "--test-studies", o.test_studies, "--seed", o.seed,
@@ -50,3 +50,16 @@ def draw(o, data, answers):
     path = data / "overview.png"
     overview(path, volume, segment(models, volume, device), np.array(answers.loc[uid, [*TARGETS]]))
     print(f"{path}: the most suspicious study")
+
+
+MODES = {
+    "phantom": (phantom, "target studies test_studies seed matrix variety fractures workers", dict(
+        target=(None, "folder to write"),
+        studies=(20, "training studies"),
+        test_studies=(4, "test studies"),
+        matrix=(256, "rows of a slice"),
+        variety=(1.0, "2: far beyond the real"),
+        fractures=(1.0, "2: twice as many"))),
+    "demo": (demo, "weights work out device workers seed test_studies",
+             dict(test_studies=(4, "phantoms"))),
+}

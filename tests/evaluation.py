@@ -74,7 +74,7 @@ def mask_table(data, uids, models, workers):
 
 
 def evaluate(o):
-    """Print the metric beside the best constants', and a table of every target."""
+    """Score --submission, or the held-out answers, by the labels and masks of --data; prints."""
     data, weights = data_folder(o, "train.csv"), Path(o.weights)
     labels = read_labels(data)
     answers = held_out_answers(weights) if o.folds else read_answers(o.submission)
@@ -126,3 +126,9 @@ def write_calibration(path, fitted):
     text = json.dumps(dict(zip(TARGETS, fitted.tolist())), indent=1)
     write_atomic(path, lambda new: new.write_text(text))
     print(f"{path} is written: predict uses it from now on")
+
+
+MODES = {"evaluate": (evaluate, "data weights submission folds device workers calibrate", dict(
+    submission=("submission.csv", "file to score"),
+    folds=(False, "score the held-out answers"),
+    calibrate=(False, "write calibration.json to --weights")))}

@@ -24,7 +24,7 @@ def code_cell(source):
 
 
 def notebook(o):
-    """cspine.ipynb, the file ready to run and a look at its answers; kernel-metadata.json."""
+    """Write cspine.ipynb, ready to run, and kernel-metadata.json to --out."""
     source, weights, out = HERE / "cspine.py", o.weights_dataset, Path(o.out)
     if not re.fullmatch(r"([\w-]+/[\w-]+)?", weights):
         raise UserError(f"--weights-dataset {weights}: expected OWNER/NAME")
@@ -40,3 +40,8 @@ def notebook(o):
         enable_internet=False, dataset_sources=[weights] if weights else [],
         competition_sources=[Path(KAGGLE_DATA).name]))
     print(f"kaggle kernels push -p {out}")
+
+
+MODES = {"notebook": (notebook, "out weights_dataset", dict(
+    out=("notebook", "folder to write"),
+    weights_dataset=("", "OWNER/NAME of the weights on Kaggle")))}

@@ -203,7 +203,7 @@ def unusual(table):
 
 
 def show(o):
-    """Draw a study and its answers: overview.png and C1.png to C7.png in --out."""
+    """Draw a study and its answers: overview.png, C1.png to C7.png in --out."""
     out, places = Path(o.out), [Path(o.study)]
     places += [Path(o.data) / part / o.study for part in ("train_images", "test_images")]
     folder = next((place.resolve() for place in places if place.is_dir()), None)
@@ -233,7 +233,7 @@ def show(o):
 
 
 def eda(o):
-    """Describe a data set from headers: studies.csv and charts in --out, then what is unusual."""
+    """Describe --data from headers: studies.csv and charts in --out, what is unusual in words."""
     data, out, rows = data_folder(o, "train.csv"), Path(o.out), []
     folders = sorted(path for path in data.glob("*_images/*") if path.is_dir())
     masks = {path.name.split(".nii")[0] for path in data.glob("segmentations/*.nii*")}
@@ -267,3 +267,10 @@ def eda(o):
         write_png(out / f"{file}.png", image)
     print(f"{len(table)} studies, {len(charts)} charts in {out}/. Unusual:")
     print(*unusual(table), sep="\n")
+
+
+MODES = {
+    "eda": (eda, "data out workers", dict(out=("eda", "folder to write"))),
+    "show": (show, "study data weights out device", dict(
+        study=(None, "folder, or uid in --data"), out=("pictures", "folder to write"))),
+}

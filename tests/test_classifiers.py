@@ -40,6 +40,19 @@ def test_the_patient_classifier_answers_105_steps_and_the_patient(small):
     assert steps.shape == (2, 105) and patient.shape == (2,)
 
 
+def test_a_third_of_the_steps_is_a_sample_too(small):
+    crops = random_crops(1, 35, 6, 32, 32)
+    crops[:, 10:15] = 0  # the third vertebra is not in view
+    with torch.inference_mode():
+        steps, patient = small[0](crops)
+        one = small[1](crops[:, :5])
+    assert steps.shape == (1, 35) and patient.shape == (1,) and one.shape == (1, 5)
+    labels = torch.tensor([[1.0, 0, math.nan, 0, 0, 0, 0, 1]])
+    loss = classifier_loss((steps, patient), labels)
+    doubled = classifier_loss((steps.repeat_interleave(3, 1), patient), labels)
+    assert loss.item() == pytest.approx(doubled.item(), rel=1e-5)
+
+
 def test_bytes_and_unit_floats_give_the_same_answer(small):
     crops = random_crops(1, 15, 6, 32, 32)
     with torch.inference_mode():

@@ -41,25 +41,30 @@ def refused(capsys, tmp_path, monkeypatch):
     return run
 
 
+def described(mode):
+    """(function, names of its options, {option: (default, meaning)}) of a mode, wherever it is."""
+    entry = cspine.MODES[mode]
+    function, options, *own = cspine.side_room(entry).MODES[mode] if isinstance(entry, str) else entry
+    return function, options.split(), cspine.OPTIONS | dict(*own)
+
+
 @pytest.mark.parametrize("mode", cspine.MODES)
 def test_every_mode_answers_help_with_its_purpose_and_defaults(mode, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit) as end:
         cspine.main([mode, "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    function, options = cspine.MODES[mode]
+    function, options, meanings = described(mode)
     assert end.value.code == 0 and " ".join(function.__doc__.split()) in text
-    for option in options.split():
-        name, _, own = option.partition("=")
-        default, meaning = cspine.OPTIONS[name]
-        assert (name if default is None else "--" + name.lower().replace("_", "-")) in text
-        shown = meaning if default is None else f"{meaning} (default: {own or default})"
+    for name in options:
+        default, meaning = meanings[name]
+        assert (name if default is None else "--" + name.replace("_", "-")) in text
+        shown = meaning if default is None else f"{meaning} (default: {default})"
         assert " ".join(shown.split()) in text
 
 
 def test_every_option_is_used_by_a_mode():
-    used = " ".join(options for _, options in cspine.MODES.values()).split()
-    assert {option.partition("=")[0] for option in used} == set(cspine.OPTIONS)
+    assert set(cspine.OPTIONS) <= {name for mode in cspine.MODES for name in described(mode)[1]}
 
 
 def test_the_modes_of_the_design_are_there_in_the_order_of_the_work(capsys):
@@ -244,7 +249,8 @@ def test_a_bug_shows_its_traceback(monkeypatch, tmp_path):
 
 def test_demo_goes_from_phantoms_to_scores_and_dice(weights, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(cspine.OPTIONS, "matrix", (64, ""))
+    own = cspine.side_room("demo").MODES["phantom"][2]
+    monkeypatch.setitem(own, "matrix", (64, ""))
     assert cspine.main(["demo", "--weights", str(weights), "--test-studies", "1"]) == 0
     text = capsys.readouterr().out
     labels = pd.read_csv(tmp_path / "work" / "demo" / "test_labels.csv")

@@ -624,3 +624,26 @@ def test_the_crops_of_a_study_take_less_than_a_quarter_of_their_bytes(tmp_path):
     assert crops.any((1, 2, 3, 4)).sum() >= 5 and crops.nbytes == 31_610_880
     assert (tmp_path / "crops.npz").stat().st_size < crops.nbytes / 4
     assert np.array_equal(cspine.read_crops(tmp_path / "crops.npz"), crops)
+
+
+def test_a_thinned_batch_shows_every_third_step_from_a_drawn_one():
+    shown = []
+
+    def model(crops):
+        shown.append((crops[0, :, 0, 0, 0] * 255).round().int().tolist())
+        return torch.zeros(crops.shape[:2])
+
+    numbers = torch.arange(15, dtype=torch.uint8).reshape(1, 15, 1, 1, 1).expand(1, 15, 6, 8, 8)
+    recipe = replace(TOY, thin=3, shuffle=0, size=8)
+    still = dict.fromkeys(cspine.CROP_RANGES, 0.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cspine.augment_crops, "__defaults__", (cspine.CROP, still))
+        for seed in range(20):
+            rngs = [np.random.default_rng(seed)]
+            cspine.classifier_batch(model, [numbers, torch.ones(1, 1)], rngs, recipe)
+    assert {tuple(steps) for steps in shown} == {tuple(range(k, 15, 3)) for k in range(3)}
+
+
+def test_a_thinning_that_does_not_divide_the_steps_is_refused(arguments, tmp_path, capsys):
+    assert cspine.main(arguments("vertebra", tmp_path, "--thin", "4")) == 2
+    assert "--thin 4" in capsys.readouterr().err
