@@ -117,6 +117,7 @@ class Recipe:
     thin: int = 1  # 3: a third of a vertebra's steps, in turns; a divisor of 15
     shuffle: float = 0.2  # share of samples in another order (first place)
     mask_of: str = "last"  # slice of a step
+    half: bool = False  # bfloat16 on a CPU that has it, as on a GPU
     seed: int = 0
 
 
@@ -228,14 +229,17 @@ def pick_device(name):
 
 
 def half_type(device):
-    """bfloat16 where it is native, else float16 (T4); None on the CPU."""
+    """bfloat16 where it is native, else float16 on a GPU (T4), None on a CPU."""
     if device.type == "cuda":
         new = torch.cuda.get_device_capability(device) >= (8, 0)
         return torch.bfloat16 if new else torch.float16
+    flags = Path("/proc/cpuinfo")  # AVX-512 or AMX: twice as fast; without them, far slower
+    return torch.bfloat16 if flags.exists() and "_bf16" in flags.read_text() else None
 
 
-def autocast(device):
-    return torch.autocast(device.type, half_type(device), enabled=device.type == "cuda")
+def autocast(device, wanted=True):
+    half = half_type(device) if wanted else None
+    return torch.autocast(device.type, half, enabled=half is not None)
 
 
 def peak_gb():
@@ -694,7 +698,7 @@ def read_crops(path, vertebrae=range(7)):
 
 
 class StepEncoder(nn.Module):
-    """Backbone, then LSTM: crops (B, N, K, S, S), uint8 or 0..1 -> (B, N, F), (B, N, 2H)."""
+    """Crops (B, N, K, S, S), uint8 or 0..1, of V vertebrae -> features (B, N, F); the LSTM."""
 
     def __init__(self, backbone, hidden, drop_path, dropout):
         super().__init__()
@@ -716,8 +720,7 @@ class StepEncoder(nn.Module):
             parts = (part.contiguous(memory_format=torch.channels_last) * scale - 1  # -1..1
                      for part in shown.split(at_once))
             features[seen] = torch.cat([*map(self.backbone, parts)]).float()
-        features = features.unflatten(0, crops.shape[:2])  # (B * N, F) -> (B, N, F)
-        return features, self.lstm(features)[0]
+        return features.unflatten(0, crops.shape[:2])  # (B * N, F) -> (B, N, F)
 
 
 def logit_head(width, hidden, dropout):
@@ -728,6 +731,8 @@ def logit_head(width, hidden, dropout):
 class VertebraClassifier(nn.Module):
     """One vertebra: (B, 15, 6, S, S) -> (B, 15) logits of a fracture."""
 
+    vertebrae = 1
+
     def __init__(self, backbone="tf_efficientnetv2_s", size=CROP, mask_of="last", hidden=256,
                  drop_path=0.0, dropout=0.0):
         super().__init__()
@@ -736,11 +741,18 @@ class VertebraClassifier(nn.Module):
         self.head = logit_head(2 * hidden, hidden, dropout)
 
     def forward(self, crops):
-        return self.head(self.encoder(crops, 1)[1])[..., 0]
+        features = self.encoder(crops, self.vertebrae)
+        with torch.autocast(crops.device.type, enabled=False):  # bfloat16 would round answers
+            return self.answer(features)
+
+    def answer(self, features):
+        return self.head(self.encoder.lstm(features)[0])[..., 0]  # (B, N, F) -> (B, N)
 
 
 class PatientClassifier(VertebraClassifier):
     """All vertebrae: (B, 105, 6, S, S) -> (B, 105) logits of the steps, (B,) of the patient."""
+
+    vertebrae = 7
 
     def __init__(self, backbone="convnext_nano", size=CROP, mask_of="last", hidden=256,
                  drop_path=0.0, dropout=0.0):
@@ -749,11 +761,10 @@ class PatientClassifier(VertebraClassifier):
         self.patient_lstm = copy.deepcopy(lstm)
         self.patient_head = logit_head(4 * lstm.hidden_size, lstm.hidden_size, lstm.dropout)
 
-    def forward(self, crops):
-        features, context = self.encoder(crops, 7)
+    def answer(self, features):
         whole = self.patient_lstm(features)[0]
         whole = torch.cat([whole.amax(1), whole.mean(1)], 1)  # (B, N, 2H) -> (B, 4H)
-        return self.head(context)[..., 0], self.patient_head(whole)[..., 0]
+        return super().answer(features), self.patient_head(whole)[..., 0]
 
 
 KINDS = {"segmenter": Segmenter, "vertebra": VertebraClassifier, "patient": PatientClassifier}
@@ -1025,7 +1036,7 @@ class Trainer:
         for k in range(parts):
             samples, rngs = zip(*batch[k::parts])
             tensors = [torch.from_numpy(np.stack(x)).to(task.device) for x in zip(*samples)]
-            with autocast(task.device):
+            with autocast(task.device, recipe.half or task.device.type == "cuda"):
                 loss = task.loss(model, tensors, rngs, recipe) * len(rngs) / len(batch)
             self.scaler.scale(loss).backward()
             mean += loss.item()
@@ -1516,13 +1527,17 @@ def segmenter_batch(model, tensors, rngs, recipe):
     return segmenter_loss(model(cubes.to(memory_format=torch.channels_last_3d)), labels)
 
 
-def classifier_batch(model, tensors, rngs, recipe):
-    """Loss of an augmented batch; mixup mixes the two losses, never the labels."""
+def classifier_batch(model, tensors, rngs, recipe, extra=0.0):
+    """Loss of an augmented batch; mixup mixes the two losses, never the labels.
+
+    `extra`: log odds that sampling added, taken out of the answers (Menon et al. 2021).
+    """
     crops = tensors[0][:, int(rngs[0].integers(recipe.thin)) :: recipe.thin]
     crops = augment_crops(crops.float() / 255, rngs, recipe.size)
     crops, labels = shuffle_order(crops, tensors[1], rngs, recipe.shuffle)
     share = rngs[0].random() if rngs[0].random() < recipe.mixup else 1.0
     outputs = model(crops.flip(0).lerp(crops, share))
+    outputs = outputs + extra if extra else outputs
     other = classifier_loss(outputs, labels.flip(0))
     loss = share * classifier_loss(outputs, labels) + (1 - share) * other
     return loss * (1 + labels).nan_to_num().mean()  # parts and ranks count by their weights
@@ -1608,7 +1623,10 @@ def mode_train_cls(o):
                     vertebra_auc=auc(answers[:, :7].ravel(), right[:, :7].ravel()),
                     patient_auc=auc(answers[:, 7], right[:, 7]))
 
-    task = Task(kind, recipe, device, load, classifier_batch, score, judge)
+    share = np.mean([sample[1] for sample in sum(samples.values(), [])])
+    odds = torch.tensor([recipe.positives or share, share], dtype=torch.float64).logit(FLOOR)
+    loss = functools.partial(classifier_batch, extra=float(odds[0] - odds[1]))
+    task = Task(kind, recipe, device, load, loss, score, judge)
     run_training(o, samples, folds, task)
 
 
@@ -1653,6 +1671,7 @@ OPTIONS = dict(  # default, meaning
     resume=(False, "go on where a run stopped"),
     time_limit=(0.0, "minutes; 0: none"),
     init=("", "weights to start from"),
+    half=(False, "train in bfloat16 on a CPU that has it"),
     mask_of=("last", "slice of a step whose mask is shown: last, center"),
     top_k=(Answers().top_k, "steps averaged"),
     views=(Answers().views, "dihedral views a model; 0: none"),
@@ -1663,7 +1682,7 @@ OPTIONS = dict(  # default, meaning
                     (0, "0: the recipe's")),
 )
 TRAINING = ("data weights work device seed workers backbone fold folds epochs batch_size size lr "
-            "accumulate resume time_limit init")
+            "accumulate resume time_limit init half")
 CLASSIFIERS = TRAINING + " mask_of hidden thin"
 MODES = {  # function, options; or the side room whose MODES say so: only in the repository
     "phantom": "demo",

@@ -13,6 +13,7 @@ from cspine import (
     auc, combine, competition_scores, cube_labels, data_folder, dice_scores, element_losses,
     load_models, pick_device, progress, read_csv, read_volume, segment, write_atomic)
 
+BINS = (0, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1)  # of the reliability table
 CALIBRATION_PULL = 2.0  # towards the identity: a spread of 0.5 in log scale and in shift
 
 
@@ -51,6 +52,19 @@ def score_table(answers, labels):
         p, y = answers[:, columns].ravel(), labels[:, columns].ravel()
         rows.append((y.sum(), element_losses(p, y).mean(), auc(p, y)))
     return pd.DataFrame(rows, parts, ["fractured", "log loss", "AUC"])
+
+
+def reliability(answers, labels):
+    """How often answers of about a size are right: a row a bin, C1 to C7 and the patient apart."""
+    rows = []
+    for name, part in (("C1 to C7", slice(7)), ("patient_overall", slice(7, 8))):
+        p, y = answers[:, part].ravel(), labels[:, part].ravel()
+        table = pd.DataFrame({"answers": p, "mean answer": p, "fractured": y})
+        bins = pd.cut(table.answers, BINS, include_lowest=True).astype(str)
+        table = table.groupby(bins.rename(name)).agg(
+            {"answers": "size", "mean answer": "mean", "fractured": "mean"})
+        rows.append(table.set_axis(f"{name} " + table.index))
+    return pd.concat(rows)
 
 
 def mask_table(data, uids, models, workers):
@@ -99,6 +113,7 @@ def evaluate(o):
     if models and not o.folds:
         table = table.join(mask_table(data, uids, models, o.workers))
     print(table.round(4).to_string(na_rep=""))
+    print(reliability(answers, labels).round(3).to_string())
 
 
 def fit_calibration(answers, labels):

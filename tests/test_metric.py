@@ -15,6 +15,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from evaluation import reliability
+
 from cspine import (PRIOR, STUDY, TARGETS, VERTEBRAE, assign_folds, auc, competition_scores,
                     dice_scores, element_losses)
 
@@ -149,3 +151,15 @@ def test_folds_are_these_on_every_machine():
 
 
 PINNED = [1, 2, 3, 0, 1, 0, 0, 3, 3, 2, 1, 2]
+
+
+def test_the_reliability_table_counts_every_answer_in_its_bin():
+    answers = np.full((4, 8), 0.1)
+    answers[0], answers[1, 7] = 0.3, 0.9
+    labels = np.zeros((4, 8))
+    labels[0], labels[1, 7], labels[2, 0] = 1, 1, 1
+    table = reliability(answers, labels)
+    assert list(table.loc["C1 to C7 (0.2, 0.4]"]) == pytest.approx([7, 0.3, 1])
+    assert list(table.loc["C1 to C7 (0.05, 0.1]"]) == pytest.approx([21, 0.1, 1 / 21])
+    assert list(table.loc["patient_overall (0.8, 1.0]"]) == pytest.approx([1, 0.9, 1])
+    assert table.answers.sum() == 32

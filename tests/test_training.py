@@ -507,11 +507,18 @@ def test_out_of_memory_names_the_options_to_lower(error, arguments, tmp_path, mo
     assert "--batch-size" in line and "--accumulate" in line
 
 
-def test_half_precision_is_bfloat16_where_native_float16_on_a_t4_none_on_a_cpu(monkeypatch):
+def test_half_precision_is_bfloat16_where_native_float16_on_a_t4_else_none(monkeypatch):
     for capability, kind in (((7, 5), torch.float16), ((8, 0), torch.bfloat16)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         assert cspine.half_type(torch.device("cuda")) is kind
-    assert cspine.half_type(CPU) is None
+    for flags, kind in (("fma avx512_bf16 avx2", torch.bfloat16), ("fma amx_bf16", torch.bfloat16),
+                        ("fma avx512f avx2", None)):
+        monkeypatch.setattr(cspine.Path, "read_text", lambda path: flags)
+        assert cspine.half_type(CPU) is kind
+        with cspine.autocast(CPU):
+            assert (torch.ones(1, 1) @ torch.ones(1, 1)).dtype == (kind or torch.float32)
+        with cspine.autocast(CPU, wanted=False):
+            assert (torch.ones(1, 1) @ torch.ones(1, 1)).dtype == torch.float32
 
 
 @pytest.mark.parametrize("kind, epochs, lr", [("segmenter", 100, 1e-2), ("vertebra", 8, 2e-3),
