@@ -29,6 +29,7 @@ HU = dict(air=(-1000, -1000), skin=(-20, 60), fat=(-120, -75), fascia=(-70, 0), 
           foam=(-990, -900), spongy=(150, 420), grain=(20, 80), blood=(20, 110))
 FRACTURED_PATIENTS = 0.476  # facts; with it the vertebrae's rates give the facts' prevalences
 FRACTURE_RATES = (0.091, 0.178, 0.046, 0.067, 0.101, 0.173, 0.245)
+GAP_MM = 0.5, 2.0  # width of a fracture
 GAP_MM2, IN_VIEW_MM, JOINT_MM, SOFT_MM, FAR_MM = 60, 13, 0.8, 1.6, 9
 STORAGE = ((1, 16, -1024, 1), (1, 16, 0, 1), (1, 12, 0, 1), (0, 12, -1024, 1), (0, 16, -8192, 1),
            (0, 13, -1000, 1), (1, 16, -1024, 0.5))  # signed, bits, intercept, slope
@@ -193,7 +194,7 @@ def break_bone(rng, parts, at, local, mm):
         offset = [a - c for a, c in zip(at, centre)]
         plane = sum(o * n for o, n in zip(offset, normal)) + rough
         weight = np.clip((reach - np.sqrt(sum(o * o for o in offset))) / 4, 0, 1)
-        width = max(rng.uniform(0.5, 2), 0.75 * mm)
+        width = max(rng.uniform(*GAP_MM), 0.75 * mm)
         cut = np.clip((width / 2 - np.abs(plane)) / mm + 0.5, 0, min(1, width / mm)) * weight
         area += max(cut[bone].sum() * mm ** 3 / width, 5)
         gap = np.maximum(gap, cut)
