@@ -20,9 +20,7 @@ V 7 vertebrae, T 15 steps, K 6 channels a step, S crop edge, D cube edge, F feat
     python cspine.py predict --data DIR     submission.csv
     torchrun --nproc_per_node=2 cspine.py predict ...   on two GPUs
 
-Pasted into a notebook cell, the file runs nothing; then main(["predict", "--weights", "DIR"])
-runs a mode. Not a medical device.
-"""
+Pasted, the file runs nothing; then main(["predict"]) runs a mode. Not a medical device."""
 
 import argparse
 import contextlib
@@ -55,14 +53,13 @@ import pandas as pd
 import pydicom
 import timm
 import torch
-import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
 from pydicom.encaps import generate_frames
 from pydicom.pixels import get_decoder, pixel_array
 from pydicom.uid import (UID, ImplicitVRLittleEndian, JPEG2000TransferSyntaxes, JPEGLossless,
                          JPEGLosslessSV1)
 from timm.layers import BatchNormAct2d, Conv2dSame
+from torch import distributed as dist, nn
 from tqdm import tqdm
 
 
@@ -75,29 +72,29 @@ STUDY = "StudyInstanceUID"
 STEPS, SLICES_PER_STEP, CROP = 15, 5, 224
 CHANNELS = SLICES_PER_STEP + 1  # and a mask
 TARGET_WEIGHTS, POSITIVE_FACTOR = np.array([1.0] * 7 + [7.0]), 2.0  # the metric's
-# A blind answer: the constants with the lowest score (0.5573) on the 2019 training labels.
+# The constants with the lowest score (0.5573) on the 2019 training labels.
 PRIOR = np.array([0.1027, 0.1930, 0.0512, 0.0752, 0.1105, 0.1842, 0.2559, 0.5309])
 FLOOR = 1e-4  # answers stay within (FLOOR, 1 - FLOOR)
-AIR_HU = -1024  # padding outside the scanner's circle lies below it
+AIR_HU = -1024  # padding lies below it
 SEGMENTER_WINDOW, BONE_WINDOW = (300, 1600), (500, 2000)  # (level, width) HU: cube, crops
 MIN_SLICES, MAX_VOXELS = 16, 2**30  # fewer are no study, more do not fit a notebook
-MAX_GAP_MM = 30.0  # a longer hole along the normal separates two series
-SAME_STEP_MM = 0.0031  # within a series; odd, so that no usual spacing lies on the edge
+MAX_GAP_MM = 30.0  # a longer hole separates two series
+SAME_STEP_MM = 0.0031  # odd, so that no usual spacing lies on the edge
 MASK_THRESHOLDS = (0.2, 0.05)  # first place's: the second when the first leaves nothing
 MIN_CELLS, BOX_MARGIN = 12, 1.0  # cube cells: fewer are no vertebra; around a box (first place)
 BOX_SHARE = 0.05  # of the fullest plane's cells: planes with fewer hold strays (README, Results)
 CROPS_AT_ONCE = {"cpu": STEPS, "cuda": 210}  # 15 stay in a CPU's cache
-# Lossless: run lengths write fast; WebP takes a quarter less, for noise, but 15 times longer.
+# Lossless. WebP, for noise, takes a quarter less and 15 times longer.
 CROP_FORMATS = ((".png", cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, 3),
                 (".webp", cv2.IMWRITE_WEBP_QUALITY, 101))
 KAGGLE_DATA = "/kaggle/input/rsna-2022-cervical-spine-fracture-detection"
 KAGGLE_MINUTES = 510.0  # of the 540 that a submission has
-MAX_SKIPPED_STEPS = 20  # in a row without a finite gradient before a training gives up
+MAX_SKIPPED_STEPS = 20  # in a row without a finite gradient
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a training does, stored in its checkpoint. Ours, unless a source is named."""
+    """What a training does. Ours, unless a source is named."""
 
     backbone: str
     epochs: int
@@ -112,7 +109,7 @@ class Recipe:
     clip: float = 1.0  # norm of the gradient
     drop_path: float = 0.05
     dropout: float = 0.2  # EfficientNetV2-S's (Tan and Le 2021)
-    positives: float = 0.0  # share of an epoch drawn from fractured vertebrae; 0: as they come
+    positives: float = 0.0  # share of an epoch that is fractured; 0: as they come
     hidden: int = 256  # width of the LSTMs (starting solution)
     thin: int = 1  # 3: a third of a vertebra's steps, in turns; a divisor of 15
     shuffle: float = 0.2  # share of samples in another order (first place)
@@ -130,7 +127,7 @@ RECIPES = {
 class Answers(NamedTuple):
     """How logits become answers."""
 
-    top_k: int = 5  # a vertebra's answer is the mean of its largest steps (first place)
+    top_k: int = 5  # a vertebra's largest steps are averaged (first place)
     views: int = 1  # dihedral views a model, the i-th starting at view i mod 8; 0: none
     average: str = "logit"  # or "probability"
     noisy_or: float = 0.3  # share of 1 - prod(1 - P(Ck)) in patient_overall
@@ -151,6 +148,16 @@ class Stopped(Exception):
     """A run that ended early, all saved."""
 
 
+@contextlib.contextmanager
+def study_errors(where):
+    """Any exception becomes a StudyError: damaged bytes make libraries raise nearly every kind."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:240] or type(error).__name__
+        raise StudyError(f"{where}: {reason}") from error
+
+
 def say(text):
     tqdm.write(text, file=sys.stderr)
 
@@ -162,12 +169,10 @@ def progress(items, unit, total):
 def write_atomic(path, write):
     """write(temporary path), moved into place when whole."""
     path = Path(path)
-    new = path.with_name(f".{os.getpid()}.{threading.get_ident()}.{path.name}")
+    new = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(new)
-        with open(new, "rb") as file:
-            os.fsync(file.fileno())
         new.replace(path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
@@ -181,14 +186,10 @@ def write_csv(path, table):
 
 
 def read_csv(path, columns):
-    """A table. UserError if it cannot be read or lacks a column."""
-    try:
+    with study_errors(f"{path}: no csv with {', '.join(columns)}"):
         table = pd.read_csv(path, dtype={STUDY: str, "row_id": str})
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: no readable csv ({str(error).splitlines()[0]})") from None
-    if missing := ", ".join(c for c in columns if c not in table):
-        raise UserError(f"{path}: no column {missing}; found {', '.join(table)}")
-    return table
+        table[[*columns]]  # or KeyError
+        return table
 
 
 def prefetch(work, items, workers, ahead=1):
@@ -210,7 +211,6 @@ def ranks():
 
 
 def over_ranks(value):
-    """The list of every rank's value."""
     out = [value] * ranks()[1]
     if dist.is_initialized():
         dist.all_gather_object(out, value)
@@ -218,20 +218,16 @@ def over_ranks(value):
 
 
 def pick_device(name):
-    """A torch.device that works; "auto": this rank's GPU."""
     if name == "auto":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    with study_errors(f"--device {name}"):
+        return torch.empty(1, device=name).device  # does it work?
 
 
 def half_type(device):
-    """bfloat16 where it is native, else float16 (T4); None on the CPU."""
-    if device.type == "cuda":
-        new = torch.cuda.get_device_capability(device) >= (8, 0)
-        return torch.bfloat16 if new else torch.float16
+    if device.type == "cuda":  # bfloat16 where it is native
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if native else torch.float16
 
 
 def autocast(device):
@@ -263,8 +259,7 @@ class Stop:
 
 
 # ============================================ Reading ============================================
-# In: DICOM slices, a NIfTI mask. Out: a Volume, labels on its grid. The trap: only its position
-# says where a slice lies.
+# DICOM slices to a Volume, a NIfTI mask to its grid. Only its position says where a slice lies.
 
 DEFAULTS = {"ImagePositionPatient": [math.nan] * 3, "ImageOrientationPatient": [1, 0, 0, 0, 1, 0],
             "PixelSpacing": [0, 0], "RescaleSlope": 1, "RescaleIntercept": 0}
@@ -282,26 +277,14 @@ class Volume(NamedTuple):
     problems: tuple = ()  # in words
 
 
-@contextlib.contextmanager
-def study_errors(where):
-    """Whatever damaged bytes raise becomes a StudyError: libraries raise nearly every kind."""
-    try:
-        yield
-    except Exception as error:
-        reason = " ".join(str(error).split())[:240] or type(error).__name__
-        raise StudyError(f"{where}: {reason}") from error
-
-
 def read_slices(path):
     """(series, place (3, 3), HU int16 (Y, X)) of each frame of a file.
-
-    `place`, LPS mm: the first voxel's centre, the step to the next row, to the next column.
-    """
-    if not path.is_file():
+    `place`, LPS mm: the first voxel's centre, the step to the next row, to the next column."""
+    if not path.is_file():  # a pipe would wait
         raise StudyError("no plain file")
     data, out = pydicom.dcmread(path, force=True), []
-    shared = data.get("SharedFunctionalGroupsSequence") or []
-    own = data.get("PerFrameFunctionalGroupsSequence") or []
+    shared = data.get("SharedFunctionalGroupsSequence", [])
+    own = data.get("PerFrameFunctionalGroupsSequence", [])
     for number, stored in enumerate(decode_pixels(data)):
         groups = [*shared, *own[number : number + 1]]
         tags = {part.keyword: part.value for group in groups for part in group.iterall()}
@@ -311,7 +294,7 @@ def read_slices(path):
         row, column = directions.reshape(2, 3)
         place, normal = np.array([position, column * height, row * width]), np.cross(row, column)
         if not (min(height, width) > 0 and abs(place).max() < 1e6 and 0.9 < normal @ normal < 1.1):
-            raise StudyError("no usable PixelSpacing, position or orientation")
+            raise StudyError("no usable spacing, position or orientation")
         pages = mmap.mmap(-1, 2 * stored.size, mmap.MAP_PRIVATE)  # malloc keeps what is freed
         hu = np.ndarray(stored.shape, np.int16, pages)
         hu[:] = np.rint(stored * slope + intercept).clip(AIR_HU, 32767)
@@ -321,7 +304,7 @@ def read_slices(path):
 
 
 def decode_study(folder, workers, give_up):
-    """({series: [(place, HU), ...]}, problems); each file is opened once."""
+    """({series: [(place, HU), ...]}, problems)."""
     files = sorted(Path(folder).iterdir(), key=lambda path: (len(path.name), path))
     stacks, problems = {}, []
     for path, future in prefetch(read_slices, files, workers, 4 * workers + 1):
@@ -337,19 +320,17 @@ def decode_study(folder, workers, give_up):
 
 
 def one_series(stacks, problems):
-    """The largest stack in order: (planes, where even steps lie among them, affine)."""
+    """The largest stack: (planes in order, where even steps lie among them, affine, problems)."""
     stack = max(stacks.values(), key=len, default=[])
     places = np.array([place for place, _ in stack]).reshape(-1, 3, 3)
     normal = np.cross(places[:1, 1], places[:1, 2])
     mm = (places[:, 0] @ normal.T).ravel() / np.linalg.norm(normal)
-    order = np.argsort(mm, kind="stable")
-    order = order[np.diff(mm[order], prepend=-np.inf) > 0.01]
+    order = np.unique(np.rint(mm / SAME_STEP_MM), return_index=True)[1]
     run = max(np.split(order, np.flatnonzero(np.diff(mm[order]) > MAX_GAP_MM) + 1), key=len)
     if other := sum(map(len, stacks.values())) - len(run):
         problems.append(f"{other} images of another series, size or position left out")
     if len(run) < MIN_SLICES:
-        found = f"{len(run)} usable slices of at least {MIN_SLICES}"
-        raise StudyError("; ".join([found, *problems[-1:]]))
+        raise StudyError("; ".join([f"{len(run)} usable slices, not {MIN_SLICES}", *problems[-1:]]))
     mm, steps, (start, column, row) = mm[run], np.arange(len(run)), places[run[0]]
     step, way = np.median(np.diff(mm)), places[run[-1], 0] - start
     even = np.linspace(mm[0], mm[-1], round(np.ptp(mm) / step) + 1)
@@ -360,29 +341,24 @@ def one_series(stacks, problems):
     if straight < 0.999:
         problems.append(f"gantry tilted by {math.degrees(math.acos(straight)):.0f} degrees")
     affine = np.c_[way / (len(even) - 1), column, row, start]
-    return [stack[k][1] for k in run], steps, np.r_[affine, [[0, 0, 0, 1]]]
+    return [stack[k][1] for k in run], steps, np.r_[affine, [[0, 0, 0, 1]]], problems
 
 
 def read_volume(folder, workers=2, give_up=lambda: False):
-    """One CT study, head first, in Hounsfield units, on `workers` threads.
-
-    StudyError, nothing else: under MIN_SLICES usable, or give_up() is true.
-    """
+    """One CT study, head first, in HU. StudyError, nothing else: too few slices, or give_up()."""
     with study_errors(folder):
-        stacks, problems = decode_study(folder, workers, give_up)
-        planes, steps, affine = one_series(stacks, problems)
-        stacks.clear()
+        planes, steps, affine, problems = one_series(*decode_study(folder, workers, give_up))
         shape = len(steps), *planes[0].shape
         if math.prod(shape) > MAX_VOXELS:
             raise StudyError(f"{shape} voxels")
         spacing = np.linalg.norm(affine[:3, :3], axis=0)
         share = affine[2::-1, :3] / spacing * [[-1], [1], [1]]  # (down back left, old axis)
         axes = max(permutations(range(3)), key=lambda axes: abs(share[range(3), axes]).sum())
-        signs = np.sign(share[range(3), axes]).astype(int)
+        flip = share[range(3), axes] < 0
         affine, hu = affine[:, [*axes, 3]], np.empty([shape[k] for k in axes], np.int16)
-        affine[:, 3] += affine[:, :3] @ ((signs < 0) * np.subtract(hu.shape, 1))
-        affine[:, :3] *= signs
-        slices = hu[tuple(slice(None, None, sign) for sign in signs)].transpose(np.argsort(axes))
+        affine[:, 3] += affine[:, :3] @ (flip * np.subtract(hu.shape, 1))
+        affine[:, :3] *= 1 - 2 * flip
+        slices = np.flip(hu, [*np.flatnonzero(flip)]).transpose(np.argsort(axes))
         for k, at in enumerate(steps):
             low = min(int(at), len(planes) - 2)
             planes[:low] = [None] * low  # the volume is never held twice
@@ -391,7 +367,7 @@ def read_volume(folder, workers=2, give_up=lambda: False):
 
 
 def read_nifti(path):
-    """(stored labels (I, J, K), slope, intercept, voxel from LPS mm) of a mask."""
+    """(stored labels (I, J, K), slope, intercept, voxel from LPS mm)."""
     raw = Path(path).read_bytes()
     if raw[:2] == b"\x1f\x8b":
         raw = zlib.decompressobj(31).decompress(raw, MAX_VOXELS)
@@ -402,18 +378,15 @@ def read_nifti(path):
     if raw[344:348] != b"n+1\0" or rank < 3 or start < 348 or (short[24 : 21 + rank] > 1).any():
         raise ValueError("not one 3-D image")  # NumPy would read before the file's first byte
     stored = np.ndarray(shape, order + NIFTI_TYPES[short[35]], raw, start, order="F")
-    affine = np.eye(4)
+    affine = np.diag([*zooms * (-1, 1, 1), 1])
+    affine[:3, 3] = affine[:3, :3] @ (1.0 - shape) / 2  # centred, as nibabel does
     if short[127] > 0:  # sform
         affine[:3] = real[70:82].reshape(3, 4)
     elif short[126] > 0:  # qform
-        b, c, d, *affine[:3, 3] = real[64:70]
-        skew = np.array([[0, -d, c], [d, 0, -b], [-c, b, 0]])
-        a = math.sqrt(max(0, 1 - b * b - c * c - d * d))
-        turn = np.eye(3) + 2 * (a * skew + skew @ skew)
+        axis, affine[:3, 3] = real[64:67], real[67:70]
+        skew, cosine = np.cross(np.eye(3), axis), math.sqrt(max(0, 1 - axis @ axis))
+        turn = np.eye(3) + 2 * (cosine * skew + skew @ skew)
         affine[:3, :3] = turn * zooms * (1, 1, -1 if real[19] < 0 else 1)
-    else:  # centred, as nibabel does
-        affine[:3, :3] = np.diag(zooms * (-1, 1, 1))
-        affine[:3, 3] = affine[:3, :3] @ (1.0 - shape) / 2
     voxel_from_lps = np.linalg.inv(np.asarray_chkfinite(affine)) * (-1, -1, 1, 1)
     slope, intercept = real[28:30] if math.isfinite(real[28]) and real[28] else (1, 0)
     return stored, slope, intercept, voxel_from_lps
@@ -421,10 +394,8 @@ def read_nifti(path):
 
 def read_mask(path, volume, shape=None):
     """uint8 (Z, Y, X): each voxel's nearest label, 1-7 = C1-C7, 8-19 = T1-T12, 0 outside.
-
-    `shape`: of a coarser grid. StudyError for another format.
-    """
-    with study_errors(f"{path}: not a whole NIfTI-1 mask in one file"):
+    `shape`: of a coarser grid. StudyError for another format."""
+    with study_errors(f"{path}: no whole NIfTI-1 mask"):
         stored, slope, intercept, voxel_from_lps = read_nifti(path)
     out = np.zeros(shape or volume.hu.shape, np.uint8)
     matrix = (voxel_from_lps @ volume.affine)[:3, :, None, None]
@@ -452,16 +423,12 @@ def to_cells(image, rows, columns):
 
 
 def segmenter_input(volume, size=128, window=SEGMENTER_WINDOW):
-    """float32 (1, D, D, D) in 0..1: the whole study averaged onto a cube.
-
-    Cell i covers the voxels [i * Z / D, (i + 1) * Z / D), along Y and X likewise.
-    """
-    low, high = window[0] - window[1] // 2, window[0] + window[1] // 2
-    planes = np.empty((len(volume.hu), size * size), np.float32)  # (Z, D * D)
-    for k, hu in enumerate(volume.hu):
-        planes[k] = to_cells(np.clip(hu, low, high).astype(np.float32), size, size).ravel()
-    cube = to_cells(planes, size, size * size)  # (Z, D * D) -> (D, D * D)
-    return torch.from_numpy((cube.reshape(1, size, size, size) - low) / (high - low))
+    """float32 (1, D, D, D) in 0..1: a cell averages its share of the study."""
+    low, width = window[0] - window[1] // 2, window[1]
+    planes = [to_cells(np.clip(hu, low, low + width).astype(np.float32), size, size).ravel()
+              for hu in volume.hu]
+    cube = to_cells(np.array(planes), size, size * size)  # (Z, D * D) -> (D, D * D)
+    return torch.from_numpy((cube.reshape(1, size, size, size) - low) / width)
 
 
 # =========================================== Segmenter ===========================================
@@ -497,38 +464,34 @@ SOLID = {nn.Conv2d: nn.Conv3d, Conv2dSame: Conv3dSame, nn.MaxPool2d: nn.MaxPool3
          nn.AvgPool2d: nn.AvgPool3d, nn.BatchNorm2d: nn.BatchNorm3d, BatchNormAct2d: BatchNormAct3d}
 
 
-def to_3d(module, path=""):
+def to_3d(network):
     """The 3-D twin of a timm network, paths kept. UserError naming a layer that has none."""
-    kind, name, home = type(module), type(module).__name__, type(module).__module__
-    path = path or name
-    sides = {n: v for n, v in vars(module).items() if isinstance(v, tuple) and len(v) == 2}
-    if kind in SOLID and all(height == width for height, width in sides.values()):
-        twin = copy.deepcopy(module)
-        twin.__class__ = SOLID[kind]
-        vars(twin).update({n: v[:1] * 3 for n, v in sides.items()})
-        if isinstance(module, nn.Conv2d):
-            k = module.kernel_size[0]
-            twin.weight = nn.Parameter(twin.weight.data[:, :, None].repeat(1, 1, k, 1, 1) / k)
-        return twin
-    squeeze = name in ("SqueezeExcite", "SEModule", "EffectiveSEModule")
-    known = squeeze or "activation" in home or name in ("ConvNormAct", "DropPath")
-    strange = kind in SOLID or "2d" in name or home.startswith("timm.layers")
-    if [*module.parameters(False), *module.buffers(False)] or strange and not known:
-        raise UserError(f"cannot make {path} three-dimensional: unknown layer {name}")
-    twin = SqueezeExcite3d() if squeeze else copy.copy(module)
-    twin._modules = {n: child and to_3d(child, f"{path}.{n}")
-                     for n, child in module._modules.items()}
+    twin = copy.deepcopy(network)
+    for path, layer in twin.named_modules():
+        kind, name, home = type(layer), type(layer).__name__, type(layer).__module__
+        sides = {n: v for n, v in vars(layer).items() if isinstance(v, tuple) and len(v) == 2}
+        own = [*layer.parameters(False), *layer.buffers(False)]
+        known = "activation" in home or name in ("ConvNormAct", "DropPath")
+        if kind in SOLID and all(height == width for height, width in sides.values()):
+            layer.__class__ = SOLID[kind]
+            vars(layer).update({n: v[:1] * 3 for n, v in sides.items()})
+            if isinstance(layer, nn.Conv3d):
+                weight, k = layer.weight.data, layer.kernel_size[0]
+                layer.weight = nn.Parameter(weight[:, :, None].repeat(1, 1, k, 1, 1) / k)
+        elif name in ("SqueezeExcite", "SEModule", "EffectiveSEModule"):
+            layer.__class__ = SqueezeExcite3d
+        elif own or "2d" in name or home.startswith("timm.layers") and not known:
+            path = f"{type(network).__name__}.{path}"
+            raise UserError(f"cannot make {path} three-dimensional: unknown layer {name}")
     return twin
 
 
 def create_backbone(name, **arguments):
-    """A timm model with random weights. UserError for a name that does not fit."""
-    try:
+    """A timm model with random weights. StudyError for a name that does not fit."""
+    with study_errors(f"--backbone {name}"):
         if ":" in name:  # hf-hub: would ask the network
             raise ValueError("not a plain name of timm")
         return timm.create_model(name, pretrained=False, **arguments)
-    except Exception as error:  # timm has many kinds
-        raise UserError(f"--backbone {name}: {error!r}") from None
 
 
 class ConvBlock(nn.Module):
@@ -559,10 +522,9 @@ class Segmenter(nn.Module):
                                drop_path_rate=drop_path)
         if flat.feature_info.reduction() != [2, 4, 8, 16]:
             raise UserError(f"--backbone {backbone}: needs features at strides 2, 4, 8 and 16")
-        home, _, last = flat.feature_info.module_name()[-1].rpartition(".")
-        stages = getattr(flat, home, [])  # EfficientNets would go on to stride 32
-        for k in range(int(last) + 1 if stages else 0, len(stages)):
-            stages[k] = nn.Identity()
+        stages, _, last = flat.feature_info.module_name()[-1].rpartition(".")
+        if hasattr(flat, stages):  # EfficientNets would go on to stride 32
+            del getattr(flat, stages)[int(last) + 1 :]
         self.encoder = to_3d(flat)
         *skips, deepest = flat.feature_info.channels()
         skips[0] += 8  # and the cube itself, 2 x 2 x 2 cells a place
