@@ -74,19 +74,16 @@ CHANNELS = SLICES_PER_STEP + 1  # and a mask
 TARGET_WEIGHTS, POSITIVE_FACTOR = np.array([1.0] * 7 + [7.0]), 2.0  # the metric's
 # The constants with the lowest score (0.5573) on the 2019 training labels.
 PRIOR = np.array([0.1027, 0.1930, 0.0512, 0.0752, 0.1105, 0.1842, 0.2559, 0.5309])
-FLOOR = 1e-4  # answers stay within (FLOOR, 1 - FLOOR)
-AIR_HU = -1024  # padding lies below it
+FLOOR, AIR_HU = 1e-4, -1024  # answers stay within (FLOOR, 1 - FLOOR); padding lies below air
 SEGMENTER_WINDOW, BONE_WINDOW = (300, 1600), (500, 2000)  # (level, width) HU: cube, crops
 MIN_SLICES, MAX_VOXELS = 16, 2**30  # fewer are no study, more do not fit a notebook
-MAX_GAP_MM = 30.0  # a longer hole separates two series
-SAME_STEP_MM = 0.0031  # odd, so that no usual spacing lies on the edge
+MAX_GAP_MM, SAME_STEP_MM = 30.0, 0.0031  # of a series; odd: no usual spacing lies on the edge
 MASK_THRESHOLDS = (0.2, 0.05)  # first place's: the second when the first leaves nothing
 MIN_CELLS, BOX_MARGIN = 12, 1.0  # cube cells: fewer are no vertebra; around a box (first place)
 BOX_SHARE = 0.05  # of the fullest plane's cells: planes with fewer hold strays (README, Results)
 CROPS_AT_ONCE = {"cpu": STEPS, "cuda": 210}  # 15 stay in a CPU's cache
-# Lossless. WebP, for noise, takes a quarter less and 15 times longer.
 CROP_FORMATS = ((".png", cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, 3),
-                (".webp", cv2.IMWRITE_WEBP_QUALITY, 101))
+                (".webp", cv2.IMWRITE_WEBP_QUALITY, 101))  # lossless; for noise: 15 times slower
 KAGGLE_DATA = "/kaggle/input/rsna-2022-cervical-spine-fracture-detection"
 KAGGLE_MINUTES = 510.0  # of the 540 that a submission has
 MAX_SKIPPED_STEPS = 20  # in a row without a finite gradient
@@ -95,12 +92,11 @@ MAX_SKIPPED_STEPS = 20  # in a row without a finite gradient
 @dataclass(frozen=True)
 class Recipe:
     """What a training does. Ours, unless a source is named."""
-
     backbone: str
     epochs: int
     batch_size: int
-    lr: float  # peak of AdamW
-    size: int = CROP  # edge of the cube or the crop
+    lr: float  # AdamW's peak
+    size: int = CROP  # edge
     mixup: float = 0.0  # share of batches (first place)
     accumulate: int = 1  # parts of a batch
     weight_decay: float = 0.01  # AdamW's
@@ -109,24 +105,21 @@ class Recipe:
     clip: float = 1.0  # norm of the gradient
     drop_path: float = 0.05
     dropout: float = 0.2  # EfficientNetV2-S's (Tan and Le 2021)
-    positives: float = 0.0  # share of an epoch that is fractured; 0: as they come
-    hidden: int = 256  # width of the LSTMs (starting solution)
-    thin: int = 1  # 3: a third of a vertebra's steps, in turns; a divisor of 15
+    positives: float = 0.0  # share of fractured samples; 0: as they come
+    hidden: int = 256  # LSTMs' (starting solution)
+    thin: int = 1  # 3: a third of the steps, in turns; a divisor of 15
     shuffle: float = 0.2  # share of samples in another order (first place)
     mask_of: str = "last"  # slice of a step
     seed: int = 0
 
 
-RECIPES = {
-    "segmenter": Recipe("tf_efficientnetv2_s", 60, 4, 1e-3, 128, dropout=0.1),
-    "vertebra": Recipe("tf_efficientnetv2_s", 20, 8, 3e-4, mixup=0.2, positives=0.35),
-    "patient": Recipe("convnext_nano", 15, 2, 2e-4, mixup=0.2),
-}
+RECIPES = dict(segmenter=Recipe("tf_efficientnetv2_s", 60, 4, 1e-3, 128, dropout=0.1),
+               vertebra=Recipe("tf_efficientnetv2_s", 20, 8, 3e-4, mixup=0.2, positives=0.35),
+               patient=Recipe("convnext_nano", 15, 2, 2e-4, mixup=0.2))
 
 
 class Answers(NamedTuple):
     """How logits become answers."""
-
     top_k: int = 5  # a vertebra's largest steps are averaged (first place)
     views: int = 1  # dihedral views a model, the i-th starting at view i mod 8; 0: none
     average: str = "logit"  # or "probability"
@@ -134,7 +127,6 @@ class Answers(NamedTuple):
 
 
 # ========================================== House tools ==========================================
-
 
 class UserError(Exception):
     """What the user can mend: one line on stderr, status 2."""
@@ -168,7 +160,6 @@ def progress(items, unit, total):
 
 def write_atomic(path, write):
     """write(temporary path), moved into place when whole."""
-    path = Path(path)
     new = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -176,9 +167,6 @@ def write_atomic(path, write):
         new.replace(path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        if new.exists():
-            new.unlink()
 
 
 def write_csv(path, table):
@@ -206,8 +194,7 @@ def prefetch(work, items, workers, ahead=1):
 
 
 def ranks():
-    """(rank, number of processes) of torchrun."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
 
 
 def over_ranks(value):
@@ -240,7 +227,6 @@ def peak_gb():
 
 class Stop:
     """Why a run should end: a signal or its deadline."""
-
     def __init__(self, minutes=0.0, clock=time.monotonic):
         self.clock, self.signal, self.until = clock, "", clock() + (60 * minutes or math.inf)
         with contextlib.suppress(ValueError):  # another thread gets no signals
@@ -267,14 +253,9 @@ NIFTI_TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u
                1024: "i8", 1280: "u8"}
 
 
-class Volume(NamedTuple):
-    """A CT study: int16 (Z, Y, X), head first, front to back, right to left; LPS mm from voxel."""
-
-    uid: str
-    hu: np.ndarray
-    spacing: tuple  # (z, y, x), mm
-    affine: np.ndarray  # (4, 4), of (z, y, x, 1)
-    problems: tuple = ()  # in words
+class Volume(namedtuple("Volume", "uid hu spacing affine problems", defaults=[()])):
+    """A CT study: hu int16 (Z, Y, X), head first, front to back, right to left; spacing in mm;
+    affine (4, 4), LPS mm from (z, y, x, 1); problems in words."""
 
 
 def read_slices(path):
@@ -295,32 +276,26 @@ def read_slices(path):
         place, normal = np.array([position, column * height, row * width]), np.cross(row, column)
         if not (min(height, width) > 0 and abs(place).max() < 1e6 and 0.9 < normal @ normal < 1.1):
             raise StudyError("no usable spacing, position or orientation")
-        pages = mmap.mmap(-1, 2 * stored.size, mmap.MAP_PRIVATE)  # malloc keeps what is freed
-        hu = np.ndarray(stored.shape, np.int16, pages)
+        hu = np.ndarray(stored.shape, np.int16, mmap.mmap(-1, 2 * stored.size))  # freed at once
         hu[:] = np.rint(stored * slope + intercept).clip(AIR_HU, 32767)
         steps = np.rint(place[1:].ravel() / SAME_STEP_MM)
         out.append(((str(data.get("SeriesInstanceUID")), hu.shape, *steps), place, hu))
     return out
 
 
-def decode_study(folder, workers, give_up):
-    """({series: [(place, HU), ...]}, problems)."""
+def read_series(folder, workers, give_up):
+    """The largest stack: (planes in order, where even steps lie among them, affine, problems)."""
     files = sorted(Path(folder).iterdir(), key=lambda path: (len(path.name), path))
     stacks, problems = {}, []
     for path, future in prefetch(read_slices, files, workers, 4 * workers + 1):
         if give_up():
-            raise StudyError("out of time while reading")
+            raise StudyError("out of time")
         try:
             with study_errors(path.name):
                 for series, *frame in future.result():
                     stacks.setdefault(series, []).append(frame)
         except StudyError as error:
             problems.append(f"{error}; left out")
-    return stacks, problems
-
-
-def one_series(stacks, problems):
-    """The largest stack: (planes in order, where even steps lie among them, affine, problems)."""
     stack = max(stacks.values(), key=len, default=[])
     places = np.array([place for place, _ in stack]).reshape(-1, 3, 3)
     normal = np.cross(places[:1, 1], places[:1, 2])
@@ -347,7 +322,7 @@ def one_series(stacks, problems):
 def read_volume(folder, workers=2, give_up=lambda: False):
     """One CT study, head first, in HU. StudyError, nothing else: too few slices, or give_up()."""
     with study_errors(folder):
-        planes, steps, affine, problems = one_series(*decode_study(folder, workers, give_up))
+        planes, steps, affine, problems = read_series(folder, workers, give_up)
         shape = len(steps), *planes[0].shape
         if math.prod(shape) > MAX_VOXELS:
             raise StudyError(f"{shape} voxels")
@@ -410,34 +385,28 @@ def read_mask(path, volume, shape=None):
 
 
 def cube_labels(path, volume, size):
-    """uint8 (D, D, D): the mask at the centres of the segmenter's cells."""
     return read_mask(path, volume, (size, size, size))
 
 
-def to_cells(image, rows, columns):
-    """The image averaged along an axis that gets shorter, interpolated along one that does not."""
-    for size in ((image.shape[1], rows), (columns, rows)):  # OpenCV's: width first
-        how = cv2.INTER_AREA if size <= image.shape[::-1] else cv2.INTER_LINEAR
-        image = cv2.resize(image, size, interpolation=how)
-    return image
+def to_rows(image, rows):
+    how = cv2.INTER_AREA if rows <= len(image) else cv2.INTER_LINEAR  # fewer are averaged
+    return cv2.resize(image, (image.shape[1], rows), interpolation=how)
 
 
 def segmenter_input(volume, size=128, window=SEGMENTER_WINDOW):
     """float32 (1, D, D, D) in 0..1: a cell averages its share of the study."""
     low, width = window[0] - window[1] // 2, window[1]
-    planes = [to_cells(np.clip(hu, low, low + width).astype(np.float32), size, size).ravel()
-              for hu in volume.hu]
-    cube = to_cells(np.array(planes), size, size * size)  # (Z, D * D) -> (D, D * D)
+    planes = (np.clip(hu, low, low + width).astype(np.float32) for hu in volume.hu)
+    planes = [to_rows(to_rows(plane, size).T, size).T.ravel() for plane in planes]
+    cube = to_rows(np.array(planes), size)  # (Z, D * D) -> (D, D * D)
     return torch.from_numpy((cube.reshape(1, size, size, size) - low) / width)
 
 
 # =========================================== Segmenter ===========================================
 # The trap: a network made 3-D can be wrong without an error; to_3d refuses what it does not know.
 
-
 class Conv3dSame(nn.Conv3d):
     """TensorFlow's SAME padding."""
-
     def forward(self, x):
         padding = []
         for n in x.shape[:1:-1]:  # F.pad takes the last axis first
@@ -448,14 +417,12 @@ class Conv3dSame(nn.Conv3d):
 
 class BatchNormAct3d(nn.BatchNorm3d):
     """With the activation inside, as timm's."""
-
     def forward(self, x):
         return self.act(super().forward(x))
 
 
 class SqueezeExcite3d(nn.Sequential):
     """timm's layers in their order; the mean over three axes."""
-
     def forward(self, x):
         return x * super().forward(x.mean((2, 3, 4), keepdim=True))
 
@@ -487,7 +454,6 @@ def to_3d(network):
 
 
 def create_backbone(name, **arguments):
-    """A timm model with random weights. StudyError for a name that does not fit."""
     with study_errors(f"--backbone {name}"):
         if ":" in name:  # hf-hub: would ask the network
             raise ValueError("not a plain name of timm")
@@ -496,7 +462,6 @@ def create_backbone(name, **arguments):
 
 class ConvBlock(nn.Module):
     """Convolution, norm, ReLU, then scSE (Roy et al. 2018): channels and places weighed."""
-
     def __init__(self, before, width):
         super().__init__()
         self.conv = nn.Conv3d(before, width, 3, padding=1, bias=False)
@@ -513,11 +478,10 @@ class ConvBlock(nn.Module):
 
 class Segmenter(nn.Module):
     """3-D U-Net: (B, 1, Z, Y, X) in 0..1 -> (B, 7, Z, Y, X) logits; axes multiples of 16."""
-
     def __init__(self, backbone="tf_efficientnetv2_s", size=128, window=SEGMENTER_WINDOW,
-                 decoder=(64, 32, 24), drop_path=0.0, dropout=0.0):
+                 drop_path=0.0, dropout=0.0):
         super().__init__()
-        self.settings = dict(backbone=backbone, size=size, window=window, decoder=decoder)
+        self.settings = dict(backbone=backbone, size=size, window=window)
         flat = create_backbone(backbone, features_only=True, out_indices=(0, 1, 2, 3), in_chans=1,
                                drop_path_rate=drop_path)
         if flat.feature_info.reduction() != [2, 4, 8, 16]:
@@ -526,18 +490,16 @@ class Segmenter(nn.Module):
         if hasattr(flat, stages):  # EfficientNets would go on to stride 32
             del getattr(flat, stages)[int(last) + 1 :]
         self.encoder = to_3d(flat)
-        *skips, deepest = flat.feature_info.channels()
-        skips[0] += 8  # and the cube itself, 2 x 2 x 2 cells a place
-        before = zip((deepest, *decoder), skips[::-1])
-        self.decoder = nn.ModuleList(ConvBlock(sum(b), w) for b, w in zip(before, decoder))
+        first, second, third, deepest = flat.feature_info.channels()
+        self.decoder = nn.ModuleList([ConvBlock(deepest + third, 64), ConvBlock(64 + second, 32),
+                                      ConvBlock(32 + first + 8, 24)])  # 8: a place's own cells
         self.dropout = nn.Dropout3d(dropout)
-        self.head = nn.Conv3d(decoder[-1], 7 * 8, 1)  # a place answers for 8 cells
+        self.head = nn.Conv3d(24, 7 * 8, 1)  # a place answers for 8 cells
         nn.init.constant_(self.head.bias, -4.0)  # most cells belong to no vertebra
 
     def forward(self, x):
-        size = x.shape[2:]
-        if any(n % 16 for n in size):
-            raise UserError(f"cube {tuple(size)}: axes must be multiples of 16")
+        if any(n % 16 for n in x.shape[2:]):
+            raise UserError(f"cube {[*x.shape[2:]]}: axes must be multiples of 16")
         x = (x - 0.5) * 4
         cells = x.unfold(2, 2, 2).unfold(3, 2, 2).unfold(4, 2, 2).flatten(5)[:, 0].movedim(-1, 1)
         *skips, x = self.encoder(x)
@@ -545,7 +507,7 @@ class Segmenter(nn.Module):
         for block, skip in zip(self.decoder, skips[::-1]):
             x = block(torch.cat([F.interpolate(x, skip.shape[2:]), skip], 1))
         x = self.head(self.dropout(x)).unflatten(1, (7, 2, 2, 2)).permute(0, 1, 5, 2, 6, 3, 7, 4)
-        return x.reshape(len(x), 7, *size)  # (B, 7, Z/2, 2, Y/2, 2, X/2, 2) -> (B, 7, Z, Y, X)
+        return x.flatten(6).flatten(4, 5).flatten(2, 3)  # (B, 7, Z/2, 2, ...) -> (B, 7, Z, Y, X)
 
 
 def segmenter_loss(logits, labels):
