@@ -6,19 +6,18 @@
 """cspine: neck CT studies in, fracture probabilities of C1..C7 and the patient out.
 
     study folder --read_volume--> Volume (HU, Z Y X, head first)
-    Volume --segmenter_input--> (1, 128, 128, 128) --Segmenter--> probability (7, 128, 128, 128)
-    Volume + probability --vertebra_slices--> uint8 (7, 15, 6, 224, 224), 5 slices + 1 mask a step
-    (15, 6, 224, 224) --VertebraClassifier--> 15 logits --> P(Ck)
-    (105, 6, 224, 224) --PatientClassifier--> 105 + 1 logits --> P(C1..C7), P(patient_overall)
+    Volume --segmenter_input--> (1, D, D, D) --Segmenter--> probability (7, D, D, D)
+    Volume + probability --vertebra_slices--> uint8 (7, T, K, S, S): 5 slices + 1 mask a step
+    (T, K, S, S) --VertebraClassifier--> T logits --> P(Ck)
+    (7 * T, K, S, S) --PatientClassifier--> 7 * T + 1 logits --> P(C1..C7), P(patient_overall)
     all models --combine--> submission.csv
 
 Shapes: B batch, C channels, Z Y X voxel axes (head to foot, front to back, right to left),
-V 7 vertebrae, T 15 steps, K 6 channels a step, S crop edge, D cube edge, F features.
+V 7 vertebrae, T 15 steps, K 6 channels a step, S 224 crop edge, D 128 cube edge, F features.
 
     python cspine.py demo                   phantoms in, scored submission.csv out
     python cspine.py train-seg --data DIR   then extract, train-cls, train-patient
-    python cspine.py predict --data DIR     submission.csv
-    torchrun --nproc_per_node=2 cspine.py predict ...   on two GPUs
+    python cspine.py predict --data DIR
 
 Pasted, the file runs nothing; then main(["predict"]) runs a mode. Not a medical device."""
 
@@ -45,7 +44,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import permutations
 from pathlib import Path
-from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -64,7 +62,7 @@ from tqdm import tqdm
 
 
 # ======================================= Facts and settings ======================================
-# Every number of the road: the starting solution's, unless another source is named.
+# The starting solution's numbers, unless another source is named.
 
 VERTEBRAE = ("C1", "C2", "C3", "C4", "C5", "C6", "C7")
 TARGETS = VERTEBRAE + ("patient_overall",)
@@ -72,20 +70,20 @@ STUDY = "StudyInstanceUID"
 STEPS, SLICES_PER_STEP, CROP = 15, 5, 224
 CHANNELS = SLICES_PER_STEP + 1  # and a mask
 TARGET_WEIGHTS, POSITIVE_FACTOR = np.array([1.0] * 7 + [7.0]), 2.0  # the metric's
-# The constants with the lowest score (0.5573) on the 2019 training labels.
+# The constants with the best score (0.5573) on the 2019 training labels.
 PRIOR = np.array([0.1027, 0.1930, 0.0512, 0.0752, 0.1105, 0.1842, 0.2559, 0.5309])
-FLOOR, AIR_HU = 1e-4, -1024  # answers stay within (FLOOR, 1 - FLOOR); padding lies below air
-SEGMENTER_WINDOW, BONE_WINDOW = (300, 1600), (500, 2000)  # (level, width) HU: cube, crops
-MIN_SLICES, MAX_VOXELS = 16, 2**30  # fewer are no study, more do not fit a notebook
+FLOOR, AIR_HU = 1e-4, -1024  # of answers; padding lies below air
+SEGMENTER_WINDOW, BONE_WINDOW = (300, 1600), (500, 2000)  # (level, width) HU
+MIN_SLICES, MAX_VOXELS = 16, 2**30  # of a study
 MAX_GAP_MM, SAME_STEP_MM = 30.0, 0.0031  # of a series; odd: no usual spacing lies on the edge
-MASK_THRESHOLDS = (0.2, 0.05)  # first place's: the second when the first leaves nothing
-MIN_CELLS, BOX_MARGIN = 12, 1.0  # cube cells: fewer are no vertebra; around a box (first place)
-BOX_SHARE = 0.05  # of the fullest plane's cells: planes with fewer hold strays (README, Results)
+MASK_THRESHOLDS = (0.2, 0.05)  # first place's, in turn
+MIN_CELLS, BOX_MARGIN = 12, 1.0  # cells: of a vertebra; around a box (first place)
+BOX_SHARE = 0.05  # of the fullest plane's cells: fewer are strays (README, Results)
 CROPS_AT_ONCE = {"cpu": STEPS, "cuda": 210}  # 15 stay in a CPU's cache
 CROP_FORMATS = ((".png", cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, 3),
-                (".webp", cv2.IMWRITE_WEBP_QUALITY, 101))  # lossless; for noise: 15 times slower
+                (".webp", cv2.IMWRITE_WEBP_QUALITY, 101))  # lossless; slow: for noise
 KAGGLE_DATA = "/kaggle/input/rsna-2022-cervical-spine-fracture-detection"
-KAGGLE_MINUTES = 510.0  # of the 540 that a submission has
+KAGGLE_MINUTES = 510.0  # of a submission's 540
 MAX_SKIPPED_STEPS = 20  # in a row without a finite gradient
 
 
@@ -96,7 +94,7 @@ class Recipe:
     epochs: int
     batch_size: int
     lr: float  # AdamW's peak
-    size: int = CROP  # edge
+    size: int = CROP
     mixup: float = 0.0  # share of batches (first place)
     accumulate: int = 1  # parts of a batch
     weight_decay: float = 0.01  # AdamW's
@@ -105,11 +103,11 @@ class Recipe:
     clip: float = 1.0  # norm of the gradient
     drop_path: float = 0.05
     dropout: float = 0.2  # EfficientNetV2-S's (Tan and Le 2021)
-    positives: float = 0.0  # share of fractured samples; 0: as they come
+    positives: float = 0.0  # share of fractured samples; 0: any
     hidden: int = 256  # LSTMs' (starting solution)
-    thin: int = 1  # 3: a third of the steps, in turns; a divisor of 15
-    shuffle: float = 0.2  # share of samples in another order (first place)
-    mask_of: str = "last"  # slice of a step
+    thin: int = 1  # 3: a third of the steps, in turns
+    shuffle: float = 0.2  # share of samples (first place)
+    mask_of: str = "last"
     seed: int = 0
 
 
@@ -118,18 +116,19 @@ RECIPES = dict(segmenter=Recipe("tf_efficientnetv2_s", 60, 4, 1e-3, 128, dropout
                patient=Recipe("convnext_nano", 15, 2, 2e-4, mixup=0.2))
 
 
-class Answers(NamedTuple):
+@dataclass(frozen=True)
+class Answers:
     """How logits become answers."""
     top_k: int = 5  # a vertebra's largest steps are averaged (first place)
-    views: int = 1  # dihedral views a model, the i-th starting at view i mod 8; 0: none
+    views: int = 1  # dihedral views a model, from view i mod 8 on; 0: none
     average: str = "logit"  # or "probability"
-    noisy_or: float = 0.3  # share of 1 - prod(1 - P(Ck)) in patient_overall
+    noisy_or: float = 0.3  # share in patient_overall
 
 
 # ========================================== House tools ==========================================
 
 class UserError(Exception):
-    """What the user can mend: one line on stderr, status 2."""
+    """What the user can mend: one line, status 2."""
 
 
 class StudyError(UserError):
@@ -142,7 +141,7 @@ class Stopped(Exception):
 
 @contextlib.contextmanager
 def study_errors(where):
-    """Any exception becomes a StudyError: damaged bytes make libraries raise nearly every kind."""
+    """Any exception becomes a StudyError: damaged bytes raise nearly every kind."""
     try:
         yield
     except Exception as error:
@@ -159,14 +158,13 @@ def progress(items, unit, total):
 
 
 def write_atomic(path, write):
-    """write(temporary path), moved into place when whole."""
     new = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(new)
         new.replace(path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+        raise UserError(f"cannot write {path}: {error}") from None
 
 
 def write_csv(path, table):
@@ -181,7 +179,7 @@ def read_csv(path, columns):
 
 
 def prefetch(work, items, workers, ahead=1):
-    """(item, future of work(item)) in order, `ahead` of them under way."""
+    """(item, future of work(item)), `ahead` of them under way."""
     pool, waiting = ThreadPoolExecutor(max(1, workers)), []
     try:
         for item in items:
@@ -208,11 +206,11 @@ def pick_device(name):
     if name == "auto":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     with study_errors(f"--device {name}"):
-        return torch.empty(1, device=name).device  # does it work?
+        return torch.empty(1, device=name).device
 
 
 def half_type(device):
-    if device.type == "cuda":  # bfloat16 where it is native
+    if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
         return torch.bfloat16 if native else torch.float16
 
@@ -240,34 +238,31 @@ class Stop:
         return self.until - self.clock()
 
     def reason(self, needed=0.0):
-        """Why not to begin what takes `needed` seconds, or ""."""
         return self.signal or ("--time-limit" if self.left() < needed else "")
 
 
 # ============================================ Reading ============================================
 # DICOM slices to a Volume, a NIfTI mask to its grid. Only its position says where a slice lies.
 
-DEFAULTS = {"ImagePositionPatient": [math.nan] * 3, "ImageOrientationPatient": [1, 0, 0, 0, 1, 0],
-            "PixelSpacing": [0, 0], "RescaleSlope": 1, "RescaleIntercept": 0}
+DEFAULTS = dict(ImagePositionPatient=[math.nan] * 3, ImageOrientationPatient=[1, 0, 0, 0, 1, 0],
+                PixelSpacing=[0, 0], RescaleSlope=1, RescaleIntercept=0)
 NIFTI_TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4",
                1024: "i8", 1280: "u8"}
 
 
 class Volume(namedtuple("Volume", "uid hu spacing affine problems", defaults=[()])):
-    """A CT study: hu int16 (Z, Y, X), head first, front to back, right to left; spacing in mm;
-    affine (4, 4), LPS mm from (z, y, x, 1); problems in words."""
+    """A CT study: hu int16 (Z, Y, X), head first; spacing mm; affine (4, 4), LPS mm from voxel;
+    problems in words."""
 
 
 def read_slices(path):
-    """(series, place (3, 3), HU int16 (Y, X)) of each frame of a file.
-    `place`, LPS mm: the first voxel's centre, the step to the next row, to the next column."""
+    """[(series, (first voxel, step down a row, to the right) LPS mm, HU (Y, X))] of frames."""
     if not path.is_file():  # a pipe would wait
         raise StudyError("no plain file")
     data, out = pydicom.dcmread(path, force=True), []
-    shared = data.get("SharedFunctionalGroupsSequence", [])
-    own = data.get("PerFrameFunctionalGroupsSequence", [])
     for number, stored in enumerate(decode_pixels(data)):
-        groups = [*shared, *own[number : number + 1]]
+        groups = [*data.get("SharedFunctionalGroupsSequence", []),
+                  *data.get("PerFrameFunctionalGroupsSequence", [])[number : number + 1]]
         tags = {part.keyword: part.value for group in groups for part in group.iterall()}
         position, directions, (height, width), slope, intercept = (
             np.array(tags.get(name) or data.get(name) or default, float)
@@ -275,8 +270,8 @@ def read_slices(path):
         row, column = directions.reshape(2, 3)
         place, normal = np.array([position, column * height, row * width]), np.cross(row, column)
         if not (min(height, width) > 0 and abs(place).max() < 1e6 and 0.9 < normal @ normal < 1.1):
-            raise StudyError("no usable spacing, position or orientation")
-        hu = np.ndarray(stored.shape, np.int16, mmap.mmap(-1, 2 * stored.size))  # freed at once
+            raise StudyError("no usable position or orientation")
+        hu = np.ndarray(stored.shape, np.int16, mmap.mmap(-1, 2 * stored.size))  # malloc hoards
         hu[:] = np.rint(stored * slope + intercept).clip(AIR_HU, 32767)
         steps = np.rint(place[1:].ravel() / SAME_STEP_MM)
         out.append(((str(data.get("SeriesInstanceUID")), hu.shape, *steps), place, hu))
@@ -284,9 +279,8 @@ def read_slices(path):
 
 
 def read_series(folder, workers, give_up):
-    """The largest stack: (planes in order, where even steps lie among them, affine, problems)."""
-    files = sorted(Path(folder).iterdir(), key=lambda path: (len(path.name), path))
-    stacks, problems = {}, []
+    """(Planes in order, where even steps lie among them, affine, problems)."""
+    files, stacks, problems = sorted(Path(folder).iterdir()), {}, []
     for path, future in prefetch(read_slices, files, workers, 4 * workers + 1):
         if give_up():
             raise StudyError("out of time")
@@ -310,7 +304,7 @@ def read_series(folder, workers, give_up):
     step, way = np.median(np.diff(mm)), places[run[-1], 0] - start
     even = np.linspace(mm[0], mm[-1], round(np.ptp(mm) / step) + 1)
     if len(even) != len(mm) or abs(mm - even).max() > 0.25 * step:  # fill by position, not index
-        problems.append(f"uneven positions: {len(mm)} slices on {len(even)} even ones")
+        problems.append(f"uneven positions, filled to {len(even)}")
         steps = np.interp(even, mm, steps)
     straight = np.ptp(mm) / np.linalg.norm(way)
     if straight < 0.999:
@@ -320,7 +314,7 @@ def read_series(folder, workers, give_up):
 
 
 def read_volume(folder, workers=2, give_up=lambda: False):
-    """One CT study, head first, in HU. StudyError, nothing else: too few slices, or give_up()."""
+    """One CT study, head first, in HU. Raises StudyError, nothing else."""
     with study_errors(folder):
         planes, steps, affine, problems = read_series(folder, workers, give_up)
         shape = len(steps), *planes[0].shape
@@ -347,11 +341,11 @@ def read_nifti(path):
     if raw[:2] == b"\x1f\x8b":
         raw = zlib.decompressobj(31).decompress(raw, MAX_VOXELS)
     order = "<" if raw[:2] == b"\x5c\x01" else ">"  # fields by their offsets in nifti1.h
-    short = np.frombuffer(raw[:348], order + "i2")
-    real = np.frombuffer(raw[:348], order + "f4").astype(float)
+    short = np.ndarray(174, order + "i2", raw)
+    real = np.ndarray(87, order + "f4", raw).astype(float)
     rank, start, shape, zooms = short[20], int(real[27]), short[21:24], real[20:23]
     if raw[344:348] != b"n+1\0" or rank < 3 or start < 348 or (short[24 : 21 + rank] > 1).any():
-        raise ValueError("not one 3-D image")  # NumPy would read before the file's first byte
+        raise ValueError("not one 3-D image")  # NumPy reads before a file's start
     stored = np.ndarray(shape, order + NIFTI_TYPES[short[35]], raw, start, order="F")
     affine = np.diag([*zooms * (-1, 1, 1), 1])
     affine[:3, 3] = affine[:3, :3] @ (1.0 - shape) / 2  # centred, as nibabel does
@@ -363,13 +357,12 @@ def read_nifti(path):
         turn = np.eye(3) + 2 * (cosine * skew + skew @ skew)
         affine[:3, :3] = turn * zooms * (1, 1, -1 if real[19] < 0 else 1)
     voxel_from_lps = np.linalg.inv(np.asarray_chkfinite(affine)) * (-1, -1, 1, 1)
-    slope, intercept = real[28:30] if math.isfinite(real[28]) and real[28] else (1, 0)
+    slope, intercept = real[28:30] if 0 < abs(real[28]) < math.inf else (1, 0)
     return stored, slope, intercept, voxel_from_lps
 
 
 def read_mask(path, volume, shape=None):
-    """uint8 (Z, Y, X): each voxel's nearest label, 1-7 = C1-C7, 8-19 = T1-T12, 0 outside.
-    `shape`: of a coarser grid. StudyError for another format."""
+    """uint8 (Z, Y, X), or a coarser `shape`: the nearest label, 1-7 = C1-C7, 0 outside."""
     with study_errors(f"{path}: no whole NIfTI-1 mask"):
         stored, slope, intercept, voxel_from_lps = read_nifti(path)
     out = np.zeros(shape or volume.hu.shape, np.uint8)
@@ -389,21 +382,21 @@ def cube_labels(path, volume, size):
 
 
 def to_rows(image, rows):
-    how = cv2.INTER_AREA if rows <= len(image) else cv2.INTER_LINEAR  # fewer are averaged
+    how = cv2.INTER_AREA if rows <= len(image) else cv2.INTER_LINEAR
     return cv2.resize(image, (image.shape[1], rows), interpolation=how)
 
 
 def segmenter_input(volume, size=128, window=SEGMENTER_WINDOW):
     """float32 (1, D, D, D) in 0..1: a cell averages its share of the study."""
     low, width = window[0] - window[1] // 2, window[1]
-    planes = (np.clip(hu, low, low + width).astype(np.float32) for hu in volume.hu)
+    planes = (np.float32(np.clip(hu, low, low + width)) for hu in volume.hu)
     planes = [to_rows(to_rows(plane, size).T, size).T.ravel() for plane in planes]
     cube = to_rows(np.array(planes), size)  # (Z, D * D) -> (D, D * D)
     return torch.from_numpy((cube.reshape(1, size, size, size) - low) / width)
 
 
 # =========================================== Segmenter ===========================================
-# The trap: a network made 3-D can be wrong without an error; to_3d refuses what it does not know.
+# A network made 3-D can be wrong without an error: to_3d refuses what it does not know.
 
 class Conv3dSame(nn.Conv3d):
     """TensorFlow's SAME padding."""
@@ -416,13 +409,13 @@ class Conv3dSame(nn.Conv3d):
 
 
 class BatchNormAct3d(nn.BatchNorm3d):
-    """With the activation inside, as timm's."""
+    """Then timm's activation."""
     def forward(self, x):
         return self.act(super().forward(x))
 
 
 class SqueezeExcite3d(nn.Sequential):
-    """timm's layers in their order; the mean over three axes."""
+    """timm's layers; the mean over three axes."""
     def forward(self, x):
         return x * super().forward(x.mean((2, 3, 4), keepdim=True))
 
@@ -435,33 +428,33 @@ def to_3d(network):
     """The 3-D twin of a timm network, paths kept. UserError naming a layer that has none."""
     twin = copy.deepcopy(network)
     for path, layer in twin.named_modules():
-        kind, name, home = type(layer), type(layer).__name__, type(layer).__module__
+        kind, name = type(layer), str(type(layer))
         sides = {n: v for n, v in vars(layer).items() if isinstance(v, tuple) and len(v) == 2}
         own = [*layer.parameters(False), *layer.buffers(False)]
-        known = "activation" in home or name in ("ConvNormAct", "DropPath")
-        if kind in SOLID and all(height == width for height, width in sides.values()):
+        plain = re.search("activation|ConvNormAct|DropPath", name)
+        if kind in SOLID and all(v[0] == v[1] for v in sides.values()):
             layer.__class__ = SOLID[kind]
             vars(layer).update({n: v[:1] * 3 for n, v in sides.items()})
             if isinstance(layer, nn.Conv3d):
-                weight, k = layer.weight.data, layer.kernel_size[0]
-                layer.weight = nn.Parameter(weight[:, :, None].repeat(1, 1, k, 1, 1) / k)
-        elif name in ("SqueezeExcite", "SEModule", "EffectiveSEModule"):
+                k = layer.kernel_size[0]
+                layer.weight = nn.Parameter(torch.stack([layer.weight.data / k] * k, 2))
+        elif "SqueezeExcite" in name or "SEModule" in name:
             layer.__class__ = SqueezeExcite3d
-        elif own or "2d" in name or home.startswith("timm.layers") and not known:
+        elif own or "2d" in name or "timm.layers" in name and not plain:
             path = f"{type(network).__name__}.{path}"
-            raise UserError(f"cannot make {path} three-dimensional: unknown layer {name}")
+            raise UserError(f"cannot make {path} three-dimensional: unknown {name}")
     return twin
 
 
 def create_backbone(name, **arguments):
     with study_errors(f"--backbone {name}"):
-        if ":" in name:  # hf-hub: would ask the network
-            raise ValueError("not a plain name of timm")
+        if ":" in name:  # hf-hub: the network
+            raise ValueError("no plain name")
         return timm.create_model(name, pretrained=False, **arguments)
 
 
 class ConvBlock(nn.Module):
-    """Convolution, norm, ReLU, then scSE (Roy et al. 2018): channels and places weighed."""
+    """Convolution, norm, ReLU, then scSE (Roy et al. 2018)."""
     def __init__(self, before, width):
         super().__init__()
         self.conv = nn.Conv3d(before, width, 3, padding=1, bias=False)
@@ -485,21 +478,20 @@ class Segmenter(nn.Module):
         flat = create_backbone(backbone, features_only=True, out_indices=(0, 1, 2, 3), in_chans=1,
                                drop_path_rate=drop_path)
         if flat.feature_info.reduction() != [2, 4, 8, 16]:
-            raise UserError(f"--backbone {backbone}: needs features at strides 2, 4, 8 and 16")
-        stages, _, last = flat.feature_info.module_name()[-1].rpartition(".")
-        if hasattr(flat, stages):  # EfficientNets would go on to stride 32
-            del getattr(flat, stages)[int(last) + 1 :]
+            raise UserError(f"--backbone {backbone}: no features at strides 2, 4, 8 and 16")
+        if hasattr(flat, "blocks"):  # EfficientNets would go on to stride 32
+            del flat.blocks[int(flat.feature_info.module_name()[-1].split(".")[1]) + 1 :]
         self.encoder = to_3d(flat)
-        first, second, third, deepest = flat.feature_info.channels()
-        self.decoder = nn.ModuleList([ConvBlock(deepest + third, 64), ConvBlock(64 + second, 32),
-                                      ConvBlock(32 + first + 8, 24)])  # 8: a place's own cells
+        first, second, third, last = flat.feature_info.channels()
+        self.decoder = nn.ModuleList([
+            ConvBlock(last + third, 64), ConvBlock(64 + second, 32), ConvBlock(32 + first + 8, 24)])
         self.dropout = nn.Dropout3d(dropout)
         self.head = nn.Conv3d(24, 7 * 8, 1)  # a place answers for 8 cells
-        nn.init.constant_(self.head.bias, -4.0)  # most cells belong to no vertebra
+        nn.init.constant_(self.head.bias, -4.0)  # most cells are background
 
     def forward(self, x):
         if any(n % 16 for n in x.shape[2:]):
-            raise UserError(f"cube {[*x.shape[2:]]}: axes must be multiples of 16")
+            raise UserError(f"cube {[*x.shape[2:]]}: no multiples of 16")
         x = (x - 0.5) * 4
         cells = x.unfold(2, 2, 2).unfold(3, 2, 2).unfold(4, 2, 2).flatten(5)[:, 0].movedim(-1, 1)
         *skips, x = self.encoder(x)
