@@ -6,23 +6,20 @@
 """cspine: neck CT studies in, fracture probabilities of C1..C7 and the patient out.
 
     study folder --read_volume--> Volume (HU, Z Y X, head first)
-    Volume --segmenter_input--> (1, 128, 128, 128) --Segmenter--> probability (7, 128, 128, 128)
-    Volume + probability --vertebra_slices--> uint8 (7, 15, 6, 224, 224), 5 slices + 1 mask a step
-    (15, 6, 224, 224) --VertebraClassifier--> 15 logits --> P(Ck)
-    (105, 6, 224, 224) --PatientClassifier--> 105 + 1 logits --> P(C1..C7), P(patient_overall)
+    Volume --segmenter_input--> (1, D, D, D) --Segmenter--> probability (7, D, D, D)
+    Volume + probability --vertebra_slices--> uint8 (7, T, K, S, S): 5 slices + 1 mask a step
+    (T, K, S, S) --VertebraClassifier--> T logits --> P(Ck)
+    (7 * T, K, S, S) --PatientClassifier--> 7 * T + 1 logits --> P(C1..C7), P(patient_overall)
     all models --combine--> submission.csv
 
 Shapes: B batch, C channels, Z Y X voxel axes (head to foot, front to back, right to left),
-V 7 vertebrae, T 15 steps, K 6 channels a step, S crop edge, D cube edge, F features.
+V 7 vertebrae, T 15 steps, K 6 channels a step, S 224 crop edge, D 128 cube edge, F features.
 
     python cspine.py demo                   phantoms in, scored submission.csv out
     python cspine.py train-seg --data DIR   then extract, train-cls, train-patient
-    python cspine.py predict --data DIR     submission.csv
-    torchrun --nproc_per_node=2 cspine.py predict ...   on two GPUs
+    python cspine.py predict --data DIR
 
-Pasted into a notebook cell, the file runs nothing; then main(["predict", "--weights", "DIR"])
-runs a mode. Not a medical device.
-"""
+Pasted, the file runs nothing; then main(["predict"]) runs a mode. Not a medical device."""
 
 import argparse
 import contextlib
@@ -47,7 +44,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import permutations
 from pathlib import Path
-from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -55,19 +51,18 @@ import pandas as pd
 import pydicom
 import timm
 import torch
-import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
 from pydicom.encaps import generate_frames
 from pydicom.pixels import get_decoder, pixel_array
 from pydicom.uid import (UID, ImplicitVRLittleEndian, JPEG2000TransferSyntaxes, JPEGLossless,
                          JPEGLosslessSV1)
 from timm.layers import BatchNormAct2d, Conv2dSame
+from torch import distributed as dist, nn
 from tqdm import tqdm
 
 
 # ======================================= Facts and settings ======================================
-# Every number of the road: the starting solution's, unless another source is named.
+# The starting solution's numbers, unless another source is named.
 
 VERTEBRAE = ("C1", "C2", "C3", "C4", "C5", "C6", "C7")
 TARGETS = VERTEBRAE + ("patient_overall",)
@@ -75,35 +70,31 @@ STUDY = "StudyInstanceUID"
 STEPS, SLICES_PER_STEP, CROP = 15, 5, 224
 CHANNELS = SLICES_PER_STEP + 1  # and a mask
 TARGET_WEIGHTS, POSITIVE_FACTOR = np.array([1.0] * 7 + [7.0]), 2.0  # the metric's
-# A blind answer: the constants with the lowest score (0.5573) on the 2019 training labels.
+# The constants with the best score (0.5573) on the 2019 training labels.
 PRIOR = np.array([0.1027, 0.1930, 0.0512, 0.0752, 0.1105, 0.1842, 0.2559, 0.5309])
-FLOOR = 1e-4  # answers stay within (FLOOR, 1 - FLOOR)
-AIR_HU = -1024  # padding outside the scanner's circle lies below it
-SEGMENTER_WINDOW, BONE_WINDOW = (300, 1600), (500, 2000)  # (level, width) HU: cube, crops
-MIN_SLICES, MAX_VOXELS = 16, 2**30  # fewer are no study, more do not fit a notebook
-MAX_GAP_MM = 30.0  # a longer hole along the normal separates two series
-SAME_STEP_MM = 0.0031  # within a series; odd, so that no usual spacing lies on the edge
-MASK_THRESHOLDS = (0.2, 0.05)  # first place's: the second when the first leaves nothing
-MIN_CELLS, BOX_MARGIN = 12, 1.0  # cube cells: fewer are no vertebra; around a box (first place)
-BOX_SHARE = 0.05  # of the fullest plane's cells: planes with fewer hold strays (README, Results)
+FLOOR, AIR_HU = 1e-4, -1024  # of answers; padding lies below air
+SEGMENTER_WINDOW, BONE_WINDOW = (300, 1600), (500, 2000)  # (level, width) HU
+MIN_SLICES, MAX_VOXELS = 16, 2**30  # of a study
+MAX_GAP_MM, SAME_STEP_MM = 30.0, 0.0031  # of a series; odd: no usual spacing lies on the edge
+MASK_THRESHOLDS = (0.2, 0.05)  # first place's, in turn
+MIN_CELLS, BOX_MARGIN = 12, 1.0  # cells: of a vertebra; around a box (first place)
+BOX_SHARE = 0.05  # of the fullest plane's cells: fewer are strays (README, Results)
 CROPS_AT_ONCE = {"cpu": STEPS, "cuda": 210}  # 15 stay in a CPU's cache
-# Lossless: run lengths write fast; WebP takes a quarter less, for noise, but 15 times longer.
 CROP_FORMATS = ((".png", cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, 3),
-                (".webp", cv2.IMWRITE_WEBP_QUALITY, 101))
+                (".webp", cv2.IMWRITE_WEBP_QUALITY, 101))  # lossless; slow: for noise
 KAGGLE_DATA = "/kaggle/input/rsna-2022-cervical-spine-fracture-detection"
-KAGGLE_MINUTES = 510.0  # of the 540 that a submission has
-MAX_SKIPPED_STEPS = 20  # in a row without a finite gradient before a training gives up
+KAGGLE_MINUTES = 510.0  # of a submission's 540
+MAX_SKIPPED_STEPS = 20  # in a row without a finite gradient
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a training does, stored in its checkpoint. Ours, unless a source is named."""
-
+    """What a training does. Ours, unless a source is named."""
     backbone: str
     epochs: int
     batch_size: int
-    lr: float  # peak of AdamW
-    size: int = CROP  # edge of the cube or the crop
+    lr: float  # AdamW's peak
+    size: int = CROP
     mixup: float = 0.0  # share of batches (first place)
     accumulate: int = 1  # parts of a batch
     weight_decay: float = 0.01  # AdamW's
@@ -112,36 +103,33 @@ class Recipe:
     clip: float = 1.0  # norm of the gradient
     drop_path: float = 0.05
     dropout: float = 0.2  # EfficientNetV2-S's (Tan and Le 2021)
-    positives: float = 0.0  # share of an epoch drawn from fractured vertebrae; 0: as they come
-    hidden: int = 256  # width of the LSTMs (starting solution)
-    thin: int = 1  # 3: a third of a vertebra's steps, in turns; a divisor of 15
-    shuffle: float = 0.2  # share of samples in another order (first place)
-    mask_of: str = "last"  # slice of a step
-    half: bool = False  # bfloat16 on a CPU that has it, as on a GPU
+    positives: float = 0.0  # share of fractured samples; 0: any
+    hidden: int = 256  # LSTMs' (starting solution)
+    thin: int = 1  # 3: a third of the steps, in turns
+    shuffle: float = 0.2  # share of samples (first place)
+    mask_of: str = "last"
+    half: bool = False  # bfloat16 on a CPU that has it
     seed: int = 0
 
 
-RECIPES = {
-    "segmenter": Recipe("tf_efficientnetv2_s", 60, 4, 1e-3, 128, dropout=0.1),
-    "vertebra": Recipe("tf_efficientnetv2_s", 20, 8, 3e-4, mixup=0.2, positives=0.35),
-    "patient": Recipe("convnext_nano", 15, 2, 2e-4, mixup=0.2),
-}
+RECIPES = dict(segmenter=Recipe("tf_efficientnetv2_s", 60, 4, 1e-3, 128, dropout=0.1),
+               vertebra=Recipe("tf_efficientnetv2_s", 20, 8, 3e-4, mixup=0.2, positives=0.35),
+               patient=Recipe("convnext_nano", 15, 2, 2e-4, mixup=0.2))
 
 
-class Answers(NamedTuple):
+@dataclass(frozen=True)
+class Answers:
     """How logits become answers."""
-
-    top_k: int = 5  # a vertebra's answer is the mean of its largest steps (first place)
-    views: int = 1  # dihedral views a model, the i-th starting at view i mod 8; 0: none
+    top_k: int = 5  # a vertebra's largest steps are averaged (first place)
+    views: int = 1  # dihedral views a model, from view i mod 8 on; 0: none
     average: str = "logit"  # or "probability"
-    noisy_or: float = 0.3  # share of 1 - prod(1 - P(Ck)) in patient_overall
+    noisy_or: float = 0.3  # share in patient_overall
 
 
 # ========================================== House tools ==========================================
 
-
 class UserError(Exception):
-    """What the user can mend: one line on stderr, status 2."""
+    """What the user can mend: one line, status 2."""
 
 
 class StudyError(UserError):
@@ -150,6 +138,16 @@ class StudyError(UserError):
 
 class Stopped(Exception):
     """A run that ended early, all saved."""
+
+
+@contextlib.contextmanager
+def study_errors(where):
+    """Any exception becomes a StudyError: damaged bytes raise nearly every kind."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:240] or type(error).__name__
+        raise StudyError(f"{where}: {reason}") from error
 
 
 def say(text):
@@ -161,20 +159,13 @@ def progress(items, unit, total):
 
 
 def write_atomic(path, write):
-    """write(temporary path), moved into place when whole."""
-    path = Path(path)
-    new = path.with_name(f".{os.getpid()}.{threading.get_ident()}.{path.name}")
+    new = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(new)
-        with open(new, "rb") as file:
-            os.fsync(file.fileno())
         new.replace(path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        if new.exists():
-            new.unlink()
+        raise UserError(f"cannot write {path}: {error}") from None
 
 
 def write_csv(path, table):
@@ -182,18 +173,14 @@ def write_csv(path, table):
 
 
 def read_csv(path, columns):
-    """A table. UserError if it cannot be read or lacks a column."""
-    try:
+    with study_errors(f"{path}: no csv with {', '.join(columns)}"):
         table = pd.read_csv(path, dtype={STUDY: str, "row_id": str})
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: no readable csv ({str(error).splitlines()[0]})") from None
-    if missing := ", ".join(c for c in columns if c not in table):
-        raise UserError(f"{path}: no column {missing}; found {', '.join(table)}")
-    return table
+        table[[*columns]]  # or KeyError
+        return table
 
 
 def prefetch(work, items, workers, ahead=1):
-    """(item, future of work(item)) in order, `ahead` of them under way."""
+    """(item, future of work(item)), `ahead` of them under way."""
     pool, waiting = ThreadPoolExecutor(max(1, workers)), []
     try:
         for item in items:
@@ -206,12 +193,10 @@ def prefetch(work, items, workers, ahead=1):
 
 
 def ranks():
-    """(rank, number of processes) of torchrun."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
 
 
 def over_ranks(value):
-    """The list of every rank's value."""
     out = [value] * ranks()[1]
     if dist.is_initialized():
         dist.all_gather_object(out, value)
@@ -219,21 +204,18 @@ def over_ranks(value):
 
 
 def pick_device(name):
-    """A torch.device that works; "auto": this rank's GPU."""
     if name == "auto":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    try:
+    with study_errors(f"--device {name}"):
         return torch.empty(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
 def half_type(device):
     """bfloat16 where it is native, else float16 on a GPU (T4), None on a CPU."""
     if device.type == "cuda":
-        new = torch.cuda.get_device_capability(device) >= (8, 0)
-        return torch.bfloat16 if new else torch.float16
-    flags = Path("/proc/cpuinfo")  # AVX-512 or AMX: twice as fast; without them, far slower
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if native else torch.float16
+    flags = Path("/proc/cpuinfo")  # twice as fast where it is native, far slower elsewhere
     return torch.bfloat16 if flags.exists() and "_bf16" in flags.read_text() else None
 
 
@@ -248,7 +230,6 @@ def peak_gb():
 
 class Stop:
     """Why a run should end: a signal or its deadline."""
-
     def __init__(self, minutes=0.0, clock=time.monotonic):
         self.clock, self.signal, self.until = clock, "", clock() + (60 * minutes or math.inf)
         with contextlib.suppress(ValueError):  # another thread gets no signals
@@ -262,52 +243,31 @@ class Stop:
         return self.until - self.clock()
 
     def reason(self, needed=0.0):
-        """Why not to begin what takes `needed` seconds, or ""."""
         return self.signal or ("--time-limit" if self.left() < needed else "")
 
 
 # ============================================ Reading ============================================
-# In: DICOM slices, a NIfTI mask. Out: a Volume, labels on its grid. The trap: only its position
-# says where a slice lies.
+# DICOM slices to a Volume, a NIfTI mask to its grid. Only its position says where a slice lies.
 
-DEFAULTS = {"ImagePositionPatient": [math.nan] * 3, "ImageOrientationPatient": [1, 0, 0, 0, 1, 0],
-            "PixelSpacing": [0, 0], "RescaleSlope": 1, "RescaleIntercept": 0}
+DEFAULTS = dict(ImagePositionPatient=[math.nan] * 3, ImageOrientationPatient=[1, 0, 0, 0, 1, 0],
+                PixelSpacing=[0, 0], RescaleSlope=1, RescaleIntercept=0)
 NIFTI_TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4",
                1024: "i8", 1280: "u8"}
 
 
-class Volume(NamedTuple):
-    """A CT study: int16 (Z, Y, X), head first, front to back, right to left; LPS mm from voxel."""
-
-    uid: str
-    hu: np.ndarray
-    spacing: tuple  # (z, y, x), mm
-    affine: np.ndarray  # (4, 4), of (z, y, x, 1)
-    problems: tuple = ()  # in words
-
-
-@contextlib.contextmanager
-def study_errors(where):
-    """Whatever damaged bytes raise becomes a StudyError: libraries raise nearly every kind."""
-    try:
-        yield
-    except Exception as error:
-        reason = " ".join(str(error).split())[:240] or type(error).__name__
-        raise StudyError(f"{where}: {reason}") from error
+class Volume(namedtuple("Volume", "uid hu spacing affine problems", defaults=[()])):
+    """A CT study: hu int16 (Z, Y, X), head first; spacing mm; affine (4, 4), LPS mm from voxel;
+    problems in words."""
 
 
 def read_slices(path):
-    """(series, place (3, 3), HU int16 (Y, X)) of each frame of a file.
-
-    `place`, LPS mm: the first voxel's centre, the step to the next row, to the next column.
-    """
-    if not path.is_file():
+    """[(series, (first voxel, step down a row, to the right) LPS mm, HU (Y, X))] of frames."""
+    if not path.is_file():  # a pipe would wait
         raise StudyError("no plain file")
     data, out = pydicom.dcmread(path, force=True), []
-    shared = data.get("SharedFunctionalGroupsSequence") or []
-    own = data.get("PerFrameFunctionalGroupsSequence") or []
     for number, stored in enumerate(decode_pixels(data)):
-        groups = [*shared, *own[number : number + 1]]
+        groups = [*data.get("SharedFunctionalGroupsSequence", []),
+                  *data.get("PerFrameFunctionalGroupsSequence", [])[number : number + 1]]
         tags = {part.keyword: part.value for group in groups for part in group.iterall()}
         position, directions, (height, width), slope, intercept = (
             np.array(tags.get(name) or data.get(name) or default, float)
@@ -315,78 +275,64 @@ def read_slices(path):
         row, column = directions.reshape(2, 3)
         place, normal = np.array([position, column * height, row * width]), np.cross(row, column)
         if not (min(height, width) > 0 and abs(place).max() < 1e6 and 0.9 < normal @ normal < 1.1):
-            raise StudyError("no usable PixelSpacing, position or orientation")
-        pages = mmap.mmap(-1, 2 * stored.size, mmap.MAP_PRIVATE)  # malloc keeps what is freed
-        hu = np.ndarray(stored.shape, np.int16, pages)
+            raise StudyError("no usable position or orientation")
+        hu = np.ndarray(stored.shape, np.int16, mmap.mmap(-1, 2 * stored.size))  # malloc hoards
         hu[:] = np.rint(stored * slope + intercept).clip(AIR_HU, 32767)
         steps = np.rint(place[1:].ravel() / SAME_STEP_MM)
         out.append(((str(data.get("SeriesInstanceUID")), hu.shape, *steps), place, hu))
     return out
 
 
-def decode_study(folder, workers, give_up):
-    """({series: [(place, HU), ...]}, problems); each file is opened once."""
-    files = sorted(Path(folder).iterdir(), key=lambda path: (len(path.name), path))
-    stacks, problems = {}, []
+def read_series(folder, workers, give_up):
+    """(Planes in order, where even steps lie among them, affine, problems)."""
+    files, stacks, problems = sorted(Path(folder).iterdir()), {}, []
     for path, future in prefetch(read_slices, files, workers, 4 * workers + 1):
         if give_up():
-            raise StudyError("out of time while reading")
+            raise StudyError("out of time")
         try:
             with study_errors(path.name):
                 for series, *frame in future.result():
                     stacks.setdefault(series, []).append(frame)
         except StudyError as error:
             problems.append(f"{error}; left out")
-    return stacks, problems
-
-
-def one_series(stacks, problems):
-    """The largest stack in order: (planes, where even steps lie among them, affine)."""
     stack = max(stacks.values(), key=len, default=[])
     places = np.array([place for place, _ in stack]).reshape(-1, 3, 3)
     normal = np.cross(places[:1, 1], places[:1, 2])
     mm = (places[:, 0] @ normal.T).ravel() / np.linalg.norm(normal)
-    order = np.argsort(mm, kind="stable")
-    order = order[np.diff(mm[order], prepend=-np.inf) > 0.01]
+    order = np.unique(np.rint(mm / SAME_STEP_MM), return_index=True)[1]
     run = max(np.split(order, np.flatnonzero(np.diff(mm[order]) > MAX_GAP_MM) + 1), key=len)
     if other := sum(map(len, stacks.values())) - len(run):
         problems.append(f"{other} images of another series, size or position left out")
     if len(run) < MIN_SLICES:
-        found = f"{len(run)} usable slices of at least {MIN_SLICES}"
-        raise StudyError("; ".join([found, *problems[-1:]]))
+        raise StudyError("; ".join([f"{len(run)} usable slices, not {MIN_SLICES}", *problems[-1:]]))
     mm, steps, (start, column, row) = mm[run], np.arange(len(run)), places[run[0]]
     step, way = np.median(np.diff(mm)), places[run[-1], 0] - start
     even = np.linspace(mm[0], mm[-1], round(np.ptp(mm) / step) + 1)
     if len(even) != len(mm) or abs(mm - even).max() > 0.25 * step:  # fill by position, not index
-        problems.append(f"uneven positions: {len(mm)} slices on {len(even)} even ones")
+        problems.append(f"uneven positions, filled to {len(even)}")
         steps = np.interp(even, mm, steps)
     straight = np.ptp(mm) / np.linalg.norm(way)
     if straight < 0.999:
         problems.append(f"gantry tilted by {math.degrees(math.acos(straight)):.0f} degrees")
     affine = np.c_[way / (len(even) - 1), column, row, start]
-    return [stack[k][1] for k in run], steps, np.r_[affine, [[0, 0, 0, 1]]]
+    return [stack[k][1] for k in run], steps, np.r_[affine, [[0, 0, 0, 1]]], problems
 
 
 def read_volume(folder, workers=2, give_up=lambda: False):
-    """One CT study, head first, in Hounsfield units, on `workers` threads.
-
-    StudyError, nothing else: under MIN_SLICES usable, or give_up() is true.
-    """
+    """One CT study, head first, in HU. Raises StudyError, nothing else."""
     with study_errors(folder):
-        stacks, problems = decode_study(folder, workers, give_up)
-        planes, steps, affine = one_series(stacks, problems)
-        stacks.clear()
+        planes, steps, affine, problems = read_series(folder, workers, give_up)
         shape = len(steps), *planes[0].shape
         if math.prod(shape) > MAX_VOXELS:
             raise StudyError(f"{shape} voxels")
         spacing = np.linalg.norm(affine[:3, :3], axis=0)
         share = affine[2::-1, :3] / spacing * [[-1], [1], [1]]  # (down back left, old axis)
         axes = max(permutations(range(3)), key=lambda axes: abs(share[range(3), axes]).sum())
-        signs = np.sign(share[range(3), axes]).astype(int)
+        flip = share[range(3), axes] < 0
         affine, hu = affine[:, [*axes, 3]], np.empty([shape[k] for k in axes], np.int16)
-        affine[:, 3] += affine[:, :3] @ ((signs < 0) * np.subtract(hu.shape, 1))
-        affine[:, :3] *= signs
-        slices = hu[tuple(slice(None, None, sign) for sign in signs)].transpose(np.argsort(axes))
+        affine[:, 3] += affine[:, :3] @ (flip * np.subtract(hu.shape, 1))
+        affine[:, :3] *= 1 - 2 * flip
+        slices = np.flip(hu, [*np.flatnonzero(flip)]).transpose(np.argsort(axes))
         for k, at in enumerate(steps):
             low = min(int(at), len(planes) - 2)
             planes[:low] = [None] * low  # the volume is never held twice
@@ -395,40 +341,34 @@ def read_volume(folder, workers=2, give_up=lambda: False):
 
 
 def read_nifti(path):
-    """(stored labels (I, J, K), slope, intercept, voxel from LPS mm) of a mask."""
+    """(stored labels (I, J, K), slope, intercept, voxel from LPS mm)."""
     raw = Path(path).read_bytes()
     if raw[:2] == b"\x1f\x8b":
         raw = zlib.decompressobj(31).decompress(raw, MAX_VOXELS)
     order = "<" if raw[:2] == b"\x5c\x01" else ">"  # fields by their offsets in nifti1.h
-    short = np.frombuffer(raw[:348], order + "i2")
-    real = np.frombuffer(raw[:348], order + "f4").astype(float)
+    short = np.ndarray(174, order + "i2", raw)
+    real = np.ndarray(87, order + "f4", raw).astype(float)
     rank, start, shape, zooms = short[20], int(real[27]), short[21:24], real[20:23]
     if raw[344:348] != b"n+1\0" or rank < 3 or start < 348 or (short[24 : 21 + rank] > 1).any():
-        raise ValueError("not one 3-D image")  # NumPy would read before the file's first byte
+        raise ValueError("not one 3-D image")  # NumPy reads before a file's start
     stored = np.ndarray(shape, order + NIFTI_TYPES[short[35]], raw, start, order="F")
-    affine = np.eye(4)
+    affine = np.diag([*zooms * (-1, 1, 1), 1])
+    affine[:3, 3] = affine[:3, :3] @ (1.0 - shape) / 2  # centred, as nibabel does
     if short[127] > 0:  # sform
         affine[:3] = real[70:82].reshape(3, 4)
     elif short[126] > 0:  # qform
-        b, c, d, *affine[:3, 3] = real[64:70]
-        skew = np.array([[0, -d, c], [d, 0, -b], [-c, b, 0]])
-        a = math.sqrt(max(0, 1 - b * b - c * c - d * d))
-        turn = np.eye(3) + 2 * (a * skew + skew @ skew)
+        axis, affine[:3, 3] = real[64:67], real[67:70]
+        skew, cosine = np.cross(np.eye(3), axis), math.sqrt(max(0, 1 - axis @ axis))
+        turn = np.eye(3) + 2 * (cosine * skew + skew @ skew)
         affine[:3, :3] = turn * zooms * (1, 1, -1 if real[19] < 0 else 1)
-    else:  # centred, as nibabel does
-        affine[:3, :3] = np.diag(zooms * (-1, 1, 1))
-        affine[:3, 3] = affine[:3, :3] @ (1.0 - shape) / 2
     voxel_from_lps = np.linalg.inv(np.asarray_chkfinite(affine)) * (-1, -1, 1, 1)
-    slope, intercept = real[28:30] if math.isfinite(real[28]) and real[28] else (1, 0)
+    slope, intercept = real[28:30] if 0 < abs(real[28]) < math.inf else (1, 0)
     return stored, slope, intercept, voxel_from_lps
 
 
 def read_mask(path, volume, shape=None):
-    """uint8 (Z, Y, X): each voxel's nearest label, 1-7 = C1-C7, 8-19 = T1-T12, 0 outside.
-
-    `shape`: of a coarser grid. StudyError for another format.
-    """
-    with study_errors(f"{path}: not a whole NIfTI-1 mask in one file"):
+    """uint8 (Z, Y, X), or a coarser `shape`: the nearest label, 1-7 = C1-C7, 0 outside."""
+    with study_errors(f"{path}: no whole NIfTI-1 mask"):
         stored, slope, intercept, voxel_from_lps = read_nifti(path)
     out = np.zeros(shape or volume.hu.shape, np.uint8)
     matrix = (voxel_from_lps @ volume.affine)[:3, :, None, None]
@@ -443,38 +383,28 @@ def read_mask(path, volume, shape=None):
 
 
 def cube_labels(path, volume, size):
-    """uint8 (D, D, D): the mask at the centres of the segmenter's cells."""
     return read_mask(path, volume, (size, size, size))
 
 
-def to_cells(image, rows, columns):
-    """The image averaged along an axis that gets shorter, interpolated along one that does not."""
-    for size in ((image.shape[1], rows), (columns, rows)):  # OpenCV's: width first
-        how = cv2.INTER_AREA if size <= image.shape[::-1] else cv2.INTER_LINEAR
-        image = cv2.resize(image, size, interpolation=how)
-    return image
+def to_rows(image, rows):
+    how = cv2.INTER_AREA if rows <= len(image) else cv2.INTER_LINEAR
+    return cv2.resize(image, (image.shape[1], rows), interpolation=how)
 
 
 def segmenter_input(volume, size=128, window=SEGMENTER_WINDOW):
-    """float32 (1, D, D, D) in 0..1: the whole study averaged onto a cube.
-
-    Cell i covers the voxels [i * Z / D, (i + 1) * Z / D), along Y and X likewise.
-    """
-    low, high = window[0] - window[1] // 2, window[0] + window[1] // 2
-    planes = np.empty((len(volume.hu), size * size), np.float32)  # (Z, D * D)
-    for k, hu in enumerate(volume.hu):
-        planes[k] = to_cells(np.clip(hu, low, high).astype(np.float32), size, size).ravel()
-    cube = to_cells(planes, size, size * size)  # (Z, D * D) -> (D, D * D)
-    return torch.from_numpy((cube.reshape(1, size, size, size) - low) / (high - low))
+    """float32 (1, D, D, D) in 0..1: a cell averages its share of the study."""
+    low, width = window[0] - window[1] // 2, window[1]
+    planes = (np.float32(np.clip(hu, low, low + width)) for hu in volume.hu)
+    planes = [to_rows(to_rows(plane, size).T, size).T.ravel() for plane in planes]
+    cube = to_rows(np.array(planes), size)  # (Z, D * D) -> (D, D * D)
+    return torch.from_numpy((cube.reshape(1, size, size, size) - low) / width)
 
 
 # =========================================== Segmenter ===========================================
-# The trap: a network made 3-D can be wrong without an error; to_3d refuses what it does not know.
-
+# A network made 3-D can be wrong without an error: to_3d refuses what it does not know.
 
 class Conv3dSame(nn.Conv3d):
     """TensorFlow's SAME padding."""
-
     def forward(self, x):
         padding = []
         for n in x.shape[:1:-1]:  # F.pad takes the last axis first
@@ -484,15 +414,13 @@ class Conv3dSame(nn.Conv3d):
 
 
 class BatchNormAct3d(nn.BatchNorm3d):
-    """With the activation inside, as timm's."""
-
+    """Then timm's activation."""
     def forward(self, x):
         return self.act(super().forward(x))
 
 
 class SqueezeExcite3d(nn.Sequential):
-    """timm's layers in their order; the mean over three axes."""
-
+    """timm's layers; the mean over three axes."""
     def forward(self, x):
         return x * super().forward(x.mean((2, 3, 4), keepdim=True))
 
@@ -501,43 +429,37 @@ SOLID = {nn.Conv2d: nn.Conv3d, Conv2dSame: Conv3dSame, nn.MaxPool2d: nn.MaxPool3
          nn.AvgPool2d: nn.AvgPool3d, nn.BatchNorm2d: nn.BatchNorm3d, BatchNormAct2d: BatchNormAct3d}
 
 
-def to_3d(module, path=""):
+def to_3d(network):
     """The 3-D twin of a timm network, paths kept. UserError naming a layer that has none."""
-    kind, name, home = type(module), type(module).__name__, type(module).__module__
-    path = path or name
-    sides = {n: v for n, v in vars(module).items() if isinstance(v, tuple) and len(v) == 2}
-    if kind in SOLID and all(height == width for height, width in sides.values()):
-        twin = copy.deepcopy(module)
-        twin.__class__ = SOLID[kind]
-        vars(twin).update({n: v[:1] * 3 for n, v in sides.items()})
-        if isinstance(module, nn.Conv2d):
-            k = module.kernel_size[0]
-            twin.weight = nn.Parameter(twin.weight.data[:, :, None].repeat(1, 1, k, 1, 1) / k)
-        return twin
-    squeeze = name in ("SqueezeExcite", "SEModule", "EffectiveSEModule")
-    known = squeeze or "activation" in home or name in ("ConvNormAct", "DropPath")
-    strange = kind in SOLID or "2d" in name or home.startswith("timm.layers")
-    if [*module.parameters(False), *module.buffers(False)] or strange and not known:
-        raise UserError(f"cannot make {path} three-dimensional: unknown layer {name}")
-    twin = SqueezeExcite3d() if squeeze else copy.copy(module)
-    twin._modules = {n: child and to_3d(child, f"{path}.{n}")
-                     for n, child in module._modules.items()}
+    twin = copy.deepcopy(network)
+    for path, layer in twin.named_modules():
+        kind, name = type(layer), str(type(layer))
+        sides = {n: v for n, v in vars(layer).items() if isinstance(v, tuple) and len(v) == 2}
+        own = [*layer.parameters(False), *layer.buffers(False)]
+        plain = re.search("activation|ConvNormAct|DropPath", name)
+        if kind in SOLID and all(v[0] == v[1] for v in sides.values()):
+            layer.__class__ = SOLID[kind]
+            vars(layer).update({n: v[:1] * 3 for n, v in sides.items()})
+            if isinstance(layer, nn.Conv3d):
+                k = layer.kernel_size[0]
+                layer.weight = nn.Parameter(torch.stack([layer.weight.data / k] * k, 2))
+        elif "SqueezeExcite" in name or "SEModule" in name:
+            layer.__class__ = SqueezeExcite3d
+        elif own or "2d" in name or "timm.layers" in name and not plain:
+            path = f"{type(network).__name__}.{path}"
+            raise UserError(f"cannot make {path} three-dimensional: unknown {name}")
     return twin
 
 
 def create_backbone(name, **arguments):
-    """A timm model with random weights. UserError for a name that does not fit."""
-    try:
-        if ":" in name:  # hf-hub: would ask the network
-            raise ValueError("not a plain name of timm")
+    with study_errors(f"--backbone {name}"):
+        if ":" in name:  # hf-hub: the network
+            raise ValueError("no plain name")
         return timm.create_model(name, pretrained=False, **arguments)
-    except Exception as error:  # timm has many kinds
-        raise UserError(f"--backbone {name}: {error!r}") from None
 
 
 class ConvBlock(nn.Module):
-    """Convolution, norm, ReLU, then scSE (Roy et al. 2018): channels and places weighed."""
-
+    """Convolution, norm, ReLU, then scSE (Roy et al. 2018)."""
     def __init__(self, before, width):
         super().__init__()
         self.conv = nn.Conv3d(before, width, 3, padding=1, bias=False)
@@ -554,32 +476,27 @@ class ConvBlock(nn.Module):
 
 class Segmenter(nn.Module):
     """3-D U-Net: (B, 1, Z, Y, X) in 0..1 -> (B, 7, Z, Y, X) logits; axes multiples of 16."""
-
     def __init__(self, backbone="tf_efficientnetv2_s", size=128, window=SEGMENTER_WINDOW,
-                 decoder=(64, 32, 24), drop_path=0.0, dropout=0.0):
+                 drop_path=0.0, dropout=0.0):
         super().__init__()
-        self.settings = dict(backbone=backbone, size=size, window=window, decoder=decoder)
+        self.settings = dict(backbone=backbone, size=size, window=window)
         flat = create_backbone(backbone, features_only=True, out_indices=(0, 1, 2, 3), in_chans=1,
                                drop_path_rate=drop_path)
         if flat.feature_info.reduction() != [2, 4, 8, 16]:
-            raise UserError(f"--backbone {backbone}: needs features at strides 2, 4, 8 and 16")
-        home, _, last = flat.feature_info.module_name()[-1].rpartition(".")
-        stages = getattr(flat, home, [])  # EfficientNets would go on to stride 32
-        for k in range(int(last) + 1 if stages else 0, len(stages)):
-            stages[k] = nn.Identity()
+            raise UserError(f"--backbone {backbone}: no features at strides 2, 4, 8 and 16")
+        if hasattr(flat, "blocks"):  # EfficientNets would go on to stride 32
+            del flat.blocks[int(flat.feature_info.module_name()[-1].split(".")[1]) + 1 :]
         self.encoder = to_3d(flat)
-        *skips, deepest = flat.feature_info.channels()
-        skips[0] += 8  # and the cube itself, 2 x 2 x 2 cells a place
-        before = zip((deepest, *decoder), skips[::-1])
-        self.decoder = nn.ModuleList(ConvBlock(sum(b), w) for b, w in zip(before, decoder))
+        first, second, third, last = flat.feature_info.channels()
+        self.decoder = nn.ModuleList([
+            ConvBlock(last + third, 64), ConvBlock(64 + second, 32), ConvBlock(32 + first + 8, 24)])
         self.dropout = nn.Dropout3d(dropout)
-        self.head = nn.Conv3d(decoder[-1], 7 * 8, 1)  # a place answers for 8 cells
-        nn.init.constant_(self.head.bias, -4.0)  # most cells belong to no vertebra
+        self.head = nn.Conv3d(24, 7 * 8, 1)  # a place answers for 8 cells
+        nn.init.constant_(self.head.bias, -4.0)  # most cells are background
 
     def forward(self, x):
-        size = x.shape[2:]
-        if any(n % 16 for n in size):
-            raise UserError(f"cube {tuple(size)}: axes must be multiples of 16")
+        if any(n % 16 for n in x.shape[2:]):
+            raise UserError(f"cube {[*x.shape[2:]]}: no multiples of 16")
         x = (x - 0.5) * 4
         cells = x.unfold(2, 2, 2).unfold(3, 2, 2).unfold(4, 2, 2).flatten(5)[:, 0].movedim(-1, 1)
         *skips, x = self.encoder(x)
@@ -587,7 +504,7 @@ class Segmenter(nn.Module):
         for block, skip in zip(self.decoder, skips[::-1]):
             x = block(torch.cat([F.interpolate(x, skip.shape[2:]), skip], 1))
         x = self.head(self.dropout(x)).unflatten(1, (7, 2, 2, 2)).permute(0, 1, 5, 2, 6, 3, 7, 4)
-        return x.reshape(len(x), 7, *size)  # (B, 7, Z/2, 2, Y/2, 2, X/2, 2) -> (B, 7, Z, Y, X)
+        return x.flatten(6).flatten(4, 5).flatten(2, 3)  # (B, 7, Z/2, 2, ...) -> (B, 7, Z, Y, X)
 
 
 def segmenter_loss(logits, labels):
