@@ -166,6 +166,9 @@ def write_atomic(path, write):
         new.replace(path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            new.unlink()
 
 
 def write_csv(path, table):
