@@ -1169,7 +1169,7 @@ def segment(models, volume, device, report=say):
     cube = segmenter_input(volume, size, window)[None]
     cube = cube.to(device, memory_format=torch.channels_last_3d)
     with autocast(device):
-        total = sum(model(cube)[0].float().sigmoid().nan_to_num() for model in models)
+        total = sum(m.to(device)(cube)[0].float().sigmoid().nan_to_num() for m in models)
     return in_order((total / len(models)).cpu().numpy(), report)
 
 
@@ -1194,6 +1194,7 @@ def classify(ensemble, crops, effort):
     vertebra, patient = (ensemble.models[k][: effort.folds] for k in ("vertebra", "patient"))
     crops = torch.from_numpy(crops).to(ensemble.device)
     for i, model in enumerate(vertebra + patient):
+        model.to(ensemble.device)  # the study before may have left it on the CPU
         size, whole = (model.settings["size"],) * 2, i >= len(vertebra)
         shown = crops if size[0] == crops.shape[-1] else torch.stack([  # bytes: little memory
             F.interpolate(c.float(), size, mode="bilinear").round().byte() for c in crops])
@@ -1226,8 +1227,6 @@ def answer_study(volume, ensemble, effort):
     """A study's row of the report."""
     models, device, problems = ensemble.models, ensemble.device, [*volume.problems]
     start = time.monotonic()
-    for model in sum(models.values(), []):
-        model.to(device)  # the study before may have left them on the CPU
     probability = segment(models["segmenter"][: effort.folds], volume, device, problems.append)
     found = time.monotonic()
     mask_of = (models["vertebra"] + models["patient"])[0].settings["mask_of"]
@@ -1241,10 +1240,10 @@ def answer_study(volume, ensemble, effort):
                 device=device, warnings="; ".join(problems))
 
 
-def answer_or_prior(uid, future, ensemble, effort, seconds):
+def answer_or_prior(uid, future, ensemble, effort):
     """A study's row of the report: whatever goes wrong with it ends here."""
     try:
-        volume, read_s = future.result(seconds)
+        volume, read_s = future.result()
         with contextlib.suppress(torch.OutOfMemoryError):
             return answer_study(volume, ensemble, effort) | {"read_s": read_s}
         ensemble = ensemble._replace(device=torch.device("cpu"))
@@ -1252,7 +1251,7 @@ def answer_or_prior(uid, future, ensemble, effort, seconds):
     except Exception as error:  # the one place that must outlive all that a study can do
         what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         say(f"study {uid}: {what}; answered with the prior")
-        return dict(BLIND, status="failed", warnings=what)
+        return BLIND | {"status": "failed", "warnings": what}
 
 
 def choose_effort(views, folds, seconds, share):
@@ -1303,7 +1302,7 @@ def predict_studies(images, out, rows, ensemble, stop, workers, resume=False):
         effort = choose_effort(*full, seconds, left / (len(todo) - k))
         if effort != full:
             say(f"study {uid}: time is short, {effort}")
-        row = answer_or_prior(uid, future, ensemble, effort, min(left, threading.TIMEOUT_MAX))
+        row = answer_or_prior(uid, future, ensemble, effort)
         reports.append({STUDY: uid, **row, "peak_gb": peak_gb()})
         write_submission(out, rows, reports)
         if stop.signal:
@@ -1379,7 +1378,12 @@ def decode_lossless_jpeg(data):
     scan = re.sub(rb"\xff+(?=\xff)", b"", data[at:])  # fill bytes
     scan = re.split(rb"\xff[^\x00\xd0-\xd7]", scan, maxsplit=1)[0]
     intervals = re.split(rb"\xff[\xd0-\xd7]", scan)
-    codes, band = _code_tables(tables[table >> 4]), restart // columns or rows
+    table, band = tables[table >> 4], restart // columns or rows
+    length = np.repeat(range(1, 18), [*table[:16], 1])  # of codes (annex C), last of the rest
+    category, share = np.array([*table[16:], 255]), 2**16 >> length  # of the next 16 bits
+    share[-1] = 2**16 - share.sum()
+    advance = (length + category % 16).astype(np.uint8)  # bits of code and difference
+    codes = category.repeat(share), advance.repeat(share)
     grid = np.zeros((-(-rows // band), band * columns), int)  # a restart interval a row
     for number, found in enumerate(grid):
         count = min(band, rows - number * band) * columns
@@ -1387,15 +1391,6 @@ def decode_lossless_jpeg(data):
     grid[:, 0] += 1 << bits - shift - 1
     samples = _undo_prediction(grid.reshape(-1, band, columns), *HALVES[predictor])
     return samples.reshape(-1, columns)[:rows] << shift
-
-
-def _code_tables(table):
-    """Category, and bits of code and difference together, by the next 16 bits (T.81 annex C)."""
-    length = np.repeat(range(1, 18), [*table[:16], 1])
-    category = np.array([*table[16:], 255])  # the rest of the bits is no code
-    share = 2**16 >> length
-    share[-1] = 2**16 - share.sum()
-    return np.repeat(category, share), np.repeat(length + category % 16, share).astype(np.uint8)
 
 
 def _differences(coded, count, category_of, advance_of):
@@ -1503,8 +1498,7 @@ def classifier_batch(model, tensors, rngs, recipe):
     crops, labels = shuffle_order(crops, tensors[1], rngs, recipe.shuffle)
     share = rngs[0].random() if rngs[0].random() < recipe.mixup else 1.0
     outputs = model(crops.flip(0).lerp(crops, share))
-    other = classifier_loss(outputs, labels.flip(0))
-    loss = other.lerp(classifier_loss(outputs, labels), share)
+    loss = classifier_loss(outputs, labels.flip(0)).lerp(classifier_loss(outputs, labels), share)
     return loss * (1 + labels).nan_to_num().mean()  # parts and ranks count by their weights
 
 
@@ -1576,7 +1570,7 @@ def mode_train_cls(o):
         return [*np.sort(steps, 1)[:, -Answers().top_k :].mean(1), patient]
 
     def judge(table):  # the prior where nothing was asked or in view
-        answers = table.astype(float).fillna(BLIND).to_numpy()
+        answers = table.fillna(BLIND).to_numpy()
         right = np.array([truth[uid] for uid in table.index])
         return dict(score=competition_scores(answers, right)[0],
                     vertebra_auc=auc(answers[:, :7].ravel(), right[:, :7].ravel()),
@@ -1675,11 +1669,9 @@ def main(argv=None):
     try:
         o.function(o)
         return 0
-    except (UserError, Stopped) as error:
-        print(f"cspine: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 130 if "by SIG" in str(error) else 0
-    except KeyboardInterrupt:
-        return 130
+    except (UserError, Stopped, KeyboardInterrupt) as error:
+        print("cspine:", str(error) or "interrupted", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 0 if "--time-limit" in str(error) else 130
     finally:
         with contextlib.suppress(ValueError):  # another thread has no signals
             signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -220,7 +220,7 @@ def test_a_study_without_gpu_memory_is_repeated_on_the_cpu(times, status, weight
     ensemble.models["vertebra"][0] = OutOfMemoryOnce(ensemble.models["vertebra"][0], times)
     future = Future()
     future.set_result((cspine.read_volume(studies / "test_images" / UIDS[0]), 1.0))
-    row = cspine.answer_or_prior("a", future, ensemble, cspine.Effort(1, 1), 60)
+    row = cspine.answer_or_prior("a", future, ensemble, cspine.Effort(1, 1))
     assert row["status"] == status and ("memory" in row["warnings"]) == (status == "failed")
     assert all(row[t] == PRIOR[t] for t in PRIOR) == (status == "failed")
 
