@@ -1570,7 +1570,7 @@ def mode_train_cls(o):
         return [*np.sort(steps, 1)[:, -Answers().top_k :].mean(1), patient]
 
     def judge(table):  # the prior where nothing was asked or in view
-        answers = table.fillna(BLIND).to_numpy()
+        answers = table.astype(float).fillna(BLIND).to_numpy()
         right = np.array([truth[uid] for uid in table.index])
         return dict(score=competition_scores(answers, right)[0],
                     vertebra_auc=auc(answers[:, :7].ravel(), right[:, :7].ravel()),
