@@ -1063,64 +1063,58 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
 
 
 # =========================================== Prediction ==========================================
-# Studies to rows. A complete submission is on disk from the first second, at worst with the prior.
+# A complete submission is on disk from the first second, at worst with the prior.
 
 READING_SHARE = 0.25  # of the time left, for one study
 REPORTS = [f"predict_report{k or ''}.csv" for k in range(16)]  # one a process
 BLIND = dict(zip(TARGETS, PRIOR))
+AS_IS = np.repeat([[1.0], [0.0]], 8, 1)  # scale and shift of the logits
 
-# models: {kind: list}; calibration: (8, 2) scale and shift in logit space
-Ensemble = namedtuple("Ensemble", "models device calibration options",
-                      defaults=[[[1, 0]] * 8, Answers()])
+# models: {kind: list}
+Ensemble = namedtuple("Ensemble", "models device calibration options", defaults=[AS_IS, Answers()])
 Effort = namedtuple("Effort", "views folds")  # what a study is given
 
 
 def load_models(weights, kind, device):
-    """{fold: model} of <kind>_fold<k>.pt."""
     paths = {k: Path(weights) / f"{kind}_fold{k}.pt" for k in range(100)}
     return {k: load_model(p, kind).to(device) for k, p in paths.items() if p.exists()}
 
 
 def load_ensemble(weights, device):
-    """All models under `weights`. UserError without a segmenter and a classifier."""
+    """All that lies in `weights`. UserError without a segmenter and a classifier."""
     models = {kind: [*load_models(weights, kind, device).values()] for kind in KINDS}
     if not models["segmenter"] or not models["vertebra"] + models["patient"]:
-        raise UserError(f"no weights in {weights}: --weights must hold a segmenter and a "
-                        "vertebra or patient classifier")
-    ensemble, path = Ensemble(models, device), Path(weights) / "calibration.json"
-    if path.exists():
-        with study_errors(f"{path}: expected finite [scale, shift] of each target"):
-            table = pd.read_json(path)[list(TARGETS)].to_numpy(float).T.reshape(8, 2)
-            assert np.isfinite(table).all()
-            ensemble = ensemble._replace(calibration=table)
-    return ensemble
+        raise UserError(f"no weights in {weights}: --weights needs a segmenter and a classifier")
+    path = Path(weights) / "calibration.json"
+    if not path.exists():
+        return Ensemble(models, device)
+    with study_errors(f"{path}: expected finite [scale, shift] of each target"):
+        table = np.asarray_chkfinite(pd.read_json(path)[list(TARGETS)], float)
+        return Ensemble(models, device, table.reshape(2, 8))
 
 
 @torch.inference_mode()
-def segment(models, volume, device, problems=None):
+def segment(models, volume, device, report=say):
     """float32 (7, D, D, D): mean probability of the segmenters, in_order."""
     size, window = (models[0].settings[k] for k in ("size", "window"))  # as of all folds
     cube = segmenter_input(volume, size, window)[None]
-    cube, total = cube.to(device, memory_format=torch.channels_last_3d), 0
-    for model in models:
-        with autocast(device):
-            logits = model(cube)[0]
-        total += logits.float().sigmoid().nan_to_num_() / len(models)
-    return in_order(total.cpu().numpy(), [] if problems is None else problems)
+    cube = cube.to(device, memory_format=torch.channels_last_3d)
+    with autocast(device):
+        total = sum(m.to(device)(cube)[0].float().sigmoid().nan_to_num() for m in models)
+    return in_order((total / len(models)).cpu().numpy(), report)
 
 
-def in_order(probability, problems):
+def in_order(probability, report):
     """(7, D, D, D); of two vertebrae against the order head to foot the fainter is emptied."""
     weight = (probability * (probability > 0.5)).sum((2, 3))  # (7, D)
     mass = weight.sum(1)
     centre = weight @ np.arange(weight.shape[1]) / np.maximum(mass, 1)
-    seen = np.flatnonzero(mass > MIN_CELLS)
-    for pair in zip(seen, seen[1:]):
-        if centre[pair[0]] >= centre[pair[1]]:
-            drop = min(pair, key=mass.item)
-            probability[drop] = 0
-            problems.append(f"{VERTEBRAE[drop]} out of order, taken out")
-            return in_order(probability, problems)
+    seen = [*np.flatnonzero(mass > MIN_CELLS)]
+    while wrong := [pair for pair in zip(seen, seen[1:]) if centre[pair[0]] >= centre[pair[1]]]:
+        drop = min(wrong[0], key=mass.item)
+        seen.remove(drop)
+        probability[drop] = 0
+        report(f"{VERTEBRAE[drop]} out of order, taken out")
     return probability
 
 
@@ -1131,6 +1125,7 @@ def classify(ensemble, crops, effort):
     vertebra, patient = (ensemble.models[k][: effort.folds] for k in ("vertebra", "patient"))
     crops = torch.from_numpy(crops).to(ensemble.device)
     for i, model in enumerate(vertebra + patient):
+        model.to(ensemble.device)  # the study before may have left it on the CPU
         size, whole = (model.settings["size"],) * 2, i >= len(vertebra)
         shown = crops if size[0] == crops.shape[-1] else torch.stack([  # bytes: little memory
             F.interpolate(c.float(), size, mode="bilinear").round().byte() for c in crops])
@@ -1145,27 +1140,25 @@ def classify(ensemble, crops, effort):
     return out
 
 
-def combine(outputs, options, calibration=((1, 0),) * 8):
+def combine(outputs, options, calibration=AS_IS):
     """(8,) answers from what classify gave; what is NaN gets the prior."""
     rows = [[*np.sort(steps, 1)[:, -options.top_k :].mean(1), head] for steps, head in outputs]
-    rows, (scale, shift) = torch.tensor(rows, dtype=torch.float64), torch.tensor(calibration).T
+    rows, (scale, shift) = torch.tensor(np.array(rows)), torch.tensor(calibration)
     logit, share = options.average == "logit", options.noisy_or
     raw = rows.logit(FLOOR).nanmean(0).sigmoid() if logit else rows.nanmean(0)
     answer = (raw.logit(FLOOR) * scale + shift).sigmoid()
     either = float(1 - (1 - answer[:7]).nan_to_num(1).prod()) or math.nan  # 0: nothing in sight
     patient = share * either + (1 - share) * raw[7].nan_to_num(either)
     answer[7] = (patient.logit(FLOOR) * scale[7] + shift[7]).sigmoid()
-    answer = answer.numpy()
-    return np.where(np.isnan(answer), PRIOR, answer).clip(FLOOR, 1 - FLOOR)
+    answer = torch.where(answer.isnan(), torch.tensor(PRIOR), answer)
+    return answer.clamp(FLOOR, 1 - FLOOR).numpy()
 
 
 def answer_study(volume, ensemble, effort):
-    """A study's row of the report, with its answers."""
+    """A study's row of the report."""
     models, device, problems = ensemble.models, ensemble.device, [*volume.problems]
     start = time.monotonic()
-    for model in sum(models.values(), []):
-        model.to(device)  # the study before may have left them on the CPU
-    probability = segment(models["segmenter"][: effort.folds], volume, device, problems)
+    probability = segment(models["segmenter"][: effort.folds], volume, device, problems.append)
     found = time.monotonic()
     mask_of = (models["vertebra"] + models["patient"])[0].settings["mask_of"]
     crops = vertebra_slices(volume, probability, mask_of=mask_of)
@@ -1175,22 +1168,21 @@ def answer_study(volume, ensemble, effort):
     status = "ok" if len(seen) == 7 else "partial" if seen else "nothing seen"
     return dict(zip(TARGETS, answers), status=status, slices=len(volume.hu), seen="+".join(seen),
                 segment_s=found - start, crops_s=cut - found, classify_s=time.monotonic() - cut,
-                warnings="; ".join(problems))
+                device=device, warnings="; ".join(problems))
 
 
-def answer_or_prior(uid, future, ensemble, effort, seconds):
+def answer_or_prior(uid, future, ensemble, effort, seconds=None):
     """A study's row of the report: whatever goes wrong with it ends here."""
-    what = "out of memory"
     try:
-        volume, read_s = future.result(seconds)
-        for device in (ensemble.device, torch.device("cpu")):  # where there is room for a study
-            with contextlib.suppress(torch.OutOfMemoryError):
-                row = answer_study(volume, ensemble._replace(device=device), effort)
-                return dict(row, read_s=read_s, device=device)
+        volume, read_s = future.result(seconds)  # a file may hang
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return answer_study(volume, ensemble, effort) | {"read_s": read_s}
+        ensemble = ensemble._replace(device=torch.device("cpu"))
+        return answer_study(volume, ensemble, effort) | {"read_s": read_s}
     except Exception as error:  # the one place that must outlive all that a study can do
         what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    say(f"study {uid}: {what}; answered with the prior")
-    return dict(BLIND, status="failed", warnings=what)
+        say(f"study {uid}: {what}; answered with the prior")
+        return BLIND | {"status": "failed", "warnings": what}
 
 
 def choose_effort(views, folds, seconds, share):
@@ -1200,60 +1192,50 @@ def choose_effort(views, folds, seconds, share):
     return Effort(views, folds)
 
 
-def submission_rows(table):
-    """[(row_id, study, target)] of test.csv, each row_id once; its ending says the target."""
-    table = table.fillna("").astype(str).drop_duplicates("row_id")
-    target = table.row_id.str.extract(f"_({'|'.join(TARGETS)})$")[0]
-    return [*zip(table.row_id, table[STUDY], target.fillna(table.prediction_type))]
-
-
-def read_reports(out, files=REPORTS):
-    """{study: row} of all processes that write beside `out`: answers, no failures."""
-    rows = [row for path in map(out.with_name, files) if path.exists()
+def read_reports(out):
+    """{study: row} of what all processes reported beside `out`: answers, no failures."""
+    rows = [row for path in map(out.with_name, REPORTS) if path.exists()
             for row in read_csv(path, (STUDY, "status", *TARGETS)).to_dict("records")]
     return {row[STUDY]: row for row in rows if row["status"] not in ("failed", "no time")}
 
 
-def write_submission(out, rows):
-    """Every row of test.csv, with the prior where no report has an answer."""
-    answers, known = read_reports(out), None
-    while known != len(answers):  # else another process reported meanwhile
+def write_submission(out, rows, reports=()):
+    """This process's report and every (row_id, study, target); the prior where none answered."""
+    if reports:
+        write_csv(out.with_name(REPORTS[ranks()[0]]), pd.DataFrame(reports))
+    known = -1
+    while known < len(answers := read_reports(out)):  # another process may report meanwhile
         known = len(answers)
         values = [(row, answers.get(uid, BLIND).get(target, 0.5)) for row, uid, target in rows]
         write_csv(out, pd.DataFrame(values, columns=["row_id", "fractured"]))
-        answers = read_reports(out)
 
 
-def predict_studies(images, out, rows, ensemble, stop, workers, done=()):
+def predict_studies(images, out, rows, ensemble, stop, workers, resume=False):
     """Answer this process's share of the studies; report and submission follow each."""
-    (rank, world), seconds = ranks(), 1e-9
+    (rank, world), seconds, done = ranks(), 1e-9, read_reports(out) if resume else {}
     uids = list(dict.fromkeys(uid for _, uid, _ in rows))
-    reports = [row for uid, row in read_reports(out, [REPORTS[rank]]).items() if uid in done]
-    todo = [uid for uid in uids[rank::world] if uid not in done]
+    todo, reports = [uid for uid in uids[rank::world] if uid not in done], [*done.values()]
     full = Effort(ensemble.options.views, max(map(len, ensemble.models.values())))
 
     def read(uid):
-        start, share = stop.clock(), READING_SHARE * stop.left()
+        start, until = stop.clock(), (1 - READING_SHARE) * stop.left()
         if uid in ("", "..") or Path(uid).name != uid:
             raise StudyError(f"{uid!r} is no plain folder name")
-        volume = read_volume(images / uid, workers, lambda: stop.clock() - start > share)
+        volume = read_volume(images / uid, workers, lambda: stop.left() < until)
         return volume, stop.clock() - start
-
-    def save(*new):
-        reports.extend(new)
-        write_csv(out.with_name(REPORTS[rank]), pd.DataFrame(reports))
-        write_submission(out, rows)
 
     for k, (uid, future) in enumerate(progress(prefetch(read, todo, 1), "study", len(todo))):
         start, left = stop.clock(), stop.left()
         if seconds > left:
             say(f"time is short: {len(todo) - k} studies are left with the prior")
-            return save(*[{STUDY: uid, **BLIND, "status": "no time"} for uid in todo[k:]])
+            reports += [{STUDY: uid, **BLIND, "status": "no time"} for uid in todo[k:]]
+            return write_submission(out, rows, reports)
         effort = choose_effort(*full, seconds, left / (len(todo) - k))
         if effort != full:
             say(f"study {uid}: time is short, {effort}")
         row = answer_or_prior(uid, future, ensemble, effort, min(left, threading.TIMEOUT_MAX))
-        save({STUDY: uid, **row, "peak_gb": peak_gb()})
+        reports.append({STUDY: uid, **row, "peak_gb": peak_gb()})
+        write_submission(out, rows, reports)
         if stop.signal:
             raise Stopped(f"stopped by {stop.signal}; {out} is complete, --resume goes on")
         used = (stop.clock() - start) / (effort.folds * max(effort.views, 1))
@@ -1261,7 +1243,7 @@ def predict_studies(images, out, rows, ensemble, stop, workers, done=()):
 
 
 # ============================================ Decoding ===========================================
-# In: a DICOM data set. Out: its stored values. The trap: headers lie, so every size is checked.
+# The trap: headers lie, so every size is checked.
 
 MAX_JPEG_2000 = 2**20  # pixels: hostile files cost OpenJPEG gigabytes
 HALVES = {1: (2, 0, 0), 2: (0, 2, 0), 3: (0, 0, 2), 4: (2, 2, -2),  # of left, above, corner
@@ -1295,7 +1277,7 @@ def decode_pixels(data):
 
 
 def _decode_jpeg_2000(jpeg):
-    """(rows, columns) uint16 of a JPEG 2000 image, negative numbers as two's complement."""
+    """(rows, columns) uint16, negative numbers as two's complement."""
     stream = bytearray(jpeg[max(0, jpeg.find(b"\xff\x4f\xff\x51")):])  # without JP2 boxes
     width, height, components, depth = struct.unpack_from(">2I24xHB", stream, 8)
     if width * height * components > MAX_JPEG_2000:
@@ -1309,7 +1291,7 @@ def _decode_jpeg_2000(jpeg):
 
 @study_errors("JPEG Lossless")
 def decode_lossless_jpeg(data):
-    """(rows, columns) uint16 of a one-component JPEG Lossless stream (ITU-T T.81 annex H)."""
+    """(rows, columns) uint16 of a one-component stream (ITU-T T.81 annex H)."""
     at, segments, tables = 2, {}, {}  # by marker; Huffman tables by destination (annex B)
     while 0xFFDA not in segments:
         marker, length = struct.unpack_from(">HH", data, at)
@@ -1327,7 +1309,12 @@ def decode_lossless_jpeg(data):
     scan = re.sub(rb"\xff+(?=\xff)", b"", data[at:])  # fill bytes
     scan = re.split(rb"\xff[^\x00\xd0-\xd7]", scan, maxsplit=1)[0]
     intervals = re.split(rb"\xff[\xd0-\xd7]", scan)
-    codes, band = _code_tables(tables[table >> 4]), restart // columns or rows
+    table, band = tables[table >> 4], restart // columns or rows
+    length = np.repeat(range(1, 18), [*table[:16], 1])  # of codes (annex C), last of the rest
+    category, share = np.array([*table[16:], 255]), 2**16 >> length  # of the next 16 bits
+    share[-1] = 2**16 - share.sum()
+    advance = (length + category % 16).astype(np.uint8)  # bits of code and difference
+    codes = category.repeat(share), advance.repeat(share)
     grid = np.zeros((-(-rows // band), band * columns), int)  # a restart interval a row
     for number, found in enumerate(grid):
         count = min(band, rows - number * band) * columns
@@ -1335,16 +1322,6 @@ def decode_lossless_jpeg(data):
     grid[:, 0] += 1 << bits - shift - 1
     samples = _undo_prediction(grid.reshape(-1, band, columns), *HALVES[predictor])
     return samples.reshape(-1, columns)[:rows] << shift
-
-
-def _code_tables(table):
-    """Category, and bits of code and difference together, by the next 16 bits (T.81 annex C)."""
-    length = np.repeat(range(1, 17), [*table[:16]])
-    share = 2 ** (16 - length)
-    share = np.append(share, 2**16 - share.sum())
-    category = np.array([*table[16:], 255])  # the rest of the bits is no code
-    advance = np.append(length, 1) + category % 16
-    return np.repeat(category, share), np.repeat(advance, share).astype(np.uint8)
 
 
 def _differences(coded, count, category_of, advance_of):
@@ -1384,13 +1361,11 @@ def _undo_prediction(grid, left, above, corner):
 
 
 # ============================================= Modes =============================================
-# One short function a mode. Options stand once, in OPTIONS; a mode names those it takes.
 
 HERE = Path(globals().get("__file__", "cspine.py")).resolve().parent
 
 
 def data_folder(o, *needed):
-    """--data as a path. UserError naming what is missing in it."""
     for name in needed:
         if not (Path(o.data) / name).exists():
             raise UserError(f"no {name} in {o.data}/: --data must name the folder that holds it")
@@ -1398,13 +1373,13 @@ def data_folder(o, *needed):
 
 
 def training_data(o):
-    """Labels of the studies whose images are there, uid -> fold, uid -> path of the mask."""
+    """{uid: labels (8,)} of the studies whose images are there, {uid: fold}, {uid: its mask}."""
     data = data_folder(o, "train.csv", "train_images")
     table = read_csv(data / "train.csv", (STUDY, *TARGETS))
     masks = {p.name.split(".nii")[0]: p for p in (data / "segmentations").glob("*.nii*")}
     folds = assign_folds(table, o.folds, masks)  # of the whole table: a study keeps its fold
-    table = table[[(data / "train_images" / uid).is_dir() for uid in table[STUDY]]]
-    return table.set_index(STUDY)[list(TARGETS)], folds, masks
+    truth = zip(table[STUDY], table[list(TARGETS)].to_numpy(np.float32))
+    return {u: y for u, y in truth if (data / "train_images" / u).is_dir()}, folds, masks
 
 
 def recipe_from(o, kind):
@@ -1419,7 +1394,7 @@ def recipe_from(o, kind):
 
 
 def run_training(o, samples, folds, task):
-    """Train the folds asked for, on the samples of every uid."""
+    """Train the folds asked for on samples (uid, ...)."""
     wanted = [k for k in range(o.folds) if o.fold in ("all", str(k))]
     if not wanted:
         raise UserError(f"--fold {o.fold}: there are folds 0 to {o.folds - 1}, or all")
@@ -1428,10 +1403,10 @@ def run_training(o, samples, folds, task):
         dist.init_process_group()  # gloo, and nccl for what is on a GPU
     try:
         for fold in wanted:
-            held_out = [uid for uid in samples if folds[uid] == fold]
-            others = [uid for uid in samples if folds[uid] != fold or o.folds == 1]
-            task = task._replace(name=f"{task.kind}_fold{fold}", held_out=held_out,
-                                 train=sum([samples[uid] for uid in others], []))
+            task = task._replace(
+                name=f"{task.kind}_fold{fold}",
+                train=[s for s in samples if folds[s[0]] != fold or o.folds == 1],
+                held_out=[*dict.fromkeys(uid for uid, *_ in samples if folds[uid] == fold)])
             history = train(task, weights, stop, o.workers, o.resume or o.fold == "all", o.init)
             if ranks()[0] == 0 and (pictures := side_room("pictures")):
                 pictures.draw_curves(weights / f"{task.name}_curves.png", history)
@@ -1458,54 +1433,48 @@ def classifier_batch(model, tensors, rngs, recipe, extra=0.0):
     share = rngs[0].random() if rngs[0].random() < recipe.mixup else 1.0
     outputs = model(crops.flip(0).lerp(crops, share))
     outputs = outputs + extra if extra else outputs
-    other = classifier_loss(outputs, labels.flip(0))
-    loss = share * classifier_loss(outputs, labels) + (1 - share) * other
+    loss = classifier_loss(outputs, labels.flip(0)).lerp(classifier_loss(outputs, labels), share)
     return loss * (1 + labels).nan_to_num().mean()  # parts and ranks count by their weights
 
 
 def mode_train_seg(o):
     """Train segmenters on the studies with masks: writes segmenter_fold<k>.pt under --weights."""
-    recipe, (labels, folds, masks) = recipe_from(o, "segmenter"), training_data(o)
-    device = pick_device(o.device)
+    recipe, (truth, folds, masks) = recipe_from(o, "segmenter"), training_data(o)
+    device, samples = pick_device(o.device), [(uid, False) for uid in truth if uid in masks]
 
     @functools.cache  # 4 MB a study
     def load(sample):
         volume = read_volume(Path(o.data) / "train_images" / sample[0])
         cube = segmenter_input(volume, recipe.size)[0] * 255
-        labels = cube_labels(masks[sample[0]], volume, recipe.size)
-        return cube.round().byte().numpy(), labels
+        return cube.round().byte().numpy(), cube_labels(masks[sample[0]], volume, recipe.size)
 
     def score(model, uid):
-        cube, truth = load((uid, False))
+        cube, labels = load((uid, False))
         logits = model(torch.from_numpy(cube)[None, None].to(device) / 255)
-        return dice_scores(logits[0].float().sigmoid().cpu().numpy(), truth)
+        return dice_scores(logits[0].float().sigmoid().cpu().numpy(), labels)
 
-    def judge(table):
-        return dict(table.mean().add_prefix("dice_"), score=1 - table.mean().mean())
-
-    samples = {uid: [(uid, False)] for uid in labels.index if uid in masks}
-    task = Task("segmenter", recipe, device, load, segmenter_batch, score, judge)
+    task = Task("segmenter", recipe, device, load, segmenter_batch, score, lambda table: dict(
+        table.mean().add_prefix("dice_"), score=1 - table.mean().mean()))
     run_training(o, samples, folds, task)
 
 
 def mode_extract(o):
     """Write every study's crops under --work, masked by segmenters that did not train on it."""
-    labels, folds, _ = training_data(o)
-    device, out, (rank, world) = pick_device(o.device), Path(o.work) / "crops", ranks()
+    (truth, folds, _), (rank, world) = training_data(o), ranks()
+    device, out, left_out = pick_device(o.device), Path(o.work) / "crops", 0
     images, models = Path(o.data) / "train_images", load_models(o.weights, "segmenter", device)
     if not models:
         raise UserError(f"no segmenter_fold*.pt in {o.weights}: run train-seg first")
-    todo = [u for u in labels.index[rank::world] if not (out / f"{u}.npz").exists()]
-    stop, left_out = Stop(o.time_limit), 0
-    volumes = prefetch(lambda u: read_volume(images / u, o.workers), todo, 1)
+    todo = [u for u in [*truth][rank::world] if not (out / f"{u}.npz").exists()]
+    stop = Stop(o.time_limit)
+    volumes = prefetch(lambda uid: read_volume(images / uid, o.workers), todo, 1)
     for uid, future in progress(volumes, "study", len(todo)):
         if reason := stop.reason():
             raise Stopped(f"extract: stopped by {reason}; the same command goes on")
         try:
             volume, own = future.result(), models.get(folds[uid])
             probability = segment([own] if own else [*models.values()], volume, device)
-            crops = vertebra_slices(volume, probability, mask_of=o.mask_of)
-            write_crops(out / f"{uid}.npz", crops)
+            write_crops(out / f"{uid}.npz", vertebra_slices(volume, probability, mask_of=o.mask_of))
         except StudyError as error:
             left_out += 1
             say(f"study {uid}: {error}; left out")
@@ -1515,12 +1484,11 @@ def mode_extract(o):
 def mode_train_cls(o):
     """Train classifiers on the crops: writes vertebra_fold<k>.pt or patient_fold<k>.pt."""
     kind = "patient" if o.mode == "train-patient" else "vertebra"
-    recipe, (labels, folds, _) = recipe_from(o, kind), training_data(o)
+    recipe, (truth, folds, _) = recipe_from(o, kind), training_data(o)
     device, folder = pick_device(o.device), Path(o.work) / "crops"
-    truth = dict(zip(labels.index, labels.to_numpy(np.float32)))
     asked = [[*range(8)]] if kind == "patient" else [[v] for v in range(7)]
-    samples = {uid: [(uid, truth[uid][targets[-1]] > 0, targets) for targets in asked]
-               for uid in truth if (folder / f"{uid}.npz").exists()}
+    samples = [(uid, truth[uid][targets[-1]] > 0, targets) for uid in truth
+               if (folder / f"{uid}.npz").exists() for targets in asked]
     if not samples:
         raise UserError(f"no crops in {folder}: run extract with the same --work first")
 
@@ -1528,8 +1496,8 @@ def mode_train_cls(o):
         uid, _, targets = sample
         crops = read_crops(folder / f"{uid}.npz", targets[:7])
         seen = [*crops.any((1, 2, 3, 4)), True][: len(targets)]
-        crops = crops.reshape(-1, *crops.shape[2:])  # (N, T, K, S, S) -> (N * T, K, S, S)
-        return crops, np.where(seen, truth[uid][targets], np.float32("nan"))
+        labels = np.where(seen, truth[uid][targets], np.float32("nan"))
+        return crops.reshape(-1, *crops.shape[2:]), labels  # (N, T, K, S, S) -> (N * T, K, S, S)
 
     def score(model, uid):
         one = Ensemble({"vertebra": [], "patient": [], kind: [model]}, device)
@@ -1537,87 +1505,74 @@ def mode_train_cls(o):
         return [*np.sort(steps, 1)[:, -Answers().top_k :].mean(1), patient]
 
     def judge(table):  # the prior where nothing was asked or in view
-        answers = table.astype(float).fillna(dict(zip(TARGETS, PRIOR))).to_numpy()
-        right = labels.loc[table.index].to_numpy()
+        answers = table.astype(float).fillna(BLIND).to_numpy()
+        right = np.array([truth[uid] for uid in table.index])
         return dict(score=competition_scores(answers, right)[0],
                     vertebra_auc=auc(answers[:, :7].ravel(), right[:, :7].ravel()),
                     patient_auc=auc(answers[:, 7], right[:, 7]))
 
-    share = np.mean([sample[1] for sample in sum(samples.values(), [])])
-    odds = torch.tensor([recipe.positives or share, share], dtype=torch.float64).logit(FLOOR)
+    fractured = np.mean([sample[1] for sample in samples])
+    odds = torch.logit(torch.tensor([recipe.positives or fractured, fractured]), FLOOR)
     loss = functools.partial(classifier_batch, extra=float(odds[0] - odds[1]))
-    task = Task(kind, recipe, device, load, loss, score, judge)
-    run_training(o, samples, folds, task)
+    run_training(o, samples, folds, Task(kind, recipe, device, load, loss, score, judge))
 
 
 def mode_predict(o):
     """Answer every row of --data's test.csv: writes --out, and predict_report.csv beside it."""
     data, out, (rank, world) = data_folder(o, "test.csv"), Path(o.out), ranks()
-    rows = submission_rows(read_csv(data / "test.csv", ("row_id", STUDY, "prediction_type")))
-    stop = Stop(o.time_limit)
+    table = read_csv(data / "test.csv", ("row_id", STUDY, "prediction_type")).fillna("").astype(str)
+    table = table.drop_duplicates("row_id")
+    target = table.row_id.str.extract(f"_({'|'.join(TARGETS)})$")[0]
+    rows = [*zip(table.row_id, table[STUDY], target.fillna(table.prediction_type))]
+    stop = Stop(o.time_limit or KAGGLE_MINUTES * Path(KAGGLE_DATA).exists())
     for path in [] if o.resume else map(out.with_name, REPORTS[rank::world]):
         if path.exists():
             path.unlink()
     write_submission(out, rows)
     ensemble = load_ensemble(o.weights, pick_device(o.device))._replace(options=o)
-    done = read_reports(out) if o.resume else ()  # else another process's, about to be deleted
-    predict_studies(data / "test_images", out, rows, ensemble, stop, o.workers, done)
-    studies = {uid for _, uid, _ in rows}
+    predict_studies(data / "test_images", out, rows, ensemble, stop, o.workers, o.resume)
     good = sum(row["status"] != "nothing seen" for row in read_reports(out).values())
-    print(f"{out}: {len(rows)} rows, {len(studies)} studies, {len(studies) - good} of them fell "
-          "back to the prior")
+    count = table[STUDY].nunique()
+    print(f"{out}: {len(rows)} rows, {count} studies, {count - good} of them fell back to a prior")
 
 
 def side_room(name):
-    """The module tests/<name>.py; None where the file was pasted."""
-    if not (HERE / "tests/kaggle_kernel.py").exists():
-        return None
-    sys.modules.setdefault("cspine", sys.modules[__name__])  # it imports us
-    sys.path.insert(0, str(HERE / "tests"))
-    return importlib.import_module(name)
+    """The module tests/<name>.py; None where this file was pasted."""
+    if (HERE / "tests/kaggle_kernel.py").exists():
+        sys.modules.setdefault("cspine", sys.modules[__name__])  # it imports us
+        sys.path.insert(0, str(HERE / "tests"))
+        return importlib.import_module(name)
 
 
 OPTIONS = dict(  # default, meaning
     data=(KAGGLE_DATA, "folder of train.csv, train_images, test.csv, ..."),
     weights=(str(HERE / "weights"), "folder of weights"),
-    work=("work", "folder of crops and caches"),
-    out=("submission.csv", "file or folder to write"),
-    device=("auto", "auto, cpu, cuda:0, ..."),
-    seed=(0, "of all that is random"),
-    workers=(os.cpu_count() or 1, "threads"),
-    backbone=("", "timm network; empty: the recipe's"),
-    fold=("all", "one fold, or all"),
-    folds=(5, "number of folds"),
-    resume=(False, "go on where a run stopped"),
-    time_limit=(0.0, "minutes; 0: none"),
-    init=("", "weights to start from"),
+    work=("work", "folder of crops and caches"), out=("submission.csv", "file or folder to write"),
+    device=("auto", "auto, cpu, cuda:0, ..."), workers=(os.cpu_count() or 1, "threads"),
+    fold=("all", "one fold, or all"), folds=(5, "number of folds"),
+    resume=(False, "go on where a run stopped"), time_limit=(0.0, "minutes; 0: none"),
+    seed=(0, "of all that is random"), init=("", "weights to start from"),
     half=(False, "train in bfloat16 on a CPU that has it"),
     mask_of=("last", "slice of a step whose mask is shown: last, center"),
     top_k=(Answers().top_k, "steps averaged"),
     views=(Answers().views, "dihedral views a model; 0: none"),
     average=(Answers().average, "of models: logit, probability"),
     noisy_or=(Answers().noisy_or, "share in patient_overall"),
-    lr=(0.0, "peak; 0: the recipe's"),
+    backbone=("", "timm network; empty: the recipe's"), lr=(0.0, "peak; 0: the recipe's"),
     **dict.fromkeys("epochs batch_size accumulate size hidden thin".split(),
-                    (0, "0: the recipe's")),
-)
+                    (0, "0: the recipe's")))
 TRAINING = ("data weights work device seed workers backbone fold folds epochs batch_size size lr "
             "accumulate resume time_limit init half")
-CLASSIFIERS = TRAINING + " mask_of hidden thin"
 MODES = {  # function, options; or the side room whose MODES say so: only in the repository
     "phantom": "demo",
     "train-seg": (mode_train_seg, TRAINING),
     "extract": (mode_extract, "data weights work device workers folds mask_of time_limit"),
-    "train-cls": (mode_train_cls, CLASSIFIERS),
-    "train-patient": (mode_train_cls, CLASSIFIERS),
+    "train-cls": (mode_train_cls, TRAINING + " mask_of hidden thin"),
+    "train-patient": (mode_train_cls, TRAINING + " mask_of hidden thin"),
     "predict": (mode_predict, "data weights out device workers resume time_limit top_k views "
                               "average noisy_or"),
-    "evaluate": "evaluation",
-    "eda": "pictures",
-    "show": "pictures",
-    "notebook": "kaggle_kernel",
-    "demo": "demo",
-}
+    "evaluate": "evaluation", "eda": "pictures", "show": "pictures",
+    "notebook": "kaggle_kernel", "demo": "demo"}
 
 
 def build_parser():
@@ -1626,8 +1581,7 @@ def build_parser():
     modes = parser.add_subparsers(dest="mode", required=True, metavar="MODE")
     for name, entry in MODES.items():
         if isinstance(entry, str):
-            room = side_room(entry)
-            if room is None:
+            if not (room := side_room(entry)):
                 continue
             entry = room.MODES[name]
         function, options, *own = entry
@@ -1636,7 +1590,7 @@ def build_parser():
         mode.set_defaults(function=function)
         for option in options.split():
             default, meaning = (OPTIONS | dict(*own))[option]
-            flag = "--" + option.lower().replace("_", "-")
+            flag = "--" + option.replace("_", "-")
             if default is None:  # must be given
                 mode.add_argument(option, help=meaning)
             elif default is False:
@@ -1650,16 +1604,12 @@ def main(argv=None):
     """Run a mode; its exit status. The only place that turns errors into text."""
     o = build_parser().parse_args(argv)
     cv2.setNumThreads(1)  # the threads of prefetch share the cores
-    if Path(KAGGLE_DATA).exists() and o.mode == "predict":
-        o.time_limit = o.time_limit or KAGGLE_MINUTES
     try:
         o.function(o)
         return 0
-    except (UserError, Stopped) as error:
-        print(f"cspine: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 130 if "by SIG" in str(error) else 0
-    except KeyboardInterrupt:
-        return 130
+    except (UserError, Stopped, KeyboardInterrupt) as error:
+        print("cspine:", str(error) or "interrupted", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 0 if "--time-limit" in str(error) else 130
     finally:
         with contextlib.suppress(ValueError):  # another thread has no signals
             signal.signal(signal.SIGINT, signal.default_int_handler)

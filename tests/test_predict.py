@@ -220,7 +220,7 @@ def test_a_study_without_gpu_memory_is_repeated_on_the_cpu(times, status, weight
     ensemble.models["vertebra"][0] = OutOfMemoryOnce(ensemble.models["vertebra"][0], times)
     future = Future()
     future.set_result((cspine.read_volume(studies / "test_images" / UIDS[0]), 1.0))
-    row = cspine.answer_or_prior("a", future, ensemble, cspine.Effort(1, 1), 60)
+    row = cspine.answer_or_prior("a", future, ensemble, cspine.Effort(1, 1))
     assert row["status"] == status and ("memory" in row["warnings"]) == (status == "failed")
     assert all(row[t] == PRIOR[t] for t in PRIOR) == (status == "failed")
 
@@ -536,11 +536,11 @@ def test_vertebrae_against_the_order_are_reported_and_the_fainter_taken_out():
     for v in range(7):
         probability[v, 4 * v: 4 * v + 3, 2:6, 2:6] = 0.9
     problems = []
-    assert cspine.in_order(probability.copy(), problems).sum() == probability.sum()
+    assert cspine.in_order(probability.copy(), problems.append).sum() == probability.sum()
     assert not problems
     probability[5] = 0
     probability[5, 4:6, 2:6, 2:6] = 0.6  # C6 on C2, and fainter
-    repaired = cspine.in_order(probability.copy(), problems)
+    repaired = cspine.in_order(probability.copy(), problems.append)
     assert not repaired[5].any() and (repaired[[0, 1, 2, 3, 4, 6]] > 0.5).any((1, 2, 3)).all()
     assert len(problems) == 1 and "C6" in problems[0]
 
@@ -656,4 +656,4 @@ def test_evaluate_fits_calibration_to_a_submission_and_to_held_out_answers(predi
     assert cspine.main([*evaluate, "--folds"]) == 0
     again = json.loads((weights / "calibration.json").read_text())
     assert np.allclose([again[t] for t in cspine.VERTEBRAE], expected[:7], atol=1e-4)
-    assert cspine.load_ensemble(weights, torch.device("cpu")).calibration.shape == (8, 2)
+    assert cspine.load_ensemble(weights, torch.device("cpu")).calibration.shape == (2, 8)
