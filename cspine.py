@@ -601,12 +601,12 @@ def segmenter_loss(logits, labels):
 
 
 def interleave(images, masks):
-    """(75, S, S) images, (15, S, S) masks -> (15, 6, S, S): images 5i .. 5i + 4, then mask i."""
+    """(75, S, S), (15, S, S) -> (15, 6, S, S): images 5i .. 5i + 4, then mask i."""
     return np.concatenate([images.reshape(STEPS, -1, *masks.shape[1:]), masks[:, None]], 1)
 
 
 def vertebra_box(probability):
-    """First and last cell on each axis of (D, D, D): the run with most mask; None: not seen."""
+    """First and last cell of a vertebra on each axis: the run with most mask; None: not seen."""
     for threshold in MASK_THRESHOLDS:
         mask, box = probability > threshold, []
         if mask.sum() >= MIN_CELLS:
@@ -647,8 +647,8 @@ def vertebra_slices(volume, probability, size=CROP, mask_of="last"):
         shown, which = np.unique(index, return_inverse=True)
         images = [crop_plane(apply_window(volume.hu[z], BONE_WINDOW), box, size) for z in shown]
         at = (index[:, -1 if mask_of == "last" else 2] + 0.5) * edge / count - 0.5
-        masks = [crop_plane(cv2.addWeighted(cells[int(k)], 1 - k % 1, cells[int(k) + 1], k % 1, 0),
-                            box, size) for k in at.clip(0, edge - 1.001)]
+        masks = [crop_plane(cells[int(k)] * (1 - share) + cells[int(k) + 1] * share, box, size)
+                 for k, share in np.float32(np.divmod(at.clip(0, edge - 1.001), 1)).T]
         masks = np.rint(np.multiply(masks, 255)).clip(1).astype(np.uint8)
         out[v] = interleave(np.array(images)[which], masks)
     return out
@@ -696,7 +696,7 @@ class VertebraClassifier(nn.Module):
         encoder.backbone = create_backbone(backbone, in_chans=CHANNELS, num_classes=0,
                                            global_pool="avg", drop_path_rate=drop_path)
         width = encoder.backbone.eval()(torch.zeros(1, CHANNELS, 64, 64)).shape[1]
-        encoder.absent = nn.Parameter(torch.zeros(width))  # features of what is out of view
+        encoder.absent = nn.Parameter(torch.zeros(width))  # a step out of view
         encoder.lstm = nn.LSTM(width, hidden, 2, True, True, dropout, bidirectional=True)
         self.head = logit_head(2 * hidden, hidden, dropout)
 
@@ -704,12 +704,12 @@ class VertebraClassifier(nn.Module):
         seen = crops[:, :, -1].amax((2, 3)).flatten() > 0  # (B * N,), by the masks
         features = self.encoder.absent.repeat(len(seen), 1)
         if seen.any():  # what is absent costs nothing
-            shown = crops.flatten(0, 1)[seen].contiguous(memory_format=torch.channels_last)
+            shown = crops.flatten(0, 1)[seen].to(memory_format=torch.channels_last)
             at_once = len(shown) if self.training else CROPS_AT_ONCE[crops.device.type]
             scale = 2 / 255 if crops.dtype == torch.uint8 else 2
             parts = [self.encoder.backbone(part * scale - 1) for part in shown.split(at_once)]
             features[seen] = torch.cat(parts).float()
-        features = features.unflatten(0, crops.shape[:2])  # (B * N, F) -> (B, N, F)
+        features = features.unflatten(0, crops.shape[:2])
         return features, self.encoder.lstm(features)[0]  # (B, N, F), (B, N, 2H)
 
     def forward(self, crops):
@@ -769,8 +769,8 @@ def classifier_loss(outputs, labels):
 
 
 # ========================================== Augmentation =========================================
-# A sample's luck is its own generator's: batches and ranks cannot change it. Ranges: degrees, log
-# scale, share of the edge (the cube's: top teams), shares; of 0..1, log, of 0..1, shares.
+# Drawn from a sample's own generator: batches and ranks change nothing. Ranges: degrees, log scale,
+# share of the edge (the cube's: top teams), shares; of 0..1, log, of 0..1, shares.
 VOLUME_RANGES = dict(rotation=15, scale=0.2, shift=0.3, mirror=0.5, window=0.2, gamma=0.3,
                      noise=0.06, blur=0.3, hole=0.0)
 CROP_RANGES = dict(rotation=20, scale=0.15, shift=0.1, mirror=0.5, window=0.15, gamma=0.25,
@@ -792,7 +792,7 @@ def draw_grid(rngs, ranges, shape, device):
 
 
 def grey_levels(image, rng, ranges):
-    """One sample (N, ...) in 0..1 as another scanner might show it."""
+    """A sample (N, ...) in 0..1 as another scanner might show it."""
     stretch, shift = ranges["window"] * rng.uniform(-1, 1, 2)
     gamma = math.exp(ranges["gamma"] * rng.uniform(-1, 1))
     noise, coarse, hole = rng.random(3)
@@ -811,7 +811,7 @@ def grey_levels(image, rng, ranges):
 
 
 def augment_volumes(cubes, labels, rngs, ranges=VOLUME_RANGES):
-    """Cubes (B, 1, D, D, D) in 0..1 and labels (B, D, D, D) moved together; cubes regreyed."""
+    """Cubes (B, 1, D, D, D) in 0..1 moved with their labels (B, D, D, D), and regreyed."""
     grid = draw_grid(rngs, ranges, cubes.shape, cubes.device)
     cubes = F.grid_sample(cubes, grid, align_corners=False)
     labels = F.grid_sample(labels[:, None].float(), grid, mode="nearest", align_corners=False)
@@ -820,7 +820,7 @@ def augment_volumes(cubes, labels, rngs, ranges=VOLUME_RANGES):
 
 
 def augment_crops(crops, rngs, size=CROP, ranges=CROP_RANGES):
-    """Crops (B, N, K, S, S) in 0..1: a sample moved as one; all but its masks regreyed."""
+    """Crops (B, N, K, S, S) in 0..1: a sample moved as one, all but its masks regreyed."""
     grid = draw_grid(rngs, ranges, (len(crops), 1, size, size), crops.device)
     moved = F.grid_sample(crops.flatten(1, 2), grid, align_corners=False)
     moved = moved.unflatten(1, crops.shape[1:3])  # (B, N * K, S, S) -> (B, N, K, S, S)
@@ -907,7 +907,7 @@ def new_model(kind, settings):
 
 def load_model(path, kind):
     content = load_checkpoint(path)
-    with study_errors(f"{path} holds a {content.get('kind')}, not a {kind} that fits"):
+    with study_errors(f"{path}: a {content.get('kind')}, no {kind} that fits"):
         model = new_model(kind, content["settings"])
         model.load_state_dict(content["tensors"])
         return fold_norms(model)
@@ -936,7 +936,7 @@ def load_init(model, path):
 
 
 def epoch_order(task, epoch, count):
-    """(count,) places in task.train; a share of `positives` fractured, or (0) as they come."""
+    """(count,) places in task.train, a share of `positives` fractured; 0: as they come."""
     rng, share = np.random.default_rng([task.recipe.seed, epoch]), task.recipe.positives
     order = rng.permutation(len(task.train))
     hit = np.array([sample[1] for sample in task.train])[order]
@@ -956,8 +956,8 @@ class Trainer:
         if init:
             load_init(model, init)
         self.averaged = copy.deepcopy(model.to(device)).eval()
-        groups = [dict(params=[p for p in model.parameters() if (p.ndim > 1) == matrices],
-                       weight_decay=recipe.weight_decay * matrices) for matrices in (True, False)]
+        groups = [dict(params=[p for p in model.parameters() if (p.ndim > 1) == wide],
+                       weight_decay=recipe.weight_decay * wide) for wide in (True, False)]
         self.optimizer = torch.optim.AdamW(groups, recipe.lr)
         self.scaler = torch.amp.GradScaler(device.type, enabled=half_type(device) is torch.half)
         self.step = self.skipped = self.in_a_row = 0
@@ -1033,38 +1033,37 @@ class Trainer:
 def train(task, weights, stop, workers=2, go_on=False, init=""):
     """Train one fold into <name>.pt under `weights`: its history. Stopped if cut short."""
     (rank, world), recipe, name, samples = ranks(), task.recipe, task.name, len(task.train)
-    size, trainer, last = recipe.batch_size, Trainer(task, init), weights / f"{name}_last.pt"
+    size, run, last = recipe.batch_size, Trainer(task, init), weights / f"{name}_last.pt"
     if not samples or not task.held_out or size % world:
         raise UserError(f"{name}: too few studies, or --batch-size no multiple of {world}")
     if go_on and last.exists():
         saved = load_checkpoint(last)
         if saved["recipe"] != asdict(recipe) or saved["samples"] != samples:
-            raise UserError(f"{last} was made with other options or data: give them or delete it")
-        trainer.load(saved["state"])
+            raise UserError(f"{last}: made with other options or data; delete it")
+        run.load(saved["state"])
     steps = max(1, samples // size)  # an epoch
     total = steps * recipe.epochs
     if rank == 0:
-        say(f"{name}: {samples} samples, from step {trainer.step} of {total}")
-
+        say(f"{name}: {samples} samples, from step {run.step} of {total}")
     order = np.concatenate([epoch_order(task, k, steps * size) for k in range(recipe.epochs)])
-    mine = range(trainer.step * size + rank, len(order), world)
+    mine = range(run.step * size + rank, len(order), world)
     loaded = prefetch(lambda k: task.load(task.train[order[k]]), mine, workers, 2 * size)
-    bar = progress(range(trainer.step, total), "step", total - trainer.step)
+    bar = progress(range(run.step, total), "step", None)
     for now in bar:
         started = stop.clock()
-        if reason := max(over_ranks(stop.reason(1.1 * trainer.slowest))):
-            trainer.save(last, task)
+        if reason := max(over_ranks(stop.reason(1.1 * run.slowest))):
+            run.save(last, task)
             raise Stopped(f"{name}: stopped by {reason} at step {now} of {total}; --resume goes on")
         batch = [(future.result(), np.random.default_rng([recipe.seed, k]))
                  for _, (k, future) in zip(range(size // world), loaded)]
-        trainer.update(task, batch, total)
-        trainer.seconds += stop.clock() - started
-        bar.set_postfix(loss=np.mean(trainer.losses[-20:] or math.nan))
-        if trainer.step % steps == 0:
-            trainer.close_epoch(task, weights)
-            trainer.save(last, task)
-        trainer.slowest = max(trainer.slowest, stop.clock() - started)  # or evaluation
-    return trainer.history
+        run.update(task, batch, total)
+        run.seconds += stop.clock() - started
+        bar.set_postfix(loss=np.mean(run.losses[-20:] or math.nan))
+        if run.step % steps == 0:
+            run.close_epoch(task, weights)
+            run.save(last, task)
+        run.slowest = max(run.slowest, stop.clock() - started)  # or evaluation
+    return run.history
 
 
 # =========================================== Prediction ==========================================
