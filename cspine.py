@@ -596,8 +596,8 @@ def segmenter_loss(logits, labels):
     return 10 * entropy + 1 - (dice * seen).sum() / seen.sum().clamp(min=1)
 
 
-# ============================================= Slices ============================================
-# The trap: the cube is stretched: cells and voxels differ by another factor on every axis.
+# ==== Slices ====
+# The trap: the cube is stretched, by another factor on every axis.
 
 
 def interleave(images, masks):
@@ -606,7 +606,6 @@ def interleave(images, masks):
 
 
 def vertebra_box(probability):
-    """First and last cell of a vertebra on each axis: the run with most mask; None: not seen."""
     for threshold in MASK_THRESHOLDS:
         mask, box = probability > threshold, []
         if mask.sum() >= MIN_CELLS:
@@ -616,7 +615,7 @@ def vertebra_box(probability):
                 runs = np.split(inside, np.flatnonzero(np.diff(inside) > 2) + 1)
                 longest = max(runs, key=lambda run: profile[run].sum())
                 box.append(longest[[0, -1]])
-            return np.array(box)
+            return np.array(box)  # (3, 2): first and last cell on each axis
 
 
 def apply_window(hu, window):
@@ -626,7 +625,7 @@ def apply_window(hu, window):
 
 def crop_plane(plane, box, size):
     (y, x), (dy, dx) = box * plane.shape  # corner and step, as shares of the plane
-    source = np.array([[dx, 0, x + dx / 2 - 0.5], [0, dy, y + dy / 2 - 0.5]])
+    source = np.array([[dx, 0, x + (dx - 1) / 2], [0, dy, y + (dy - 1) / 2]])
     return cv2.warpAffine(plane, source, (size, size), borderMode=cv2.BORDER_REPLICATE,
                           flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
 
@@ -640,26 +639,24 @@ def vertebra_slices(volume, probability, size=CROP, mask_of="last"):
             continue
         low, high = (found[1:].T + [[-BOX_MARGIN], [1 + BOX_MARGIN]]) * extent_mm / edge
         side = (high - low).max()
-        box = np.array([low + high - side, [2 * side / size] * 2]) / (2 * extent_mm)
+        box = np.array([(low + high - side) / 2, [side / size] * 2]) / extent_mm
         ends = (found[0] + [0, 1]) * count / edge - [0, 1]
         centres = np.rint(np.linspace(*ends, STEPS))[:, None].astype(int)
-        index = (centres + np.arange(SLICES_PER_STEP) - 2).clip(0, count - 1)  # (15, 5)
+        index = (centres + [-2, -1, 0, 1, 2]).clip(0, count - 1)  # (15, 5)
         shown, which = np.unique(index, return_inverse=True)
         images = [crop_plane(apply_window(volume.hu[z], BONE_WINDOW), box, size) for z in shown]
         at = (index[:, -1 if mask_of == "last" else 2] + 0.5) * edge / count - 0.5
         masks = [crop_plane(cells[int(k)] * (1 - share) + cells[int(k) + 1] * share, box, size)
                  for k, share in np.float32(np.divmod(at.clip(0, edge - 1.001), 1)).T]
-        masks = np.rint(np.multiply(masks, 255)).clip(1).astype(np.uint8)
-        out[v] = interleave(np.array(images)[which], masks)
+        out[v] = interleave(np.array(images)[which], np.rint(np.multiply(masks, 255)).clip(1))
     return out
 
 
 def write_crops(path, crops):
-    """Each different image once, for steps share slices, without loss."""
+    """Each different image once (steps share slices), without loss."""
     index, known, edge = np.full(crops.shape[:3], -1, np.int16), {}, crops.shape[-1]
-    for place in np.ndindex(index.shape):
-        if crops[place].any():
-            index[place], _ = known.setdefault(crops[place].tobytes(), (len(known), crops[place]))
+    for place in zip(*crops.any((3, 4)).nonzero()):
+        index[place], _ = known.setdefault(crops[place].tobytes(), (len(known), crops[place]))
     for kind, *options in CROP_FORMATS:
         images = [cv2.imencode(kind, image, options)[1].ravel() for _, image in known.values()]
         if sum(map(len, images)) < crops.nbytes / 4:
@@ -671,14 +668,14 @@ def write_crops(path, crops):
 def read_crops(path, vertebrae=range(7)):
     with study_errors(f"{path}: no crops"), np.load(path) as file:
         index, ends, data, edge = file.values()
-        index = index[list(vertebrae)]
+        index = index[vertebrae]
         out = np.zeros((*index.shape, edge, edge), np.uint8)
         for k in np.unique(index[index >= 0]):
             out[index == k] = cv2.imdecode(data[ends[k] : ends[k + 1]], cv2.IMREAD_GRAYSCALE)
     return out
 
 
-# ========================================== Classifiers ==========================================
+# ==== Classifiers ====
 
 
 def logit_head(width, hidden, dropout):
@@ -687,26 +684,26 @@ def logit_head(width, hidden, dropout):
 
 
 class VertebraClassifier(nn.Module):
-    """One vertebra: (B, 15, 6, S, S), uint8 or in 0..1 -> (B, 15) logits of a fracture."""
+    """(B, 15, 6, S, S), uint8 or 0..1 -> (B, 15) logits of a fracture."""
 
-    def __init__(self, backbone, size=CROP, mask_of="last", hidden=256, drop_path=0.0, dropout=0.0):
+    def __init__(self, backbone, size=CROP, mask_of="last", hidden=256, drop_path=0, dropout=0):
         super().__init__()
         self.settings = dict(backbone=backbone, size=size, mask_of=mask_of, hidden=hidden)
-        self.encoder = encoder = nn.Module()
-        encoder.backbone = create_backbone(backbone, in_chans=CHANNELS, num_classes=0,
-                                           global_pool="avg", drop_path_rate=drop_path)
-        width = encoder.backbone.eval()(torch.zeros(1, CHANNELS, 64, 64)).shape[1]
-        encoder.absent = nn.Parameter(torch.zeros(width))  # a step out of view
-        encoder.lstm = nn.LSTM(width, hidden, 2, True, True, dropout, bidirectional=True)
+        self.encoder = part = nn.Module()
+        part.backbone = create_backbone(backbone, in_chans=CHANNELS, num_classes=0,
+                                        global_pool="avg", drop_path_rate=drop_path)
+        width = part.backbone.eval()(torch.zeros(1, CHANNELS, 64, 64)).shape[1]
+        part.absent = nn.Parameter(torch.zeros(width))  # a step out of view
+        part.lstm = nn.LSTM(width, hidden, 2, batch_first=True, dropout=dropout, bidirectional=True)
         self.head = logit_head(2 * hidden, hidden, dropout)
 
     def encode(self, crops):
-        seen = crops[:, :, -1].amax((2, 3)).flatten() > 0  # (B * N,), by the masks
+        seen = crops[:, :, -1].amax((2, 3)).flatten() > 0  # (B * N,)
         features = self.encoder.absent.repeat(len(seen), 1)
-        if seen.any():  # what is absent costs nothing
+        if seen.any():  # the absent cost nothing
             shown = crops.flatten(0, 1)[seen].to(memory_format=torch.channels_last)
             at_once = len(shown) if self.training else CROPS_AT_ONCE[crops.device.type]
-            scale = 2 / 255 if crops.dtype == torch.uint8 else 2
+            scale = 2 if crops.is_floating_point() else 2 / 255
             parts = [self.encoder.backbone(part * scale - 1) for part in shown.split(at_once)]
             features[seen] = torch.cat(parts).float()
         features = features.unflatten(0, crops.shape[:2])
@@ -717,9 +714,9 @@ class VertebraClassifier(nn.Module):
 
 
 class PatientClassifier(VertebraClassifier):
-    """All vertebrae: (B, 105, 6, S, S) -> (B, 105) logits of the steps, (B,) of the patient."""
+    """(B, 105, 6, S, S) -> (B, 105) logits of the steps, (B,) of the patient."""
 
-    def __init__(self, backbone, size=CROP, mask_of="last", hidden=256, drop_path=0.0, dropout=0.0):
+    def __init__(self, backbone, size=CROP, mask_of="last", hidden=256, drop_path=0, dropout=0):
         super().__init__(backbone, size, mask_of, hidden, drop_path, dropout)
         self.patient_lstm = copy.deepcopy(self.encoder.lstm)
         self.patient_head = logit_head(4 * hidden, hidden, dropout)
@@ -731,21 +728,18 @@ class PatientClassifier(VertebraClassifier):
         return self.head(context)[..., 0], self.patient_head(whole)[..., 0]
 
 
-KINDS = {"segmenter": Segmenter, "vertebra": VertebraClassifier, "patient": PatientClassifier}
-
-
 def fold_norms(model):
-    """The model for inference, batch norms in the convolutions that, in a run, fed them."""
+    """The model for inference: norms go into the convolutions that fed them in a run."""
     made_by = {}
 
     def note(module, given, out):
         if isinstance(module, (nn.Conv2d, nn.Conv3d)):
             out.made_by = module
-        elif isinstance(module, (nn.BatchNorm2d, nn.BatchNorm3d)):
+        elif hasattr(module, "running_var"):
             made_by[module] = getattr(given[0], "made_by", None)
 
     shape = (1, 1, 32, 32, 32) if isinstance(model, Segmenter) else (1, 1, CHANNELS, 64, 64)
-    with torch.no_grad(), nn.modules.module.register_module_forward_hook(note):
+    with nn.modules.module.register_module_forward_hook(note):
         model.eval()(torch.ones(shape))
     for part in model.modules():
         for name, norm in part.named_children():
@@ -760,7 +754,7 @@ def classifier_loss(outputs, labels):
     """The metric of (B, 15) and labels (B, 1), or ((B, 105), (B,)) and (B, 8); NaN: unknown."""
     logits = torch.column_stack(outputs if isinstance(outputs, tuple) else [outputs]).float()
     steps = logits.shape[1] // min(7, labels.shape[1])  # of a vertebra
-    which = np.arange(logits.shape[1]) // steps  # the label of every logit
+    which = np.arange(logits.shape[1]) // steps  # every logit's label
     share = labels.new_tensor(TARGET_WEIGHTS[which] / np.bincount(which)[which])
     truth = labels[:, which]
     weight = share * torch.where(truth > 0, POSITIVE_FACTOR, 1.0) * ~truth.isnan()
@@ -768,9 +762,9 @@ def classifier_loss(outputs, labels):
     return loss / weight.sum().clamp(min=1e-6)
 
 
-# ========================================== Augmentation =========================================
-# Drawn from a sample's own generator: batches and ranks change nothing. Ranges: degrees, log scale,
-# share of the edge (the cube's: top teams), shares; of 0..1, log, of 0..1, shares.
+# ==== Augmentation ====
+# From a sample's own generator, whatever its batch. Ranges: degrees, log scale, share of the edge
+# (the cube's: top teams), shares; of 0..1, log, of 0..1, shares.
 VOLUME_RANGES = dict(rotation=15, scale=0.2, shift=0.3, mirror=0.5, window=0.2, gamma=0.3,
                      noise=0.06, blur=0.3, hole=0.0)
 CROP_RANGES = dict(rotation=20, scale=0.15, shift=0.1, mirror=0.5, window=0.15, gamma=0.25,
@@ -784,7 +778,7 @@ def draw_grid(rngs, ranges, shape, device):
         angles = np.triu(angles, 1) * math.radians(ranges["rotation"])
         turn = torch.matrix_exp(torch.from_numpy(angles - angles.T)).numpy()
         matrix = turn * np.exp(scale * ranges["scale"])
-        flips = rng.random(3) < ranges["mirror"]  # cubes: X, never Z; crops: X, Y and transposed
+        flips = rng.random(3) < ranges["mirror"]  # cubes: X, never Z; crops: X, Y, transposed
         matrix[:, : 4 - axes] *= 1 - 2 * flips[: 4 - axes]
         matrix = matrix[:: -1 if axes == 2 and flips[2] else 1]
         maps.append(np.c_[matrix, 2 * ranges["shift"] * shift])
@@ -792,7 +786,7 @@ def draw_grid(rngs, ranges, shape, device):
 
 
 def grey_levels(image, rng, ranges):
-    """A sample (N, ...) in 0..1 as another scanner might show it."""
+    """(N, ...) in 0..1 as another scanner might show it."""
     stretch, shift = ranges["window"] * rng.uniform(-1, 1, 2)
     gamma = math.exp(ranges["gamma"] * rng.uniform(-1, 1))
     noise, coarse, hole = rng.random(3)
@@ -811,19 +805,19 @@ def grey_levels(image, rng, ranges):
 
 
 def augment_volumes(cubes, labels, rngs, ranges=VOLUME_RANGES):
-    """Cubes (B, 1, D, D, D) in 0..1 moved with their labels (B, D, D, D), and regreyed."""
+    """(B, 1, D, D, D) in 0..1 moved with labels (B, D, D, D), and regreyed."""
     grid = draw_grid(rngs, ranges, cubes.shape, cubes.device)
     cubes = F.grid_sample(cubes, grid, align_corners=False)
-    labels = F.grid_sample(labels[:, None].float(), grid, mode="nearest", align_corners=False)
+    labels = F.grid_sample(labels[:, None].float(), grid, "nearest", align_corners=False)
     cubes = torch.stack([grey_levels(cube, rng, ranges) for cube, rng in zip(cubes, rngs)])
     return cubes, labels[:, 0].byte()
 
 
 def augment_crops(crops, rngs, size=CROP, ranges=CROP_RANGES):
-    """Crops (B, N, K, S, S) in 0..1: a sample moved as one, all but its masks regreyed."""
+    """(B, N, K, S, S) in 0..1: a sample moved as one, all but its masks regreyed."""
     grid = draw_grid(rngs, ranges, (len(crops), 1, size, size), crops.device)
     moved = F.grid_sample(crops.flatten(1, 2), grid, align_corners=False)
-    moved = moved.unflatten(1, crops.shape[1:3])  # (B, N * K, S, S) -> (B, N, K, S, S)
+    moved = moved.unflatten(1, crops.shape[1:3])
     for slices, rng in zip(moved[:, :, :-1], rngs):
         slices[:] = grey_levels(slices.flatten(0, 1), rng, ranges).view_as(slices)
     return moved
@@ -839,7 +833,7 @@ def shuffle_order(crops, labels, rngs, share):
     return crops.flatten(1, 2), labels
 
 
-# ======================================== Metric and folds =======================================
+# ==== Metric and folds ====
 
 
 def element_losses(answers, labels):
@@ -854,7 +848,7 @@ def competition_scores(answers, labels):
 
 
 def auc(answers, labels):
-    """Area under the ROC curve, ties counting half; NaN with one class only."""
+    """Area under the ROC curve; NaN with one class only."""
     positive = np.asarray(labels) > 0
     n, m = positive.sum(), (~positive).sum()
     rank = pd.Series(answers, dtype=float).rank()[positive].sum()
@@ -862,23 +856,24 @@ def auc(answers, labels):
 
 
 def dice_scores(probability, labels):
-    mask, truth = probability > 0.5, labels == np.arange(1, 8)[:, None, None, None]
+    mask, truth = probability > 0.5, labels == np.arange(1, 8).reshape(7, 1, 1, 1)
     both, found, size = (x.sum((1, 2, 3)) for x in (mask & truth, mask, truth))
-    return np.where(size, 2 * both / (found + size).clip(1), np.nan)  # (7,)
+    return np.where(size, 2 * both / (found + size).clip(1), np.nan)
 
 
 def assign_folds(table, folds, masked):
-    """uid -> fold: strata of mask, patient, fractures; within one by the uid's hash."""
-    fractures = table[list(VERTEBRAE)].sum(axis=1).clip(upper=2)
+    """uid -> fold: strata of mask, patient, fractures; in one by the uid's hash."""
+    fractures = table[[*VERTEBRAE]].sum(axis=1).clip(upper=2)
     hashes = [hashlib.sha256(uid.encode()).digest() for uid in table[STUDY]]
     keys = zip(table[STUDY].isin(masked), table.patient_overall, fractures, hashes, table[STUDY])
     return {uid: k % folds for k, (*_, uid) in enumerate(sorted(keys))}
 
 
-# ============================================ Training ===========================================
+# ==== Training ====
 # What is random is drawn from (seed, step) or (seed, place in the order): runs resume exactly.
 # load(sample: (study, fractured, ...)) -> arrays; loss(model, tensors, generators, recipe);
 # score(model, study) -> a value a target; judge(table) -> dict: low "score" is good
+KINDS = {"segmenter": Segmenter, "vertebra": VertebraClassifier, "patient": PatientClassifier}
 Task = namedtuple("Task", "kind recipe device load loss score judge name train held_out",
                   defaults=["", [], []])
 
@@ -890,19 +885,15 @@ def save_checkpoint(path, kind, recipe, **content):
 
 
 def load_checkpoint(path):
-    with contextlib.suppress(Exception):  # torch has a dozen kinds
+    with study_errors(f"{path}: no checkpoint of ours"):
         content = torch.load(path, map_location="cpu", weights_only=True)
-        if content["program"] == "cspine":
-            return content
-    raise UserError(f"{path}: missing, damaged or no checkpoint of ours")
+        return {"cspine": content}[content["program"]]
 
 
 def new_model(kind, settings):
-    """A model of those settings that it knows, channels last."""
     known = inspect.signature(KINDS[kind]).parameters
-    model = KINDS[kind](**{k: v for k, v in settings.items() if k in known})
     last = torch.channels_last_3d if kind == "segmenter" else torch.channels_last
-    return model.to(memory_format=last)
+    return KINDS[kind](**{k: v for k, v in settings.items() if k in known}).to(memory_format=last)
 
 
 def load_model(path, kind):
@@ -914,12 +905,12 @@ def load_model(path, kind):
 
 
 def load_init(model, path):
-    """Start from one of ours, or a timm file less its head: by name, else in order."""
+    """Start from ours, or a timm file less its head: by name, else in order."""
     with study_errors(f"--init {path}: cannot be read"):
         source = timm.models.load_state_dict(str(path), weights_only=True)
         part = model if "program" in source else getattr(model.encoder, "backbone", model.encoder)
         source = {n: t for n, t in source.get("tensors", source).items() if t.ndim}
-    target = {n: t for n, t in part.state_dict().items()  # a patient's own part may be missing
+    target = {n: t for n, t in part.state_dict().items()  # a patient's own may be missing
               if t.ndim and (n in source or not n.startswith("patient_"))}
     named, taken = target.keys() <= source.keys(), {}
     for (name, like), other in zip(target.items(), target if named else source):
@@ -936,7 +927,7 @@ def load_init(model, path):
 
 
 def epoch_order(task, epoch, count):
-    """(count,) places in task.train, a share of `positives` fractured; 0: as they come."""
+    """(count,) places in task.train, a share of `positives` fractured."""
     rng, share = np.random.default_rng([task.recipe.seed, epoch]), task.recipe.positives
     order = rng.permutation(len(task.train))
     hit = np.array([sample[1] for sample in task.train])[order]
@@ -947,7 +938,7 @@ def epoch_order(task, epoch, count):
 
 
 class Trainer:
-    """The state of a training, all of it saved, and its step."""
+    """The state of a training, all of it saved."""
 
     def __init__(self, task, init=""):
         recipe, device = task.recipe, task.device
@@ -960,8 +951,8 @@ class Trainer:
                        weight_decay=recipe.weight_decay * wide) for wide in (True, False)]
         self.optimizer = torch.optim.AdamW(groups, recipe.lr)
         self.scaler = torch.amp.GradScaler(device.type, enabled=half_type(device) is torch.half)
-        self.step = self.skipped = self.in_a_row = 0
-        self.losses, self.history, self.seconds, self.slowest = [], [], 0.0, 0.0
+        self.step = self.skipped = self.in_a_row = self.seconds = self.slowest = 0
+        self.losses, self.history = [], []
 
     def save(self, path, task):
         state = {k: getattr(v, "state_dict", lambda: v)() for k, v in vars(self).items()}
@@ -973,14 +964,14 @@ class Trainer:
             getattr(part, "load_state_dict", lambda v: setattr(self, name, v))(value)
 
     def update(self, task, batch, total):
-        """One of `total` steps, on this rank's pairs (arrays, generator)."""
+        """One of `total` steps, on this rank's (arrays, generator)."""
         recipe, model, done = task.recipe, self.model.train(), self.step / total
         warm = min(1, (done + 1e-3) / (recipe.warm_up + 1e-3))
         for group in self.optimizer.param_groups:  # half a cosine, down to 1 %
             group["lr"] = recipe.lr * warm * (0.505 + 0.495 * math.cos(math.pi * done))
         torch.manual_seed((recipe.seed * 1009 + self.step) * 64 + ranks()[0])  # for dropout
         self.optimizer.zero_grad()
-        mean, parts = 0.0, min(recipe.accumulate, len(batch))
+        mean, parts = 0, min(recipe.accumulate, len(batch))
         for k in range(parts):
             samples, rngs = zip(*batch[k::parts])
             tensors = [torch.from_numpy(np.stack(x)).to(task.device) for x in zip(*samples)]
@@ -994,7 +985,8 @@ class Trainer:
             p.grad = grad.contiguous() / ranks()[1]
             dist.all_reduce(p.grad)
         bad = not nn.utils.clip_grad_norm_(model.parameters(), recipe.clip).isfinite()
-        self.skipped, self.in_a_row = self.skipped + bad, (self.in_a_row + 1) * bad
+        self.skipped += bad
+        self.in_a_row = (self.in_a_row + 1) * bad
         if self.in_a_row > MAX_SKIPPED_STEPS:
             raise UserError(f"{self.in_a_row} steps without a finite gradient: lower --lr")
         if not bad:
@@ -1003,11 +995,11 @@ class Trainer:
         self.scaler.update()
         self.step += 1
         share = 1 - min(recipe.ema, (1 + self.step) / (10 + self.step))
-        for slow, fast in zip(self.averaged.state_dict().values(), model.state_dict().values()):
+        for slow, fast in zip(*(m.state_dict().values() for m in (self.averaged, model))):
             slow.lerp_(fast, share) if slow.is_floating_point() else slow.copy_(fast)
 
     def close_epoch(self, task, weights):
-        rank, world = ranks()
+        (rank, world), stem = ranks(), weights / task.name
         with torch.inference_mode(), autocast(task.device):
             rows = [(uid, *task.score(self.averaged, uid)) for uid in task.held_out[rank::world]]
         rows, losses = sum(over_ranks(rows), []), sum(over_ranks(self.losses), [])
@@ -1016,29 +1008,30 @@ class Trainer:
                     train_loss=np.mean(losses or math.nan), lr=self.optimizer.param_groups[0]["lr"],
                     samples_per_s=len(self.losses) * task.recipe.batch_size / self.seconds,
                     seconds=self.seconds, skipped_steps=self.skipped, peak_gb=peak_gb())
-        self.history.append({k: float(v) for k, v in line.items()})  # plain data
-        self.losses, self.seconds = [], 0.0
-        log = pd.DataFrame(self.history)
-        if rank == 0:
-            say(f"{task.name}  " + "  ".join(f"{k} {v:.4g}" for k, v in line.items()))
-            write_csv(weights / f"{task.name}_log.csv", log)
-        if rank == 0 and line["score"] <= log.score.min():  # NaN is never the best
-            tensors = {n: t.half() if t.ndim > 1 else t  # matrices ship in half precision
+        log = pd.DataFrame([*self.history, line])
+        self.history = log.to_dict("records")  # plain data
+        self.losses, self.seconds = [], 0
+        if rank:
+            return
+        say(f"{task.name}  " + "  ".join(f"{k} {v:.4g}" for k, v in line.items()))
+        write_csv(f"{stem}_log.csv", log)
+        if line["score"] <= log.score.min():  # NaN is never the best
+            tensors = {n: t.half() if t.ndim > 1 else t  # half the bytes
                        for n, t in self.averaged.state_dict().items()}
-            save_checkpoint(weights / f"{task.name}.pt", task.kind, task.recipe, tensors=tensors,
+            save_checkpoint(f"{stem}.pt", task.kind, task.recipe, tensors=tensors,
                             settings=self.model.settings)
-            write_csv(weights / f"{task.name}_heldout.csv", table)
+            write_csv(f"{stem}_heldout.csv", table)
 
 
 def train(task, weights, stop, workers=2, go_on=False, init=""):
-    """Train one fold into <name>.pt under `weights`: its history. Stopped if cut short."""
+    """Train a fold into <name>.pt under `weights`; its history. Stopped if cut short."""
     (rank, world), recipe, name, samples = ranks(), task.recipe, task.name, len(task.train)
     size, run, last = recipe.batch_size, Trainer(task, init), weights / f"{name}_last.pt"
     if not samples or not task.held_out or size % world:
         raise UserError(f"{name}: too few studies, or --batch-size no multiple of {world}")
     if go_on and last.exists():
         saved = load_checkpoint(last)
-        if saved["recipe"] != asdict(recipe) or saved["samples"] != samples:
+        if [saved["recipe"], saved["samples"]] != [asdict(recipe), samples]:
             raise UserError(f"{last}: made with other options or data; delete it")
         run.load(saved["state"])
     steps = max(1, samples // size)  # an epoch
