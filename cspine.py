@@ -1016,7 +1016,7 @@ class Trainer:
         say(f"{task.name}  " + "  ".join(f"{k} {v:.4g}" for k, v in line.items()))
         write_csv(f"{stem}_log.csv", log)
         if line["score"] <= log.score.min():  # NaN is never the best
-            tensors = {n: t.half() if t.ndim > 1 else t  # half the bytes
+            tensors = {n: t.half() if t.ndim > 1 else t
                        for n, t in self.averaged.state_dict().items()}
             save_checkpoint(f"{stem}.pt", task.kind, task.recipe, tensors=tensors,
                             settings=self.model.settings)
