@@ -624,7 +624,7 @@ def apply_window(hu, window):
 
 
 def crop_plane(plane, box, size):
-    (y, x), (dy, dx) = box * plane.shape  # corner and step, as shares of the plane
+    (y, x), (dy, dx) = box * plane.shape  # corner and step
     source = np.array([[dx, 0, x + (dx - 1) / 2], [0, dy, y + (dy - 1) / 2]])
     return cv2.warpAffine(plane, source, (size, size), borderMode=cv2.BORDER_REPLICATE,
                           flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
@@ -642,7 +642,7 @@ def vertebra_slices(volume, probability, size=CROP, mask_of="last"):
         box = np.array([(low + high - side) / 2, [side / size] * 2]) / extent_mm
         ends = (found[0] + [0, 1]) * count / edge - [0, 1]
         centres = np.rint(np.linspace(*ends, STEPS))[:, None].astype(int)
-        index = (centres + [-2, -1, 0, 1, 2]).clip(0, count - 1)  # (15, 5)
+        index = (centres + [-2, -1, 0, 1, 2]).clip(0, count - 1)
         shown, which = np.unique(index, return_inverse=True)
         images = [crop_plane(apply_window(volume.hu[z], BONE_WINDOW), box, size) for z in shown]
         at = (index[:, -1 if mask_of == "last" else 2] + 0.5) * edge / count - 0.5
@@ -838,7 +838,7 @@ def shuffle_order(crops, labels, rngs, share):
 
 def element_losses(answers, labels):
     right = np.where(labels, answers, 1 - np.asarray(answers))
-    return -np.log(np.clip(right, 1e-15, 1))  # as the competition clips
+    return -np.log(np.clip(right, 1e-15, 1))  # as the metric's
 
 
 def competition_scores(answers, labels):
@@ -885,9 +885,10 @@ def save_checkpoint(path, kind, recipe, **content):
 
 
 def load_checkpoint(path):
-    with study_errors(f"{path}: no checkpoint of ours"):
+    with contextlib.suppress(Exception):
         content = torch.load(path, map_location="cpu", weights_only=True)
         return {"cspine": content}[content["program"]]
+    raise UserError(f"{path}: missing, damaged or not ours")
 
 
 def new_model(kind, settings):
