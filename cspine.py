@@ -61,7 +61,7 @@ from torch import distributed as dist, nn
 from tqdm import tqdm
 
 
-# ======================================= Facts and settings ======================================
+# ==== Facts and settings ====
 # The starting solution's numbers, unless another source is named.
 
 VERTEBRAE = ("C1", "C2", "C3", "C4", "C5", "C6", "C7")
@@ -126,7 +126,7 @@ class Answers:
     noisy_or: float = 0.3  # share in patient_overall
 
 
-# ========================================== House tools ==========================================
+# ==== House tools ====
 
 class UserError(Exception):
     """What the user can mend: one line, status 2."""
@@ -159,6 +159,7 @@ def progress(items, unit, total):
 
 
 def write_atomic(path, write):
+    path = Path(path)
     new = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -249,7 +250,7 @@ class Stop:
         return self.signal or ("--time-limit" if self.left() < needed else "")
 
 
-# ============================================ Reading ============================================
+# ==== Reading ====
 # DICOM slices to a Volume, a NIfTI mask to its grid. Only its position says where a slice lies.
 
 DEFAULTS = dict(ImagePositionPatient=[math.nan] * 3, ImageOrientationPatient=[1, 0, 0, 0, 1, 0],
@@ -403,7 +404,7 @@ def segmenter_input(volume, size=128, window=SEGMENTER_WINDOW):
     return torch.from_numpy((cube.reshape(1, size, size, size) - low) / width)
 
 
-# =========================================== Segmenter ===========================================
+# ==== Segmenter ====
 # A network made 3-D can be wrong without an error: to_3d refuses what it does not know.
 
 class Conv3dSame(nn.Conv3d):
@@ -520,18 +521,16 @@ def segmenter_loss(logits, labels):
     return 10 * entropy + 1 - (dice * seen).sum() / seen.sum().clamp(min=1)
 
 
-# ============================================= Slices ============================================
-# The trap: the cube is stretched: cells and voxels differ by another factor on every axis.
+# ==== Slices ====
+# The trap: the cube is stretched, by another factor on every axis.
 
 
 def interleave(images, masks):
-    """(75, S, S) images and (15, S, S) masks -> (15, 6, S, S): images 5i .. 5i + 4, then mask i."""
-    steps = images.reshape(STEPS, SLICES_PER_STEP, *masks.shape[1:])
-    return np.concatenate([steps, masks[:, None]], 1)
+    """(75, S, S), (15, S, S) -> (15, 6, S, S): images 5i .. 5i + 4, then mask i."""
+    return np.concatenate([images.reshape(STEPS, -1, *masks.shape[1:]), masks[:, None]], 1)
 
 
 def vertebra_box(probability):
-    """First and last cell on each axis of (D, D, D): the run with most mask; None if not seen."""
     for threshold in MASK_THRESHOLDS:
         mask, box = probability > threshold, []
         if mask.sum() >= MIN_CELLS:
@@ -540,107 +539,69 @@ def vertebra_box(probability):
                 inside = np.flatnonzero(profile > BOX_SHARE * profile.max())
                 runs = np.split(inside, np.flatnonzero(np.diff(inside) > 2) + 1)
                 longest = max(runs, key=lambda run: profile[run].sum())
-                box.append((longest[0], longest[-1]))
-            return np.array(box)
+                box.append(longest[[0, -1]])
+            return np.array(box)  # (3, 2): first and last cell on each axis
 
 
 def apply_window(hu, window):
-    """uint8: (level, width) HU to 0..255."""
     low, scale = window[0] - window[1] // 2, 255 / window[1]
     return cv2.convertScaleAbs(np.maximum(hu, low), alpha=scale, beta=-low * scale)
 
 
 def crop_plane(plane, box, size):
-    """(S, S): the part of an image inside ((y0, y1), (x0, x1)), shares of it; edge repeated."""
-    (y, dy), (x, dx) = np.c_[box[:, 0], np.ptp(box, 1) / size] * np.c_[plane.shape].T
-    source = np.array([[dx, 0, x + dx / 2 - 0.5], [0, dy, y + dy / 2 - 0.5]])
+    (y, x), (dy, dx) = box * plane.shape  # corner and step
+    source = np.array([[dx, 0, x + (dx - 1) / 2], [0, dy, y + (dy - 1) / 2]])
     return cv2.warpAffine(plane, source, (size, size), borderMode=cv2.BORDER_REPLICATE,
                           flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
 
 
 def vertebra_slices(volume, probability, size=CROP, mask_of="last"):
-    """uint8 (7, 15, 6, S, S): a step is five neighbouring native slices and one soft mask.
-
-    `probability` (7, D, D, D) covers the study; boxes are square in mm.
-    A vertebra not seen is all zero; in the mask of another no cell is.
-    """
+    """uint8 (7, 15, 6, S, S) in boxes square in mm: all 0 if not seen, else the mask nowhere."""
     out, edge = np.zeros((7, STEPS, CHANNELS, size, size), np.uint8), probability.shape[-1]
-    count, extent_mm = len(volume.hu), np.multiply(volume.hu.shape, volume.spacing)[1:, None]
-    for v, cells in enumerate(np.asarray(probability, np.float32)):
-        found = vertebra_box(cells)
-        if found is None:
+    count, extent_mm = len(volume.hu), np.multiply(volume.hu.shape, volume.spacing)[1:]
+    for v, cells in enumerate(probability):
+        if (found := vertebra_box(cells)) is None:
             continue
-        sides = (found[1:] + [-BOX_MARGIN, 1 + BOX_MARGIN]) * extent_mm / edge
-        half = np.ptp(sides, 1).max() / 2
-        box = (sides.mean(1, keepdims=True) + [-half, half]) / extent_mm
-        first, last = (found[0] + [0, 1]) * count / edge - [0, 1]
-        centres = np.rint(np.linspace(first, last, STEPS)).astype(int)
-        index = (centres[:, None] + np.arange(SLICES_PER_STEP) - 2).clip(0, count - 1)  # (15, 5)
+        low, high = (found[1:].T + [[-BOX_MARGIN], [1 + BOX_MARGIN]]) * extent_mm / edge
+        side = (high - low).max()
+        box = np.array([(low + high - side) / 2, [side / size] * 2]) / extent_mm
+        ends = (found[0] + [0, 1]) * count / edge - [0, 1]
+        centres = np.rint(np.linspace(*ends, STEPS))[:, None].astype(int)
+        index = (centres + [-2, -1, 0, 1, 2]).clip(0, count - 1)
         shown, which = np.unique(index, return_inverse=True)
         images = [crop_plane(apply_window(volume.hu[z], BONE_WINDOW), box, size) for z in shown]
-        z = (index[:, -1 if mask_of == "last" else 2] + 0.5) * edge / count - 0.5
-        z = np.float32(np.divmod(z.clip(0, edge - 1.001), 1))  # plane, share of the next
+        at = (index[:, -1 if mask_of == "last" else 2] + 0.5) * edge / count - 0.5
         masks = [crop_plane(cells[int(k)] * (1 - share) + cells[int(k) + 1] * share, box, size)
-                 for k, share in z.T]
-        masks = np.rint(np.maximum(np.array(masks) * 255, 1)).astype(np.uint8)
-        out[v] = interleave(np.array(images)[which.ravel()], masks)
+                 for k, share in np.float32(np.divmod(at.clip(0, edge - 1.001), 1)).T]
+        out[v] = interleave(np.array(images)[which], np.rint(np.multiply(masks, 255)).clip(1))
     return out
 
 
 def write_crops(path, crops):
-    """One study's crops: each different image once (steps share slices), without loss."""
-    index, known = np.full(crops.shape[:3], -1, np.int16), {}
-    for place in np.ndindex(index.shape):
-        if crops[place].any():
-            known.setdefault(crops[place].tobytes(), (len(known), crops[place]))
-            index[place] = known[crops[place].tobytes()][0]
+    """Each different image once (steps share slices), without loss."""
+    index, known, edge = np.full(crops.shape[:3], -1, np.int16), {}, crops.shape[-1]
+    for place in zip(*crops.any((3, 4)).nonzero()):
+        index[place], _ = known.setdefault(crops[place].tobytes(), (len(known), crops[place]))
     for kind, *options in CROP_FORMATS:
         images = [cv2.imencode(kind, image, options)[1].ravel() for _, image in known.values()]
         if sum(map(len, images)) < crops.nbytes / 4:
             break
     ends, data = np.cumsum([0, *map(len, images)]), np.concatenate([np.uint8([]), *images])
-    write_atomic(path, lambda new: np.savez(
-        new, index=index, ends=ends, data=data, edge=crops.shape[-1]))
+    write_atomic(path, lambda new: np.savez(new, index=index, ends=ends, data=data, edge=edge))
 
 
 def read_crops(path, vertebrae=range(7)):
-    """uint8 (len(vertebrae), 15, 6, S, S) of a study. StudyError if the file is damaged."""
     with study_errors(f"{path}: no crops"), np.load(path) as file:
-        index, ends, data, edge = (file[k] for k in ("index", "ends", "data", "edge"))
-        index = index[list(vertebrae)]
+        index, ends, data, edge = file.values()
+        index = index[vertebrae]
         out = np.zeros((*index.shape, edge, edge), np.uint8)
         for k in np.unique(index[index >= 0]):
             out[index == k] = cv2.imdecode(data[ends[k] : ends[k + 1]], cv2.IMREAD_GRAYSCALE)
     return out
 
 
-# ========================================== Classifiers ==========================================
 
-
-class StepEncoder(nn.Module):
-    """Crops (B, N, K, S, S), uint8 or 0..1, of V vertebrae -> features (B, N, F); the LSTM."""
-
-    def __init__(self, backbone, hidden, drop_path, dropout):
-        super().__init__()
-        self.backbone = create_backbone(backbone, in_chans=CHANNELS, num_classes=0,
-                                        global_pool="avg", drop_path_rate=drop_path)
-        width = self.backbone.eval()(torch.zeros(1, CHANNELS, 64, 64)).shape[1]
-        self.absent = nn.Parameter(torch.zeros(width))  # in the place of a vertebra out of view
-        self.lstm = nn.LSTM(width, hidden, 2, batch_first=True, bidirectional=True, dropout=dropout)
-
-    def forward(self, crops, vertebrae):
-        masks = crops[:, :, -1].unflatten(1, (vertebrae, -1)).flatten(2)
-        seen = masks.amax(2) > 0  # (B, V)
-        seen = seen.flatten().repeat_interleave(crops.shape[1] // vertebrae)  # (B * N,)
-        features = self.absent.float().repeat(len(seen), 1)
-        if seen.any():  # absent vertebrae cost nothing
-            shown = crops.flatten(0, 1)[seen]  # (B, N, K, S, S) -> (M, K, S, S)
-            at_once = len(shown) if self.training else CROPS_AT_ONCE[crops.device.type]
-            scale = 2 / 255 if crops.dtype == torch.uint8 else 2
-            parts = (part.contiguous(memory_format=torch.channels_last) * scale - 1  # -1..1
-                     for part in shown.split(at_once))
-            features[seen] = torch.cat([*map(self.backbone, parts)]).float()
-        return features.unflatten(0, crops.shape[:2])  # (B * N, F) -> (B, N, F)
+# ==== Classifiers ====
 
 
 def logit_head(width, hidden, dropout):
@@ -649,19 +610,33 @@ def logit_head(width, hidden, dropout):
 
 
 class VertebraClassifier(nn.Module):
-    """One vertebra: (B, 15, 6, S, S) -> (B, 15) logits of a fracture."""
-
-    vertebrae = 1
+    """(B, 15, 6, S, S), uint8 or 0..1 -> (B, 15) logits of a fracture."""
 
     def __init__(self, backbone="tf_efficientnetv2_s", size=CROP, mask_of="last", hidden=256,
-                 drop_path=0.0, dropout=0.0):
+                 drop_path=0, dropout=0):
         super().__init__()
         self.settings = dict(backbone=backbone, size=size, mask_of=mask_of, hidden=hidden)
-        self.encoder = StepEncoder(backbone, hidden, drop_path, dropout)
+        self.encoder = part = nn.Module()
+        part.backbone = create_backbone(backbone, in_chans=CHANNELS, num_classes=0,
+                                        global_pool="avg", drop_path_rate=drop_path)
+        width = part.backbone.eval()(torch.zeros(1, CHANNELS, 64, 64)).shape[1]
+        part.absent = nn.Parameter(torch.zeros(width))  # a step out of view
+        part.lstm = nn.LSTM(width, hidden, 2, batch_first=True, dropout=dropout, bidirectional=True)
         self.head = logit_head(2 * hidden, hidden, dropout)
 
+    def encode(self, crops):
+        seen = crops[:, :, -1].amax((2, 3)).flatten() > 0  # (B * N,)
+        features = self.encoder.absent.repeat(len(seen), 1)
+        if seen.any():  # the absent cost nothing
+            shown = crops.flatten(0, 1)[seen].to(memory_format=torch.channels_last)
+            at_once = len(shown) if self.training else CROPS_AT_ONCE[crops.device.type]
+            scale = 2 if crops.is_floating_point() else 2 / 255
+            parts = [self.encoder.backbone(part * scale - 1) for part in shown.split(at_once)]
+            features[seen] = torch.cat(parts).float()
+        return features.unflatten(0, crops.shape[:2])  # (B, N, F)
+
     def forward(self, crops):
-        features = self.encoder(crops, self.vertebrae)
+        features = self.encode(crops)
         with torch.autocast(crops.device.type, enabled=False):  # bfloat16 would round answers
             return self.answer(features)
 
@@ -670,16 +645,13 @@ class VertebraClassifier(nn.Module):
 
 
 class PatientClassifier(VertebraClassifier):
-    """All vertebrae: (B, 105, 6, S, S) -> (B, 105) logits of the steps, (B,) of the patient."""
-
-    vertebrae = 7
+    """(B, 105, 6, S, S) -> (B, 105) logits of the steps, (B,) of the patient."""
 
     def __init__(self, backbone="convnext_nano", size=CROP, mask_of="last", hidden=256,
-                 drop_path=0.0, dropout=0.0):
+                 drop_path=0, dropout=0):
         super().__init__(backbone, size, mask_of, hidden, drop_path, dropout)
-        lstm = self.encoder.lstm
-        self.patient_lstm = copy.deepcopy(lstm)
-        self.patient_head = logit_head(4 * lstm.hidden_size, lstm.hidden_size, lstm.dropout)
+        self.patient_lstm = copy.deepcopy(self.encoder.lstm)
+        self.patient_head = logit_head(4 * hidden, hidden, dropout)
 
     def answer(self, features):
         whole = self.patient_lstm(features)[0]
@@ -687,55 +659,43 @@ class PatientClassifier(VertebraClassifier):
         return super().answer(features), self.patient_head(whole)[..., 0]
 
 
-KINDS = {"segmenter": Segmenter, "vertebra": VertebraClassifier, "patient": PatientClassifier}
-
-
 def fold_norms(model):
-    """The model for inference, its batch norms folded into the convolutions before them.
-
-    Found by running it: a norm is folded if a convolution of its own part made its input.
-    """
+    """The model for inference: norms go into the convolutions that fed them in a run."""
     made_by = {}
 
     def note(module, given, out):
         if isinstance(module, (nn.Conv2d, nn.Conv3d)):
             out.made_by = module
-        elif isinstance(module, (nn.BatchNorm2d, nn.BatchNorm3d)):
+        elif hasattr(module, "running_var"):
             made_by[module] = getattr(given[0], "made_by", None)
 
-    shape = (1, 1, 32, 32, 32) if isinstance(model, Segmenter) else (1, 7, CHANNELS, 64, 64)
-    with torch.no_grad(), nn.modules.module.register_module_forward_hook(note):
+    shape = (1, 1, 32, 32, 32) if isinstance(model, Segmenter) else (1, 1, CHANNELS, 64, 64)
+    with nn.modules.module.register_module_forward_hook(note):
         model.eval()(torch.ones(shape))
-    for part in list(model.modules()):
-        for name, norm in list(part.named_children()):
+    for part in model.modules():
+        for name, norm in part.named_children():
             conv = made_by.get(norm)
-            if conv in set(part.modules()):
-                fused = nn.utils.fuse_conv_bn_eval(conv, norm)
-                conv.weight, conv.bias = fused.weight, fused.bias
+            if conv in part.modules():  # else others may use its output
+                vars(conv).update(vars(nn.utils.fuse_conv_bn_eval(conv, norm)))
                 setattr(part, name, getattr(norm, "act", nn.Identity()))
     return model
 
 
 def classifier_loss(outputs, labels):
-    """The metric, of outputs (B, 15) and labels (B, 1), or (B, 105), (B,) and (B, 8).
-
-    The steps of a vertebra share its label and weight; NaN is unknown.
-    """
-    if isinstance(outputs, tuple):
-        outputs = torch.cat([outputs[0], outputs[1][:, None]], 1)
-    steps = outputs.shape[1] // min(7, labels.shape[1])  # of a vertebra
-    which = np.arange(outputs.shape[1]) // steps  # the label of every logit
+    """The metric of (B, 15) and labels (B, 1), or ((B, 105), (B,)) and (B, 8); NaN: unknown."""
+    logits = torch.column_stack(outputs if isinstance(outputs, tuple) else [outputs]).float()
+    steps = logits.shape[1] // min(7, labels.shape[1])  # of a vertebra
+    which = np.arange(logits.shape[1]) // steps  # every logit's label
     share = labels.new_tensor(TARGET_WEIGHTS[which] / np.bincount(which)[which])
     truth = labels[:, which]
     weight = share * torch.where(truth > 0, POSITIVE_FACTOR, 1.0) * ~truth.isnan()
-    loss = F.binary_cross_entropy_with_logits(outputs.float(), truth.nan_to_num(), weight,
-                                              reduction="sum")
+    loss = F.binary_cross_entropy_with_logits(logits, truth.nan_to_num(), weight, reduction="sum")
     return loss / weight.sum().clamp(min=1e-6)
 
 
-# ========================================== Augmentation =========================================
-# A sample's luck is its own generator's: batches and ranks cannot change it. Ranges: degrees, log
-# scale, share of the edge (the cube's: top teams), shares; of 0..1, log, of 0..1, shares.
+# ==== Augmentation ====
+# From a sample's own generator, whatever its batch. Ranges: degrees, log scale, share of the edge
+# (the cube's: top teams), shares; of 0..1, log, of 0..1, shares.
 VOLUME_RANGES = dict(rotation=15, scale=0.2, shift=0.3, mirror=0.5, window=0.2, gamma=0.3,
                      noise=0.06, blur=0.3, hole=0.0)
 CROP_RANGES = dict(rotation=20, scale=0.15, shift=0.1, mirror=0.5, window=0.15, gamma=0.25,
@@ -743,24 +703,21 @@ CROP_RANGES = dict(rotation=20, scale=0.15, shift=0.1, mirror=0.5, window=0.15, 
 
 
 def draw_grid(rngs, ranges, shape, device):
-    """A random affine grid for grid_sample a sample."""
     maps, axes = [], len(shape) - 2
     for rng in rngs:
         scale, shift, *angles = rng.uniform(-1, 1, (2 + axes, axes))
         angles = np.triu(angles, 1) * math.radians(ranges["rotation"])
         turn = torch.matrix_exp(torch.from_numpy(angles - angles.T)).numpy()
         matrix = turn * np.exp(scale * ranges["scale"])
-        flips = rng.random(3) < ranges["mirror"]  # cubes: X, never Z; crops: X, Y and transposed
+        flips = rng.random(3) < ranges["mirror"]  # cubes: X, never Z; crops: X, Y, transposed
         matrix[:, : 4 - axes] *= 1 - 2 * flips[: 4 - axes]
-        if axes == 2 and flips[2]:
-            matrix = matrix[::-1]
+        matrix = matrix[:: -1 if axes == 2 and flips[2] else 1]
         maps.append(np.c_[matrix, 2 * ranges["shift"] * shift])
-    maps = torch.tensor(np.array(maps), dtype=torch.float32, device=device)
-    return F.affine_grid(maps, shape, align_corners=False)
+    return F.affine_grid(torch.tensor(np.float32(maps), device=device), shape, align_corners=False)
 
 
 def grey_levels(image, rng, ranges):
-    """One sample (N, ...) in 0..1 as another scanner might show it."""
+    """(N, ...) in 0..1 as another scanner might show it."""
     stretch, shift = ranges["window"] * rng.uniform(-1, 1, 2)
     gamma = math.exp(ranges["gamma"] * rng.uniform(-1, 1))
     noise, coarse, hole = rng.random(3)
@@ -770,8 +727,7 @@ def grey_levels(image, rng, ranges):
         mode = "trilinear" if image.ndim == 4 else "bilinear"
         half = F.interpolate(image[None], scale_factor=0.5, mode=mode)
         image = F.interpolate(half, image.shape[1:], mode=mode)[0]
-    grain = torch.randn(image.shape, generator=seeded, device=image.device)
-    image = image + ranges["noise"] * noise**2 * grain
+    image = image + ranges["noise"] * noise**2 * torch.empty_like(image).normal_(generator=seeded)
     if hole < ranges["hole"]:
         edge = int(image.shape[-1] * rng.uniform(0.05, 0.25))
         top, left = rng.integers(0, image.shape[-1] - edge, 2)
@@ -780,28 +736,26 @@ def grey_levels(image, rng, ranges):
 
 
 def augment_volumes(cubes, labels, rngs, ranges=VOLUME_RANGES):
-    """Cubes (B, 1, D, D, D) in 0..1 and labels (B, D, D, D) moved together; cubes regreyed."""
+    """(B, 1, D, D, D) in 0..1 moved with labels (B, D, D, D), and regreyed."""
     grid = draw_grid(rngs, ranges, cubes.shape, cubes.device)
     cubes = F.grid_sample(cubes, grid, align_corners=False)
-    labels = F.grid_sample(labels[:, None].float(), grid, mode="nearest", align_corners=False)
+    labels = F.grid_sample(labels[:, None].float(), grid, "nearest", align_corners=False)
     cubes = torch.stack([grey_levels(cube, rng, ranges) for cube, rng in zip(cubes, rngs)])
-    return cubes, labels[:, 0].to(torch.uint8)
+    return cubes, labels[:, 0].byte()
 
 
 def augment_crops(crops, rngs, size=CROP, ranges=CROP_RANGES):
-    """Crops (B, N, K, S, S) in 0..1: a sample moved as one; all but its masks regreyed."""
+    """(B, N, K, S, S) in 0..1: a sample moved as one, all but its masks regreyed."""
     grid = draw_grid(rngs, ranges, (len(crops), 1, size, size), crops.device)
     moved = F.grid_sample(crops.flatten(1, 2), grid, align_corners=False)
-    moved = moved.unflatten(1, crops.shape[1:3])  # (B, N * K, S, S) -> (B, N, K, S, S)
+    moved = moved.unflatten(1, crops.shape[1:3])
     for slices, rng in zip(moved[:, :, :-1], rngs):
         slices[:] = grey_levels(slices.flatten(0, 1), rng, ranges).view_as(slices)
     return moved
 
 
 def shuffle_order(crops, labels, rngs, share):
-    """A share of the samples with vertebrae, and the steps of each, in another order."""
-    crops = crops.unflatten(1, (min(7, labels.shape[1]), -1)).clone()  # (B, V, T, K, S, S)
-    labels = labels.clone()
+    crops, labels = crops.unflatten(1, (min(7, labels.shape[1]), -1)).clone(), labels.clone()
     for crop, label, rng in zip(crops, labels, rngs):
         steps, order = rng.permutation(crop.shape[1]), rng.permutation(len(crop))
         if rng.random() < share:
@@ -810,24 +764,22 @@ def shuffle_order(crops, labels, rngs, share):
     return crops.flatten(1, 2), labels
 
 
-# ======================================== Metric and folds =======================================
+# ==== Metric and folds ====
 
 
 def element_losses(answers, labels):
-    """Log loss of every answer, clipped as the competition does."""
     right = np.where(labels, answers, 1 - np.asarray(answers))
-    return -np.log(np.clip(right, 1e-15, 1))
+    return -np.log(np.clip(right, 1e-15, 1))  # as the metric's
 
 
 def competition_scores(answers, labels):
-    """Weighted means of the loss of (N, 8) answers by studies, and by columns."""
     loss, weight = element_losses(answers, labels), np.where(labels, POSITIVE_FACTOR, 1.0)
     study = np.average(loss, 1, weight * TARGET_WEIGHTS).mean()
-    return study, np.average(np.average(loss, 0, weight), weights=TARGET_WEIGHTS)
+    return study, np.average(np.average(loss, 0, weight), weights=TARGET_WEIGHTS)  # by columns
 
 
 def auc(answers, labels):
-    """Area under the ROC curve, ties counting half; NaN with one class only."""
+    """Area under the ROC curve; NaN with one class only."""
     positive = np.asarray(labels) > 0
     n, m = positive.sum(), (~positive).sum()
     rank = pd.Series(answers, dtype=float).rank()[positive].sum()
@@ -835,124 +787,123 @@ def auc(answers, labels):
 
 
 def dice_scores(probability, labels):
-    """Dice (7,) of masks at 0.5; NaN for a vertebra that labels (D, D, D) do not hold."""
-    mask, truth = probability > 0.5, labels == np.arange(1, 8)[:, None, None, None]
-    overlap, both, size = (x.sum((1, 2, 3)) for x in (mask & truth, mask * 1 + truth, truth))
-    return np.where(size, 2 * overlap / both.clip(1), np.nan)
+    mask, truth = probability > 0.5, labels == np.arange(1, 8).reshape(7, 1, 1, 1)
+    both, found, size = (x.sum((1, 2, 3)) for x in (mask & truth, mask, truth))
+    return np.where(size, 2 * both / (found + size).clip(1), np.nan)
 
 
 def assign_folds(table, folds, masked):
-    """uid -> fold: strata of mask, patient, fractures; within one by the uid's hash."""
-    fractures = table[list(VERTEBRAE)].sum(axis=1).clip(upper=2)
+    """uid -> fold: strata of mask, patient, fractures; in one by the uid's hash."""
+    fractures = table[[*VERTEBRAE]].sum(axis=1).clip(upper=2)
     hashes = [hashlib.sha256(uid.encode()).digest() for uid in table[STUDY]]
     keys = zip(table[STUDY].isin(masked), table.patient_overall, fractures, hashes, table[STUDY])
     return {uid: k % folds for k, (*_, uid) in enumerate(sorted(keys))}
 
 
-# ============================================ Training ===========================================
-# One loop for three models. What is random is drawn from (seed, step), or (seed, place in the
-# order of samples): a resumed run repeats an uninterrupted one, on the CPU bit for bit.
-
-# A sample is (study, fractured, ...). load(sample) -> arrays; loss(model, tensors, generators,
-# recipe); score(model, study) -> a value a target; judge(table) -> dict: low "score" is good
+# ==== Training ====
+# What is random is drawn from (seed, step) or (seed, place in the order): runs resume exactly.
+# load(sample: (study, fractured, ...)) -> arrays; loss(model, tensors, generators, recipe);
+# score(model, study) -> a value a target; judge(table) -> dict: low "score" is good
+KINDS = {"segmenter": Segmenter, "vertebra": VertebraClassifier, "patient": PatientClassifier}
 Task = namedtuple("Task", "kind recipe device load loss score judge name train held_out",
                   defaults=["", [], []])
 
 
 def save_checkpoint(path, kind, recipe, **content):
     content |= dict(program="cspine", kind=kind, recipe=asdict(recipe))
-    write_atomic(path, lambda new: torch.save(content, new))
+    if ranks()[0] == 0:
+        write_atomic(path, lambda new: torch.save(content, new))
 
 
 def load_checkpoint(path):
-    """The content of a checkpoint of ours, plain data: nothing in it can run."""
-    with contextlib.suppress(Exception):  # torch has a dozen kinds
+    with contextlib.suppress(Exception):
         content = torch.load(path, map_location="cpu", weights_only=True)
-        if content["program"] == "cspine":
-            return content
-    raise UserError(f"{path}: missing, damaged or not one of our checkpoints; refused")
+        return {"cspine": content}[content["program"]]
+    raise UserError(f"{path}: missing, damaged or not ours")
 
 
 def new_model(kind, settings):
-    """A model with those of the settings that it knows, channels last."""
     known = inspect.signature(KINDS[kind]).parameters
-    model = KINDS[kind](**{k: v for k, v in settings.items() if k in known})
     last = torch.channels_last_3d if kind == "segmenter" else torch.channels_last
-    return model.to(memory_format=last)
+    return KINDS[kind](**{k: v for k, v in settings.items() if k in known}).to(memory_format=last)
 
 
 def load_model(path, kind):
-    """The model of a checkpoint, ready for inference. UserError if it holds another."""
     content = load_checkpoint(path)
-    with study_errors(f"{path} holds a {content.get('kind')}, not a {kind} that fits"):
+    with study_errors(f"{path}: a {content.get('kind')}, no {kind} that fits"):
         model = new_model(kind, content["settings"])
         model.load_state_dict(content["tensors"])
         return fold_norms(model)
 
 
-def adapt(tensor, like):
-    """An ImageNet tensor (3 colours, 2-D) in the shape of our layer, if it can be."""
-    if tensor.ndim == 4 <= like.ndim:
-        if tensor.shape[1] == 3 != like.shape[1]:
-            tensor = tensor.sum(1, True).repeat(1, like.shape[1], 1, 1) / like.shape[1]
-        if like.ndim == 5:
-            tensor = tensor[:, :, None].repeat(1, 1, like.shape[2], 1, 1) / like.shape[2]
-    return tensor
-
-
 def load_init(model, path):
-    """Start from a timm file, less its head, or one of ours: by name, else in order."""
+    """Start from ours, or a timm file less its head: by name, else in order."""
     with study_errors(f"--init {path}: cannot be read"):
         source = timm.models.load_state_dict(str(path), weights_only=True)
         part = model if "program" in source else getattr(model.encoder, "backbone", model.encoder)
         source = {n: t for n, t in source.get("tensors", source).items() if t.ndim}
-    target = {n: t for n, t in part.state_dict().items()  # a patient's own part may be missing
+    target = {n: t for n, t in part.state_dict().items()  # a patient's own may be missing
               if t.ndim and (n in source or not n.startswith("patient_"))}
-    named = target.keys() <= source.keys()
-    pairs = zip(target, target if named else source)
-    taken = {n: adapt(source[other], target[n]) for n, other in pairs}
+    named, taken = target.keys() <= source.keys(), {}
+    for (name, like), other in zip(target.items(), target if named else source):
+        tensor = source[other]
+        if tensor.ndim == 4 <= like.ndim and tensor.shape[1] == 3 != like.shape[1]:
+            tensor = tensor.sum(1, True).repeat(1, like.shape[1], 1, 1) / like.shape[1]
+        if tensor.ndim == 4 < like.ndim:
+            tensor = tensor[:, :, None].repeat(1, 1, like.shape[2], 1, 1) / like.shape[2]
+        taken[name] = tensor
     if [t.shape for t in taken.values()] != [t.shape for t in target.values()]:
         raise UserError(f"--init {path}: not the architecture of {model.settings}")
     part.load_state_dict(taken, strict=False)
-    how = "by name" if named else "in order: names differ"
-    say(f"--init: {len(taken)} of {len(source)} tensors taken {how}")
+    say(f"--init: {len(taken)} of {len(source)} tensors {'by name' if named else 'in order'}")
+
+
+def epoch_order(task, epoch, count):
+    """(count,) places in task.train, a share of `positives` fractured."""
+    rng, share = np.random.default_rng([task.recipe.seed, epoch]), task.recipe.positives
+    order = rng.permutation(len(task.train))
+    hit = np.array([sample[1] for sample in task.train])[order]
+    if share and 0 < hit.mean() < 1:
+        n = round(share * count)
+        order = rng.permutation(np.r_[np.resize(order[hit], n), np.resize(order[~hit], count - n)])
+    return np.resize(order, count)
 
 
 class Trainer:
-    """The state of a training, all of it saved, and its step."""
+    """The state of a training, all of it saved."""
 
     def __init__(self, task, init=""):
-        recipe = task.recipe
+        recipe, device = task.recipe, task.device
         torch.manual_seed(recipe.seed)
         self.model = model = new_model(task.kind, asdict(recipe))
         if init:
             load_init(model, init)
-        self.averaged = copy.deepcopy(model.to(task.device)).eval()
-        groups = [dict(params=[p for p in model.parameters() if (p.ndim > 1) == matrices],
-                       weight_decay=recipe.weight_decay * matrices) for matrices in (True, False)]
+        self.averaged = copy.deepcopy(model.to(device)).eval()
+        groups = [dict(params=[p for p in model.parameters() if (p.ndim > 1) == wide],
+                       weight_decay=recipe.weight_decay * wide) for wide in (True, False)]
         self.optimizer = torch.optim.AdamW(groups, recipe.lr)
-        half = half_type(task.device) is torch.float16
-        self.scaler = torch.amp.GradScaler(task.device.type, enabled=half)
-        self.step = self.skipped = self.in_a_row = 0
-        self.losses, self.history, self.seconds, self.slowest = [], [], 0.0, 0.0
+        self.scaler = torch.amp.GradScaler(device.type, enabled=half_type(device) is torch.half)
+        self.step = self.skipped = self.in_a_row = self.seconds = self.slowest = 0
+        self.losses, self.history = [], []
 
-    def state(self):
-        return {k: getattr(v, "state_dict", lambda: v)() for k, v in vars(self).items()}
+    def save(self, path, task):
+        state = {k: getattr(v, "state_dict", lambda: v)() for k, v in vars(self).items()}
+        save_checkpoint(path, task.kind, task.recipe, samples=len(task.train), state=state)
 
     def load(self, state):
         for name, value in state.items():
-            part = getattr(self, name, None)
+            part = getattr(self, name)
             getattr(part, "load_state_dict", lambda v: setattr(self, name, v))(value)
 
     def update(self, task, batch, total):
-        """One of `total` steps, on this rank's pairs (arrays, generator)."""
+        """One of `total` steps, on this rank's (arrays, generator)."""
         recipe, model, done = task.recipe, self.model.train(), self.step / total
         warm = min(1, (done + 1e-3) / (recipe.warm_up + 1e-3))
         for group in self.optimizer.param_groups:  # half a cosine, down to 1 %
             group["lr"] = recipe.lr * warm * (0.505 + 0.495 * math.cos(math.pi * done))
         torch.manual_seed((recipe.seed * 1009 + self.step) * 64 + ranks()[0])  # for dropout
         self.optimizer.zero_grad()
-        mean, parts = 0.0, min(recipe.accumulate, len(batch))
+        mean, parts = 0, min(recipe.accumulate, len(batch))
         for k in range(parts):
             samples, rngs = zip(*batch[k::parts])
             tensors = [torch.from_numpy(np.stack(x)).to(task.device) for x in zip(*samples)]
@@ -965,104 +916,82 @@ class Trainer:
             grad = torch.zeros_like(p) if p.grad is None else p.grad  # no vertebra on this rank
             p.grad = grad.contiguous() / ranks()[1]
             dist.all_reduce(p.grad)
-        if nn.utils.clip_grad_norm_(model.parameters(), recipe.clip).isfinite():
+        bad = not nn.utils.clip_grad_norm_(model.parameters(), recipe.clip).isfinite()
+        self.skipped += bad
+        self.in_a_row = (self.in_a_row + 1) * bad
+        if self.in_a_row > MAX_SKIPPED_STEPS:
+            raise UserError(f"{self.in_a_row} steps without a finite gradient: lower --lr")
+        if not bad:
             self.scaler.step(self.optimizer)
             self.losses.append(mean)
-            self.in_a_row = 0
-        else:
-            self.skipped += 1
-            self.in_a_row += 1
-            if self.in_a_row > MAX_SKIPPED_STEPS:
-                raise UserError(f"{self.in_a_row} steps without a finite gradient: lower --lr")
         self.scaler.update()
         self.step += 1
         share = 1 - min(recipe.ema, (1 + self.step) / (10 + self.step))
-        for slow, fast in zip(self.averaged.state_dict().values(), model.state_dict().values()):
+        for slow, fast in zip(*(m.state_dict().values() for m in (self.averaged, model))):
             slow.lerp_(fast, share) if slow.is_floating_point() else slow.copy_(fast)
 
-
-def epoch_order(task, epoch, count):
-    """(count,) places in task.train; a share of `positives` fractured, or (0) as they come."""
-    rng, share = np.random.default_rng([task.recipe.seed, epoch]), task.recipe.positives
-    order = rng.permutation(len(task.train))
-    hit = np.array([sample[1] for sample in task.train])[order]
-    if share and 0 < hit.mean() < 1:
-        n = round(share * count)
-        order = np.r_[np.resize(order[hit], n), np.resize(order[~hit], count - n)]
-        order = rng.permutation(order)
-    return np.resize(order, count)
-
-
-def close_epoch(trainer, task, weights):
-    """Score the averaged weights; write the best, their held-out answers and the log."""
-    (rank, world), history = ranks(), trainer.history
-    with torch.inference_mode(), autocast(task.device):
-        rows = [(uid, *task.score(trainer.averaged, uid)) for uid in task.held_out[rank::world]]
-    rows, losses = sum(over_ranks(rows), []), sum(over_ranks(trainer.losses), [])
-    table = pd.DataFrame(rows, columns=[STUDY, *TARGETS][: len(rows[0])])
-    line = dict(epoch=len(history) + 1, **task.judge(table.set_index(STUDY)))
-    line |= dict(train_loss=np.mean(losses or math.nan), seconds=trainer.seconds,
-                 lr=trainer.optimizer.param_groups[0]["lr"], skipped_steps=trainer.skipped,
-                 samples_per_s=len(losses) // world * task.recipe.batch_size / trainer.seconds,
-                 peak_gb=peak_gb())
-    history.append({k: float(v) for k, v in line.items()})  # plain data for load_checkpoint
-    trainer.losses, trainer.seconds = [], 0.0
-    if rank:
-        return
-    say(f"{task.name}  " + "  ".join(f"{k} {v:.4g}" for k, v in line.items()))
-    if line["score"] <= np.nanmin([past["score"] for past in history]):  # NaN is never the best
-        tensors = {n: (t.half() if t.ndim > 1 else t).cpu()  # matrices ship in half precision
-                   for n, t in trainer.averaged.state_dict().items()}
-        save_checkpoint(weights / f"{task.name}.pt", task.kind, task.recipe, tensors=tensors,
-                        settings=trainer.model.settings)
-        write_csv(weights / f"{task.name}_heldout.csv", table)
-    write_csv(weights / f"{task.name}_log.csv", pd.DataFrame(history))
+    def close_epoch(self, task, weights):
+        (rank, world), stem = ranks(), weights / task.name
+        with torch.inference_mode(), autocast(task.device):
+            rows = [(uid, *task.score(self.averaged, uid)) for uid in task.held_out[rank::world]]
+        rows, losses = sum(over_ranks(rows), []), sum(over_ranks(self.losses), [])
+        table = pd.DataFrame(rows, columns=[STUDY, *TARGETS][: len(rows[0])])
+        line = dict(epoch=len(self.history) + 1, **task.judge(table.set_index(STUDY)),
+                    train_loss=np.mean(losses or math.nan), lr=self.optimizer.param_groups[0]["lr"],
+                    samples_per_s=len(self.losses) * task.recipe.batch_size / self.seconds,
+                    seconds=self.seconds, skipped_steps=self.skipped, peak_gb=peak_gb())
+        log = pd.DataFrame([*self.history, line])
+        self.history = log.to_dict("records")  # plain data
+        self.losses, self.seconds = [], 0
+        if rank:
+            return
+        say(f"{task.name}  " + "  ".join(f"{k} {v:.4g}" for k, v in line.items()))
+        write_csv(f"{stem}_log.csv", log)
+        if line["score"] <= log.score.min():  # NaN is never the best
+            tensors = {n: t.half() if t.ndim > 1 else t
+                       for n, t in self.averaged.state_dict().items()}
+            save_checkpoint(f"{stem}.pt", task.kind, task.recipe, tensors=tensors,
+                            settings=self.model.settings)
+            write_csv(f"{stem}_heldout.csv", table)
 
 
 def train(task, weights, stop, workers=2, go_on=False, init=""):
-    """Train one fold into <name>.pt under `weights`: its history. Stopped if cut short."""
-    (rank, world), recipe, samples = ranks(), task.recipe, len(task.train)
-    size, trainer, last = recipe.batch_size, Trainer(task, init), weights / f"{task.name}_last.pt"
+    """Train a fold into <name>.pt under `weights`; its history. Stopped if cut short."""
+    (rank, world), recipe, name, samples = ranks(), task.recipe, task.name, len(task.train)
+    size, run, last = recipe.batch_size, Trainer(task, init), weights / f"{name}_last.pt"
     if not samples or not task.held_out or size % world:
-        raise UserError(f"{task.name}: needs studies to train on, others to hold out, and a "
-                        f"--batch-size that is a multiple of {world}")
+        raise UserError(f"{name}: too few studies, or --batch-size no multiple of {world}")
     if go_on and last.exists():
         saved = load_checkpoint(last)
-        if saved["recipe"] != asdict(recipe) or saved["samples"] != samples:
-            raise UserError(f"{last} was made with other options or data: delete it, or give them")
-        trainer.load(saved["state"])
+        if [saved["recipe"], saved["samples"]] != [asdict(recipe), samples]:
+            raise UserError(f"{last}: made with other options or data; delete it")
+        run.load(saved["state"])
     steps = max(1, samples // size)  # an epoch
     total = steps * recipe.epochs
     if rank == 0:
-        say(f"{task.name}: {samples} samples, from step {trainer.step} of {total}")
-
-    def save():
-        if rank == 0:
-            save_checkpoint(last, task.kind, recipe, samples=samples, state=trainer.state())
-
+        say(f"{name}: {samples} samples, from step {run.step} of {total}")
     order = np.concatenate([epoch_order(task, k, steps * size) for k in range(recipe.epochs)])
-    mine = range(trainer.step * size + rank, len(order), world)
+    mine = range(run.step * size + rank, len(order), world)
     loaded = prefetch(lambda k: task.load(task.train[order[k]]), mine, workers, 2 * size)
-    bar = progress(range(trainer.step, total), "step", total - trainer.step)
-    for _ in bar:
+    bar = progress(range(run.step, total), "step", None)
+    for now in bar:
         started = stop.clock()
-        if reason := max(over_ranks(stop.reason(1.1 * trainer.slowest))):
-            save()
-            raise Stopped(f"{task.name}: stopped by {reason} at step {trainer.step} of {total}; "
-                          "--resume goes on")
+        if reason := max(over_ranks(stop.reason(1.1 * run.slowest))):
+            run.save(last, task)
+            raise Stopped(f"{name}: stopped by {reason} at step {now} of {total}; --resume goes on")
         batch = [(future.result(), np.random.default_rng([recipe.seed, k]))
                  for _, (k, future) in zip(range(size // world), loaded)]
-        trainer.update(task, batch, total)
-        trainer.seconds += stop.clock() - started
-        bar.set_postfix(loss=np.mean(trainer.losses[-20:] or math.nan))
-        if trainer.step % steps == 0:
-            close_epoch(trainer, task, weights)
-            save()
-        trainer.slowest = max(trainer.slowest, stop.clock() - started)  # or evaluation
-    return trainer.history
+        run.update(task, batch, total)
+        run.seconds += stop.clock() - started
+        bar.set_postfix(loss=np.mean(run.losses[-20:] or math.nan))
+        if run.step % steps == 0:
+            run.close_epoch(task, weights)
+            run.save(last, task)
+        run.slowest = max(run.slowest, stop.clock() - started)  # or evaluation
+    return run.history
 
 
-# =========================================== Prediction ==========================================
+# ==== Prediction ====
 # A complete submission is on disk from the first second, at worst with the prior.
 
 READING_SHARE = 0.25  # of the time left, for one study
@@ -1242,7 +1171,7 @@ def predict_studies(images, out, rows, ensemble, stop, workers, resume=False):
         seconds = max(used, 0.8 * seconds)
 
 
-# ============================================ Decoding ===========================================
+# ==== Decoding ====
 # The trap: headers lie, so every size is checked.
 
 MAX_JPEG_2000 = 2**20  # pixels: hostile files cost OpenJPEG gigabytes
@@ -1360,7 +1289,7 @@ def _undo_prediction(grid, left, above, corner):
     return flat.T.astype(np.uint16).reshape(grid.shape)
 
 
-# ============================================= Modes =============================================
+# ==== Modes ====
 
 HERE = Path(globals().get("__file__", "cspine.py")).resolve().parent
 

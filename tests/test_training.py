@@ -442,7 +442,7 @@ def test_samples_and_their_randomness_do_not_depend_on_ranks_or_on_where_a_run_s
         state.step, seen[:] = start, []
         monkeypatch.setenv("RANK", "0")
         path = tmp_path / f"from{start}" / "vertebra_fold0_last.pt"
-        cspine.save_checkpoint(path, "vertebra", recipe, samples=10, state=state.state())
+        state.save(path, task)
         monkeypatch.setenv("RANK", str(rank))
         cspine.train(task, path.parent, Stop(), go_on=True)
         assert sum(seen, []) == whole[4 * start :][rank::world]
