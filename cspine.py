@@ -52,10 +52,9 @@ import pydicom
 import timm
 import torch
 import torch.nn.functional as F
+from pydicom import uid as known_uids
 from pydicom.encaps import generate_frames
 from pydicom.pixels import get_decoder, pixel_array
-from pydicom.uid import (UID, ImplicitVRLittleEndian, JPEG2000TransferSyntaxes, JPEGLossless,
-                         JPEGLosslessSV1)
 from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import distributed as dist, nn
 from tqdm import tqdm
@@ -386,10 +385,6 @@ def read_mask(path, volume, shape=None):
     return out
 
 
-def cube_labels(path, volume, size):
-    return read_mask(path, volume, (size, size, size))
-
-
 def to_rows(image, rows):
     how = cv2.INTER_AREA if rows <= len(image) else cv2.INTER_LINEAR
     return cv2.resize(image, (image.shape[1], rows), interpolation=how)
@@ -524,7 +519,6 @@ def segmenter_loss(logits, labels):
 # ==== Slices ====
 # The trap: the cube is stretched, by another factor on every axis.
 
-
 def interleave(images, masks):
     """(75, S, S), (15, S, S) -> (15, 6, S, S): images 5i .. 5i + 4, then mask i."""
     return np.concatenate([images.reshape(STEPS, -1, *masks.shape[1:]), masks[:, None]], 1)
@@ -602,7 +596,6 @@ def read_crops(path, vertebrae=range(7)):
 
 
 # ==== Classifiers ====
-
 
 def logit_head(width, hidden, dropout):
     return nn.Sequential(nn.Linear(width, hidden), nn.LayerNorm(hidden), nn.LeakyReLU(0.1),
@@ -765,7 +758,6 @@ def shuffle_order(crops, labels, rngs, share):
 
 
 # ==== Metric and folds ====
-
 
 def element_losses(answers, labels):
     right = np.where(labels, answers, 1 - np.asarray(answers))
@@ -1024,7 +1016,7 @@ def load_ensemble(weights, device):
 
 @torch.inference_mode()
 def segment(models, volume, device, report=say):
-    """float32 (7, D, D, D): mean probability of the segmenters, in_order."""
+    """float32 (7, D, D, D): mean probability, in_order."""
     size, window = (models[0].settings[k] for k in ("size", "window"))  # as of all folds
     cube = segmenter_input(volume, size, window)[None]
     cube = cube.to(device, memory_format=torch.channels_last_3d)
@@ -1034,7 +1026,7 @@ def segment(models, volume, device, report=say):
 
 
 def in_order(probability, report):
-    """(7, D, D, D); of two vertebrae against the order head to foot the fainter is emptied."""
+    """(7, D, D, D): of two vertebrae not head to foot the fainter is emptied."""
     weight = (probability * (probability > 0.5)).sum((2, 3))  # (7, D)
     mass = weight.sum(1)
     centre = weight @ np.arange(weight.shape[1]) / np.maximum(mass, 1)
@@ -1049,14 +1041,14 @@ def in_order(probability, report):
 
 @torch.inference_mode()
 def classify(ensemble, crops, effort):
-    """[(step probability (7, 15), patient probability)], one a model and view; NaN: none."""
+    """[(step probability (7, 15), patient's)] of each model and view; NaN: none."""
     absent, out = ~crops.any((1, 2, 3, 4)), []
     vertebra, patient = (ensemble.models[k][: effort.folds] for k in ("vertebra", "patient"))
     crops = torch.from_numpy(crops).to(ensemble.device)
     for i, model in enumerate(vertebra + patient):
         model.to(ensemble.device)  # the study before may have left it on the CPU
         size, whole = (model.settings["size"],) * 2, i >= len(vertebra)
-        shown = crops if size[0] == crops.shape[-1] else torch.stack([  # bytes: little memory
+        shown = torch.stack([  # bytes: little memory
             F.interpolate(c.float(), size, mode="bilinear").round().byte() for c in crops])
         for view in range(i, i + effort.views) or [0]:
             turned = torch.rot90(shown, view, (-2, -1))
@@ -1070,7 +1062,7 @@ def classify(ensemble, crops, effort):
 
 
 def combine(outputs, options, calibration=AS_IS):
-    """(8,) answers from what classify gave; what is NaN gets the prior."""
+    """(8,) answers from classify's; for NaN the prior."""
     rows = [[*np.sort(steps, 1)[:, -options.top_k :].mean(1), head] for steps, head in outputs]
     rows, (scale, shift) = torch.tensor(np.array(rows)), torch.tensor(calibration)
     logit, share = options.average == "logit", options.noisy_or
@@ -1083,7 +1075,7 @@ def combine(outputs, options, calibration=AS_IS):
     return answer.clamp(FLOOR, 1 - FLOOR).numpy()
 
 
-def answer_study(volume, ensemble, effort):
+def answer_study(volume, read_s, ensemble, effort):
     """A study's row of the report."""
     models, device, problems = ensemble.models, ensemble.device, [*volume.problems]
     start = time.monotonic()
@@ -1096,40 +1088,39 @@ def answer_study(volume, ensemble, effort):
     seen = [name for name, crop in zip(VERTEBRAE, crops) if crop.any()]
     status = "ok" if len(seen) == 7 else "partial" if seen else "nothing seen"
     return dict(zip(TARGETS, answers), status=status, slices=len(volume.hu), seen="+".join(seen),
-                segment_s=found - start, crops_s=cut - found, classify_s=time.monotonic() - cut,
-                device=device, warnings="; ".join(problems))
+                read_s=read_s, segment_s=found - start, crops_s=cut - found,
+                classify_s=time.monotonic() - cut, device=device, warnings="; ".join(problems))
 
 
 def answer_or_prior(uid, future, ensemble, effort, seconds=None):
-    """A study's row of the report: whatever goes wrong with it ends here."""
+    """A row of the report: whatever goes wrong with a study ends here."""
     try:
-        volume, read_s = future.result(seconds)  # a file may hang
+        study = future.result(seconds)  # a file may hang
         with contextlib.suppress(torch.OutOfMemoryError):
-            return answer_study(volume, ensemble, effort) | {"read_s": read_s}
-        ensemble = ensemble._replace(device=torch.device("cpu"))
-        return answer_study(volume, ensemble, effort) | {"read_s": read_s}
-    except Exception as error:  # the one place that must outlive all that a study can do
+            return answer_study(*study, ensemble, effort)
+        return answer_study(*study, ensemble._replace(device=torch.device("cpu")), effort)
+    except Exception as error:
         what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         say(f"study {uid}: {what}; answered with the prior")
         return BLIND | {"status": "failed", "warnings": what}
 
 
 def choose_effort(views, folds, seconds, share):
-    """What fits a study's share of time, at `seconds` a fold and view: views go before folds."""
+    """What fits a share of time, at `seconds` a fold and view: views go first."""
     while max(views, 1) * folds > max(share / seconds, 1):
         views, folds = (1, folds) if views > 1 else (views, folds // 2)
     return Effort(views, folds)
 
 
 def read_reports(out):
-    """{study: row} of what all processes reported beside `out`: answers, no failures."""
+    """{study: row} of all processes' reports beside `out`, no failures."""
     rows = [row for path in map(out.with_name, REPORTS) if path.exists()
             for row in read_csv(path, (STUDY, "status", *TARGETS)).to_dict("records")]
     return {row[STUDY]: row for row in rows if row["status"] not in ("failed", "no time")}
 
 
 def write_submission(out, rows, reports=()):
-    """This process's report and every (row_id, study, target); the prior where none answered."""
+    """This process's report, and every row; the prior where none answered."""
     if reports:
         write_csv(out.with_name(REPORTS[ranks()[0]]), pd.DataFrame(reports))
     known = -1
@@ -1140,7 +1131,7 @@ def write_submission(out, rows, reports=()):
 
 
 def predict_studies(images, out, rows, ensemble, stop, workers, resume=False):
-    """Answer this process's share of the studies; report and submission follow each."""
+    """Answer this process's share; report and submission follow each study."""
     (rank, world), seconds, done = ranks(), 1e-9, read_reports(out) if resume else {}
     uids = list(dict.fromkeys(uid for _, uid, _ in rows))
     todo, reports = [uid for uid in uids[rank::world] if uid not in done], [*done.values()]
@@ -1156,7 +1147,7 @@ def predict_studies(images, out, rows, ensemble, stop, workers, resume=False):
     for k, (uid, future) in enumerate(progress(prefetch(read, todo, 1), "study", len(todo))):
         start, left = stop.clock(), stop.left()
         if seconds > left:
-            say(f"time is short: {len(todo) - k} studies are left with the prior")
+            say(f"time is short: {len(todo) - k} studies get the prior")
             reports += [{STUDY: uid, **BLIND, "status": "no time"} for uid in todo[k:]]
             return write_submission(out, rows, reports)
         effort = choose_effort(*full, seconds, left / (len(todo) - k))
@@ -1181,20 +1172,20 @@ HALVES = {1: (2, 0, 0), 2: (0, 2, 0), 3: (0, 0, 2), 4: (2, 2, -2),  # of left, a
 
 @study_errors("pixel data")
 def decode_pixels(data):
-    """Stored values (frames, rows, columns) of a DICOM data set, 16 or 32 bits."""
+    """Stored values (frames, rows, columns), 16 or 32 bits."""
     shape = int(data.get("NumberOfFrames") or 1), data.Rows, data.Columns
     samples, allocated = data.get("SamplesPerPixel", 1), data.BitsAllocated
     stored, count = data.get("BitsStored") or allocated, math.prod(shape)
     if not (samples == 1 and allocated in (8, 16, 32) and 1 <= stored <= allocated
             and min(shape) > 0 and count <= MAX_VOXELS):
         raise StudyError(f"{samples} samples of {stored} bits in {allocated}, shape {shape}")
-    syntax = UID(data.file_meta.get("TransferSyntaxUID", ImplicitVRLittleEndian))
-    jpeg_2000 = syntax in JPEG2000TransferSyntaxes
+    syntax = data.file_meta.get("TransferSyntaxUID", known_uids.ImplicitVRLittleEndian)
+    jpeg_2000 = syntax in known_uids.JPEG2000TransferSyntaxes
     if syntax.is_little_endian and not syntax.is_encapsulated:
         words = np.frombuffer(data.PixelData, f"<u{allocated // 8}", count)
     elif not jpeg_2000 and get_decoder(syntax).is_available:
         words = pixel_array(data, raw=True)  # big endian and RLE always, others by a plug-in
-    elif jpeg_2000 or syntax in (JPEGLossless, JPEGLosslessSV1):
+    elif jpeg_2000 or syntax in (known_uids.JPEGLossless, known_uids.JPEGLosslessSV1):
         decode = _decode_jpeg_2000 if jpeg_2000 else decode_lossless_jpeg
         frames = generate_frames(data.PixelData, number_of_frames=shape[0])
         words = np.stack([decode(frame) for frame in frames])
@@ -1254,7 +1245,7 @@ def decode_lossless_jpeg(data):
 
 
 def _differences(coded, count, category_of, advance_of):
-    """`count` differences: jumps to the next code, known at every bit, are walked."""
+    """Jumps to the next code, known at every bit, are walked."""
     stream = np.frombuffer(coded[:4 * count] + bytes(6), np.uint8).astype(np.int32)
     words = stream[:-2] << 16 | stream[1:-1] << 8 | stream[2:]
     windows = np.stack([words >> 8 - bit for bit in range(8)], 1).astype(np.uint16).ravel()
@@ -1274,7 +1265,7 @@ def _differences(coded, count, category_of, advance_of):
 
 
 def _undo_prediction(grid, left, above, corner):
-    """Samples uint16 of differences (bands, rows, columns), modulo 2**16 (T.81 H.1.2.1)."""
+    """uint16 of differences (bands, rows, columns), modulo 2**16 (T.81 H.1.2.1)."""
     bands, rows, columns = grid.shape
     grid[:, :, 0] = grid[:, :, 0].cumsum(1)
     if (left, above) == (2, 0):
@@ -1297,33 +1288,32 @@ HERE = Path(globals().get("__file__", "cspine.py")).resolve().parent
 def data_folder(o, *needed):
     for name in needed:
         if not (Path(o.data) / name).exists():
-            raise UserError(f"no {name} in {o.data}/: --data must name the folder that holds it")
+            raise UserError(f"no {name} in {o.data}/: name its folder by --data")
     return Path(o.data)
 
 
 def training_data(o):
-    """{uid: labels (8,)} of the studies whose images are there, {uid: fold}, {uid: its mask}."""
+    """{uid: labels (8,)} of studies with images, {uid: fold}, {uid: its mask}."""
     data = data_folder(o, "train.csv", "train_images")
     table = read_csv(data / "train.csv", (STUDY, *TARGETS))
     masks = {p.name.split(".nii")[0]: p for p in (data / "segmentations").glob("*.nii*")}
-    folds = assign_folds(table, o.folds, masks)  # of the whole table: a study keeps its fold
+    folds = assign_folds(table, o.folds, masks)  # of all: a study keeps its fold
     truth = zip(table[STUDY], table[list(TARGETS)].to_numpy(np.float32))
     return {u: y for u, y in truth if (data / "train_images" / u).is_dir()}, folds, masks
 
 
-def recipe_from(o, kind):
-    """The recipe of a kind with the options given."""
-    if min(o.folds - 1, o.epochs, o.batch_size, o.accumulate, o.lr, o.size) < 0:
-        raise UserError("--folds, --epochs, --batch-size, --accumulate, --lr, --size: none below 0")
-    given = {k: v for k, v in vars(o).items() if v and k in Recipe.__dataclass_fields__}
-    recipe = replace(RECIPES[kind], **given)
-    if recipe.thin < 1 or STEPS % recipe.thin:
-        raise UserError(f"--thin {recipe.thin}: must divide {STEPS}")
+def recipe_from(o):
+    """Of the options. UserError for what cannot be."""
+    recipe = Recipe(**{name: getattr(o, name) for name in Recipe.__dataclass_fields__})
+    numbers = o.folds, o.epochs, o.batch_size, o.accumulate, o.size, o.hidden, o.thin
+    if min(numbers) < 1 or o.lr <= 0 or STEPS % o.thin:
+        raise UserError("--folds, --epochs, --batch-size, --accumulate, --size, --hidden, --thin: "
+                        "at least 1; --lr: above 0; --thin: a divisor of 15")
     return recipe
 
 
 def run_training(o, samples, folds, task):
-    """Train the folds asked for on samples (uid, ...)."""
+    """The folds asked for, of samples (uid, ...)."""
     wanted = [k for k in range(o.folds) if o.fold in ("all", str(k))]
     if not wanted:
         raise UserError(f"--fold {o.fold}: there are folds 0 to {o.folds - 1}, or all")
@@ -1340,7 +1330,7 @@ def run_training(o, samples, folds, task):
             if ranks()[0] == 0 and (pictures := side_room("pictures")):
                 pictures.draw_curves(weights / f"{task.name}_curves.png", history)
     except (torch.OutOfMemoryError, MemoryError):
-        raise UserError("out of memory: lower --batch-size or raise --accumulate") from None
+        raise UserError("out of memory: lower --batch-size, raise --accumulate") from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -1352,10 +1342,8 @@ def segmenter_batch(model, tensors, rngs, recipe):
 
 
 def classifier_batch(model, tensors, rngs, recipe, extra=0.0):
-    """Loss of an augmented batch; mixup mixes the two losses, never the labels.
-
-    `extra`: log odds that sampling added, taken out of the answers (Menon et al. 2021).
-    """
+    """Loss of an augmented batch; mixup mixes the losses, never the labels.
+    `extra`: log odds that sampling added, taken out of the answers (Menon et al. 2021)."""
     crops = tensors[0][:, int(rngs[0].integers(recipe.thin)) :: recipe.thin]
     crops = augment_crops(crops.float() / 255, rngs, recipe.size)
     crops, labels = shuffle_order(crops, tensors[1], rngs, recipe.shuffle)
@@ -1368,14 +1356,15 @@ def classifier_batch(model, tensors, rngs, recipe, extra=0.0):
 
 def mode_train_seg(o):
     """Train segmenters on the studies with masks: writes segmenter_fold<k>.pt under --weights."""
-    recipe, (truth, folds, masks) = recipe_from(o, "segmenter"), training_data(o)
+    recipe, (truth, folds, masks) = recipe_from(o), training_data(o)
     device, samples = pick_device(o.device), [(uid, False) for uid in truth if uid in masks]
 
     @functools.cache  # 4 MB a study
     def load(sample):
         volume = read_volume(Path(o.data) / "train_images" / sample[0])
         cube = segmenter_input(volume, recipe.size)[0] * 255
-        return cube.round().byte().numpy(), cube_labels(masks[sample[0]], volume, recipe.size)
+        labels = read_mask(masks[sample[0]], volume, (recipe.size,) * 3)
+        return cube.round().byte().numpy(), labels
 
     def score(model, uid):
         cube, labels = load((uid, False))
@@ -1388,12 +1377,12 @@ def mode_train_seg(o):
 
 
 def mode_extract(o):
-    """Write every study's crops under --work, masked by segmenters that did not train on it."""
+    """Write every study's crops under --work, masked by segmenters not trained on it."""
     (truth, folds, _), (rank, world) = training_data(o), ranks()
     device, out, left_out = pick_device(o.device), Path(o.work) / "crops", 0
     images, models = Path(o.data) / "train_images", load_models(o.weights, "segmenter", device)
     if not models:
-        raise UserError(f"no segmenter_fold*.pt in {o.weights}: run train-seg first")
+        raise UserError(f"no segmenter in {o.weights}: run train-seg first")
     todo = [u for u in [*truth][rank::world] if not (out / f"{u}.npz").exists()]
     stop = Stop(o.time_limit)
     volumes = prefetch(lambda uid: read_volume(images / uid, o.workers), todo, 1)
@@ -1413,7 +1402,7 @@ def mode_extract(o):
 def mode_train_cls(o):
     """Train classifiers on the crops: writes vertebra_fold<k>.pt or patient_fold<k>.pt."""
     kind = "patient" if o.mode == "train-patient" else "vertebra"
-    recipe, (truth, folds, _) = recipe_from(o, kind), training_data(o)
+    recipe, (truth, folds, _) = recipe_from(o), training_data(o)
     device, folder = pick_device(o.device), Path(o.work) / "crops"
     asked = [[*range(8)]] if kind == "patient" else [[v] for v in range(7)]
     samples = [(uid, truth[uid][targets[-1]] > 0, targets) for uid in truth
@@ -1473,33 +1462,22 @@ def side_room(name):
         return importlib.import_module(name)
 
 
-OPTIONS = dict(  # default, meaning
+OPTIONS = dict(  # shared by modes: default, meaning
     data=(KAGGLE_DATA, "folder of train.csv, train_images, test.csv, ..."),
     weights=(str(HERE / "weights"), "folder of weights"),
     work=("work", "folder of crops and caches"), out=("submission.csv", "file or folder to write"),
     device=("auto", "auto, cpu, cuda:0, ..."), workers=(os.cpu_count() or 1, "threads"),
-    fold=("all", "one fold, or all"), folds=(5, "number of folds"),
+    fold=("all", "one fold, or all"), folds=(5, "number of folds"), seed=(0, "of what is random"),
     resume=(False, "go on where a run stopped"), time_limit=(0.0, "minutes; 0: none"),
-    seed=(0, "of all that is random"), init=("", "weights to start from"),
-    half=(False, "train in bfloat16 on a CPU that has it"),
-    mask_of=("last", "slice of a step whose mask is shown: last, center"),
-    top_k=(Answers().top_k, "steps averaged"),
-    views=(Answers().views, "dihedral views a model; 0: none"),
-    average=(Answers().average, "of models: logit, probability"),
-    noisy_or=(Answers().noisy_or, "share in patient_overall"),
-    backbone=("", "timm network; empty: the recipe's"), lr=(0.0, "peak; 0: the recipe's"),
-    **dict.fromkeys("epochs batch_size accumulate size hidden thin".split(),
-                    (0, "0: the recipe's")))
-TRAINING = ("data weights work device seed workers backbone fold folds epochs batch_size size lr "
-            "accumulate resume time_limit init half")
-MODES = {  # function, options; or the side room whose MODES say so: only in the repository
+    init=("", "weights to start from"), mask_of=("last", "slice with the mask: last, center"))
+TRAINING = "data weights work device workers fold folds resume time_limit init"
+MODES = {  # function, options, settings that are options too; or its side room, which has MODES
     "phantom": "demo",
-    "train-seg": (mode_train_seg, TRAINING),
-    "extract": (mode_extract, "data weights work device workers folds mask_of time_limit"),
-    "train-cls": (mode_train_cls, TRAINING + " mask_of hidden thin"),
-    "train-patient": (mode_train_cls, TRAINING + " mask_of hidden thin"),
-    "predict": (mode_predict, "data weights out device workers resume time_limit top_k views "
-                              "average noisy_or"),
+    "train-seg": (mode_train_seg, TRAINING, "segmenter"),
+    "extract": (mode_extract, "data weights work device workers folds mask_of time_limit", {}),
+    "train-cls": (mode_train_cls, TRAINING, "vertebra"),
+    "train-patient": (mode_train_cls, TRAINING, "patient"),
+    "predict": (mode_predict, "data weights out device workers resume time_limit", Answers()),
     "evaluate": "evaluation", "eda": "pictures", "show": "pictures",
     "notebook": "kaggle_kernel", "demo": "demo"}
 
@@ -1513,12 +1491,15 @@ def build_parser():
             if not (room := side_room(entry)):
                 continue
             entry = room.MODES[name]
-        function, options, *own = entry
+        function, shared, own = entry
+        if not isinstance(own, dict):
+            settings = asdict(RECIPES[own] if isinstance(own, str) else own)
+            own = {option: (default, "see the file") for option, default in settings.items()}
         mode = modes.add_parser(name, help=function.__doc__, description=function.__doc__,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         mode.set_defaults(function=function)
-        for option in options.split():
-            default, meaning = (OPTIONS | dict(*own))[option]
+        own = {option: OPTIONS[option] for option in shared.split()} | own
+        for option, (default, meaning) in own.items():
             flag = "--" + option.replace("_", "-")
             if default is None:  # must be given
                 mode.add_argument(option, help=meaning)
@@ -1530,7 +1511,7 @@ def build_parser():
 
 
 def main(argv=None):
-    """Run a mode; its exit status. The only place that turns errors into text."""
+    """Run a mode; its exit status. Errors become text here alone."""
     o = build_parser().parse_args(argv)
     cv2.setNumThreads(1)  # the threads of prefetch share the cores
     try:

@@ -463,12 +463,12 @@ def bench_loading(scale, root, study):
     def load():  # as train-seg does, once; later epochs find it in memory
         volume = cspine.read_volume(study.folder, CORES)
         cspine.segmenter_input(volume, scale.cube)
-        cspine.cube_labels(study.mask, volume, scale.cube)
+        cspine.read_mask(study.mask, volume, (scale.cube,) * 3)
 
     theirs = lambda: old_sample(study, scale.cube)  # noqa: E731
     row("cube with mask, first epoch, s", *compare(load, theirs, scale.repeats))
     volume = cspine.read_volume(study.folder, CORES)
-    row("mask alone, s", *compare(lambda: cspine.cube_labels(study.mask, volume, scale.cube),
+    row("mask alone, s", *compare(lambda: cspine.read_mask(study.mask, volume, (scale.cube,) * 3),
                                   lambda: old_mask(study.mask, scale.cube), scale.repeats))
     crops, rng = our_crops(study, volume), np.random.default_rng(SEED)
     cspine.write_crops(root / "crops.npz", crops)

@@ -53,13 +53,13 @@ def draw(o, data, answers):
 
 
 MODES = {
-    "phantom": (phantom, "target studies test_studies seed matrix variety fractures workers", dict(
+    "phantom": (phantom, "seed workers", dict(
         target=(None, "folder to write"),
         studies=(20, "training studies"),
         test_studies=(4, "test studies"),
         matrix=(256, "rows of a slice"),
         variety=(1.0, "2: far beyond the real"),
         fractures=(1.0, "2: twice as many"))),
-    "demo": (demo, "weights work out device workers seed test_studies",
+    "demo": (demo, "weights work out device workers seed",
              dict(test_studies=(4, "phantoms"))),
 }

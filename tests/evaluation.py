@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from cspine import (
     BLIND, FLOOR, POSITIVE_FACTOR, STUDY, TARGET_WEIGHTS, TARGETS, VERTEBRAE, Answers, UserError,
-    auc, combine, competition_scores, cube_labels, data_folder, dice_scores, element_losses,
-    load_models, pick_device, progress, read_csv, read_volume, segment, write_atomic)
+    auc, combine, competition_scores, data_folder, dice_scores, element_losses, load_models,
+    pick_device, progress, read_csv, read_mask, read_volume, segment, write_atomic)
 
 BINS = (0, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1)  # of the reliability table
 CALIBRATION_PULL = 2.0  # towards the identity: a spread of 0.5 in log scale and in shift
@@ -75,7 +75,7 @@ def mask_table(data, uids, models, workers):
     for folder in progress(folders, "study", len(folders)):
         volume = read_volume(folder, workers)
         probability = segment(models, volume, next(models[0].parameters()).device)
-        labels = cube_labels(masks[folder.name], volume, probability.shape[-1])
+        labels = read_mask(masks[folder.name], volume, (probability.shape[-1],) * 3)
         named = [np.append(labels[mask > 0.5] == v, False).mean() > 0.5
                  for v, mask in enumerate(probability, 1)]
         dice = dice_scores(probability, labels)
@@ -143,7 +143,7 @@ def write_calibration(path, fitted):
     print(f"{path} is written: predict uses it from now on")
 
 
-MODES = {"evaluate": (evaluate, "data weights submission folds device workers calibrate", dict(
+MODES = {"evaluate": (evaluate, "data weights device workers", dict(
     submission=("submission.csv", "file to score"),
     folds=(False, "score the held-out answers"),
     calibrate=(False, "write calibration.json to --weights")))}

@@ -42,6 +42,6 @@ def notebook(o):
     print(f"kaggle kernels push -p {out}")
 
 
-MODES = {"notebook": (notebook, "out weights_dataset", dict(
+MODES = {"notebook": (notebook, "", dict(
     out=("notebook", "folder to write"),
     weights_dataset=("", "OWNER/NAME of the weights on Kaggle")))}

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from cspine import (
     BONE_WINDOW, CHANNELS, MIN_SLICES, SLICES_PER_STEP, STUDY, TARGETS, VERTEBRAE, Answers, Effort,
-    StudyError, UserError, apply_window, classify, combine, cube_labels, data_folder, dice_scores,
+    StudyError, UserError, apply_window, classify, combine, data_folder, dice_scores,
     load_ensemble, pick_device, prefetch, progress, read_csv, read_mask, read_volume,
     segment, study_errors, vertebra_box, vertebra_slices, write_atomic, write_csv)
 
@@ -218,7 +218,8 @@ def show(o):
     steps = np.mean([steps for steps, _ in outputs], 0)
     for mask in (folder.parents[1] / "segmentations").glob(f"{folder.name}.nii*"):
         truth, edge = read_mask(mask, volume), probability.shape[-1]
-        truth, dice = truth * (truth < 8), dice_scores(probability, cube_labels(mask, volume, edge))
+        dice = dice_scores(probability, read_mask(mask, volume, (edge,) * 3))
+        truth = truth * (truth < 8)
     overview(out / "overview.png", volume, probability, answers, truth, dice)
     cell_mm = np.multiply(volume.hu.shape, volume.spacing) / probability.shape[1:]
     for v, name in enumerate(VERTEBRAE):
@@ -270,7 +271,7 @@ def eda(o):
 
 
 MODES = {
-    "eda": (eda, "data out workers", dict(out=("eda", "folder to write"))),
-    "show": (show, "study data weights out device", dict(
+    "eda": (eda, "data workers", dict(out=("eda", "folder to write"))),
+    "show": (show, "data weights device", dict(
         study=(None, "folder, or uid in --data"), out=("pictures", "folder to write"))),
 }

@@ -1,5 +1,6 @@
 """I rely on the command line: help for every mode, and one line for what I can mend."""
 
+import dataclasses
 import shutil
 
 import numpy as np
@@ -42,10 +43,13 @@ def refused(capsys, tmp_path, monkeypatch):
 
 
 def described(mode):
-    """(function, names of its options, {option: (default, meaning)}) of a mode, wherever it is."""
+    """(function, shared options, {own option: its default}) of a mode, wherever it stands."""
     entry = cspine.MODES[mode]
-    function, options, *own = cspine.side_room(entry).MODES[mode] if isinstance(entry, str) else entry
-    return function, options.split(), cspine.OPTIONS | dict(*own)
+    function, shared, own = cspine.side_room(entry).MODES[mode] if isinstance(entry, str) else entry
+    if isinstance(own, dict):
+        return function, shared.split(), {name: default for name, (default, _) in own.items()}
+    settings = cspine.RECIPES[own] if isinstance(own, str) else own
+    return function, shared.split(), dataclasses.asdict(settings)
 
 
 @pytest.mark.parametrize("mode", cspine.MODES)
@@ -54,13 +58,15 @@ def test_every_mode_answers_help_with_its_purpose_and_defaults(mode, capsys, mon
     with pytest.raises(SystemExit) as end:
         cspine.main([mode, "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    function, options, meanings = described(mode)
+    function, shared, own = described(mode)
     assert end.value.code == 0 and " ".join(function.__doc__.split()) in text
-    for name in options:
-        default, meaning = meanings[name]
+    for name in shared:
+        default, meaning = cspine.OPTIONS[name]
+        assert "--" + name.replace("_", "-") in text
+        assert " ".join(f"{meaning} (default: {default})".split()) in text
+    for name, default in own.items():
         assert (name if default is None else "--" + name.replace("_", "-")) in text
-        shown = meaning if default is None else f"{meaning} (default: {default})"
-        assert " ".join(shown.split()) in text
+        assert default is None or " ".join(f"(default: {default})".split()) in text
 
 
 def test_every_option_is_used_by_a_mode():

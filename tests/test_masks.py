@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cspine import StudyError, Volume, cube_labels, read_mask, read_volume
+from cspine import StudyError, Volume, read_mask, read_volume
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # to and from RAS
 CODES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4",
@@ -273,7 +273,7 @@ def test_the_cubes_labels_are_the_mask_at_the_centres_of_its_cells(tmp_path):
     path = tmp_path / "mask.nii"
     ras = np.array([[0, 0, -0.5, 3.0], [0, -0.5, 0, 4.0], [-1.0, 0, 0, 5.0]])
     path.write_bytes(nifti(labels, sform=ras))
-    cube = cube_labels(path, volume_at(LPS @ [*ras, [0, 0, 0, 1]], (16, 24, 32)), 8)
+    cube = read_mask(path, volume_at(LPS @ [*ras, [0, 0, 0, 1]], (16, 24, 32)), (8, 8, 8))
     assert cube.dtype == np.uint8 and np.array_equal(cube, labels[::2, ::3, ::4])
 
 

@@ -184,7 +184,7 @@ def weights(tmp_path):
 def test_show_draws_a_study_and_says_what_it_sees(phantom_data, weights, tmp_path, monkeypatch, capsys):
     def segment(models, volume, device):  # the true masks of C1 to C6
         path = phantom_data / "segmentations" / f"{volume.uid}.nii"
-        labels = cspine.cube_labels(path, volume, 64)
+        labels = cspine.read_mask(path, volume, (64,) * 3)
         return np.stack([(labels == v) & (v < 7) for v in range(1, 8)]).astype(np.float32)
 
     monkeypatch.setattr(pictures, "segment", segment)

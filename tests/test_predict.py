@@ -373,7 +373,7 @@ def test_the_limit_is_kept_by_giving_up_views_then_folds_then_studies(count, sec
     """`seconds` a model and view, of 5 folds and 4 views, against 100 s for all studies."""
     clock, limit, done = Clock(), 100.0, []
 
-    def answer_study(volume, ensemble, effort):
+    def answer_study(volume, read_s, ensemble, effort):
         done.append(effort)
         clock.now += seconds * effort.folds * max(effort.views, 1)
         return dict.fromkeys(cspine.TARGETS, 0.5) | dict(status="ok")

@@ -49,8 +49,8 @@ def crops_folder(phantom_data, tmp_path_factory):
     work = tmp_path_factory.mktemp("crops")
     for folder in sorted((phantom_data / "train_images").iterdir()):
         volume = cspine.read_volume(folder)
-        labels = cspine.cube_labels(phantom_data / "segmentations" / f"{folder.name}.nii",
-                                    volume, 48)
+        labels = cspine.read_mask(phantom_data / "segmentations" / f"{folder.name}.nii", volume,
+                                  (48, 48, 48))
         truth = np.stack([labels == v for v in range(1, 8)]).astype(np.float32)
         crops = cspine.vertebra_slices(volume, truth, SMALL_CROP)
         cspine.write_crops(work / "crops" / f"{folder.name}.npz", crops)
@@ -624,7 +624,7 @@ def test_the_crops_of_a_study_take_less_than_a_quarter_of_their_bytes(tmp_path):
     make_dataset(tmp_path, 1, 0, 11, 256, 1)
     folder = next((tmp_path / "train_images").iterdir())
     volume = cspine.read_volume(folder)
-    labels = cspine.cube_labels(next((tmp_path / "segmentations").iterdir()), volume, 64)
+    labels = cspine.read_mask(next((tmp_path / "segmentations").iterdir()), volume, (64, 64, 64))
     truth = np.stack([labels == v for v in range(1, 8)]).astype(np.float32)
     crops = cspine.vertebra_slices(volume, truth, 224)
     cspine.write_crops(tmp_path / "crops.npz", crops)
