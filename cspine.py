@@ -24,7 +24,6 @@ import copy
 import functools
 import hashlib
 import importlib
-import inspect
 import math
 import mmap
 import os
@@ -48,8 +47,6 @@ import pydicom
 import timm
 import torch
 import torch.nn.functional as F
-from pydicom import uid as known_uids
-from pydicom.encaps import generate_frames
 from pydicom.pixels import get_decoder, pixel_array
 from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import distributed as dist, nn
@@ -148,7 +145,7 @@ def say(text):
     tqdm.write(text, file=sys.stderr)
 
 
-def progress(items, unit, total):
+def progress(items, unit, total=None):
     return tqdm(items, unit=unit, total=total, disable=None, leave=False)  # None: terminals alone
 
 
@@ -245,7 +242,7 @@ class Stop:
 
 
 # ==== Reading ====
-# DICOM slices to a Volume, a NIfTI mask to its grid. Only its position says where a slice lies.
+# Only its position says where a slice lies.
 
 DEFAULTS = dict(ImagePositionPatient=[math.nan] * 3, ImageOrientationPatient=[1, 0, 0, 0, 1, 0],
                 PixelSpacing=[0, 0], RescaleSlope=1, RescaleIntercept=0)
@@ -332,7 +329,7 @@ def read_volume(folder, workers=2, give_up=lambda: False):
         slices = np.flip(hu, [*np.flatnonzero(flip)]).transpose(np.argsort(axes))
         for k, at in enumerate(steps):
             low = min(int(at), len(planes) - 2)
-            planes[:low] = [None] * low  # the volume is never held twice
+            planes[:low] = [None] * low  # never held twice
             slices[k] = cv2.addWeighted(planes[low], low + 1 - at, planes[low + 1], at - low, 0)
     return Volume(Path(folder).name, hu, tuple(spacing[[*axes]].tolist()), affine, tuple(problems))
 
@@ -385,7 +382,7 @@ def to_rows(image, rows):
 
 
 def segmenter_input(volume, size=128, window=SEGMENTER_WINDOW):
-    """float32 (1, D, D, D) in 0..1: a cell averages its share of the study."""
+    """float32 (1, D, D, D) in 0..1: a cell averages its share."""
     low, width = window[0] - window[1] // 2, window[1]
     planes = (np.float32(np.clip(hu, low, low + width)) for hu in volume.hu)
     planes = [to_rows(to_rows(plane, size).T, size).T.ravel() for plane in planes]
@@ -470,7 +467,7 @@ class ConvBlock(nn.Module):
 class Segmenter(nn.Module):
     """3-D U-Net: (B, 1, Z, Y, X) in 0..1 -> (B, 7, Z, Y, X) logits; axes multiples of 16."""
     def __init__(self, backbone="tf_efficientnetv2_s", size=128, window=SEGMENTER_WINDOW,
-                 drop_path=0.0, dropout=0.0):
+                 drop_path=0.0, dropout=0.0, **_):  # a recipe holds more
         super().__init__()
         self.settings = dict(backbone=backbone, size=size, window=window)
         flat = create_backbone(backbone, features_only=True, out_indices=(0, 1, 2, 3), in_chans=1,
@@ -501,7 +498,7 @@ class Segmenter(nn.Module):
 
 
 def segmenter_loss(logits, labels):
-    """BCE, and Dice of what is in view: logits (B, 7, Z, Y, X), uint8 labels (B, Z, Y, X)."""
+    """BCE, and Dice of those in view: logits (B, 7, Z, Y, X), uint8 labels (B, Z, Y, X)."""
     logits, space = logits.float(), (2, 3, 4)
     truth = torch.stack([labels == v for v in range(1, 8)], 1).float()
     mask, seen = logits.sigmoid(), truth.amax(space)
@@ -595,7 +592,7 @@ def logit_head(width, hidden, dropout):
 class VertebraClassifier(nn.Module):
     """(B, 15, 6, S, S), uint8 or 0..1 -> (B, 15) logits of a fracture."""
     def __init__(self, backbone="tf_efficientnetv2_s", size=CROP, mask_of="last", hidden=256,
-                 drop_path=0, dropout=0):
+                 drop_path=0, dropout=0, **_):
         super().__init__()
         self.settings = dict(backbone=backbone, size=size, mask_of=mask_of, hidden=hidden)
         self.encoder = part = nn.Module()
@@ -629,7 +626,7 @@ class VertebraClassifier(nn.Module):
 class PatientClassifier(VertebraClassifier):
     """(B, 105, 6, S, S) -> (B, 105) logits of the steps, (B,) of the patient."""
     def __init__(self, backbone="convnext_nano", size=CROP, mask_of="last", hidden=256,
-                 drop_path=0, dropout=0):
+                 drop_path=0, dropout=0, **_):
         super().__init__(backbone, size, mask_of, hidden, drop_path, dropout)
         self.patient_lstm = copy.deepcopy(self.encoder.lstm)
         self.patient_head = logit_head(4 * hidden, hidden, dropout)
@@ -641,7 +638,7 @@ class PatientClassifier(VertebraClassifier):
 
 
 def fold_norms(model):
-    """The model for inference: norms go into the convolutions that fed them in a run."""
+    """For inference: norms go into the convolutions that fed them in a run."""
     made_by = {}
 
     def note(module, given, out):
@@ -725,7 +722,7 @@ def augment_volumes(cubes, labels, rngs, ranges=VOLUME_RANGES):
 
 
 def augment_crops(crops, rngs, size=CROP, ranges=CROP_RANGES):
-    """(B, N, K, S, S) in 0..1: a sample moved as one, all but its masks regreyed."""
+    """(B, N, K, S, S) in 0..1: a sample moves as one; its masks keep their grey."""
     grid = draw_grid(rngs, ranges, (len(crops), 1, size, size), crops.device)
     moved = F.grid_sample(crops.flatten(1, 2), grid, align_corners=False)
     moved = moved.unflatten(1, crops.shape[1:3])
@@ -772,7 +769,7 @@ def dice_scores(probability, labels):
 
 
 def assign_folds(table, folds, masked):
-    """uid -> fold: strata of mask, patient, fractures; in one by the uid's hash."""
+    """{uid: fold}: strata of mask, patient, fractures; inside by the uid's hash."""
     fractures = table[[*VERTEBRAE]].sum(axis=1).clip(upper=2)
     hashes = [hashlib.sha256(uid.encode()).digest() for uid in table[STUDY]]
     keys = zip(table[STUDY].isin(masked), table.patient_overall, fractures, hashes, table[STUDY])
@@ -781,8 +778,8 @@ def assign_folds(table, folds, masked):
 
 # ==== Training ====
 # What is random is drawn from (seed, step) or (seed, place in the order): runs resume exactly.
-# load((study, fractured, ...)) -> arrays; score(model, study) -> a value a target; judge(table) ->
-# dict: low "score" is good
+# load((study, fractured, ...)) -> arrays; score(model, study) -> a value a target;
+# judge(table) -> dict, "score": the lower the better
 KINDS = {"segmenter": Segmenter, "vertebra": VertebraClassifier, "patient": PatientClassifier}
 Task = namedtuple("Task", "kind recipe device load loss score judge name train held_out",
                   defaults=["", [], []])
@@ -798,13 +795,12 @@ def load_checkpoint(path):
     with contextlib.suppress(Exception):
         content = torch.load(path, map_location="cpu", weights_only=True)
         return {"cspine": content}[content["program"]]
-    raise UserError(f"{path}: missing, damaged or not ours")
+    raise UserError(f"{path}: damaged or not ours")
 
 
 def new_model(kind, settings):
-    known = inspect.signature(KINDS[kind]).parameters
     last = torch.channels_last_3d if kind == "segmenter" else torch.channels_last
-    return KINDS[kind](**{k: v for k, v in settings.items() if k in known}).to(memory_format=last)
+    return KINDS[kind](**settings).to(memory_format=last)
 
 
 def load_model(path, kind):
@@ -949,7 +945,7 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
     order = np.concatenate([epoch_order(task, k, steps * size) for k in range(recipe.epochs)])
     mine = range(run.step * size + rank, len(order), world)
     loaded = prefetch(lambda k: task.load(task.train[order[k]]), mine, workers, 2 * size)
-    bar = progress(range(run.step, total), "step", None)
+    bar = progress(range(run.step, total), "step")
     for now in bar:
         started = stop.clock()
         if reason := max(over_ranks(stop.reason(1.1 * run.slowest))):
@@ -970,8 +966,8 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
 # ==== Prediction ====
 # A complete submission is on disk from the first second, at worst with the prior.
 
-READING_SHARE = 0.25  # of the time left, for one study
-REPORTS = [f"predict_report{k or ''}.csv" for k in range(16)]  # one a process
+READING_SHARE = 0.25  # of the time left, a study
+REPORTS = [f"predict_report{k or ''}.csv" for k in range(16)]  # one a rank
 BLIND = dict(zip(TARGETS, PRIOR))
 AS_IS = np.repeat([[1.0], [0.0]], 8, 1)  # scale and shift of the logits
 Ensemble = namedtuple("Ensemble", "models device calibration options", defaults=[AS_IS, Answers()])
@@ -1008,7 +1004,7 @@ def segment(models, volume, device, report=say):
 
 
 def in_order(probability, report):
-    """Empties the fainter of two vertebrae not head to foot."""
+    """(7, D, D, D): the fainter of two not head to foot is emptied."""
     weight = (probability * (probability > 0.5)).sum((2, 3))  # (7, D)
     mass = weight.sum(1)
     centre = weight @ np.arange(weight.shape[1]) / np.maximum(mass, 1)
@@ -1120,7 +1116,7 @@ def predict_studies(images, out, rows, ensemble, stop, workers, resume=False):
     def read(uid):
         start, until = stop.clock(), (1 - READING_SHARE) * stop.left()
         if uid in ("", "..") or Path(uid).name != uid:
-            raise StudyError(f"{uid!r} is no plain folder name")
+            raise StudyError(f"{uid!r}: no plain name")
         volume = read_volume(images / uid, workers, lambda: stop.left() < until)
         return volume, stop.clock() - start
 
@@ -1159,15 +1155,15 @@ def decode_pixels(data):
     if not (samples == 1 and allocated in (8, 16, 32) and 1 <= stored <= allocated
             and min(shape) > 0 and count <= MAX_VOXELS):
         raise StudyError(f"{samples} samples of {stored} bits in {allocated}, shape {shape}")
-    syntax = data.file_meta.get("TransferSyntaxUID", known_uids.ImplicitVRLittleEndian)
-    jpeg_2000 = syntax in known_uids.JPEG2000TransferSyntaxes
+    syntax = data.file_meta.get("TransferSyntaxUID", pydicom.uid.ImplicitVRLittleEndian)
+    jpeg_2000 = syntax in pydicom.uid.JPEG2000TransferSyntaxes
     if syntax.is_little_endian and not syntax.is_encapsulated:
         words = np.frombuffer(data.PixelData, f"<u{allocated // 8}", count)
     elif not jpeg_2000 and get_decoder(syntax).is_available:
         words = pixel_array(data, raw=True)  # big endian, RLE; others by a plug-in
-    elif jpeg_2000 or syntax in (known_uids.JPEGLossless, known_uids.JPEGLosslessSV1):
+    elif jpeg_2000 or syntax in (pydicom.uid.JPEGLossless, pydicom.uid.JPEGLosslessSV1):
         decode = _decode_jpeg_2000 if jpeg_2000 else decode_lossless_jpeg
-        frames = generate_frames(data.PixelData, number_of_frames=shape[0])
+        frames = pydicom.encaps.generate_frames(data.PixelData, number_of_frames=shape[0])
         words = np.stack([decode(frame) for frame in frames])
     else:
         raise StudyError(f"{syntax.name}: pip install pylibjpeg pylibjpeg-libjpeg")
@@ -1429,7 +1425,7 @@ def mode_predict(o):
     print(f"{out}: {len(rows)} rows, {count} studies, {count - good} of them fell back to a prior")
 
 
-def side_room(name):
+def side_room(name):  # None where this file was pasted
     if (HERE / "tests/kaggle_kernel.py").exists():
         sys.modules.setdefault("cspine", sys.modules[__name__])  # it imports us
         sys.path.insert(0, str(HERE / "tests"))
@@ -1438,7 +1434,7 @@ def side_room(name):
 
 OPTIONS = dict(  # shared by modes: default, meaning
     data=(KAGGLE_DATA, "folder of studies and tables"), weights=(str(HERE / "weights"), "folder"),
-    work=("work", "folder of crops and caches"), out=("submission.csv", "file or folder to write"),
+    work=("work", "folder of crops"), out=("submission.csv", "file or folder to write"),
     device=("auto", "auto, cpu, cuda:0, ..."), workers=(os.cpu_count() or 1, "threads"),
     fold=("all", "one fold, or all"), folds=(5, "number of folds"), seed=(0, "of what is random"),
     resume=(False, "go on where a run stopped"), time_limit=(0.0, "minutes; 0: none"),
