@@ -36,7 +36,7 @@ import time
 import zlib
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import permutations
 from pathlib import Path
 
@@ -47,7 +47,6 @@ import pydicom
 import timm
 import torch
 import torch.nn.functional as F
-from pydicom.pixels import get_decoder, pixel_array
 from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import distributed as dist, nn
 from tqdm import tqdm
@@ -227,7 +226,7 @@ class Stop:
     """Why a run should end: a signal or its deadline."""
     def __init__(self, minutes=0.0, clock=time.monotonic):
         self.clock, self.signal, self.until = clock, "", clock() + 60 * min(minutes or 1e7, 1e7)
-        with contextlib.suppress(ValueError):  # not in a thread
+        with contextlib.suppress(ValueError):  # fails in a thread
             for kind in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(kind, self.note)
 
@@ -335,7 +334,7 @@ def read_volume(folder, workers=2, give_up=lambda: False):
 
 
 def read_nifti(path):
-    """(stored labels (I, J, K), slope, intercept, voxel from LPS mm)."""
+    """(labels (I, J, K), slope, intercept, voxel from LPS mm)."""
     raw = Path(path).read_bytes()
     if raw[:2] == b"\x1f\x8b":
         raw = zlib.decompressobj(31).decompress(raw, MAX_VOXELS)
@@ -361,7 +360,7 @@ def read_nifti(path):
 
 
 def read_mask(path, volume, shape=None):
-    """uint8 (Z, Y, X), or a coarser `shape`: the nearest label, 1-7 = C1-C7, 0 outside."""
+    """uint8 (Z, Y, X), or a coarser `shape`: the nearest label, 1-7 = C1-C7, or 0."""
     with study_errors(f"{path}: no whole NIfTI-1 mask"):
         stored, slope, intercept, voxel_from_lps = read_nifti(path)
     out = np.zeros(shape or volume.hu.shape, np.uint8)
@@ -391,7 +390,7 @@ def segmenter_input(volume, size=128, window=SEGMENTER_WINDOW):
 
 
 # ==== Segmenter ====
-# A network made 3-D can be wrong without an error: to_3d refuses what it does not know.
+# A 3-D network can be wrong without an error: to_3d refuses what it does not know.
 
 class Conv3dSame(nn.Conv3d):
     """TensorFlow's SAME padding."""
@@ -812,7 +811,7 @@ def load_model(path, kind):
 
 
 def load_init(model, path):
-    """Start from ours, or a timm file less its head: by name, else in order."""
+    """From ours, or a timm file less its head: by name, else in order."""
     with study_errors(f"--init {path}: cannot be read"):
         source = timm.models.load_state_dict(str(path), weights_only=True)
         part = model if "program" in source else getattr(model.encoder, "backbone", model.encoder)
@@ -914,7 +913,7 @@ class Trainer:
                     samples_per_s=len(self.losses) * task.recipe.batch_size / self.seconds,
                     seconds=self.seconds, skipped_steps=self.skipped, peak_gb=peak_gb())
         log = pd.DataFrame([*self.history, line])
-        self.history = log.to_dict("records")  # plain data
+        self.history = log.to_dict("records")
         self.losses, self.seconds = [], 0
         if rank:
             return
@@ -959,14 +958,14 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
         if run.step % steps == 0:
             run.close_epoch(task, weights)
             run.save(last, task)
-        run.slowest = max(run.slowest, stop.clock() - started)  # or evaluation
+        run.slowest = max(run.slowest, stop.clock() - started)
     return run.history
 
 
 # ==== Prediction ====
 # A complete submission is on disk from the first second, at worst with the prior.
 
-READING_SHARE = 0.25  # of the time left, a study
+READING_SHARE = 0.25  # of the time left, at most for a study
 REPORTS = [f"predict_report{k or ''}.csv" for k in range(16)]  # one a rank
 BLIND = dict(zip(TARGETS, PRIOR))
 AS_IS = np.repeat([[1.0], [0.0]], 8, 1)  # scale and shift of the logits
@@ -1024,8 +1023,8 @@ def classify(ensemble, crops, effort):
     vertebra, patient = (ensemble.models[k][: effort.folds] for k in ("vertebra", "patient"))
     crops = torch.from_numpy(crops).to(ensemble.device)
     for i, model in enumerate(vertebra + patient):
-        model.to(ensemble.device)  # or left on the CPU
-        size, whole = (model.settings["size"],) * 2, i >= len(vertebra)
+        model.to(ensemble.device)  # from the CPU, after a lack of memory
+        size, whole = model.settings["size"], i >= len(vertebra)
         shown = torch.stack([  # bytes: little memory
             F.interpolate(c.float(), size, mode="bilinear").round().byte() for c in crops])
         for view in range(i, i + effort.views) or [0]:
@@ -1159,8 +1158,8 @@ def decode_pixels(data):
     jpeg_2000 = syntax in pydicom.uid.JPEG2000TransferSyntaxes
     if syntax.is_little_endian and not syntax.is_encapsulated:
         words = np.frombuffer(data.PixelData, f"<u{allocated // 8}", count)
-    elif not jpeg_2000 and get_decoder(syntax).is_available:
-        words = pixel_array(data, raw=True)  # big endian, RLE; others by a plug-in
+    elif not jpeg_2000 and pydicom.pixels.get_decoder(syntax).is_available:
+        words = pydicom.pixels.pixel_array(data, raw=True)  # big endian, RLE; others by a plug-in
     elif jpeg_2000 or syntax in (pydicom.uid.JPEGLossless, pydicom.uid.JPEGLosslessSV1):
         decode = _decode_jpeg_2000 if jpeg_2000 else decode_lossless_jpeg
         frames = pydicom.encaps.generate_frames(data.PixelData, number_of_frames=shape[0])
@@ -1281,7 +1280,7 @@ def training_data(o):
 def recipe_from(o):
     least = min(o.folds, o.epochs, o.batch_size, o.accumulate, o.size, o.hidden, o.thin)
     if least < 1 or o.lr <= 0 or STEPS % o.thin:
-        raise UserError(f"a number (--epochs, ...) is 0 or below 0, or --thin {o.thin} not of 15")
+        raise UserError(f"--epochs, ...: 0 or below 0, or --thin {o.thin} does not divide {STEPS}")
     return Recipe(**{name: getattr(o, name) for name in Recipe.__dataclass_fields__})
 
 
@@ -1292,7 +1291,7 @@ def run_training(o, samples, folds, task):
         raise UserError(f"--fold {o.fold}: there are folds 0 to {o.folds - 1}")
     stop, weights = Stop(o.time_limit), Path(o.weights)
     if ranks()[1] > 1:
-        dist.init_process_group()  # gloo and nccl
+        dist.init_process_group()
     try:
         for fold in wanted:
             task = task._replace(
@@ -1452,7 +1451,7 @@ MODES = {  # function, options, more options; or the side room that has them
 
 
 def build_parser():
-    """Of MODES and OPTIONS."""
+    """Made of MODES and OPTIONS."""
     parser = argparse.ArgumentParser("cspine.py", description=__doc__.splitlines()[0])
     modes = parser.add_subparsers(dest="mode", required=True, metavar="MODE")
     for name, entry in MODES.items():
@@ -1490,7 +1489,7 @@ def main(argv=None):
         print("cspine:", str(error) or "interrupted", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 0 if "--time-limit" in str(error) else 130
     finally:
-        with contextlib.suppress(ValueError):  # in a thread
+        with contextlib.suppress(ValueError):  # fails in a thread
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -498,9 +498,9 @@ def bench_loading(scale, root, study):
 
 
 def bench_step(scale, kind, crops, study):
-    recipe = cspine.replace(cspine.RECIPES[kind], backbone=scale.backbones[kind], batch_size=1)
+    recipe = replace(cspine.RECIPES[kind], backbone=scale.backbones[kind], batch_size=1)
     if kind == "segmenter":
-        recipe = cspine.replace(recipe, size=scale.cube)
+        recipe = replace(recipe, size=scale.cube)
         labels = (study.probability.argmax(0) + 1) * (study.probability.max(0) > 0.5)
         cube = old_cube(study.folder, scale.cube)[0, 0]
         sample = (cube * 255).byte().numpy(), labels.astype(np.uint8)
