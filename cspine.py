@@ -1401,7 +1401,8 @@ def mode_train_cls(o):
 
     fractured = np.mean([sample[1] for sample in samples])
     odds = torch.logit(torch.tensor([recipe.positives or fractured, fractured]), FLOOR)
-    loss = functools.partial(classifier_batch, extra=float(odds[0] - odds[1]))
+    extra = float(odds[0] - odds[1]) * (kind == "vertebra")
+    loss = functools.partial(classifier_batch, extra=extra)
     run_training(o, samples, folds, Task(kind, recipe, device, load, loss, score, judge))
 
 

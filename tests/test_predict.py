@@ -130,7 +130,7 @@ def test_uids_that_are_paths_reach_nothing(predict, tmp_path):
     submission, report, status = predict(data=data)
     assert status == 0 and (submission[:-1] == PRIOR["C1"]).all()
     assert submission.iloc[-1] != PRIOR["C1"]
-    assert "no plain folder name" in report.loc["../../out"].warnings
+    assert "no plain name" in report.loc["../../out"].warnings
     new = {path.name for path in set(tmp_path.rglob("*")) - set(before)}
     assert new == {"submission.csv", "predict_report.csv"}
 

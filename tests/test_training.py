@@ -654,3 +654,8 @@ def test_a_thinned_batch_shows_every_third_step_from_a_drawn_one():
 def test_a_thinning_that_does_not_divide_the_steps_is_refused(arguments, tmp_path, capsys):
     assert cspine.main(arguments("vertebra", tmp_path, "--thin", "4")) == 2
     assert "--thin 4" in capsys.readouterr().err
+
+
+def test_positives_of_a_patient_training_are_drawn_more_often(arguments, tmp_path):
+    assert cspine.main(arguments("patient", tmp_path, "--positives", "0.7")) == 0
+    assert load_model(tmp_path / "patient_fold0.pt", "patient")
