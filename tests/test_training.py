@@ -658,4 +658,4 @@ def test_a_thinning_that_does_not_divide_the_steps_is_refused(arguments, tmp_pat
 
 def test_positives_of_a_patient_training_are_drawn_more_often(arguments, tmp_path):
     assert cspine.main(arguments("patient", tmp_path, "--positives", "0.7")) == 0
-    assert load_model(tmp_path / "patient_fold0.pt", "patient")
+    assert cspine.load_model(tmp_path / "patient_fold0.pt", "patient")
