@@ -113,7 +113,7 @@ class Answers:
     top_k: int = 5  # a vertebra's largest steps are averaged (first place)
     views: int = 1  # dihedral views a model, from view i mod 8 on; 0: none
     average: str = "logit"  # or "probability"
-    noisy_or: float = 0.3  # share in patient_overall
+    noisy_or: float = 0.6  # share in patient_overall
 
 
 # ==== House tools ====

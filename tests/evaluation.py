@@ -60,7 +60,7 @@ def reliability(answers, labels):
     for name, part in (("C1 to C7", slice(7)), ("patient_overall", slice(7, 8))):
         p, y = answers[:, part].ravel(), labels[:, part].ravel()
         table = pd.DataFrame({"answers": p, "mean answer": p, "fractured": y})
-        bins = pd.cut(table.answers, BINS, include_lowest=True).astype(str)
+        bins = pd.cut(table.answers, BINS).astype(str)
         table = table.groupby(bins.rename(name)).agg(
             {"answers": "size", "mean answer": "mean", "fractured": "mean"})
         rows.append(table.set_axis(f"{name} " + table.index))
