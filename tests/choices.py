@@ -19,7 +19,7 @@ from tqdm import tqdm
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 from cspine import (  # noqa: E402
-    TARGETS, Answers, Effort, auc, classify, combine, competition_scores, load_ensemble,
+    AS_IS, TARGETS, Answers, Effort, auc, classify, combine, competition_scores, load_ensemble,
     read_volume, segment, vertebra_slices)
 from evaluation import read_labels  # noqa: E402
 
@@ -53,7 +53,7 @@ def main():
             shown = study[name]
             if name == "views":  # 8 a model, one after another
                 shown = [part for k, part in enumerate(shown) if k % 8 < views]
-            calibration = [[1, 0]] * 8 if plain else ensemble.calibration
+            calibration = AS_IS if plain else ensemble.calibration
             rows.append(combine(shown, Answers(**options), calibration))
         answers = np.array(rows)
         vertebrae = auc(answers[:, :7].ravel(), truth[:, :7].ravel())
