@@ -67,6 +67,12 @@ def reliability(answers, labels):
     return pd.concat(rows)
 
 
+def named_right(probability, labels):
+    """Whether most of each mask (7, D, D, D) lies in its true vertebra."""
+    return [np.append(labels[mask > 0.5] == v, False).mean() > 0.5
+            for v, mask in enumerate(probability, 1)]
+
+
 def mask_table(data, uids, models, workers):
     """Dice of every vertebra, and the share named right: most of the mask in the true one."""
     masks, rows = {p.name.split(".nii")[0]: p for p in data.glob("segmentations/*.nii*")}, []
@@ -76,8 +82,7 @@ def mask_table(data, uids, models, workers):
         volume = read_volume(folder, workers)
         probability = segment(models, volume, next(models[0].parameters()).device)
         labels = read_mask(masks[folder.name], volume, (probability.shape[-1],) * 3)
-        named = [np.append(labels[mask > 0.5] == v, False).mean() > 0.5
-                 for v, mask in enumerate(probability, 1)]
+        named = named_right(probability, labels)
         dice = dice_scores(probability, labels)
         rows.append(pd.DataFrame({"Dice": dice, "named right": named}, VERTEBRAE).dropna())
     if not rows:

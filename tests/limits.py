@@ -21,6 +21,7 @@ import phantoms  # noqa: E402
 from cspine import (  # noqa: E402
     Answers, Effort, Volume, auc, classify, combine, dice_scores, load_ensemble, segment,
     vertebra_slices)
+from evaluation import named_right  # noqa: E402
 
 
 def worse(volume, labels, rng, noise=0, every=1):
@@ -44,8 +45,7 @@ def answer(ensemble, volume, labels):
     probability = segment(ensemble.models["segmenter"], volume, ensemble.device)
     truth = at_cells(labels, probability.shape[-1])
     dice = dice_scores(probability, truth)
-    named = [np.append(truth[mask > 0.5] == v, False).mean() > 0.5
-             for v, mask in enumerate(probability, 1)]
+    named = named_right(probability, truth)
     crops = vertebra_slices(volume, probability)
     answers = combine(classify(ensemble, crops, Effort(1, 9)), Answers(), ensemble.calibration)[:7]
     missing = np.isnan(dice)
