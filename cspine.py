@@ -435,8 +435,7 @@ def to_3d(network):
         elif "SqueezeExcite" in name or "SEModule" in name:
             layer.__class__ = SqueezeExcite3d
         elif own or "2d" in name or "timm.layers" in name and not plain:
-            path = f"{type(network).__name__}.{path}"
-            raise UserError(f"cannot make {path} three-dimensional: unknown {name}")
+            raise UserError(f"no 3-D twin of {type(network).__name__}.{path}: unknown {name}")
     return twin
 
 
@@ -693,22 +692,22 @@ def draw_grid(rngs, ranges, shape, device):
 
 
 def grey_levels(image, rng, ranges):
-    """(N, ...) in 0..1 as another scanner might show it."""
+    """(N, C, ...) in 0..1 becomes what another scanner might show: new memory is slow."""
     stretch, shift = ranges["window"] * rng.uniform(-1, 1, 2)
     gamma = math.exp(ranges["gamma"] * rng.uniform(-1, 1))
     noise, coarse, hole = rng.random(3)
     seeded = torch.Generator(image.device).manual_seed(int(rng.integers(2**31)))
-    image = (image * (1 + stretch) + shift).clamp(0, 1) ** gamma
+    image.mul_(1 + stretch).add_(shift).clamp_(0, 1).pow_(gamma)
     if coarse < ranges["blur"]:
-        mode = "trilinear" if image.ndim == 4 else "bilinear"
-        half = F.interpolate(image[None], scale_factor=0.5, mode=mode)
-        image = F.interpolate(half, image.shape[1:], mode=mode)[0]
-    image = image + ranges["noise"] * noise**2 * torch.empty_like(image).normal_(generator=seeded)
+        mode = "trilinear" if image.ndim == 5 else "bilinear"
+        half = F.interpolate(image, scale_factor=0.5, mode=mode)
+        image[:] = F.interpolate(half, image.shape[2:], mode=mode)
+    image.add_(torch.empty_like(image).normal_(generator=seeded), alpha=ranges["noise"] * noise**2)
     if hole < ranges["hole"]:
         edge = int(image.shape[-1] * rng.uniform(0.05, 0.25))
         top, left = rng.integers(0, image.shape[-1] - edge, 2)
         image[..., top : top + edge, left : left + edge] = 0
-    return image.clamp(0, 1)
+    image.clamp_(0, 1)
 
 
 def augment_volumes(cubes, labels, rngs, ranges=VOLUME_RANGES):
@@ -716,7 +715,8 @@ def augment_volumes(cubes, labels, rngs, ranges=VOLUME_RANGES):
     grid = draw_grid(rngs, ranges, cubes.shape, cubes.device)
     cubes = F.grid_sample(cubes, grid, align_corners=False)
     labels = F.grid_sample(labels[:, None].float(), grid, "nearest", align_corners=False)
-    cubes = torch.stack([grey_levels(cube, rng, ranges) for cube, rng in zip(cubes, rngs)])
+    for cube, rng in zip(cubes.split(1), rngs):
+        grey_levels(cube, rng, ranges)
     return cubes, labels[:, 0].byte()
 
 
@@ -726,12 +726,12 @@ def augment_crops(crops, rngs, size=CROP, ranges=CROP_RANGES):
     moved = F.grid_sample(crops.flatten(1, 2), grid, align_corners=False)
     moved = moved.unflatten(1, crops.shape[1:3])
     for slices, rng in zip(moved[:, :, :-1], rngs):
-        slices[:] = grey_levels(slices.flatten(0, 1), rng, ranges).view_as(slices)
+        grey_levels(slices, rng, ranges)
     return moved
 
 
 def shuffle_order(crops, labels, rngs, share):
-    crops, labels = crops.unflatten(1, (min(7, labels.shape[1]), -1)).clone(), labels.clone()
+    crops, labels = crops.unflatten(1, (min(7, labels.shape[1]), -1)), labels.clone()
     for crop, label, rng in zip(crops, labels, rngs):
         steps, order = rng.permutation(crop.shape[1]), rng.permutation(len(crop))
         if rng.random() < share:
@@ -974,8 +974,8 @@ Effort = namedtuple("Effort", "views folds")  # what a study is given
 
 
 def load_models(weights, kind, device):
-    paths = {k: Path(weights) / f"{kind}_fold{k}.pt" for k in range(100)}
-    return {k: load_model(p, kind).to(device) for k, p in paths.items() if p.exists()}
+    return {k: load_model(path, kind).to(device) for k in range(100)
+            if (path := Path(weights) / f"{kind}_fold{k}.pt").exists()}
 
 
 def load_ensemble(weights, device):
@@ -1028,8 +1028,7 @@ def classify(ensemble, crops, effort):
         shown = torch.stack([  # bytes: little memory
             F.interpolate(c.float(), size, mode="bilinear").round().byte() for c in crops])
         for view in range(i, i + effort.views) or [0]:
-            turned = torch.rot90(shown, view, (-2, -1))
-            turned = turned.flip(-1) if view & 4 else turned
+            turned = torch.rot90(shown.flip(-1) if view & 4 else shown, view, (-2, -1))
             with autocast(ensemble.device):
                 steps, head = model(turned.flatten(0, 1)[None]) if whole else (model(turned), None)
             steps = steps.float().sigmoid().view(7, STEPS).cpu().numpy()
@@ -1072,8 +1071,10 @@ def answer_study(volume, read_s, ensemble, effort):
 def answer_or_prior(uid, future, ensemble, effort, seconds=None):
     try:
         study = future.result(seconds)  # a file may hang
-        with contextlib.suppress(torch.OutOfMemoryError):
-            return answer_study(*study, ensemble, effort)
+        for _ in range(2):  # then in small parts, then on the CPU
+            with contextlib.suppress(torch.OutOfMemoryError):
+                return answer_study(*study, ensemble, effort)
+            CROPS_AT_ONCE["cuda"] = STEPS
         return answer_study(*study, ensemble._replace(device=torch.device("cpu")), effort)
     except Exception as error:
         what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
@@ -1316,10 +1317,10 @@ def segmenter_batch(model, tensors, rngs, recipe):
 def classifier_batch(model, tensors, rngs, recipe, extra=0.0):
     """Mixup mixes losses, never labels. `extra`: log odds added by sampling (Menon et al. 2021)."""
     crops = tensors[0][:, int(rngs[0].integers(recipe.thin)) :: recipe.thin]
-    crops = augment_crops(crops.float() / 255, rngs, recipe.size)
+    crops = augment_crops(crops.float().div_(255), rngs, recipe.size)
     crops, labels = shuffle_order(crops, tensors[1], rngs, recipe.shuffle)
     share = rngs[0].random() if rngs[0].random() < recipe.mixup else 1.0
-    outputs = model(crops.flip(0).lerp(crops, share))
+    outputs = model(crops if share == 1 else crops.flip(0).lerp(crops, share))
     outputs = outputs + extra if extra else outputs
     loss = classifier_loss(outputs, labels.flip(0)).lerp(classifier_loss(outputs, labels), share)
     return loss * (1 + labels).nan_to_num().mean()  # parts and ranks by their weights

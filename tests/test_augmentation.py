@@ -156,11 +156,11 @@ def test_a_seed_repeats_itself_and_the_global_generator_is_left_alone():
 
 
 def test_shuffled_vertebrae_keep_their_labels_and_their_steps_together():
-    numbers = torch.arange(105.0).reshape(1, 105, 1, 1, 1).expand(1, 105, 6, 2, 2)
+    numbers = torch.arange(105.0).reshape(1, 105, 1, 1, 1).repeat(1, 1, 6, 2, 2)
     labels = torch.tensor([[0.0, 1, 2, 3, 4, 5, 6, 7]])  # stand-ins that can be told apart
     moved = 0
     for seed in range(10):
-        out, named = shuffle_order(numbers, labels, generators(seed), 1.0)
+        out, named = shuffle_order(numbers.clone(), labels, generators(seed), 1.0)
         values = out[0, :, 0, 0, 0].reshape(7, 15)
         assert torch.equal(values // 15, named[0, :7, None].expand(7, 15)), seed
         steps = values % 15

@@ -201,7 +201,7 @@ def test_a_model_that_answers_nan_is_left_out(predict, tmp_path):
 
 
 class OutOfMemoryOnce(torch.nn.Module):
-    """A model that does not fit the first time, as on a GPU."""
+    """A model that does not fit the first times, as on a GPU."""
 
     def __init__(self, model, times=1):
         super().__init__()
@@ -214,14 +214,18 @@ class OutOfMemoryOnce(torch.nn.Module):
         return self.model(x)
 
 
-@pytest.mark.parametrize("times, status", ((1, "ok"), (2, "failed")))
-def test_a_study_without_gpu_memory_is_repeated_on_the_cpu(times, status, weights, studies):
+@pytest.mark.parametrize("times, parts, status", ((0, 210, "ok"), (1, 15, "ok"), (2, 15, "ok"),
+                                                  (3, 15, "failed")))
+def test_without_gpu_memory_a_study_is_repeated_smaller_then_on_the_cpu(
+        times, parts, status, weights, studies, monkeypatch):
+    monkeypatch.setitem(cspine.CROPS_AT_ONCE, "cuda", 210)
     ensemble = cspine.load_ensemble(weights, torch.device("cpu"))
     ensemble.models["vertebra"][0] = OutOfMemoryOnce(ensemble.models["vertebra"][0], times)
     future = Future()
     future.set_result((cspine.read_volume(studies / "test_images" / UIDS[0]), 1.0))
     row = cspine.answer_or_prior("a", future, ensemble, cspine.Effort(1, 1))
     assert row["status"] == status and ("memory" in row["warnings"]) == (status == "failed")
+    assert cspine.CROPS_AT_ONCE["cuda"] == parts
     assert all(row[t] == PRIOR[t] for t in PRIOR) == (status == "failed")
 
 
@@ -510,8 +514,8 @@ def test_model_i_sees_the_dihedral_views_from_i_on_and_crops_stay_bytes():
     for i, model in enumerate(models):
         for k, shown in enumerate(model.shown):
             view = (i + k) % 8
-            turned = np.rot90(crops, view % 4, (-2, -1))
-            expected = turned[..., ::-1] if view >= 4 else turned
+            seen = crops[..., ::-1] if view >= 4 else crops
+            expected = np.rot90(seen, view % 4, (-2, -1))
             assert shown.dtype == torch.uint8 and np.array_equal(shown, expected), (i, k)
     models = [Recorder(8) for _ in range(3)]
     cspine.classify(whole(vertebra=models), crops, cspine.Effort(0, 3))

@@ -196,7 +196,7 @@ def test_the_twin_keeps_names_and_leaves_the_original_alone(networks):
     ("skresnet18", "SelectiveKernel")))
 def test_an_unknown_layer_is_refused_by_name(name, layer):
     flat = timm.create_model(name, features_only=True, out_indices=(0, 1, 2, 3))
-    with pytest.raises(UserError, match=rf"cannot make .*\.[\w.]+ three-dimensional.*{layer}"):
+    with pytest.raises(UserError, match=rf"no 3-D twin of .*\.[\w.]+: unknown .*{layer}"):
         to_3d(flat)
 
 
@@ -212,7 +212,7 @@ class Odd2d(nn.Module):
     nn.AdaptiveAvgPool2d(1), nn.MaxPool2d((2, 1)), nn.Linear(3, 4), nn.LayerNorm(4),
     nn.MultiheadAttention(4, 1), Odd2d()))
 def test_a_layer_with_no_sure_twin_is_refused(layer):
-    with pytest.raises(UserError, match="cannot make Sequential.1 three-dimensional"):
+    with pytest.raises(UserError, match="no 3-D twin of Sequential.1:"):
         to_3d(nn.Sequential(nn.Identity(), layer))
 
 
