@@ -37,7 +37,7 @@ import zlib
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import permutations
+from itertools import accumulate, permutations
 from pathlib import Path
 
 import cv2
@@ -464,10 +464,9 @@ class ConvBlock(nn.Module):
 
 class Segmenter(nn.Module):
     """3-D U-Net: (B, 1, Z, Y, X) in 0..1 -> (B, 7, Z, Y, X) logits; axes multiples of 16."""
-    def __init__(self, backbone="tf_efficientnetv2_s", size=128, window=SEGMENTER_WINDOW,
-                 drop_path=0.0, dropout=0.0, **_):  # a recipe holds more
+    def __init__(self, backbone="tf_efficientnetv2_s", size=128, drop_path=0, dropout=0, **_):
         super().__init__()
-        self.settings = dict(backbone=backbone, size=size, window=window)
+        self.settings = dict(backbone=backbone, size=size)
         flat = create_backbone(backbone, features_only=True, out_indices=(0, 1, 2, 3), in_chans=1,
                                drop_path_rate=drop_path)
         if flat.feature_info.reduction() != [2, 4, 8, 16]:
@@ -623,9 +622,8 @@ class VertebraClassifier(nn.Module):
 
 class PatientClassifier(VertebraClassifier):
     """(B, 105, 6, S, S) -> (B, 105) logits of the steps, (B,) of the patient."""
-    def __init__(self, backbone="convnext_nano", size=CROP, mask_of="last", hidden=256,
-                 drop_path=0, dropout=0, **_):
-        super().__init__(backbone, size, mask_of, hidden, drop_path, dropout)
+    def __init__(self, backbone="convnext_nano", hidden=256, dropout=0, **others):
+        super().__init__(backbone, hidden=hidden, dropout=dropout, **others)
         self.patient_lstm = copy.deepcopy(self.encoder.lstm)
         self.patient_head = logit_head(4 * hidden, hidden, dropout)
 
@@ -987,15 +985,14 @@ def load_ensemble(weights, device):
     if not path.exists():
         return Ensemble(models, device)
     with study_errors(f"{path}: no finite [scale, shift] of each target"):
-        table = np.asarray_chkfinite(pd.read_json(path)[list(TARGETS)], float)
+        table = np.asarray_chkfinite(pd.read_json(path)[[*TARGETS]], float)
         return Ensemble(models, device, table.reshape(2, 8))
 
 
 @torch.inference_mode()
 def segment(models, volume, device, report=say):
     """float32 (7, D, D, D): mean probability, in_order."""
-    size, window = (models[0].settings[k] for k in ("size", "window"))  # as of all folds
-    cube = segmenter_input(volume, size, window)[None]
+    cube = segmenter_input(volume, models[0].settings["size"])[None]  # as of all folds
     cube = cube.to(device, memory_format=torch.channels_last_3d)
     with autocast(device):
         total = sum(m.to(device)(cube)[0].float().sigmoid().nan_to_num() for m in models)
@@ -1008,7 +1005,7 @@ def in_order(probability, report):
     mass = weight.sum(1)
     centre = weight @ np.arange(weight.shape[1]) / np.maximum(mass, 1)
     seen = [*np.flatnonzero(mass > MIN_CELLS)]
-    while wrong := [pair for pair in zip(seen, seen[1:]) if centre[pair[0]] >= centre[pair[1]]]:
+    while wrong := [p for p in zip(seen, seen[1:]) if centre[p[0]] >= centre[p[1]]]:
         drop = min(wrong[0], key=mass.item)
         seen.remove(drop)
         probability[drop] = 0
@@ -1109,7 +1106,7 @@ def write_submission(out, rows, reports=()):
 def predict_studies(images, out, rows, ensemble, stop, workers, resume=False):
     """Answer this process's share, writing after each study."""
     (rank, world), seconds, done = ranks(), 1e-9, read_reports(out) if resume else {}
-    uids = list(dict.fromkeys(uid for _, uid, _ in rows))
+    uids = [*dict.fromkeys(uid for _, uid, _ in rows)]
     todo, reports = [uid for uid in uids[rank::world] if uid not in done], [*done.values()]
     full = Effort(ensemble.options.views, max(map(len, ensemble.models.values())))
 
@@ -1222,17 +1219,19 @@ def decode_lossless_jpeg(data):
 
 def _differences(coded, count, category_of, advance_of):
     """Walks from code to code: the jump is known at every bit."""
-    stream = np.frombuffer(coded[:4 * count] + bytes(6), np.uint8).astype(np.int32)
+    stream = np.frombuffer(coded[:4 * count] + bytes(48), np.uint8).astype(np.int32)
     words = stream[:-2] << 16 | stream[1:-1] << 8 | stream[2:]
     windows = np.stack([words >> 8 - bit for bit in range(8)], 1).astype(np.uint16).ravel()
-    jumps, at = advance_of.take(windows).tobytes(), 0
-    starts = bytearray(len(jumps))
-    for _ in range(count):
-        starts[at] = 1
-        at += jumps[at]
-    starts = np.flatnonzero(np.frombuffer(starts, bool))
-    category, ends = category_of.take(windows.take(starts)), np.append(starts[1:], at)
-    if at > 8 * len(coded) or category.max() > 16:
+    jumps = [advance_of.take(windows)]
+    for _ in range(3):  # over 8 codes: a loop in Python stops the other workers
+        jumps.append(jumps[-1] + jumps[-1].take(np.arange(len(windows)) + jumps[-1], mode="clip"))
+    far = jumps.pop().tobytes()
+    starts = [*accumulate(range(0, count, 8), lambda at, _: at + far[at], initial=0)]
+    while jumps:
+        starts = np.stack([starts, starts + jumps.pop().take(starts, mode="clip")], 1).ravel()
+    starts, ends = starts[:count], starts[1 : count + 1]
+    category = category_of.take(windows.take(starts))
+    if ends[-1] > 8 * len(coded) or category.max() > 16:
         raise StudyError("cut short or broken")
     extra = category % 16
     value = windows.take(ends - extra).astype(int) >> 16 - extra
@@ -1274,7 +1273,7 @@ def training_data(o):
     table = read_csv(data / "train.csv", (STUDY, *TARGETS))
     masks = {p.name.split(".nii")[0]: p for p in (data / "segmentations").glob("*.nii*")}
     folds = assign_folds(table, o.folds, masks)  # of all: a study keeps its fold
-    truth = zip(table[STUDY], table[list(TARGETS)].to_numpy(np.float32))
+    truth = zip(table[STUDY], table[[*TARGETS]].to_numpy(np.float32))
     return {u: y for u, y in truth if (data / "train_images" / u).is_dir()}, folds, masks
 
 
@@ -1401,7 +1400,7 @@ def mode_train_cls(o):
                     patient_auc=auc(answers[:, 7], right[:, 7]))
 
     fractured = np.mean([sample[1] for sample in samples])
-    odds = torch.logit(torch.tensor([recipe.positives or fractured, fractured]), FLOOR)
+    odds = torch.tensor([recipe.positives or fractured, fractured]).logit(FLOOR)
     extra = float(odds[0] - odds[1]) * (kind == "vertebra")
     loss = functools.partial(classifier_batch, extra=extra)
     run_training(o, samples, folds, Task(kind, recipe, device, load, loss, score, judge))
@@ -1415,9 +1414,8 @@ def mode_predict(o):
     target = table.row_id.str.extract(f"_({'|'.join(TARGETS)})$")[0]
     rows = [*zip(table.row_id, table[STUDY], target.fillna(table.prediction_type))]
     stop = Stop(o.time_limit or KAGGLE_MINUTES * Path(KAGGLE_DATA).exists())
-    old = [] if o.resume else REPORTS[rank::world]
-    for path in filter(Path.exists, map(out.with_name, old)):
-        path.unlink()
+    for name in [] if o.resume else REPORTS[rank::world]:
+        out.with_name(name).unlink(missing_ok=True)
     write_submission(out, rows)
     ensemble = load_ensemble(o.weights, pick_device(o.device))._replace(options=o)
     predict_studies(data / "test_images", out, rows, ensemble, stop, o.workers, o.resume)
@@ -1488,7 +1486,7 @@ def main(argv=None):
         o.function(o)
         return 0
     except (UserError, Stopped, KeyboardInterrupt) as error:
-        print("cspine:", str(error) or "interrupted", file=sys.stderr)
+        say(f"cspine: {str(error) or 'interrupted'}")
         return 2 if isinstance(error, UserError) else 0 if "--time-limit" in str(error) else 130
     finally:
         with contextlib.suppress(ValueError):  # fails in a thread

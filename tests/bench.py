@@ -462,10 +462,11 @@ def bench_train(scale, root):
     (root / "train_images").symlink_to(root / "images")
     heading("train: loading a sample")
     bench_loading(scale, root, study)
-    heading("train: a step of batch 1, fp32, ours augmenting too")
-    crops = our_crops(study)
+    heading("train: a step of batch 1, ours augmenting too, theirs in fp32")
+    crops, halves = our_crops(study), (False, True)
     for kind in cspine.KINDS:
-        bench_step(scale, kind, crops, study)
+        for half in halves[: 1 if cspine.half_type(CPU) is None else 2]:
+            bench_step(scale, kind, crops, study, half)
 
 
 def bench_loading(scale, root, study):
@@ -497,8 +498,8 @@ def bench_loading(scale, root, study):
     row("a vertebra's crops, loaded and augmented, samples/s", 1 / mine, 1 / old, ratio)
 
 
-def bench_step(scale, kind, crops, study):
-    recipe = replace(cspine.RECIPES[kind], backbone=scale.backbones[kind], batch_size=1)
+def bench_step(scale, kind, crops, study, half):
+    recipe = replace(cspine.RECIPES[kind], backbone=scale.backbones[kind], batch_size=1, half=half)
     if kind == "segmenter":
         recipe = replace(recipe, size=scale.cube)
         labels = (study.probability.argmax(0) + 1) * (study.probability.max(0) > 0.5)
@@ -521,7 +522,7 @@ def bench_step(scale, kind, crops, study):
             return cspine.segmenter_loss(model(cube), inputs[1])
         return cspine.classifier_loss(old_classifier(model, inputs[0]), inputs[1])
 
-    row(f"{kind} ({recipe.backbone}), s", *compare(
+    row(f"{kind} ({recipe.backbone}){', --half' * half}, s", *compare(
         lambda: trainer.update(task, [(sample, np.random.default_rng(SEED))], 100),
         lambda: old_step(model, optimizer, tensors, loss), scale.repeats))
 
