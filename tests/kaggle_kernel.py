@@ -6,6 +6,12 @@ from pathlib import Path
 
 from cspine import HERE, KAGGLE_DATA, UserError, write_atomic
 
+RUN = """import os, subprocess, sys, torch
+count = max(1, torch.cuda.device_count())
+command = [sys.executable, "cspine.py", "predict", *ARGUMENTS]
+shares = [{"RANK": str(k), "LOCAL_RANK": str(k), "WORLD_SIZE": str(count)} for k in range(count)]
+running = [subprocess.Popen(command, env={**os.environ, **share}) for share in shares]
+print("exit status of a process on each GPU:", [process.wait() for process in running])"""
 LOOK = """import glob
 import pandas as pd
 submission = pd.read_csv("submission.csv")
@@ -29,8 +35,9 @@ def notebook(o):
     if not re.fullmatch(r"([\w-]+/[\w-]+)?", weights):
         raise UserError(f"--weights-dataset {weights}: expected OWNER/NAME")
     owner, _, name = weights.partition("/")
-    run = "!python cspine.py predict" + (f" --weights /kaggle/input/{name}" if name else "")
-    cells = ["%%writefile cspine.py\n" + source.read_text(), run, LOOK]
+    arguments = json.dumps(["--weights", f"/kaggle/input/{name}"] if name else [])
+    cells = ["%%writefile cspine.py\n" + source.read_text(), RUN.replace("*ARGUMENTS", "*" + arguments),
+             LOOK]
     write_json(out / "cspine.ipynb", dict(
         nbformat=4, nbformat_minor=4, cells=[code_cell(text) for text in cells],
         metadata=dict(kernelspec=dict(name="python3", display_name="Python 3"))))

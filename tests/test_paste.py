@@ -151,26 +151,27 @@ def test_the_kernel_is_ready_to_be_pushed(notebook):
     assert meta["language"] == "python" and meta["is_private"] is True and len(meta["title"]) >= 5
 
 
-def test_the_notebook_runs_from_its_first_cell_to_its_last(notebook, tmp_path, data, weights):
-    """Cells as a notebook runs them: %%writefile, a shell line, and a look at the answers."""
+def test_the_notebook_runs_from_its_first_cell_to_its_last(notebook, tmp_path, weights):
+    """Cells as a notebook runs them: %%writefile, a process a GPU, and a look at the answers."""
     write, run, look = (cell["source"] for cell in cells_of(notebook))
+    data = make_test_set(tmp_path / "data", ["a", "b"])
     (tmp_path / "cspine.py").write_text(write.partition("\n")[2])
-    command = run.removeprefix("!").replace("/kaggle/input/my-weights", str(weights))
-    assert command.startswith("python cspine.py predict --weights ")
-    shell = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-                          "OMP_NUM_THREADS": "1"}
-    subprocess.run(f"{command} --data {data}", shell=True, cwd=tmp_path, env=shell, check=True)
+    run = run.replace('"/kaggle/input/my-weights"', f'"{weights}", "--data", "{data}"')
+    (tmp_path / "run.py").write_text(f"import torch; torch.cuda.device_count = lambda: 2\n{run}")
+    said = subprocess.run([sys.executable, "run.py"], cwd=tmp_path, capture_output=True, text=True,
+                          check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}).stdout
+    assert "[0, 0]" in said and (tmp_path / "predict_report1.csv").exists()
     (tmp_path / "look.py").write_text(look)
     seen = subprocess.run([sys.executable, "look.py"], cwd=tmp_path, capture_output=True, text=True,
                           check=True).stdout
-    assert "8 rows" in seen and "'ok': 1" in seen
+    assert "16 rows" in seen and "'ok': 2" in seen
 
 
 def test_without_weights_of_ones_own_the_notebook_names_none(tmp_path):
     assert cspine.main(["notebook", "--out", str(tmp_path)]) == 0
     meta = json.loads((tmp_path / "kernel-metadata.json").read_text())
     assert meta["dataset_sources"] == [] and meta["id"].endswith("/cspine")
-    assert cells_of(tmp_path)[1]["source"] == "!python cspine.py predict"
+    assert '"cspine.py", "predict", *[]]' in cells_of(tmp_path)[1]["source"]
 
 
 @pytest.mark.parametrize("name", ("weights", "a/b/c", "a/b; rm -rf /", "../x", "a/$(id)", "a/b\n"))
