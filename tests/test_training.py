@@ -619,6 +619,18 @@ def test_extract_goes_on_with_what_is_missing(extraction, tmp_path, monkeypatch,
         assert crops.any() and np.array_equal(cspine.read_crops(file), crops)
 
 
+def test_torchrun_shares_the_studies_of_extract_out(extraction, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*torchrun, cspine.__file__, *extraction], capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(" studies written, ") == 2 and done.stdout.count(" 1 left out") == 1
+    shared = {f.name: f.read_bytes() for f in (tmp_path / "work" / "crops").iterdir()}
+    assert cspine.main([*extraction[:-1], "cpu", "--work", str(tmp_path / "alone")]) == 0
+    alone = {f.name: f.read_bytes() for f in (tmp_path / "alone" / "crops").iterdir()}
+    assert len(alone) == 4 and alone == shared
+
+
 def test_the_crops_of_a_study_take_less_than_a_quarter_of_their_bytes(tmp_path):
     from phantoms import make_dataset
     make_dataset(tmp_path, 1, 0, 11, 256, 1)
