@@ -46,7 +46,12 @@ def chart(title, values, axes, peak=0, colours=COLOURS[4:5], line=False):
     slot, base = max((PANEL - 24) / count, 0 if line else 9 * letters + 8), PANEL - 56
     every = max(1, count // 3) if line else 1
     image = np.full((PANEL, int(24 + slot * count), 3), 255, np.uint8)
-    scale = (base - 84) / (peak or max([*values.values(), 1e-9]))
+    top = peak or max([*values.values(), 1e-9])
+    scale = (base - 84) / top
+    for share in (0.5, 1.0) if line else ():
+        y = round(base - share * top * scale)
+        cv2.line(image, (12, y), (image.shape[1] - 12, y), (225,) * 3)
+        text(image, f"{share * top:.3g}", 16, y + 3, grey=120, size=0.4)
     points = [(12, 64), (12, base), (image.shape[1] - 12, base)]
     cv2.polylines(image, [np.int32(points)], False, (40, 40, 40))
     points = [(12 + slot * (i + 0.5), base - v * scale) for i, v in enumerate(values.values())]
@@ -56,7 +61,7 @@ def chart(title, values, axes, peak=0, colours=COLOURS[4:5], line=False):
             cv2.rectangle(image, *corners, colours[i % len(colours)], -1)
         if (count - 1 - i) % every == 0:  # the last one always
             text(image, f"{values[label]:.4g}", x, y - 5, (0 if line else 0.5, 1), size=0.45)
-            text(image, str(label), x, base + 8, (0.5, 0), size=0.45)
+            text(image, f"{label:g}" if line else str(label), x, base + 8, (0.5, 0), size=0.45)
     if line:
         cv2.polylines(image, [np.int32(points)], False, colours[0], 2, cv2.LINE_AA)
     for words, y in ((title, 12), (axes[1], 40), (axes[0], PANEL - 22)):
