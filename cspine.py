@@ -69,6 +69,7 @@ MIN_SLICES, MAX_VOXELS = 16, 2**30  # of a study
 MAX_GAP_MM, SAME_STEP_MM = 30.0, 0.0031  # odd: no usual spacing lies on the edge
 MASK_THRESHOLDS = (0.2, 0.05)  # first place's, in turn
 MIN_CELLS, BOX_MARGIN = 12, 1.0  # cells: of a vertebra; around a box (first place)
+AROUND, CLOSER = (0.25, 0.75, 0.75), 0.67  # of the vertebrae's extent; of the cube
 BOX_SHARE = 0.05  # of the fullest plane's cells: fewer are strays
 CROPS_AT_ONCE = {"cpu": STEPS, "cuda": 210}  # 15 stay in a CPU's cache
 CROP_PNG = cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, 3  # 3: run lengths
@@ -93,7 +94,6 @@ class Recipe:
     clip: float = 1.0  # norm of the gradient
     drop_path: float = 0.05
     dropout: float = 0.2  # Tan and Le 2021
-    positives: float = 0.0  # share of fractured samples; 0: as they come
     hidden: int = 256  # LSTMs' (starting solution)
     thin: int = 1  # 3: a third of the steps
     shuffle: float = 0.2  # share of samples (first place)
@@ -103,7 +103,7 @@ class Recipe:
 
 
 RECIPES = dict(segmenter=Recipe("tf_efficientnetv2_s", 60, 4, 1e-3, 128, dropout=0.1),
-               vertebra=Recipe("tf_efficientnetv2_s", 20, 8, 3e-4, mixup=0.2, positives=0.35),
+               vertebra=Recipe("tf_efficientnetv2_s", 20, 8, 3e-4, mixup=0.2),
                patient=Recipe("convnext_nano", 15, 2, 2e-4, mixup=0.2))
 
 
@@ -464,9 +464,10 @@ class ConvBlock(nn.Module):
 
 class Segmenter(nn.Module):
     """3-D U-Net: (B, 1, Z, Y, X) in 0..1 -> (B, 7, Z, Y, X) logits; axes multiples of 16."""
-    def __init__(self, backbone="tf_efficientnetv2_s", size=128, drop_path=0, dropout=0, **_):
+    def __init__(self, backbone="tf_efficientnetv2_s", size=128, window=SEGMENTER_WINDOW,
+                 drop_path=0, dropout=0, **_):  # a recipe holds more
         super().__init__()
-        self.settings = dict(backbone=backbone, size=size)
+        self.settings = dict(backbone=backbone, size=size, window=window)
         flat = create_backbone(backbone, features_only=True, out_indices=(0, 1, 2, 3), in_chans=1,
                                drop_path_rate=drop_path)
         if flat.feature_info.reduction() != [2, 4, 8, 16]:
@@ -512,14 +513,14 @@ def interleave(images, masks):
     return np.concatenate([images.reshape(STEPS, -1, *masks.shape[1:]), masks[:, None]], 1)
 
 
-def vertebra_box(probability):
+def vertebra_box(probability, gap=2):
     for threshold in MASK_THRESHOLDS:
         mask, box = probability > threshold, []
         if mask.sum() >= MIN_CELLS:
             for others in ((1, 2), (0, 2), (0, 1)):
                 profile = mask.sum(others)
                 inside = np.flatnonzero(profile > BOX_SHARE * profile.max())
-                runs = np.split(inside, np.flatnonzero(np.diff(inside) > 2) + 1)
+                runs = np.split(inside, np.flatnonzero(np.diff(inside) > gap) + 1)
                 longest = max(runs, key=lambda run: profile[run].sum())
                 box.append(longest[[0, -1]])
             return np.array(box)  # (3, 2): first and last cell on each axis
@@ -775,7 +776,7 @@ def assign_folds(table, folds, masked):
 
 # ==== Training ====
 # What is random is drawn from (seed, step) or (seed, place in the order): runs resume exactly.
-# load((study, fractured, ...)) -> arrays; score(model, study) -> a value a target;
+# load((study, ...)) -> arrays; score(model, study) -> a value a target;
 # judge(table) -> dict, "score": the lower the better
 KINDS = {"segmenter": Segmenter, "vertebra": VertebraClassifier, "patient": PatientClassifier}
 Task = namedtuple("Task", "kind recipe device load loss score judge name train held_out",
@@ -831,14 +832,9 @@ def load_init(model, path):
 
 
 def epoch_order(task, epoch, count):
-    """(count,) places in task.train, a share of `positives` fractured."""
-    rng, share = np.random.default_rng([task.recipe.seed, epoch]), task.recipe.positives
-    order = rng.permutation(len(task.train))
-    hit = np.array([sample[1] for sample in task.train])[order]
-    if share and 0 < hit.mean() < 1:
-        n = round(share * count)
-        order = rng.permutation(np.r_[np.resize(order[hit], n), np.resize(order[~hit], count - n)])
-    return np.resize(order, count)
+    """(count,) places in task.train."""
+    rng = np.random.default_rng([task.recipe.seed, epoch])
+    return np.resize(rng.permutation(len(task.train)), count)
 
 
 class Trainer:
@@ -990,13 +986,26 @@ def load_ensemble(weights, device):
 
 
 @torch.inference_mode()
-def segment(models, volume, device, report=say):
-    """float32 (7, D, D, D): mean probability, in_order."""
-    cube = segmenter_input(volume, models[0].settings["size"])[None]  # as of all folds
+def segment(models, volume, device, report=say, closer=True):
+    """float32 (7, D, D, D): mean probability, in_order. Looks again where vertebrae are small."""
+    size, window = (models[0].settings[k] for k in ("size", "window"))  # as of all folds
+    cube = segmenter_input(volume, size, window)[None]
     cube = cube.to(device, memory_format=torch.channels_last_3d)
     with autocast(device):
-        total = sum(m.to(device)(cube)[0].float().sigmoid().nan_to_num() for m in models)
-    return in_order((total / len(models)).cpu().numpy(), report)
+        mean = sum(m.to(device)(cube)[0].float().sigmoid().nan_to_num() for m in models)
+    mean = (mean / len(models)).cpu()
+    box = vertebra_box(mean.amax(0).numpy(), size)
+    if closer and box is not None:
+        ends = box.T + np.outer([-1, 1], np.ptp(box, 1) * AROUND)
+        ends = ends.clip(0, size - 1).astype(int) + [[0], [1]]
+        extent = tuple(np.ptp(ends, 0).tolist())
+        if min(extent) < CLOSER * size:
+            voxels = (ends * volume.hu.shape + [[0], [size - 1]]) // size
+            part = volume._replace(hu=volume.hu[tuple(map(slice, *voxels))])
+            part = torch.from_numpy(segment(models, part, device, report, False))[None]
+            mean[:] = 0
+            mean[(..., *map(slice, *ends))] = F.interpolate(part, extent, mode="area")
+    return in_order(mean.numpy(), report)
 
 
 def in_order(probability, report):
@@ -1313,14 +1322,13 @@ def segmenter_batch(model, tensors, rngs, recipe):
     return segmenter_loss(model(cubes.to(memory_format=torch.channels_last_3d)), labels)
 
 
-def classifier_batch(model, tensors, rngs, recipe, extra=0.0):
-    """Mixup mixes losses, never labels. `extra`: log odds added by sampling (Menon et al. 2021)."""
+def classifier_batch(model, tensors, rngs, recipe):
+    """Mixup mixes losses, never labels."""
     crops = tensors[0][:, int(rngs[0].integers(recipe.thin)) :: recipe.thin]
     crops = augment_crops(crops.float().div_(255), rngs, recipe.size)
     crops, labels = shuffle_order(crops, tensors[1], rngs, recipe.shuffle)
     share = rngs[0].random() if rngs[0].random() < recipe.mixup else 1.0
     outputs = model(crops if share == 1 else crops.flip(0).lerp(crops, share))
-    outputs = outputs + extra if extra else outputs
     loss = classifier_loss(outputs, labels.flip(0)).lerp(classifier_loss(outputs, labels), share)
     return loss * (1 + labels).nan_to_num().mean()  # parts and ranks by their weights
 
@@ -1328,7 +1336,7 @@ def classifier_batch(model, tensors, rngs, recipe, extra=0.0):
 def mode_train_seg(o):
     """Train segmenters on the studies with masks: writes segmenter_fold<k>.pt under --weights."""
     recipe, (truth, folds, masks) = recipe_from(o), training_data(o)
-    device, samples = pick_device(o.device), [(uid, False) for uid in truth if uid in masks]
+    device, samples = pick_device(o.device), [(uid,) for uid in truth if uid in masks]
 
     @functools.cache  # 4 MB a study
     def load(sample):
@@ -1338,7 +1346,7 @@ def mode_train_seg(o):
         return cube.round().byte().numpy(), labels
 
     def score(model, uid):
-        cube, labels = load((uid, False))
+        cube, labels = load((uid,))
         logits = model(torch.from_numpy(cube)[None, None].to(device) / 255)
         return dice_scores(logits[0].float().sigmoid().cpu().numpy(), labels)
 
@@ -1375,13 +1383,13 @@ def mode_train_cls(o):
     recipe, (truth, folds, _) = recipe_from(o), training_data(o)
     device, folder = pick_device(o.device), Path(o.work) / "crops"
     asked = [[*range(8)]] if kind == "patient" else [[v] for v in range(7)]
-    samples = [(uid, truth[uid][targets[-1]] > 0, targets) for uid in truth
-               if (folder / f"{uid}.npz").exists() for targets in asked]
+    samples = [(uid, targets) for uid in truth if (folder / f"{uid}.npz").exists()
+               for targets in asked]
     if not samples:
         raise UserError(f"no crops in {folder}: run extract first")
 
     def load(sample):
-        uid, _, targets = sample
+        uid, targets = sample
         crops = read_crops(folder / f"{uid}.npz", targets[:7])
         seen = [*crops.any((1, 2, 3, 4)), True][: len(targets)]
         labels = np.where(seen, truth[uid][targets], np.float32("nan"))
@@ -1399,11 +1407,8 @@ def mode_train_cls(o):
                     vertebra_auc=auc(answers[:, :7].ravel(), right[:, :7].ravel()),
                     patient_auc=auc(answers[:, 7], right[:, 7]))
 
-    fractured = np.mean([sample[1] for sample in samples])
-    odds = torch.tensor([recipe.positives or fractured, fractured]).logit(FLOOR)
-    extra = float(odds[0] - odds[1]) * (kind == "vertebra")
-    loss = functools.partial(classifier_batch, extra=extra)
-    run_training(o, samples, folds, Task(kind, recipe, device, load, loss, score, judge))
+    task = Task(kind, recipe, device, load, classifier_batch, score, judge)
+    run_training(o, samples, folds, task)
 
 
 def mode_predict(o):
@@ -1414,8 +1419,9 @@ def mode_predict(o):
     target = table.row_id.str.extract(f"_({'|'.join(TARGETS)})$")[0]
     rows = [*zip(table.row_id, table[STUDY], target.fillna(table.prediction_type))]
     stop = Stop(o.time_limit or KAGGLE_MINUTES * Path(KAGGLE_DATA).exists())
-    for name in [] if o.resume else REPORTS[rank::world]:
-        out.with_name(name).unlink(missing_ok=True)
+    old = [] if o.resume else REPORTS[rank::world]
+    for path in filter(Path.exists, map(out.with_name, old)):
+        path.unlink()
     write_submission(out, rows)
     ensemble = load_ensemble(o.weights, pick_device(o.device))._replace(options=o)
     predict_studies(data / "test_images", out, rows, ensemble, stop, o.workers, o.resume)
@@ -1439,27 +1445,20 @@ OPTIONS = dict(  # shared by modes: default, meaning
     resume=(False, "go on where a run stopped"), time_limit=(0.0, "minutes; 0: none"),
     init=("", "weights to start from"), mask_of=("last", "slice with the mask: last, center"))
 TRAINING = "data weights work device workers fold folds resume time_limit init"
-MODES = {  # function, options, more options; or the side room that has them
-    "phantom": "demo",
+MODES = {  # function, options, more options
     "train-seg": (mode_train_seg, TRAINING, "segmenter"),
     "extract": (mode_extract, "data weights work device workers folds mask_of time_limit", {}),
     "train-cls": (mode_train_cls, TRAINING, "vertebra"),
     "train-patient": (mode_train_cls, TRAINING, "patient"),
-    "predict": (mode_predict, "data weights out device workers resume time_limit", Answers()),
-    "evaluate": "evaluation", "eda": "pictures", "show": "pictures",
-    "notebook": "kaggle_kernel", "demo": "demo"}
+    "predict": (mode_predict, "data weights out device workers resume time_limit", Answers())}
 
 
 def build_parser():
-    """Made of MODES and OPTIONS."""
+    """Made of MODES and OPTIONS; tests/ has more modes."""
     parser = argparse.ArgumentParser("cspine.py", description=__doc__.splitlines()[0])
     modes = parser.add_subparsers(dest="mode", required=True, metavar="MODE")
-    for name, entry in MODES.items():
-        if isinstance(entry, str):
-            if not (room := side_room(entry)):
-                continue
-            entry = room.MODES[name]
-        function, shared, own = entry
+    known = getattr(side_room("rooms"), "MODES", MODES)
+    for name, (function, shared, own) in known.items():
         if not isinstance(own, dict):
             settings = asdict(RECIPES[own] if isinstance(own, str) else own)
             own = {option: (default, "see the file") for option, default in settings.items()}

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import cspine
+from rooms import MODES
 from small_kernel import make_test_set, make_weights, write_test_csv
 
 
@@ -44,15 +45,14 @@ def refused(capsys, tmp_path, monkeypatch):
 
 def described(mode):
     """(function, shared options, {own option: its default}) of a mode, wherever it stands."""
-    entry = cspine.MODES[mode]
-    function, shared, own = cspine.side_room(entry).MODES[mode] if isinstance(entry, str) else entry
+    function, shared, own = MODES[mode]
     if isinstance(own, dict):
         return function, shared.split(), {name: default for name, (default, _) in own.items()}
     settings = cspine.RECIPES[own] if isinstance(own, str) else own
     return function, shared.split(), dataclasses.asdict(settings)
 
 
-@pytest.mark.parametrize("mode", cspine.MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_every_mode_answers_help_with_its_purpose_and_defaults(mode, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit) as end:
@@ -70,7 +70,7 @@ def test_every_mode_answers_help_with_its_purpose_and_defaults(mode, capsys, mon
 
 
 def test_every_option_is_used_by_a_mode():
-    assert set(cspine.OPTIONS) <= {name for mode in cspine.MODES for name in described(mode)[1]}
+    assert set(cspine.OPTIONS) <= {name for mode in MODES for name in described(mode)[1]}
 
 
 def test_the_modes_of_the_design_are_there_in_the_order_of_the_work(capsys):
@@ -255,7 +255,7 @@ def test_a_bug_shows_its_traceback(monkeypatch, tmp_path):
 
 def test_demo_goes_from_phantoms_to_scores_and_dice(weights, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    own = cspine.side_room("demo").MODES["phantom"][2]
+    own = MODES["phantom"][2]
     monkeypatch.setitem(own, "matrix", (64, ""))
     assert cspine.main(["demo", "--weights", str(weights), "--test-studies", "1"]) == 0
     text = capsys.readouterr().out

@@ -449,6 +449,58 @@ def test_a_study_that_reads_for_ever_takes_only_its_share(tmp_path, monkeypatch)
     assert 100 < clock.now < 200 and list(report.status) == ["failed", "failed"]
 
 
+# ------------------------------------------------------------------- small in the field of view
+
+
+class Marker(torch.nn.Module):
+    """A segmenter that calls dense cells C3, and notes how many voxels it was shown."""
+
+    def __init__(self, size=32):
+        super().__init__()
+        self.settings, self.cubes = dict(size=size, window=cspine.SEGMENTER_WINDOW), []
+
+    def forward(self, cube):
+        self.cubes.append(cube)
+        logits = torch.full((1, 7, *cube.shape[2:]), -9.0)
+        logits[:, 2] = (cube[:, 0] - 0.5) * 40
+        return logits
+
+
+def dense_box(shape, low, high):
+    hu = np.full(shape, -1000, np.int16)
+    hu[tuple(map(slice, low, high))] = 1000
+    return cspine.Volume("a", hu, (1.0,) * 3, np.eye(4))
+
+
+def test_vertebrae_that_fill_a_small_part_of_the_view_are_looked_at_again():
+    model, volume = Marker(), dense_box((128, 192, 160), (40, 18, 95), (72, 36, 130))
+    probability = cspine.segment([model], volume, torch.device("cpu"))
+    assert len(model.cubes) == 2 and probability.shape == (7, 32, 32, 32)
+    first, second = ((cube > 0.9).float().mean() for cube in model.cubes)
+    assert second > 5 * first  # it fills more of the second view
+    truth = volume.hu.reshape(32, 4, 32, 6, 32, 5).mean((1, 3, 5)) > 0
+    found = probability[2] > 0.5
+    assert (found & truth).sum() > 0.9 * truth.sum() and (found & ~truth).sum() < 0.1 * truth.sum()
+    assert probability[[0, 1, 3, 4, 5, 6]].max() < 0.01
+
+
+@pytest.mark.parametrize("low, high", (((20, 40, 40), (108, 90, 90)), ((0, 0, 0), (0, 0, 0)),
+                                       ((0, 0, 0), (128, 128, 128))))
+def test_one_look_is_enough_where_vertebrae_are_large_or_not_there(low, high):
+    model = Marker()
+    cspine.segment([model], dense_box((128, 128, 128), low, high), torch.device("cpu"))
+    assert len(model.cubes) == 1
+
+
+@pytest.mark.parametrize("corner", (0, 60))
+def test_a_speck_in_a_study_of_few_slices_has_a_second_view(corner):
+    model = Marker(128)
+    low = np.array([corner // 4, corner, corner])
+    volume = dense_box((20, 64, 64), low, low + [1, 4, 4])
+    probability = cspine.segment([model], volume, torch.device("cpu"))
+    assert len(model.cubes) == 2 and np.isfinite(probability).all() and probability[2].max() > 0.5
+
+
 # ------------------------------------------------------------------------------- better answers
 
 

@@ -6,7 +6,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from cspine import TARGETS, competition_scores, main
+import cspine
+from cspine import TARGETS, competition_scores, dice_scores, main
+from evaluation import named_right
+from limits import at_cells
+from phantoms import make_phantom
+from rooms import MODES
 
 SMALL = ["--fold", "0", "--folds", "2", "--batch-size", "2", "--epochs", "2", "--workers", "2"]
 
@@ -43,7 +48,6 @@ def test_from_phantoms_to_a_scored_submission(tmp_path, monkeypatch, capsys):
 
 def test_the_readme_names_every_mode():
     text = (Path(__file__).parents[1] / "README.md").read_text()
-    from cspine import MODES
     for mode in MODES:
         assert f"`{mode}" in text, mode
     assert "pip install torch timm pydicom opencv-python numpy pandas tqdm pytest" in text
@@ -68,3 +72,14 @@ def test_the_shipped_weights_see_and_name_vertebrae(tmp_path, capsys):
     score, _ = competition_scores(answers, labels)
     assert dice > 0.7 and named > 0.8 and score < 0.75, printed
     assert np.ptp(answers) > 0.2, "answers that differ"
+
+
+def test_the_shipped_weights_name_vertebrae_in_a_field_of_view_twice_as_wide():
+    made, cpu = make_phantom([78, 0], 256), torch.device("cpu")
+    around = [(n // 2,) * 2 for n in made.hu.shape]
+    hu = np.pad(np.rint(made.hu).astype(np.int16), around, constant_values=-1000)
+    models = [*cspine.load_models(cspine.HERE / "weights", "segmenter", cpu).values()]
+    probability = cspine.segment(models, cspine.Volume("", hu, made.spacing, made.affine), cpu)
+    truth = at_cells(np.pad(made.label, around), 128)
+    dice = dice_scores(probability, truth)
+    assert np.nanmin(dice) > 0.8 and np.all(named_right(probability, truth) | np.isnan(dice))

@@ -257,7 +257,7 @@ def test_a_run_of_other_options_or_data_is_not_gone_on_with(
 # ---- A toy: what the loop itself does ----
 
 TOY = replace(RECIPES["vertebra"], backbone="test_convnext3", size=32, epochs=3, batch_size=4,
-              hidden=16, dropout=0, drop_path=0, mixup=0, positives=0)
+              hidden=16, dropout=0, drop_path=0, mixup=0)
 
 
 def toy_load(sample):
@@ -266,8 +266,8 @@ def toy_load(sample):
     return noise, np.array([k % 3 == 0], np.float32)
 
 
-def toy_samples(count, every=3):
-    return [(k, k % every == 0) for k in range(count)]
+def toy_samples(count):
+    return [(k,) for k in range(count)]
 
 
 def toy_task(**changes):
@@ -408,24 +408,10 @@ def test_an_epoch_shows_every_sample_once_in_its_own_order():
     assert orders[0] == orders[2] != orders[1]
 
 
-def test_fractured_vertebrae_are_drawn_as_often_as_the_recipe_says():
-    task = toy_task(train=toy_samples(200, 10), recipe=replace(TOY, positives=0.35))
-    orders = [cspine.epoch_order(task, epoch, 200) for epoch in (0, 1, 0)]
-    for order in orders:
-        assert (order % 10 == 0).sum() == 70
-        assert len(set(order[order % 10 == 0])) == 20  # all of them, in turn
-        assert len(set(order[order % 10 != 0])) == 130  # none twice
-    assert np.array_equal(orders[0], orders[2]) and not np.array_equal(orders[0], orders[1])
-    none = task._replace(train=[(k, False) for k in range(200)])
-    assert sorted(cspine.epoch_order(none, 0, 200)) == list(range(200))
-    assert [k for k, r in RECIPES.items() if r.positives] == ["vertebra"]
-
-
 @pytest.mark.parametrize("rank, world", [(0, 1), (0, 2), (1, 2)])
 def test_samples_and_their_randomness_do_not_depend_on_ranks_or_on_where_a_run_starts(
         rank, world, tmp_path, monkeypatch):
-    recipe, seen = replace(TOY, positives=0.35), []
-    task = toy_task(train=toy_samples(10, 5), recipe=recipe, held_out=["a", "b"])
+    seen, task = [], toy_task(train=toy_samples(10), held_out=["a", "b"])
     trained = cspine.train(task, tmp_path, Stop())
 
     def note(self, task, batch, total):
@@ -666,8 +652,3 @@ def test_a_thinned_batch_shows_every_third_step_from_a_drawn_one():
 def test_a_thinning_that_does_not_divide_the_steps_is_refused(arguments, tmp_path, capsys):
     assert cspine.main(arguments("vertebra", tmp_path, "--thin", "4")) == 2
     assert "--thin 4" in capsys.readouterr().err
-
-
-def test_positives_of_a_patient_training_are_drawn_more_often(arguments, tmp_path):
-    assert cspine.main(arguments("patient", tmp_path, "--positives", "0.7")) == 0
-    assert cspine.load_model(tmp_path / "patient_fold0.pt", "patient")
