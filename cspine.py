@@ -691,7 +691,7 @@ def draw_grid(rngs, ranges, shape, device):
 
 
 def grey_levels(image, rng, ranges):
-    """(N, C, ...) in 0..1 becomes what another scanner might show: new memory is slow."""
+    """Changes (N, C, ...) in 0..1 in place, new memory being slow, to another scanner's."""
     stretch, shift = ranges["window"] * rng.uniform(-1, 1, 2)
     gamma = math.exp(ranges["gamma"] * rng.uniform(-1, 1))
     noise, coarse, hole = rng.random(3)
@@ -729,7 +729,7 @@ def augment_crops(crops, rngs, size=CROP, ranges=CROP_RANGES):
     return moved
 
 
-def shuffle_order(crops, labels, rngs, share):
+def shuffle_order(crops, labels, rngs, share):  # crops: in place
     crops, labels = crops.unflatten(1, (min(7, labels.shape[1]), -1)), labels.clone()
     for crop, label, rng in zip(crops, labels, rngs):
         steps, order = rng.permutation(crop.shape[1]), rng.permutation(len(crop))

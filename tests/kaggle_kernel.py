@@ -36,8 +36,8 @@ def notebook(o):
         raise UserError(f"--weights-dataset {weights}: expected OWNER/NAME")
     owner, _, name = weights.partition("/")
     arguments = json.dumps(["--weights", f"/kaggle/input/{name}"] if name else [])
-    cells = ["%%writefile cspine.py\n" + source.read_text(), RUN.replace("*ARGUMENTS", "*" + arguments),
-             LOOK]
+    run = RUN.replace("ARGUMENTS", arguments)
+    cells = ["%%writefile cspine.py\n" + source.read_text(), run, LOOK]
     write_json(out / "cspine.ipynb", dict(
         nbformat=4, nbformat_minor=4, cells=[code_cell(text) for text in cells],
         metadata=dict(kernelspec=dict(name="python3", display_name="Python 3"))))
