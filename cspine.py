@@ -671,15 +671,16 @@ def classifier_loss(outputs, labels):
 # ==== Augmentation ====
 # Drawn by a sample's own generator. Degrees, log, share of the edge, share; of 0..1, log, of 0..1.
 VOLUME_RANGES = dict(rotation=15, scale=0.2, shift=0.3, mirror=0.5, window=0.2, gamma=0.3,
-                     noise=0.06, blur=0.3, hole=0.0)
+                     noise=0.06, blur=0.3, hole=0.0, still=0.4)
 CROP_RANGES = dict(rotation=20, scale=0.15, shift=0.1, mirror=0.5, window=0.15, gamma=0.25,
-                   noise=0.04, blur=0.15, hole=0.3)
+                   noise=0.04, blur=0.15, hole=0.3, still=0.2)
 
 
 def draw_grid(rngs, ranges, shape, device):
     maps, axes = [], len(shape) - 2
     for rng in rngs:
-        scale, shift, *angles = rng.uniform(-1, 1, (2 + axes, axes))
+        moved = rng.random() >= ranges["still"]
+        scale, shift, *angles = moved * rng.uniform(-1, 1, (2 + axes, axes))
         angles = np.triu(angles, 1) * math.radians(ranges["rotation"])
         turn = torch.matrix_exp(torch.from_numpy(angles - angles.T)).numpy()
         matrix = turn * np.exp(scale * ranges["scale"])

@@ -8,7 +8,7 @@ from cspine import CROP_RANGES, VOLUME_RANGES, augment_crops, augment_volumes, s
 
 GREY = ("window", "gamma", "noise", "blur", "hole")
 MOVES = ("rotation", "scale", "shift", "mirror")
-NOTHING = dict.fromkeys(GREY + MOVES, 0.0)
+NOTHING = dict.fromkeys(GREY + MOVES + ("still",), 0.0)
 
 
 def only(ranges, names):
@@ -74,6 +74,16 @@ def test_volumes_move_and_never_turn_head_to_foot():
     assert moved > 25
 
 
+def test_a_still_sample_is_mirrored_and_no_more():
+    """Every move resamples: edges that stay as sharp as in prediction must be seen too."""
+    cubes, labels = volumes()
+    for seed in range(8):
+        still = only(VOLUME_RANGES, MOVES) | {"still": 1.0}
+        cube, moved = augment_volumes(cubes.clone(), labels.clone(), generators(seed), still)
+        assert any(torch.allclose(cube, view, atol=1e-4) and torch.equal(moved, truth)
+                   for view, truth in ((cubes, labels), (cubes.flip(-1), labels.flip(-1)))), seed
+
+
 def test_volumes_are_mirrored_left_to_right_alone():
     cubes, labels = volumes()
     seen = set()
@@ -108,7 +118,7 @@ def test_the_six_channels_of_all_steps_share_one_geometry():
 def test_the_mask_channel_is_moved_and_never_brightened():
     image = crops()
     for seed in range(6):
-        full = augment_crops(image.clone(), generators(seed), 48)
+        full = augment_crops(image.clone(), generators(seed), 48, CROP_RANGES | {"still": 0.0})
         moved = augment_crops(image.clone(), generators(seed), 48, only(CROP_RANGES, MOVES))
         assert torch.equal(full[:, :, -1], moved[:, :, -1]), seed
         assert not torch.allclose(full[:, :, :-1], moved[:, :, :-1], atol=1e-3), seed
