@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.4", "timm>=1.0.9", "pydicom>=3.0", "opencv-python>=4.8",
+# dependencies = ["torch>=2.5", "timm>=1.0.9", "pydicom>=3.0", "opencv-python>=4.8",
 #                 "numpy>=1.26", "pandas>=2.1", "tqdm>=4.64"]
 # ///
 """cspine: neck CT studies in, fracture probabilities of C1..C7 and the patient out.
@@ -15,15 +15,12 @@
 Shapes: B batch, C channels, Z Y X voxel axes (head to foot, front to back, right to left),
 V 7 vertebrae, T 15 steps, K 6 channels a step, S 224 crop edge, D 128 cube edge, F features.
 
-Run `python cspine.py demo`; the other modes: --help. Pasted, the file runs nothing; then
-main(["predict"]) runs a mode. Not a medical device."""
+In the repository run `python cspine.py demo`; other modes: --help. Pasted, the file runs
+nothing; then main(["predict"]) runs a mode. Not a medical device."""
 
 import argparse
-import contextlib
 import copy
 import functools
-import hashlib
-import importlib
 import math
 import mmap
 import os
@@ -32,13 +29,14 @@ import resource
 import signal
 import struct
 import sys
-import time
 import zlib
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import accumulate, permutations
 from pathlib import Path
+from time import monotonic
 
 import cv2
 import numpy as np
@@ -130,7 +128,7 @@ class Stopped(Exception):
     """A run that ended early, all saved."""
 
 
-@contextlib.contextmanager
+@contextmanager
 def study_errors(where):
     """Any exception becomes a StudyError: damaged bytes raise nearly every kind."""
     try:
@@ -150,15 +148,15 @@ def progress(items, unit, total=None):
 
 def write_atomic(path, write):
     path = Path(path)
-    new = path.with_name(f".{os.getpid()}.{path.name}")
+    new = path.parent / f".{os.getpid()}.{path.name}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(new)
         new.replace(path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         raise UserError(f"cannot write {path}: {error}") from None
     finally:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             new.unlink()
 
 
@@ -209,7 +207,7 @@ def half_type(device):
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
         return torch.bfloat16 if native else torch.float16
-    flags = Path("/proc/cpuinfo")  # far slower where it is not native
+    flags = Path("/proc/cpuinfo")
     return torch.bfloat16 if flags.exists() and "_bf16" in flags.read_text() else None
 
 
@@ -224,9 +222,9 @@ def peak_gb():
 
 class Stop:
     """Why a run should end: a signal or its deadline."""
-    def __init__(self, minutes=0.0, clock=time.monotonic):
+    def __init__(self, minutes=0.0, clock=monotonic):
         self.clock, self.signal, self.until = clock, "", clock() + 60 * min(minutes or 1e7, 1e7)
-        with contextlib.suppress(ValueError):  # fails in a thread
+        with suppress(ValueError):  # fails in a thread
             for kind in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(kind, self.note)
 
@@ -278,7 +276,7 @@ def read_slices(path):
 
 def read_series(folder, workers, give_up):
     """(Planes in order, where even steps lie among them, affine, problems)."""
-    files, stacks, problems = sorted(Path(folder).iterdir()), {}, []
+    files, stacks, problems = sorted(Path(folder).iterdir(), key=lambda p: (len(p.name), p)), {}, []
     for path, future in prefetch(read_slices, files, workers, 4 * workers + 1):
         if give_up():
             raise StudyError("out of time")
@@ -440,10 +438,9 @@ def to_3d(network):
 
 
 def create_backbone(name, **arguments):
-    with study_errors(f"--backbone {name}"):
-        if ":" in name:  # hf-hub: the network
-            raise ValueError("no plain name")
-        return timm.create_model(name, pretrained=False, **arguments)
+    if ":" in name:  # hf-hub: the network
+        raise UserError("no plain name")
+    return timm.create_model(name, pretrained=False, **arguments)
 
 
 class ConvBlock(nn.Module):
@@ -471,7 +468,7 @@ class Segmenter(nn.Module):
         flat = create_backbone(backbone, features_only=True, out_indices=(0, 1, 2, 3), in_chans=1,
                                drop_path_rate=drop_path)
         if flat.feature_info.reduction() != [2, 4, 8, 16]:
-            raise UserError(f"--backbone {backbone}: no features at strides 2, 4, 8 and 16")
+            raise UserError("no features at strides 2, 4, 8 and 16")
         if hasattr(flat, "blocks"):  # EfficientNets would go on to stride 32
             del flat.blocks[int(flat.feature_info.module_name()[-1].split(".")[1]) + 1 :]
         self.encoder = to_3d(flat)
@@ -480,7 +477,7 @@ class Segmenter(nn.Module):
             ConvBlock(last + third, 64), ConvBlock(64 + second, 32), ConvBlock(32 + first + 8, 24)])
         self.dropout = nn.Dropout3d(dropout)
         self.head = nn.Conv3d(24, 7 * 8, 1)  # a place answers for 8 cells
-        nn.init.constant_(self.head.bias, -4.0)  # most cells are background
+        nn.init.constant_(self.head.bias, -4)  # most cells are background
 
     def forward(self, x):
         if any(n % 16 for n in x.shape[2:]):
@@ -658,20 +655,20 @@ def fold_norms(model):
 
 def classifier_loss(outputs, labels):
     """The metric of (B, 15) and labels (B, 1), or ((B, 105), (B,)) and (B, 8); NaN: unknown."""
-    logits = torch.column_stack(outputs if isinstance(outputs, tuple) else [outputs]).float()
+    logits = torch.column_stack(outputs if isinstance(outputs, tuple) else [outputs])
     steps = logits.shape[1] // min(7, labels.shape[1])  # of a vertebra
     which = np.arange(logits.shape[1]) // steps  # every logit's label
     share = labels.new_tensor(TARGET_WEIGHTS[which] / np.bincount(which)[which])
     truth = labels[:, which]
     weight = share * torch.where(truth > 0, POSITIVE_FACTOR, 1.0) * ~truth.isnan()
     loss = F.binary_cross_entropy_with_logits(logits, truth.nan_to_num(), weight, reduction="sum")
-    return loss / weight.sum().clamp(min=1e-6)
+    return loss / len(labels) / TARGET_WEIGHTS[: labels.shape[1]].sum()
 
 
 # ==== Augmentation ====
 # Drawn by a sample's own generator. Degrees, log, share of the edge, share; of 0..1, log, of 0..1.
 VOLUME_RANGES = dict(rotation=15, scale=0.2, shift=0.3, mirror=0.5, window=0.2, gamma=0.3,
-                     noise=0.06, blur=0.3, hole=0.0, still=0.4)
+                     noise=0.06, blur=0.3, hole=0, still=0.4)
 CROP_RANGES = dict(rotation=20, scale=0.15, shift=0.1, mirror=0.5, window=0.15, gamma=0.25,
                    noise=0.04, blur=0.15, hole=0.3, still=0.2)
 
@@ -688,7 +685,8 @@ def draw_grid(rngs, ranges, shape, device):
         matrix[:, : 4 - axes] *= 1 - 2 * flips[: 4 - axes]
         matrix = matrix[:: -1 if axes == 2 and flips[2] else 1]
         maps.append(np.c_[matrix, 2 * ranges["shift"] * shift])
-    return F.affine_grid(torch.tensor(np.float32(maps), device=device), shape, align_corners=False)
+    return F.affine_grid(  # doubles: autocast would round
+        torch.tensor(np.array(maps), device=device), shape, align_corners=False).float()
 
 
 def grey_levels(image, rng, ranges):
@@ -770,7 +768,7 @@ def dice_scores(probability, labels):
 def assign_folds(table, folds, masked):
     """{uid: fold}: strata of mask, patient, fractures; inside by the uid's hash."""
     fractures = table[[*VERTEBRAE]].sum(axis=1).clip(upper=2)
-    hashes = [hashlib.sha256(uid.encode()).digest() for uid in table[STUDY]]
+    hashes = [zlib.crc32(uid.encode()) for uid in table[STUDY]]
     keys = zip(table[STUDY].isin(masked), table.patient_overall, fractures, hashes, table[STUDY])
     return {uid: k % folds for k, (*_, uid) in enumerate(sorted(keys))}
 
@@ -779,7 +777,7 @@ def assign_folds(table, folds, masked):
 # What is random is drawn from (seed, step) or (seed, place in the order): runs resume exactly.
 # load((study, ...)) -> arrays; score(model, study) -> a value a target;
 # judge(table) -> dict, "score": the lower the better
-KINDS = {"segmenter": Segmenter, "vertebra": VertebraClassifier, "patient": PatientClassifier}
+KINDS = dict(segmenter=Segmenter, vertebra=VertebraClassifier, patient=PatientClassifier)
 Task = namedtuple("Task", "kind recipe device load loss score judge name train held_out",
                   defaults=["", [], []])
 
@@ -791,7 +789,7 @@ def save_checkpoint(path, kind, recipe, **content):
 
 
 def load_checkpoint(path):
-    with contextlib.suppress(Exception):
+    with suppress(Exception):
         content = torch.load(path, map_location="cpu", weights_only=True)
         return {"cspine": content}[content["program"]]
     raise UserError(f"{path}: damaged or not ours")
@@ -799,7 +797,8 @@ def load_checkpoint(path):
 
 def new_model(kind, settings):
     last = torch.channels_last_3d if kind == "segmenter" else torch.channels_last
-    return KINDS[kind](**settings).to(memory_format=last)
+    with study_errors(f"--backbone {settings['backbone']}"):
+        return KINDS[kind](**settings).to(memory_format=last)
 
 
 def load_model(path, kind):
@@ -891,6 +890,8 @@ class Trainer:
         if not bad:
             self.scaler.step(self.optimizer)
             self.losses.append(mean)
+        else:  # the norms have seen it
+            model.load_state_dict(dict(self.averaged.named_buffers()), False)
         self.scaler.update()
         self.step += 1
         share = 1 - min(recipe.ema, (1 + self.step) / (10 + self.step))
@@ -929,9 +930,10 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
         raise UserError(f"{name}: too few studies, or --batch-size no multiple of {world}")
     if go_on and last.exists():
         saved = load_checkpoint(last)
-        if [saved["recipe"], saved["samples"]] != [asdict(recipe), samples]:
-            raise UserError(f"{last}: made with other options or data; delete it")
-        run.load(saved["state"])
+        with study_errors(f"{last}: made with other options or data; delete it"):
+            if [saved["recipe"], saved["samples"]] != [asdict(recipe), samples]:
+                raise ValueError("recipe or samples")
+            run.load(saved["state"])
     steps = max(1, samples // size)  # an epoch
     total = steps * recipe.epochs
     if rank == 0:
@@ -960,7 +962,6 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
 # ==== Prediction ====
 # A complete submission is on disk from the first second, at worst with the prior.
 
-READING_SHARE = 0.25  # of the time left, at most for a study
 REPORTS = [f"predict_report{k or ''}.csv" for k in range(16)]  # one a rank
 BLIND = dict(zip(TARGETS, PRIOR))
 AS_IS = np.repeat([[1.0], [0.0]], 8, 1)  # scale and shift of the logits
@@ -1038,9 +1039,9 @@ def classify(ensemble, crops, effort):
             turned = torch.rot90(shown.flip(-1) if view & 4 else shown, view, (-2, -1))
             with autocast(ensemble.device):
                 steps, head = model(turned.flatten(0, 1)[None]) if whole else (model(turned), None)
-            steps = steps.float().sigmoid().view(7, STEPS).cpu().numpy()
+            steps = steps.sigmoid().view(7, STEPS).cpu().numpy()
             steps[absent] = np.nan
-            out.append((steps, float(head.float().sigmoid()) if whole else math.nan))
+            out.append((steps, float(head.sigmoid()) if whole else math.nan))
     return out
 
 
@@ -1061,25 +1062,25 @@ def combine(outputs, options, calibration=AS_IS):
 def answer_study(volume, read_s, ensemble, effort):
     """A study's row of the report."""
     models, device, problems = ensemble.models, ensemble.device, [*volume.problems]
-    start = time.monotonic()
+    start = monotonic()
     probability = segment(models["segmenter"][: effort.folds], volume, device, problems.append)
-    found = time.monotonic()
+    found = monotonic()
     mask_of = (models["vertebra"] + models["patient"])[0].settings["mask_of"]
     crops = vertebra_slices(volume, probability, mask_of=mask_of)
-    cut = time.monotonic()
+    cut = monotonic()
     answers = combine(classify(ensemble, crops, effort), ensemble.options, ensemble.calibration)
     seen = [name for name, crop in zip(VERTEBRAE, crops) if crop.any()]
     status = "ok" if len(seen) == 7 else "partial" if seen else "nothing seen"
     return dict(zip(TARGETS, answers), status=status, slices=len(volume.hu), seen="+".join(seen),
                 read_s=read_s, segment_s=found - start, crops_s=cut - found,
-                classify_s=time.monotonic() - cut, device=device, warnings="; ".join(problems))
+                classify_s=monotonic() - cut, device=device, warnings="; ".join(problems))
 
 
 def answer_or_prior(uid, future, ensemble, effort, seconds=None):
     try:
         study = future.result(seconds)  # a file may hang
         for _ in range(2):  # then in small parts, then on the CPU
-            with contextlib.suppress(torch.OutOfMemoryError):
+            with suppress(torch.OutOfMemoryError):
                 return answer_study(*study, ensemble, effort)
             CROPS_AT_ONCE["cuda"] = STEPS
         return answer_study(*study, ensemble._replace(device=torch.device("cpu")), effort)
@@ -1097,7 +1098,7 @@ def choose_effort(views, folds, seconds, share):
 
 def read_reports(out):
     """{study: row} of all processes, no failures."""
-    rows = [row for path in map(out.with_name, REPORTS) if path.exists()
+    rows = [row for path in map(out.parent.joinpath, REPORTS) if path.exists()
             for row in read_csv(path, (STUDY, "status", *TARGETS)).to_dict("records")]
     return {row[STUDY]: row for row in rows if row["status"] not in ("failed", "no time")}
 
@@ -1105,7 +1106,7 @@ def read_reports(out):
 def write_submission(out, rows, reports=()):
     """This process's report, and every row: an answer or the prior."""
     if reports:
-        write_csv(out.with_name(REPORTS[ranks()[0]]), pd.DataFrame(reports))
+        write_csv(out.parent / REPORTS[ranks()[0]], pd.DataFrame(reports))
     known = -1
     while known < len(answers := read_reports(out)):  # others may report meanwhile
         known = len(answers)
@@ -1121,7 +1122,7 @@ def predict_studies(images, out, rows, ensemble, stop, workers, resume=False):
     full = Effort(ensemble.options.views, max(map(len, ensemble.models.values())))
 
     def read(uid):
-        start, until = stop.clock(), (1 - READING_SHARE) * stop.left()
+        start, until = stop.clock(), 0.75 * stop.left()  # a quarter at most
         if uid in ("", "..") or Path(uid).name != uid:
             raise StudyError(f"{uid!r}: no plain name")
         volume = read_volume(images / uid, workers, lambda: stop.left() < until)
@@ -1282,13 +1283,13 @@ def training_data(o):
     data = data_folder(o, "train.csv", "train_images")
     table = read_csv(data / "train.csv", (STUDY, *TARGETS))
     masks = {p.name.split(".nii")[0]: p for p in (data / "segmentations").glob("*.nii*")}
-    folds = assign_folds(table, o.folds, masks)  # of all: a study keeps its fold
+    folds = assign_folds(table, max(1, o.folds), masks)  # of all: a study keeps its fold
     truth = zip(table[STUDY], table[[*TARGETS]].to_numpy(np.float32))
     return {u: y for u, y in truth if (data / "train_images" / u).is_dir()}, folds, masks
 
 
 def recipe_from(o):
-    least = min(o.folds, o.epochs, o.batch_size, o.accumulate, o.size, o.hidden, o.thin)
+    least = min(o.folds, o.epochs, o.batch_size, o.accumulate, o.size, o.hidden, o.thin, o.seed + 1)
     if least < 1 or o.lr <= 0 or STEPS % o.thin:
         raise UserError(f"--epochs, ...: 0 or below 0, or --thin {o.thin} does not divide {STEPS}")
     return Recipe(**{name: getattr(o, name) for name in Recipe.__dataclass_fields__})
@@ -1330,8 +1331,7 @@ def classifier_batch(model, tensors, rngs, recipe):
     crops, labels = shuffle_order(crops, tensors[1], rngs, recipe.shuffle)
     share = rngs[0].random() if rngs[0].random() < recipe.mixup else 1.0
     outputs = model(crops if share == 1 else crops.flip(0).lerp(crops, share))
-    loss = classifier_loss(outputs, labels.flip(0)).lerp(classifier_loss(outputs, labels), share)
-    return loss * (1 + labels).nan_to_num().mean()  # parts and ranks by their weights
+    return classifier_loss(outputs, labels.flip(0)).lerp(classifier_loss(outputs, labels), share)
 
 
 def mode_train_seg(o):
@@ -1357,9 +1357,9 @@ def mode_train_seg(o):
 
 
 def mode_extract(o):
-    """Write every study's crops under --work, masked by segmenters not trained on it."""
+    """Write every study's crops under --work, masked by its fold's segmenter, else by all."""
     (truth, folds, _), (rank, world), stop = training_data(o), ranks(), Stop(o.time_limit)
-    device, out, left_out = pick_device(o.device), Path(o.work) / "crops", 0
+    device, out, left_out = pick_device(o.device), Path(o.work) / o.mask_of, 0
     images, models = Path(o.data) / "train_images", load_models(o.weights, "segmenter", device)
     if not models:
         raise UserError(f"no segmenter in {o.weights}: run train-seg first")
@@ -1382,7 +1382,7 @@ def mode_train_cls(o):
     """Train classifiers on the crops: writes vertebra_fold<k>.pt or patient_fold<k>.pt."""
     kind = "patient" if o.mode == "train-patient" else "vertebra"
     recipe, (truth, folds, _) = recipe_from(o), training_data(o)
-    device, folder = pick_device(o.device), Path(o.work) / "crops"
+    device, folder = pick_device(o.device), Path(o.work) / o.mask_of
     asked = [[*range(8)]] if kind == "patient" else [[v] for v in range(7)]
     samples = [(uid, targets) for uid in truth if (folder / f"{uid}.npz").exists()
                for targets in asked]
@@ -1421,7 +1421,7 @@ def mode_predict(o):
     rows = [*zip(table.row_id, table[STUDY], target.fillna(table.prediction_type))]
     stop = Stop(o.time_limit or KAGGLE_MINUTES * Path(KAGGLE_DATA).exists())
     old = [] if o.resume else REPORTS[rank::world]
-    for path in filter(Path.exists, map(out.with_name, old)):
+    for path in filter(Path.exists, map(out.parent.joinpath, old)):
         path.unlink()
     write_submission(out, rows)
     ensemble = load_ensemble(o.weights, pick_device(o.device))._replace(options=o)
@@ -1435,7 +1435,7 @@ def side_room(name):  # None where this file was pasted
     if (HERE / "tests/kaggle_kernel.py").exists():
         sys.modules.setdefault("cspine", sys.modules[__name__])  # it imports us
         sys.path.insert(0, str(HERE / "tests"))
-        return importlib.import_module(name)
+        return __import__(name)
 
 
 OPTIONS = dict(  # shared by modes: default, meaning
@@ -1489,7 +1489,7 @@ def main(argv=None):
         say(f"cspine: {str(error) or 'interrupted'}")
         return 2 if isinstance(error, UserError) else 0 if "--time-limit" in str(error) else 130
     finally:
-        with contextlib.suppress(ValueError):  # fails in a thread
+        with suppress(ValueError):
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

@@ -84,6 +84,14 @@ def test_a_still_sample_is_mirrored_and_no_more():
                    for view, truth in ((cubes, labels), (cubes.flip(-1), labels.flip(-1)))), seed
 
 
+def test_mixed_precision_never_rounds_where_a_sample_goes():
+    """bfloat16 has 8 bits: an edge would wander by half a pixel."""
+    plain = augment_crops(crops(), generators(5), 48, only(CROP_RANGES, MOVES))
+    with torch.autocast("cpu", torch.bfloat16):
+        half = augment_crops(crops(), generators(5), 48, only(CROP_RANGES, MOVES))
+    assert half.dtype == torch.float32 and torch.allclose(half, plain, atol=1e-4)
+
+
 def test_volumes_are_mirrored_left_to_right_alone():
     cubes, labels = volumes()
     seen = set()

@@ -115,7 +115,7 @@ def test_the_loss_of_a_vertebra_is_worked_out_by_hand():
     labels = torch.tensor([[1.0], [0.0]])
     positive = cross_entropy(2, 1)  # weighs double
     negative = (14 * cross_entropy(0, 0) + cross_entropy(-1, 0)) / 15
-    expected = (2 * positive + negative) / 3
+    expected = (2 * positive + negative) / 2
     assert float(classifier_loss(outputs, labels)) == pytest.approx(expected, abs=1e-6)
 
 
@@ -123,16 +123,27 @@ def test_the_loss_of_a_patient_weighs_as_the_metric_and_leaves_out_the_unknown()
     steps = torch.arange(7.0).repeat_interleave(15)[None] - 3  # -3 ... 3
     labels = torch.tensor([[0, 1, 0, 0, math.nan, 0, 1, 1.0]])
     terms = [(1, -3, 0), (2, -2, 1), (1, -1, 0), (1, 0, 0), (1, 2, 0), (2, 3, 1), (14, 0.5, 1)]
-    expected = (sum(w * cross_entropy(x, y) for w, x, y in terms) / sum(w for w, _, _ in terms))
+    expected = sum(w * cross_entropy(x, y) for w, x, y in terms) / 14
     found = classifier_loss((steps, torch.tensor([0.5])), labels)
     assert float(found) == pytest.approx(expected, abs=1e-5)
     nothing = classifier_loss(torch.zeros(1, 15), torch.tensor([[math.nan]]))
     assert float(nothing) == 0
 
 
+def test_the_loss_of_a_batch_is_the_mean_of_its_studies():
+    """So that parts of a batch, or ranks, add up, however the fractures lie among them."""
+    torch.manual_seed(3)
+    steps, patient = torch.randn(4, 105), torch.randn(4)
+    labels = (torch.rand(4, 8) < 0.4).float()
+    labels[1, 2] = labels[3, 5] = math.nan
+    apart = [classifier_loss((steps[k:k + 1], patient[k:k + 1]), labels[k:k + 1]) for k in range(4)]
+    assert float(classifier_loss((steps, patient), labels)) == pytest.approx(
+        float(torch.stack(apart).mean()), rel=1e-5)
+
+
 def test_an_unknown_backbone_is_one_line():
     with pytest.raises(UserError, match="--backbone no_such_network") as caught:
-        VertebraClassifier("no_such_network")
+        cspine.new_model("vertebra", {"backbone": "no_such_network"})
     assert "\n" not in str(caught.value)
 
 

@@ -125,7 +125,7 @@ def test_a_submission_without_its_columns_or_of_other_studies(refused, tmp_path,
 
 def test_an_unknown_backbone(refused, data, tmp_path):
     crops = np.ones((7, 15, 6, 8, 8), np.uint8)
-    cspine.write_crops(tmp_path / "work" / "crops" / "a.npz", crops)
+    cspine.write_crops(tmp_path / "work" / "last" / "a.npz", crops)
     line = refused("train-cls", "--data", data, "--backbone", "resnet1", "--folds", 1, "--fold", 0)
     assert "--backbone resnet1" in line
 
@@ -134,7 +134,7 @@ def test_an_unknown_backbone(refused, data, tmp_path):
     (["--fold", "7"], "--fold 7"), (["--size", "0"], ""), (["--epochs", "-1"], "--epochs"),
     (["--device", "cuda:77"], "--device"), (["--device", "moon"], "--device")))
 def test_settings_that_cannot_be(options, word, refused, data, tmp_path):
-    cspine.write_crops(tmp_path / "work" / "crops" / "a.npz", np.ones((7, 15, 6, 8, 8), np.uint8))
+    cspine.write_crops(tmp_path / "work" / "last" / "a.npz", np.ones((7, 15, 6, 8, 8), np.uint8))
     if word:
         assert word in refused("train-cls", "--data", data, *options)
 

@@ -135,6 +135,16 @@ def test_monochrome1_changes_no_hu(write_series):
     assert np.array_equal(read_volume(folder).hu, stored[::-1] - 1024)
 
 
+def test_of_two_passes_over_the_same_positions_one_is_read_whole(write_series):
+    """Files 1 to 60 and 61 to 120: as text, "100.dcm" comes before "20.dcm"."""
+    first, second = noise((60, 6, 7)), noise((60, 6, 7)) + 1
+    places = [(0, 0, float(k)) for k in range(60)] * 2
+    folder = write_series(np.concatenate([first, second]), positions=places)
+    volume = read_volume(folder)
+    assert np.array_equal(volume.hu, first[::-1] - 1024)
+    assert "60 images of another" in volume.problems[0]
+
+
 @pytest.mark.parametrize("syntax", [IMPLICIT, EXPLICIT, BIG, DEFLATED, RLE, JPEG_LOSSLESS, JPEG_2000])
 def test_every_transfer_syntax_gives_the_same_volume(write_series, syntax):
     stored = noise((16, 40, 33), high=2**16 if syntax == JPEG_2000 else 2**12)

@@ -53,7 +53,7 @@ def crops_folder(phantom_data, tmp_path_factory):
                                   (48, 48, 48))
         truth = np.stack([labels == v for v in range(1, 8)]).astype(np.float32)
         crops = cspine.vertebra_slices(volume, truth, SMALL_CROP)
-        cspine.write_crops(work / "crops" / f"{folder.name}.npz", crops)
+        cspine.write_crops(work / "last" / f"{folder.name}.npz", crops)
     return work
 
 
@@ -254,6 +254,17 @@ def test_a_run_of_other_options_or_data_is_not_gone_on_with(
     assert (folder / "vertebra_fold0_last.pt").read_bytes() == before
 
 
+def test_a_checkpoint_of_another_version_is_refused_in_one_line(
+        uninterrupted, arguments, tmp_path, capsys):
+    path = tmp_path / "vertebra_fold0_last.pt"
+    content = torch.load(uninterrupted("vertebra")[0] / path.name, weights_only=True)
+    name = next(iter(content["state"]["model"]))
+    content["state"]["model"]["older." + name] = content["state"]["model"].pop(name)
+    torch.save(content, path)
+    assert cspine.main(arguments("vertebra", tmp_path, "--resume")) == 2
+    assert "made with other" in capsys.readouterr().err.splitlines()[-1]
+
+
 # ---- A toy: what the loop itself does ----
 
 TOY = replace(RECIPES["vertebra"], backbone="test_convnext3", size=32, epochs=3, batch_size=4,
@@ -330,6 +341,21 @@ def test_a_skipped_step_leaves_the_weights_alone():
     trainer.update(task, toy_batch(task), 10)
     assert trainer.step == trainer.skipped == 1
     assert_same(trainer.model.state_dict(), fresh.model.state_dict())
+
+
+def test_a_step_that_overflows_on_the_way_forward_leaves_the_norms_alone():
+    """Norms measure a batch before its loss is known; averages would never lose a NaN."""
+    task = toy_task(recipe=replace(TOY, backbone="resnet18d"))
+    trainer, fresh = Trainer(task), Trainer(task)
+    endless = [((np.full_like(crops, 255) * np.float32("inf"), labels), rng)
+               for (crops, labels), rng in toy_batch(task)]
+    trainer.update(task, endless, 10)
+    assert trainer.skipped == 1
+    for model in (trainer.model, trainer.averaged):
+        assert_same(model.state_dict(), fresh.model.state_dict())
+    trainer.update(task, toy_batch(task), 10)
+    assert trainer.skipped == 1
+    assert all(b.isfinite().all() for b in trainer.averaged.buffers())
 
 
 def test_a_training_gives_up_when_no_gradient_is_finite_any_more(tmp_path):
@@ -524,7 +550,8 @@ def test_a_training_on_phantoms_shows_a_falling_validation_loss(
 
 @pytest.mark.parametrize("more, found", [
     (["--fold", "2"], "--fold 2: there are folds 0 to 1"), (["--fold", "x"], "--fold x"),
-    (["--epochs", "-1"], "below 0"), (["--folds", "0"], "below 0"),
+    (["--epochs", "-1"], "below 0"), (["--folds", "0"], "below 0"), (["--seed", "-1"], "below 0"),
+    (["--dropout", "1.5"], "dropout probability"),
     (["--size", "40"], "multiples of 16"), (["--backbone", "nothing"], "--backbone nothing"),
     (["--init", "none.pth"], "--init none.pth: cannot be read")])
 def test_what_a_training_cannot_do_is_said_in_one_line(more, found, arguments, tmp_path, capsys):
@@ -532,14 +559,37 @@ def test_what_a_training_cannot_do_is_said_in_one_line(more, found, arguments, t
     assert found in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_a_backbone_of_one_image_size_is_refused_in_one_line(arguments, tmp_path, capsys):
+    argv = arguments("vertebra", tmp_path, "--backbone", "vit_tiny_patch16_224")
+    assert cspine.main(argv) == 2
+    assert "--backbone vit_tiny_patch16_224: " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    """torch.save says so by a RuntimeError."""
+    def full(new):
+        new.write_bytes(b"half")
+        raise RuntimeError("unexpected pos 64 vs 0")
+    with pytest.raises(cspine.UserError, match="cannot write .*model.pt: unexpected pos"):
+        cspine.write_atomic(tmp_path / "model.pt", full)
+    assert not any(tmp_path.iterdir())
+
+
 # ---- Crops on disk ----
+
+
+def test_crops_with_masks_of_another_slice_are_not_trained_on(
+        arguments, crops_folder, tmp_path, capsys):
+    argv = arguments("vertebra", tmp_path, "--work", crops_folder, "--mask-of", "center")
+    assert cspine.main(argv) == 2
+    assert "center: run extract first" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_damaged_file_of_crops_ends_a_training_in_one_line(
         arguments, crops_folder, tmp_path, capsys):
-    (tmp_path / "crops").mkdir()
-    for file in (crops_folder / "crops").iterdir():
-        (tmp_path / "crops" / file.name).write_bytes(file.read_bytes()[:1000])
+    (tmp_path / "last").mkdir()
+    for file in (crops_folder / "last").iterdir():
+        (tmp_path / "last" / file.name).write_bytes(file.read_bytes()[:1000])
     argv = arguments("vertebra", tmp_path / "weights", "--work", tmp_path)
     assert cspine.main(argv) == 2
     assert ".npz: no crops" in capsys.readouterr().err.splitlines()[-1]
@@ -588,7 +638,7 @@ def test_extract_goes_on_with_what_is_missing(extraction, tmp_path, monkeypatch,
     assert "the same command goes on" in capsys.readouterr().err
     assert cspine.main(extraction) == 0
     assert "4 studies written, 1 left out" in capsys.readouterr().out
-    files = sorted((tmp_path / "work" / "crops").iterdir())
+    files = sorted((tmp_path / "work" / "last").iterdir())
     assert len(files) == 4 and all(f.suffix == ".npz" for f in files)
     before = [(f.read_bytes(), f.stat().st_mtime_ns) for f in files]
     files[1].unlink()
@@ -611,9 +661,9 @@ def test_torchrun_shares_the_studies_of_extract_out(extraction, tmp_path):
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(" studies written, ") == 2 and done.stdout.count(" 1 left out") == 1
-    shared = {f.name: f.read_bytes() for f in (tmp_path / "work" / "crops").iterdir()}
+    shared = {f.name: f.read_bytes() for f in (tmp_path / "work" / "last").iterdir()}
     assert cspine.main([*extraction, "--work", str(tmp_path / "alone")]) == 0
-    alone = {f.name: f.read_bytes() for f in (tmp_path / "alone" / "crops").iterdir()}
+    alone = {f.name: f.read_bytes() for f in (tmp_path / "alone" / "last").iterdir()}
     assert len(alone) == 4 and alone == shared
 
 
