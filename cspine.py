@@ -111,7 +111,7 @@ class Answers:
     top_k: int = 5  # a vertebra's largest steps are averaged (first place)
     views: int = 1  # dihedral views a model, from view i mod 8 on; 0: none
     average: str = "logit"  # or "probability"
-    noisy_or: float = 0.6  # share in patient_overall
+    noisy_or: float = 0.8  # share in patient_overall
 
 
 # ==== House tools ====
@@ -474,9 +474,9 @@ class Segmenter(nn.Module):
         self.encoder = to_3d(flat)
         first, second, third, last = flat.feature_info.channels()
         self.decoder = nn.ModuleList([
-            ConvBlock(last + third, 64), ConvBlock(64 + second, 32), ConvBlock(32 + first + 8, 24)])
+            ConvBlock(last + third, 64), ConvBlock(64 + second, 32), ConvBlock(32 + first + 8, 48)])
         self.dropout = nn.Dropout3d(dropout)
-        self.head = nn.Conv3d(24, 7 * 8, 1)  # a place answers for 8 cells
+        self.head = nn.Conv3d(48, 7 * 8, 1)  # a place answers for 8 cells
         nn.init.constant_(self.head.bias, -4)  # most cells are background
 
     def forward(self, x):
