@@ -21,6 +21,7 @@ nothing; then main(["predict"]) runs a mode. Not a medical device."""
 import argparse
 import copy
 import functools
+import hashlib
 import math
 import mmap
 import os
@@ -768,7 +769,7 @@ def dice_scores(probability, labels):
 def assign_folds(table, folds, masked):
     """{uid: fold}: strata of mask, patient, fractures; inside by the uid's hash."""
     fractures = table[[*VERTEBRAE]].sum(axis=1).clip(upper=2)
-    hashes = [zlib.crc32(uid.encode()) for uid in table[STUDY]]
+    hashes = [hashlib.sha256(uid.encode()).digest() for uid in table[STUDY]]
     keys = zip(table[STUDY].isin(masked), table.patient_overall, fractures, hashes, table[STUDY])
     return {uid: k % folds for k, (*_, uid) in enumerate(sorted(keys))}
 
@@ -1431,7 +1432,7 @@ def mode_predict(o):
     print(f"{out}: {len(rows)} rows, {count} studies, {count - good} of them fell back to a prior")
 
 
-def side_room(name):  # None where this file was pasted
+def side_room(name):  # None if pasted
     if (HERE / "tests/kaggle_kernel.py").exists():
         sys.modules.setdefault("cspine", sys.modules[__name__])  # it imports us
         sys.path.insert(0, str(HERE / "tests"))

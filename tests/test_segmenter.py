@@ -307,5 +307,5 @@ def test_the_loss_is_dice_of_what_is_in_view_and_ten_times_the_cross_entropy():
     ("no_such_network", "no_such_network"), ("convnext_nano", "strides 2, 4, 8 and 16")))
 def test_a_backbone_that_does_not_fit_is_one_line(name, why):
     with pytest.raises(UserError, match=why) as caught:
-        Segmenter(name)
+        cspine.new_model("segmenter", {"backbone": name})
     assert "\n" not in str(caught.value)
