@@ -1,6 +1,6 @@
 """How long everything takes, beside the starting solution's way, in one run.
 
-    python tests/bench.py [read|train|predict|scale|all] [--quick]
+    python tests/bench.py [read|train|predict|scale|gpu|all] [--quick]
 
 Both ways take turns on the same made-up study (512x512, 300 slices; random weights, the true masks
 in place of the untrained segmenter's), the medians are shown and the median of the ratios. --quick
@@ -10,6 +10,9 @@ The starting solution's way: 128 slices decoded for the cube, repeated to 3 chan
 slice decoded again from its file for each of the 7 x 75 crops; contiguous memory, all 105 crops in
 one batch, nothing left out, nothing overlapped. Training: a plain contiguous fp32 loop, crops
 augmented slice by slice on the CPU, a mask spread over 7 full-size channels that are resized each.
+
+gpu, not part of all: steps of the three trainings at their recipes' batch sizes, with and without
+half precision and channels_last; how long the card waits for samples; studies predicted on it.
 """
 
 import argparse
@@ -28,6 +31,7 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import cv2
 import numpy as np
@@ -549,6 +553,83 @@ def bench_scale(scale, root):
     estimate_t4(scale, seconds(lambda: our_crops(study)))
 
 
+def gpu_samples(scale, study):
+    """{kind: a sample}, as the loaders give it."""
+    labels = (study.probability.argmax(0) + 1) * (study.probability.max(0) > 0.5)
+    cube = (old_cube(study.folder, scale.cube)[0, 0] * 255).byte().numpy()
+    crops = our_crops(study)
+    return dict(segmenter=(cube, labels.astype(np.uint8)),
+                vertebra=(crops[3], np.zeros(1, np.float32)),
+                patient=(crops.reshape(-1, *crops.shape[2:]), np.zeros(8, np.float32)))
+
+
+def gpu_steps(kind, sample, scale, device, layout, half, count):
+    """(seconds of a step, GB of the card), a batch as large as the recipe's."""
+    flat = dict(channels_last=torch.contiguous_format, channels_last_3d=torch.contiguous_format)
+    with contextlib.ExitStack() as stack:
+        if layout == "contiguous":
+            stack.enter_context(mock.patch.multiple(torch, **flat))
+        if not half:
+            stack.enter_context(mock.patch.object(cspine, "half_type", lambda device: None))
+        recipe = replace(cspine.RECIPES[kind], backbone=scale.backbones[kind], mixup=0.0)
+        recipe = replace(recipe, size=scale.cube) if kind == "segmenter" else recipe
+        batch = cspine.segmenter_batch if kind == "segmenter" else cspine.classifier_batch
+        task = cspine.Task(kind, recipe, device, None, batch, None, None)
+        trainer = cspine.Trainer(task)
+        samples = [(sample, np.random.default_rng(k)) for k in range(recipe.batch_size)]
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(3):  # the first steps choose algorithms
+            trainer.update(task, samples, 1000)
+        times = [seconds(lambda: trainer.update(task, samples, 1000)) for _ in range(count)]
+    memory = torch.cuda.max_memory_allocated() / 2**30
+    del trainer
+    torch.cuda.empty_cache()
+    return statistics.median(times), memory
+
+
+def bench_gpu(scale, root):
+    if not torch.cuda.is_available():
+        return print("no GPU: nothing measured")
+    device, count = torch.device("cuda", 0), 4 * scale.repeats
+    print(f"\n{torch.cuda.get_device_name(0)}, {os.cpu_count()} cores: a step of training")
+    study = make_study(root, "study", scale)
+    samples, at_hand = gpu_samples(scale, study), {}
+    for kind, sample in samples.items():
+        size = cspine.RECIPES[kind].batch_size
+        for half in (True, False):
+            for layout in ("channels_last", "contiguous"):
+                took, memory = gpu_steps(kind, sample, scale, device, layout, half, count)
+                at_hand.setdefault(kind, took)
+                print(f"  {kind:10} batch {size}  {'half' if half else 'fp32'}  {layout:13} "
+                      f"{took * 1e3:8.1f} ms {size / took:8.1f} samples/s {memory:6.1f} GB",
+                      flush=True)
+    crops = samples["patient"][0].reshape(7, cspine.STEPS, *samples["patient"][0].shape[1:])
+    cspine.write_crops(root / "crops.npz", crops)
+    for kind, which in (("vertebra", [3]), ("patient", [*range(7)])):
+        size, total = cspine.RECIPES[kind].batch_size, 8 * cspine.RECIPES[kind].batch_size
+        load = cspine.prefetch(lambda k: cspine.read_crops(root / "crops.npz", which),
+                               range(total), os.cpu_count(), total)
+        each = seconds(lambda: [future.result() for _, future in load]) / total * size
+        print(f"  {kind}: {os.cpu_count()} threads load a batch in {each * 1e3:.1f} ms; the card "
+              f"waits {max(0, 1 - at_hand[kind] / each):.0%} of the time")
+    gpu_predict(scale, root, study)
+
+
+def gpu_predict(scale, root, study):
+    write_models(root / "weights", scale)
+    write_test_csv(root, study.folder.name, 4 * scale.studies)
+    see_truth(study.probability)
+    with contextlib.redirect_stdout(io.StringIO()):
+        took = seconds(lambda: cspine.main([
+            "predict", "--data", str(root), "--weights", str(root / "weights"), "--out",
+            str(root / "submission.csv"), "--device", "cuda"]))
+    report = pd.read_csv(root / "predict_report.csv")
+    later = report.iloc[1:].mean(numeric_only=True)  # the first one chooses algorithms
+    print(f"  predict: {len(report)} studies in {took:.1f} s, loading included; a study after the "
+          f"first: read {later.read_s:.2f} (beside the others), segmenter {later.segment_s:.2f}, "
+          f"crops {later.crops_s:.2f}, classifiers {later.classify_s:.2f} s; {set(report.status)}")
+
+
 def half_of(root, k, study, count):
     """A data folder of its own for one of two processes."""
     half = root / f"half{k}"
@@ -592,7 +673,7 @@ def estimate_t4(scale, others):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("topic", nargs="?", default="all",
-                        choices=["read", "train", "predict", "scale", "all", "child"])
+                        choices=["read", "train", "predict", "scale", "gpu", "all", "child"])
     parser.add_argument("--quick", action="store_true", help="small networks and study, once")
     parser.add_argument("--repeats", type=int, help="turns of either way")
     parser.add_argument("--threads", type=int, default=CORES,
@@ -608,8 +689,8 @@ def main():
           f"{'quick: shows that the bench works' if o.quick else 'full size'}; median of "
           f"{scale.repeats}, ratio = starting / ours (of rates: ours / starting)")
     for name, bench in (("read", bench_read), ("train", bench_train),
-                        ("predict", bench_predict), ("scale", bench_scale)):
-        if o.topic in (name, "all"):
+                        ("predict", bench_predict), ("scale", bench_scale), ("gpu", bench_gpu)):
+        if o.topic == name or (o.topic == "all" and name != "gpu"):
             with tempfile.TemporaryDirectory() as folder:
                 bench(scale, Path(folder))
 
