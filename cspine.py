@@ -13,9 +13,9 @@
     all models --combine--> submission.csv
 
 Shapes: B batch, C channels, Z Y X voxel axes (head to foot, front to back, right to left),
-V 7 vertebrae, T 15 steps, K 6 channels a step, S 224 crop edge, D 128 cube edge, F features.
+T 15 steps, K 6 channels a step, S 224 crop edge, D 128 cube edge, F features.
 
-In the repository run `python cspine.py demo`; other modes: --help. Pasted, the file runs
+In the repository run `python cspine.py demo`; other modes: --help. Pasted, it runs
 nothing; then main(["predict"]) runs a mode. Not a medical device."""
 
 import argparse
@@ -69,12 +69,12 @@ MAX_GAP_MM, SAME_STEP_MM = 30.0, 0.0031  # odd: no usual spacing lies on the edg
 MASK_THRESHOLDS = (0.2, 0.05)  # first place's, in turn
 MIN_CELLS, BOX_MARGIN = 12, 1.0  # cells: of a vertebra; around a box (first place)
 AROUND, CLOSER = (0.25, 0.75, 0.75), 0.57  # of the vertebrae's extent; of the cube
-BOX_SHARE = 0.05  # of the fullest plane's cells: fewer are strays
+BOX_SHARE = 0.05  # of the fullest plane
 CROPS_AT_ONCE = {"cpu": STEPS, "cuda": 210}  # 15 stay in a CPU's cache
 CROP_PNG = cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, 3  # 3: run lengths
 KAGGLE_DATA = "/kaggle/input/rsna-2022-cervical-spine-fracture-detection"
 KAGGLE_MINUTES = 510.0  # of a submission's 540
-MAX_SKIPPED_STEPS = 20  # in a row without a finite gradient
+MAX_SKIPPED_STEPS = 20  # in a row
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ RECIPES = dict(segmenter=Recipe("tf_efficientnetv2_s", 60, 4, 1e-3, 128, dropout
 @dataclass(frozen=True)
 class Answers:
     """How logits become answers."""
-    top_k: int = 5  # a vertebra's largest steps are averaged (first place)
+    top_k: int = 5  # largest steps averaged (first place)
     views: int = 1  # dihedral views a model, from view i mod 8 on; 0: none
     average: str = "logit"  # or "probability"
     noisy_or: float = 0.8  # share in patient_overall
@@ -461,7 +461,7 @@ class ConvBlock(nn.Module):
 
 
 class Segmenter(nn.Module):
-    """3-D U-Net: (B, 1, Z, Y, X) in 0..1 -> (B, 7, Z, Y, X) logits; axes multiples of 16."""
+    """3-D U-Net: (B, 1, Z, Y, X) in 0..1 -> (B, 7, Z, Y, X) logits."""
     def __init__(self, backbone="tf_efficientnetv2_s", size=128, window=SEGMENTER_WINDOW,
                  drop_path=0, dropout=0, **_):  # a recipe holds more
         super().__init__()
@@ -470,7 +470,7 @@ class Segmenter(nn.Module):
                                drop_path_rate=drop_path)
         if flat.feature_info.reduction() != [2, 4, 8, 16]:
             raise UserError("no features at strides 2, 4, 8 and 16")
-        if hasattr(flat, "blocks"):  # EfficientNets would go on to stride 32
+        if hasattr(flat, "blocks"):  # else on to stride 32
             del flat.blocks[int(flat.feature_info.module_name()[-1].split(".")[1]) + 1 :]
         self.encoder = to_3d(flat)
         first, second, third, last = flat.feature_info.channels()
@@ -668,7 +668,7 @@ def classifier_loss(outputs, labels):
 
 # ==== Augmentation ====
 # Drawn by a sample's own generator. Degrees, log, share of the edge, share; of 0..1, log, of 0..1.
-VOLUME_RANGES = dict(rotation=15, scale=0.2, shift=0.3, mirror=0.5, window=0.2, gamma=0.3,
+VOLUME_RANGES = dict(rotation=15, scale=0.35, shift=0.3, mirror=0.5, window=0.2, gamma=0.3,
                      noise=0.06, blur=0.3, hole=0, still=0.4)
 CROP_RANGES = dict(rotation=20, scale=0.15, shift=0.1, mirror=0.5, window=0.15, gamma=0.25,
                    noise=0.04, blur=0.15, hole=0.3, still=0.2)
@@ -691,7 +691,7 @@ def draw_grid(rngs, ranges, shape, device):
 
 
 def grey_levels(image, rng, ranges):
-    """Changes (N, C, ...) in 0..1 in place, new memory being slow, to another scanner's."""
+    """Changes (N, C, ...) in 0..1 in place to another scanner's."""
     stretch, shift = ranges["window"] * rng.uniform(-1, 1, 2)
     gamma = math.exp(ranges["gamma"] * rng.uniform(-1, 1))
     noise, coarse, hole = rng.random(3)
@@ -796,18 +796,19 @@ def load_checkpoint(path):
     raise UserError(f"{path}: damaged or not ours")
 
 
-def new_model(kind, settings):
-    last = torch.channels_last_3d if kind == "segmenter" else torch.channels_last
+def new_model(kind, settings, device="cpu"):
+    solid = torch.channels_last_3d if str(device) == "cpu" else torch.contiguous_format
+    layout = solid if kind == "segmenter" else torch.channels_last  # fastest (README)
     with study_errors(f"--backbone {settings['backbone']}"):
-        return KINDS[kind](**settings).to(memory_format=last)
+        return KINDS[kind](**settings).to(memory_format=layout)
 
 
-def load_model(path, kind):
+def load_model(path, kind, device="cpu"):
     content = load_checkpoint(path)
     with study_errors(f"{path}: a {content.get('kind')}, no {kind} that fits"):
-        model = new_model(kind, content["settings"])
+        model = new_model(kind, content["settings"], device)
         model.load_state_dict(content["tensors"])
-        return fold_norms(model)
+        return fold_norms(model).to(device)
 
 
 def load_init(model, path):
@@ -843,7 +844,7 @@ class Trainer:
     def __init__(self, task, init=""):
         recipe, device = task.recipe, task.device
         torch.manual_seed(recipe.seed)
-        self.model = model = new_model(task.kind, asdict(recipe))
+        self.model = model = new_model(task.kind, asdict(recipe), device)
         if init:
             load_init(model, init)
         self.averaged = copy.deepcopy(model.to(device)).eval()
@@ -961,17 +962,17 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
 
 
 # ==== Prediction ====
-# A complete submission is on disk from the first second, at worst with the prior.
+# A complete submission is on disk at once, at worst with the prior.
 
 REPORTS = [f"predict_report{k or ''}.csv" for k in range(16)]  # one a rank
 BLIND = dict(zip(TARGETS, PRIOR))
 AS_IS = np.repeat([[1.0], [0.0]], 8, 1)  # scale and shift of the logits
 Ensemble = namedtuple("Ensemble", "models device calibration options", defaults=[AS_IS, Answers()])
-Effort = namedtuple("Effort", "views folds")  # what a study is given
+Effort = namedtuple("Effort", "views folds")  # of a study
 
 
 def load_models(weights, kind, device):
-    return {k: load_model(path, kind).to(device) for k in range(100)
+    return {k: load_model(path, kind, device) for k in range(100)
             if (path := Path(weights) / f"{kind}_fold{k}.pt").exists()}
 
 
@@ -992,22 +993,21 @@ def load_ensemble(weights, device):
 def segment(models, volume, device, report=say, closer=True):
     """float32 (7, D, D, D): mean probability, in_order. Looks again where vertebrae are small."""
     size, window = (models[0].settings[k] for k in ("size", "window"))  # as of all folds
-    cube = segmenter_input(volume, size, window)[None]
-    cube = cube.to(device, memory_format=torch.channels_last_3d)
+    cube = segmenter_input(volume, size, window)[None].to(device)
     with autocast(device):
         mean = sum(m.to(device)(cube)[0].float().sigmoid().nan_to_num() for m in models)
     mean = (mean / len(models)).cpu()
     box = vertebra_box(mean.amax(0).numpy(), size)
     if closer and box is not None:
-        ends = box.T + np.outer([-1, 1], np.ptp(box, 1) * AROUND)
-        ends = ends.clip(0, size - 1).astype(int) + [[0], [1]]
-        extent = tuple(np.ptp(ends, 0).tolist())
-        if min(extent) < CLOSER * size:
-            voxels = (ends * volume.hu.shape + [[0], [size - 1]]) // size
-            part = volume._replace(hu=volume.hu[tuple(map(slice, *voxels))])
+        shape, reach = np.array(volume.hu.shape), np.outer([-1, 1], np.ptp(box, 1) * AROUND)
+        low, high = ((box.T + reach) * shape / size).clip(0, shape - 1).astype(int) + [[0], [1]]
+        if min((high - low) / shape) < CLOSER:
+            part = volume._replace(hu=volume.hu[tuple(map(slice, low, high))])
             part = torch.from_numpy(segment(models, part, device, report, False))[None]
-            mean[:] = 0
-            mean[(..., *map(slice, *ends))] = F.interpolate(part, extent, mode="area")
+            to_part = np.c_[np.diag(shape), shape - low - high] / np.c_[high - low]
+            to_part = torch.from_numpy(np.float32(to_part)[None, ::-1, [2, 1, 0, 3]])
+            grid = F.affine_grid(to_part, mean[None].shape, align_corners=False)
+            mean = F.grid_sample(part, grid, align_corners=False)[0]  # 0 around it
     return in_order(mean.numpy(), report)
 
 
@@ -1032,7 +1032,7 @@ def classify(ensemble, crops, effort):
     vertebra, patient = (ensemble.models[k][: effort.folds] for k in ("vertebra", "patient"))
     crops = torch.from_numpy(crops).to(ensemble.device)
     for i, model in enumerate(vertebra + patient):
-        model.to(ensemble.device)  # from the CPU, after a lack of memory
+        model.to(ensemble.device)  # after a lack of memory
         size, whole = model.settings["size"], i >= len(vertebra)
         shown = torch.stack([  # bytes: little memory
             F.interpolate(c.float(), size, mode="bilinear").round().byte() for c in crops])
@@ -1080,7 +1080,7 @@ def answer_study(volume, read_s, ensemble, effort):
 def answer_or_prior(uid, future, ensemble, effort, seconds=None):
     try:
         study = future.result(seconds)  # a file may hang
-        for _ in range(2):  # then in small parts, then on the CPU
+        for _ in range(2):  # in small parts, then on the CPU
             with suppress(torch.OutOfMemoryError):
                 return answer_study(*study, ensemble, effort)
             CROPS_AT_ONCE["cuda"] = STEPS
@@ -1109,7 +1109,7 @@ def write_submission(out, rows, reports=()):
     if reports:
         write_csv(out.parent / REPORTS[ranks()[0]], pd.DataFrame(reports))
     known = -1
-    while known < len(answers := read_reports(out)):  # others may report meanwhile
+    while known < len(answers := read_reports(out)):  # others report too
         known = len(answers)
         values = [(row, answers.get(uid, BLIND).get(target, 0.5)) for row, uid, target in rows]
         write_csv(out, pd.DataFrame(values, columns=["row_id", "fractured"]))
@@ -1322,7 +1322,7 @@ def run_training(o, samples, folds, task):
 
 def segmenter_batch(model, tensors, rngs, recipe):
     cubes, labels = augment_volumes(tensors[0][:, None] / 255, tensors[1], rngs)
-    return segmenter_loss(model(cubes.to(memory_format=torch.channels_last_3d)), labels)
+    return segmenter_loss(model(cubes), labels)
 
 
 def classifier_batch(model, tensors, rngs, recipe):
@@ -1429,7 +1429,7 @@ def mode_predict(o):
     predict_studies(data / "test_images", out, rows, ensemble, stop, o.workers, o.resume)
     good = sum(row["status"] != "nothing seen" for row in read_reports(out).values())
     count = table[STUDY].nunique()
-    print(f"{out}: {len(rows)} rows, {count} studies, {count - good} of them fell back to a prior")
+    print(f"{out}: {len(rows)} rows, {count} studies, {count - good} fell back to a prior")
 
 
 def side_room(name):  # None if pasted
@@ -1440,7 +1440,7 @@ def side_room(name):  # None if pasted
 
 
 OPTIONS = dict(  # shared by modes: default, meaning
-    data=(KAGGLE_DATA, "folder of studies and tables"), weights=(str(HERE / "weights"), "folder"),
+    data=(KAGGLE_DATA, "data set's folder"), weights=(str(HERE / "weights"), "folder"),
     work=("work", "folder of crops"), out=("submission.csv", "file or folder to write"),
     device=("auto", "auto, cpu, cuda:0, ..."), workers=(os.cpu_count() or 1, "threads"),
     fold=("all", "one fold, or all"), folds=(5, "number of folds"), seed=(0, "of what is random"),

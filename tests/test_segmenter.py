@@ -309,3 +309,13 @@ def test_a_backbone_that_does_not_fit_is_one_line(name, why):
     with pytest.raises(UserError, match=why) as caught:
         cspine.new_model("segmenter", {"backbone": name})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("device, layout", (
+    ("cpu", torch.channels_last_3d), ("cuda:0", torch.contiguous_format)))
+def test_weights_lie_as_the_device_is_fastest_with(device, layout):
+    model = cspine.new_model("segmenter", {"backbone": SMALL}, torch.device(device))
+    kernels = [m.weight for m in model.modules() if isinstance(m, nn.Conv3d)]
+    assert all(weight.is_contiguous(memory_format=layout) for weight in kernels)
+    other, = {torch.channels_last_3d, torch.contiguous_format} - {layout}
+    assert not all(weight.is_contiguous(memory_format=other) for weight in kernels)
