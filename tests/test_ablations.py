@@ -1,0 +1,66 @@
+"""The small trainings of ablations.py run, and differ in what they say they differ in."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import ablations
+import cspine
+from test_slices import block, numbered_volume
+
+
+def test_stretched_crops_fill_the_box_on_both_axes():
+    volume, wide = numbered_volume(), block(3, (8, 16), (12, 18), (6, 26))
+    masks = {name: cut(volume, wide, 64)[3, 7, -1] > 127 for name, cut in (
+        ("square", cspine.vertebra_slices), ("stretched", ablations.stretched_slices()))}
+    height, width = (masks["square"].any(axis).sum() for axis in (1, 0))
+    assert height < 0.5 * width
+    height, width = (masks["stretched"].any(axis).sum() for axis in (1, 0))
+    assert height > 0.7 * width
+
+
+def test_undivided_weights_are_larger_by_the_depth_of_the_kernel():
+    plain, other = (cspine.Segmenter("mobilenetv3_small_050") for _ in range(2))
+    copy = lambda model, _: model.load_state_dict(plain.state_dict())  # noqa: E731
+    ablations.undivided(copy, other, "")
+    for one, two in zip(plain.encoder.modules(), other.encoder.modules()):
+        if isinstance(one, torch.nn.Conv3d):
+            assert torch.equal(one.weight * one.kernel_size[0], two.weight)
+
+
+def test_three_channels_show_the_encoder_its_input_three_times():
+    torch.manual_seed(0)
+    model = ablations.three_channels(cspine.Segmenter)("mobilenetv3_small_050").eval()
+    stem = next(m for m in model.encoder.modules() if isinstance(m, torch.nn.Conv3d))
+    assert stem.weight.shape[1] == 3
+    folded = cspine.Segmenter("mobilenetv3_small_050").eval()
+    state = model.state_dict()
+    name = next(n for n, t in state.items() if t.ndim == 5)
+    folded.load_state_dict(state | {name: state[name].sum(1, keepdim=True)})
+    cube = torch.rand(1, 1, 32, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(cube), folded(cube), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant, found", (("no mask", "auc"), ("segmenter", "dice")))
+def test_a_run_trains_and_the_table_shows_it(variant, found, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ablations, "BACKBONE", "tf_mobilenetv3_small_minimal_100")
+    monkeypatch.setattr(ablations, "CROP", 32)
+    monkeypatch.setattr(ablations, "EDGE", 64)
+    monkeypatch.setattr(ablations, "SMALL", 32)
+    rng = np.random.default_rng(0)
+    for folder in ("cubes", *ablations.CUTS):
+        (tmp_path / folder).mkdir()
+    for k in range(10):
+        np.save(tmp_path / f"cubes/{k}.npy", rng.integers(0, 8, (2, 64, 64, 64), np.uint8))
+        np.save(tmp_path / f"square/{k}.npy", rng.integers(0, 255, (7, 15, 6, 32, 32), np.uint8))
+    rows = ["C1,C2,C3,C4,C5,C6,C7,held_out", *["0,1,0,1,0,0,1,False"] * 8, *["1,0,0,0,1,1,0,True"] * 2]
+    (tmp_path / "labels.csv").write_text("\n".join(rows))
+    for more in (["run", str(tmp_path), variant, "--epochs", "1", "--device", "cpu"],
+                 ["table", str(tmp_path)]):
+        monkeypatch.setattr(sys, "argv", ["ablations.py", *more])
+        ablations.main()
+    table = capsys.readouterr().out
+    assert f"{variant}, seed 0" in table and found in table
