@@ -300,7 +300,7 @@ def read_series(folder, workers, give_up):
     mm, steps, (start, column, row) = mm[run], np.arange(len(run)), places[run[0]]
     step, way = np.median(np.diff(mm)), places[run[-1], 0] - start
     even = np.linspace(mm[0], mm[-1], round(np.ptp(mm) / step) + 1)
-    if len(even) != len(mm) or abs(mm - even).max() > 0.25 * step:  # fill by position, not index
+    if len(even) != len(mm) or abs(mm - even).max() > 0.25 * step:
         problems.append(f"uneven positions, filled to {len(even)}")
         steps = np.interp(even, mm, steps)
     straight = np.ptp(mm) / np.linalg.norm(way)
@@ -345,7 +345,7 @@ def read_nifti(path):
         raise ValueError("not one 3-D image")  # NumPy reads before a file's start
     stored = np.ndarray(shape, order + NIFTI_TYPES[short[35]], raw, start, order="F")
     affine = np.diag([*zooms * (-1, 1, 1), 1])
-    affine[:3, 3] = affine[:3, :3] @ (1.0 - shape) / 2  # centred, as nibabel does
+    affine[:3, 3] = affine[:3, :3] @ (1.0 - shape) / 2  # as nibabel does
     if short[127] > 0:  # sform
         affine[:3] = real[70:82].reshape(3, 4)
     elif short[126] > 0:  # qform
@@ -374,17 +374,18 @@ def read_mask(path, volume, shape=None):
     return out
 
 
-def to_rows(image, rows):
-    how = cv2.INTER_AREA if rows <= len(image) else cv2.INTER_LINEAR
-    return cv2.resize(image, (image.shape[1], rows), interpolation=how)
+def resize(image, rows, columns):
+    shrinks = rows <= len(image) and columns <= image.shape[1]
+    how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    return cv2.resize(image, (columns, rows), interpolation=how)
 
 
 def segmenter_input(volume, size=128, window=SEGMENTER_WINDOW):
     """float32 (1, D, D, D) in 0..1: a cell averages its share."""
     low, width = window[0] - window[1] // 2, window[1]
     planes = (np.float32(np.clip(hu, low, low + width)) for hu in volume.hu)
-    planes = [to_rows(to_rows(plane, size).T, size).T.ravel() for plane in planes]
-    cube = to_rows(np.array(planes), size)  # (Z, D * D) -> (D, D * D)
+    planes = [resize(plane, size, size).ravel() for plane in planes]
+    cube = resize(np.array(planes), size, size * size)  # (Z, D * D) -> (D, D * D)
     return torch.from_numpy((cube.reshape(1, size, size, size) - low) / width)
 
 
@@ -686,7 +687,7 @@ def draw_grid(rngs, ranges, shape, device):
         matrix[:, : 4 - axes] *= 1 - 2 * flips[: 4 - axes]
         matrix = matrix[:: -1 if axes == 2 and flips[2] else 1]
         maps.append(np.c_[matrix, 2 * ranges["shift"] * shift])
-    return F.affine_grid(  # doubles: autocast would round
+    return F.affine_grid(  # doubles: autocast rounds
         torch.tensor(np.array(maps), device=device), shape, align_corners=False).float()
 
 
@@ -1007,7 +1008,7 @@ def segment(models, volume, device, report=say, closer=True):
             to_part = np.c_[np.diag(shape), shape - low - high] / np.c_[high - low]
             to_part = torch.from_numpy(np.float32(to_part)[None, ::-1, [2, 1, 0, 3]])
             grid = F.affine_grid(to_part, mean[None].shape, align_corners=False)
-            mean = F.grid_sample(part, grid, align_corners=False)[0]  # 0 around it
+            mean = F.grid_sample(part, grid, align_corners=False)[0]  # 0 around
     return in_order(mean.numpy(), report)
 
 
