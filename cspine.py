@@ -337,7 +337,7 @@ def read_nifti(path):
     raw = Path(path).read_bytes()
     if raw[:2] == b"\x1f\x8b":
         raw = zlib.decompressobj(31).decompress(raw, MAX_VOXELS)
-    order = "<" if raw[:2] == b"\x5c\x01" else ">"  # fields by their offsets in nifti1.h
+    order = "<" if raw[:2] == b"\x5c\x01" else ">"  # offsets of nifti1.h
     short = np.ndarray(174, order + "i2", raw)
     real = np.ndarray(87, order + "f4", raw).astype(float)
     rank, start, shape, zooms = short[20], int(real[27]), short[21:24], real[20:23]
@@ -384,7 +384,7 @@ def segmenter_input(volume, size=128, window=SEGMENTER_WINDOW):
     """float32 (1, D, D, D) in 0..1: a cell averages its share."""
     low, width = window[0] - window[1] // 2, window[1]
     planes = (np.float32(np.clip(hu, low, low + width)) for hu in volume.hu)
-    planes = [resize(plane, size, size).ravel() for plane in planes]
+    planes = [resize(resize(p, size, p.shape[1]), size, size).ravel() for p in planes]
     cube = resize(np.array(planes), size, size * size)  # (Z, D * D) -> (D, D * D)
     return torch.from_numpy((cube.reshape(1, size, size, size) - low) / width)
 
@@ -993,7 +993,7 @@ def load_ensemble(weights, device):
 @torch.inference_mode()
 def segment(models, volume, device, report=say, closer=True):
     """float32 (7, D, D, D): mean probability, in_order. Looks again where vertebrae are small."""
-    size, window = (models[0].settings[k] for k in ("size", "window"))  # as of all folds
+    size, window = (models[0].settings[k] for k in ("size", "window"))
     cube = segmenter_input(volume, size, window)[None].to(device)
     with autocast(device):
         mean = sum(m.to(device)(cube)[0].float().sigmoid().nan_to_num() for m in models)
