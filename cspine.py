@@ -43,10 +43,8 @@ import cv2
 import numpy as np
 import pandas as pd
 import pydicom
-import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import distributed as dist, nn
 from tqdm import tqdm
 
@@ -148,8 +146,7 @@ def progress(items, unit, total=None):
 
 
 def write_atomic(path, write):
-    path = Path(path)
-    new = path.parent / f".{os.getpid()}.{path.name}"
+    new = (path := Path(path)).parent / f".{os.getpid()}.{path.name}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(new)
@@ -414,15 +411,15 @@ class SqueezeExcite3d(nn.Sequential):
         return x * super().forward(x.mean((2, 3, 4), keepdim=True))
 
 
-SOLID = {nn.Conv2d: nn.Conv3d, Conv2dSame: Conv3dSame, nn.MaxPool2d: nn.MaxPool3d,
-         nn.AvgPool2d: nn.AvgPool3d, nn.BatchNorm2d: nn.BatchNorm3d, BatchNormAct2d: BatchNormAct3d}
+SOLID = dict(Conv2d=nn.Conv3d, Conv2dSame=Conv3dSame, MaxPool2d=nn.MaxPool3d,
+             AvgPool2d=nn.AvgPool3d, BatchNorm2d=nn.BatchNorm3d, BatchNormAct2d=BatchNormAct3d)
 
 
 def to_3d(network):
     """The 3-D twin of a timm network, paths kept. UserError naming a layer that has none."""
     twin = copy.deepcopy(network)
     for path, layer in twin.named_modules():
-        kind, name = type(layer), str(type(layer))
+        kind, name = type(layer).__name__, str(type(layer))
         sides = {n: v for n, v in vars(layer).items() if isinstance(v, tuple) and len(v) == 2}
         own = [*layer.parameters(False), *layer.buffers(False)]
         plain = re.search("activation|ConvNormAct|DropPath", name)
@@ -442,6 +439,7 @@ def to_3d(network):
 def create_backbone(name, **arguments):
     if ":" in name:  # hf-hub: the network
         raise UserError("no plain name")
+    import timm  # 0.2 GB, for networks alone
     return timm.create_model(name, pretrained=False, **arguments)
 
 
@@ -815,6 +813,7 @@ def load_model(path, kind, device="cpu"):
 def load_init(model, path):
     """From ours, or a timm file less its head: by name, else in order."""
     with study_errors(f"--init {path}: cannot be read"):
+        import timm
         source = timm.models.load_state_dict(str(path), weights_only=True)
         part = model if "program" in source else getattr(model.encoder, "backbone", model.encoder)
         source = {n: t for n, t in source.get("tensors", source).items() if t.ndim}
@@ -1314,8 +1313,6 @@ def run_training(o, samples, folds, task):
             history = train(task, weights, stop, o.workers, o.resume or o.fold == "all", o.init)
             if ranks()[0] == 0 and (pictures := side_room("pictures")):
                 pictures.draw_curves(weights / f"{task.name}_curves.png", history)
-    except (torch.OutOfMemoryError, MemoryError):
-        raise UserError("out of memory: lower --batch-size, raise --accumulate") from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -1421,7 +1418,7 @@ def mode_predict(o):
     table = table.drop_duplicates("row_id")
     target = table.row_id.str.extract(f"_({'|'.join(TARGETS)})$")[0]
     rows = [*zip(table.row_id, table[STUDY], target.fillna(table.prediction_type))]
-    stop = Stop(o.time_limit or KAGGLE_MINUTES * Path(KAGGLE_DATA).exists())
+    stop = Stop(o.time_limit or KAGGLE_MINUTES * Path("/kaggle").exists())
     old = [] if o.resume else REPORTS[rank::world]
     for path in filter(Path.exists, map(out.parent.joinpath, old)):
         path.unlink()
@@ -1487,6 +1484,9 @@ def main(argv=None):
     try:
         o.function(o)
         return 0
+    except (torch.OutOfMemoryError, MemoryError):
+        say("cspine: out of memory: lower --batch-size, raise --accumulate, or --device cpu")
+        return 2
     except (UserError, Stopped, KeyboardInterrupt) as error:
         say(f"cspine: {str(error) or 'interrupted'}")
         return 2 if isinstance(error, UserError) else 0 if "--time-limit" in str(error) else 130

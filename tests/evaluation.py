@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from cspine import (
-    BLIND, FLOOR, POSITIVE_FACTOR, STUDY, TARGET_WEIGHTS, TARGETS, VERTEBRAE, Answers, UserError,
-    auc, combine, competition_scores, data_folder, dice_scores, element_losses, load_models,
-    pick_device, progress, read_csv, read_mask, read_volume, segment, write_atomic)
+    AS_IS, BLIND, FLOOR, POSITIVE_FACTOR, STUDY, TARGET_WEIGHTS, TARGETS, VERTEBRAE, Answers,
+    UserError, auc, combine, competition_scores, data_folder, dice_scores, element_losses,
+    load_models, pick_device, progress, read_csv, read_mask, read_volume, segment, write_atomic)
 
 BINS = (0, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1)  # of the reliability table
 CALIBRATION_PULL = 2.0  # towards the identity: a spread of 0.5 in log scale and in shift
@@ -25,14 +25,15 @@ def read_answers(path):
     return table.pivot_table("fractured", "uid", "target").reindex(columns=TARGETS)
 
 
-def held_out_answers(weights):
+def held_out_answers(weights, calibration=AS_IS):
     """Out-of-fold answers, a study a row, blended over the kinds as predict does."""
     files = sorted(weights.glob("vertebra_fold*_heldout.csv"))
     files += sorted(weights.glob("patient_fold*_heldout.csv"))
     if not files:
         raise UserError(f"no vertebra_fold*_heldout.csv in {weights}: run train-cls first")
     table = pd.concat([read_csv(path, (STUDY, *TARGETS)) for path in files])
-    blended = {uid: combine([(row[:7, None], row[7]) for row in rows.to_numpy()], Answers())
+    blended = {uid: combine([(row[:7, None], row[7]) for row in rows.to_numpy()], Answers(),
+                            calibration)
                for uid, rows in table.groupby(STUDY)[list(TARGETS)]}
     return pd.DataFrame.from_dict(blended, orient="index", columns=TARGETS)
 
@@ -113,7 +114,15 @@ def evaluate(o):
             table = json.loads(path.read_text())
             scale, shift = torch.tensor([table[target] for target in TARGETS]).double().T
             raw = ((torch.tensor(answers).logit(FLOOR) - shift) / scale).sigmoid().numpy()
-        write_calibration(path, fit_calibration(raw, labels))
+        fitted = fit_calibration(raw, labels)
+        if o.folds:  # noisy-or blends calibrated vertebrae into the patient's answer
+            fitted[7] = 1, 0
+            blended = held_out_answers(weights, fitted.T).loc[uids].to_numpy()
+            fitted[7] = fit_calibration(blended, labels)[7]
+        elif not path.exists():
+            print("patient_overall was blended from vertebrae that were not calibrated yet: predict and "
+                  "evaluate --calibrate once more")
+        write_calibration(path, fitted)
     models = [*load_models(weights, "segmenter", pick_device(o.device)).values()]
     if models and not o.folds:
         table = table.join(mask_table(data, uids, models, o.workers))

@@ -6,9 +6,12 @@ from pathlib import Path
 
 from cspine import HERE, KAGGLE_DATA, UserError, write_atomic
 
-RUN = """import os, subprocess, sys, torch
+RUN = """import glob, os, subprocess, sys, torch
+def mounted(name):  # Kaggle mounts at /kaggle/input, or a level or two below
+    found = [f for k in range(3) for f in glob.glob("/kaggle/input/" + "*/" * k + name)]
+    return (found or ["/kaggle/input/" + name])[0]
 count = max(1, torch.cuda.device_count())
-command = [sys.executable, "cspine.py", "predict", *ARGUMENTS]
+command = [sys.executable, "cspine.py", "predict", "--data", mounted("COMPETITION"), *ARGUMENTS]
 shares = [{"RANK": str(k), "LOCAL_RANK": str(k), "WORLD_SIZE": str(count)} for k in range(count)]
 running = [subprocess.Popen(command, env={**os.environ, **share}) for share in shares]
 print("exit status of a process on each GPU:", [process.wait() for process in running])"""
@@ -35,8 +38,8 @@ def notebook(o):
     if not re.fullmatch(r"([\w-]+/[\w-]+)?", weights):
         raise UserError(f"--weights-dataset {weights}: expected OWNER/NAME")
     owner, _, name = weights.partition("/")
-    arguments = json.dumps(["--weights", f"/kaggle/input/{name}"] if name else [])
-    run = RUN.replace("ARGUMENTS", arguments)
+    arguments = f'["--weights", mounted("{name}")]' if name else "[]"
+    run = RUN.replace("ARGUMENTS", arguments).replace("COMPETITION", Path(KAGGLE_DATA).name)
     cells = ["%%writefile cspine.py\n" + source.read_text(), run, LOOK]
     write_json(out / "cspine.ipynb", dict(
         nbformat=4, nbformat_minor=4, cells=[code_cell(text) for text in cells],

@@ -117,7 +117,8 @@ def overview(path, volume, probability, answers, truth=None, dice=None):
     z, y, x = np.concatenate(cells).mean(0) if found else [probability.shape[-1] / 2] * 3
     planes = [(2, x, "sagittal"), (1, y, "coronal")]
     planes += [(0, cells[v][:, 0].mean(), f"axial, {VERTEBRAE[v]}") for v in sorted(found)]
-    planes += [(0, z * share, "axial") for share in (1, 0.5, 1.5)[len(found):]]
+    planes += [(0, min(z * share, probability.shape[-1] - 1), "axial")
+               for share in (1, 0.5, 1.5)[len(found):]]
     names = VERTEBRAE if dice is None else [f"{n} Dice {d:.2f}" for n, d in zip(VERTEBRAE, dice)]
     panels = [panel(volume, probability, *plane, names, truth) for plane in planes]
     bars = dict(zip((*VERTEBRAE, "all"), np.round(answers, 2)))
@@ -221,7 +222,7 @@ def show(o):
     outputs = classify(ensemble, crops, Effort(1, len(models)))
     answers = combine(outputs, Answers(), ensemble.calibration)
     steps = np.mean([steps for steps, _ in outputs], 0)
-    for mask in (folder.parents[1] / "segmentations").glob(f"{folder.name}.nii*"):
+    for mask in (folder.parent.parent / "segmentations").glob(f"{folder.name}.nii*"):
         truth, edge = read_mask(mask, volume), probability.shape[-1]
         dice = dice_scores(probability, read_mask(mask, volume, (edge,) * 3))
         truth = truth * (truth < 8)

@@ -37,7 +37,8 @@ def test_it_imports_its_seven_packages_and_the_standard_library_alone():
     top = {id(node) for node in TREE.body}
     inner = [node.lineno for node in ast.walk(TREE)
              if isinstance(node, (ast.Import, ast.ImportFrom)) and id(node) not in top]
-    assert not inner, "imports stand at the top"
+    lazy = [number for number in inner if TEXT.splitlines()[number - 1].split()[:2] == ["import", "timm"]]
+    assert inner == lazy, "imports stand at the top, but for timm's 0.2 GB"
 
 
 def test_tests_import_nothing_else_but_pytest():

@@ -106,7 +106,7 @@ def test_imports_stand_at_the_top_and_hold_no_network():
             names = [node.module]
         for name in names:
             package = name.partition(".")[0]
-            assert node.col_offset == 0
+            assert node.col_offset == 0 or name == "timm"  # 0.2 GB
             assert package in allowed or package in sys.stdlib_module_names, name
             assert package not in ("socket", "urllib", "http", "requests", "subprocess"), name
 
@@ -151,12 +151,19 @@ def test_the_kernel_is_ready_to_be_pushed(notebook):
     assert meta["language"] == "python" and meta["is_private"] is True and len(meta["title"]) >= 5
 
 
-def test_the_notebook_runs_from_its_first_cell_to_its_last(notebook, tmp_path, weights):
+@pytest.mark.parametrize("data_at, weights_at", (
+    ("", ""), ("competitions", "datasets/me")), ids=("flat", "deep"))
+def test_the_notebook_runs_from_its_first_cell_to_its_last(
+        data_at, weights_at, notebook, tmp_path, weights):
     """Cells as a notebook runs them: %%writefile, a process a GPU, and a look at the answers."""
     write, run, look = (cell["source"] for cell in cells_of(notebook))
     data = make_test_set(tmp_path / "data", ["a", "b"])
     (tmp_path / "cspine.py").write_text(write.partition("\n")[2])
-    run = run.replace('"/kaggle/input/my-weights"', f'"{weights}", "--data", "{data}"')
+    for place, name, real in ((data_at, Path(cspine.KAGGLE_DATA).name, data),
+                              (weights_at, "my-weights", weights)):
+        (tmp_path / "input" / place).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "input" / place / name).symlink_to(real)
+    run = run.replace("/kaggle/input/", f"{tmp_path}/input/")
     (tmp_path / "run.py").write_text(f"import torch; torch.cuda.device_count = lambda: 2\n{run}")
     said = subprocess.run([sys.executable, "run.py"], cwd=tmp_path, capture_output=True, text=True,
                           check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}).stdout
@@ -171,7 +178,7 @@ def test_without_weights_of_ones_own_the_notebook_names_none(tmp_path):
     assert cspine.main(["notebook", "--out", str(tmp_path)]) == 0
     meta = json.loads((tmp_path / "kernel-metadata.json").read_text())
     assert meta["dataset_sources"] == [] and meta["id"].endswith("/cspine")
-    assert '"cspine.py", "predict", *[]]' in cells_of(tmp_path)[1]["source"]
+    assert '-fracture-detection"), *[]]' in cells_of(tmp_path)[1]["source"]
 
 
 @pytest.mark.parametrize("name", ("weights", "a/b/c", "a/b; rm -rf /", "../x", "a/$(id)", "a/b\n"))

@@ -109,6 +109,14 @@ def test_the_heat_map_is_hot_where_the_model_looks():
     assert 4 <= y < 10 and 20 <= x < 28 and heat[3, 25:, :12].max() < 0.01
 
 
+@pytest.mark.parametrize("rows", ((26, 31), (0, 3)))
+def test_one_vertebra_at_either_end_of_a_study_is_drawn(rows, volume, tmp_path):
+    probability = np.zeros((7, 32, 32, 32), np.float32)
+    probability[0, slice(*rows), 10:20, 10:20] = 0.9
+    pictures.overview(tmp_path / "o.png", volume, probability, np.full(8, 0.3))
+    assert cv2.imread(str(tmp_path / "o.png")).std() > 1
+
+
 def test_bars_are_as_tall_as_counts(words):
     counts = {"C1": 4, "C2": 0, "C3": 10, "C4": 5}
     image = pictures.chart("Fractures", counts, ("vertebra", "studies"))

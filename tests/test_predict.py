@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import cspine
-from evaluation import fit_calibration
+from evaluation import fit_calibration, held_out_answers
 from limits import at_cells
 from small_kernel import make_study, make_test_set, make_weights, write_test_csv
 
@@ -425,11 +425,12 @@ def test_too_little_time_in_a_real_run_leaves_priors_and_says_so(predict, tmp_pa
 
 def test_on_kaggle_the_limit_is_eight_and_a_half_hours(predict, tmp_path, monkeypatch):
     limits = []
-    monkeypatch.setattr(cspine, "KAGGLE_DATA", str(tmp_path))
+    exists = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda path: str(path) == "/kaggle" or exists(path))
     monkeypatch.setattr(cspine, "predict_studies", lambda *given: limits.append(given[4].left()))
     predict()
     predict("--time-limit", 3)
-    monkeypatch.setattr(cspine, "KAGGLE_DATA", str(tmp_path / "elsewhere"))
+    monkeypatch.setattr(Path, "exists", lambda path: str(path) != "/kaggle" and exists(path))
     predict()
     assert 509 * 60 < limits[0] <= 510 * 60 and limits[1] <= 180 and limits[2] > 1e8
 
@@ -723,4 +724,9 @@ def test_evaluate_fits_calibration_to_a_submission_and_to_held_out_answers(predi
     assert cspine.main([*evaluate, "--folds"]) == 0
     again = json.loads((weights / "calibration.json").read_text())
     assert np.allclose([again[t] for t in cspine.VERTEBRAE], expected[:7], atol=1e-4)
-    assert cspine.load_ensemble(weights, torch.device("cpu")).calibration.shape == (2, 8)
+    calibration = cspine.load_ensemble(weights, torch.device("cpu")).calibration.copy()
+    assert calibration.shape == (2, 8)
+    calibration[:, 7] = 1, 0  # the patient's: fitted to what calibrated vertebrae give
+    blended = held_out_answers(weights, calibration).loc[uids].to_numpy()
+    assert np.allclose(again["patient_overall"], fit_calibration(blended, labels)[7], atol=1e-4)
+    assert not np.allclose(blended[:, 7], held_out_answers(weights).loc[uids].patient_overall)

@@ -519,6 +519,14 @@ def test_out_of_memory_names_the_options_to_lower(error, arguments, tmp_path, mo
     assert "--batch-size" in line and "--accumulate" in line
 
 
+def test_out_of_memory_in_extract_is_one_line(extraction, tmp_path, monkeypatch, capsys):
+    def burst(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(cspine, "segment", burst)
+    assert cspine.main(extraction) == 2
+    assert "out of memory" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_half_precision_is_bfloat16_where_native_float16_on_a_t4_else_none(monkeypatch):
     for capability, kind in (((7, 5), torch.float16), ((8, 0), torch.bfloat16)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
