@@ -554,3 +554,9 @@ def test_another_window_of_the_cube_is_obeyed():
     hu[0], hu[1] = -1000, 3000
     cube = segmenter_input(Volume("uid", hu, (1, 1, 1), np.eye(4)), 16, (200, 400))[0]
     assert cube[0].max() == 0 and cube[1].min() == 1 and cube[5, 5, 5] == pytest.approx(0.25)
+
+
+def test_reading_needs_no_networks():
+    """timm takes 0.2 GB; 1,000 slices of 512 x 512 are to be read within 1.2."""
+    code = "import sys, cspine; sys.exit('timm' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

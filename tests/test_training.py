@@ -98,7 +98,7 @@ def launch(tmp_path_factory):
     """launch(argv, ...) -> a started process; its stderr goes to the file `process.stderr`."""
     os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), str(HERE)])
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cspine"])
+    context.set_forkserver_preload(["cspine", "timm"])
     folder, started = tmp_path_factory.mktemp("stderr"), []
 
     def start(argv, **options):
