@@ -372,8 +372,7 @@ def read_mask(path, volume, shape=None):
 
 
 def resize(image, rows, columns):
-    shrinks = rows <= len(image) and columns <= image.shape[1]
-    how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    how = cv2.INTER_LINEAR if rows > len(image) or columns > image.shape[1] else cv2.INTER_AREA
     return cv2.resize(image, (columns, rows), interpolation=how)
 
 
@@ -460,7 +459,7 @@ class ConvBlock(nn.Module):
 
 
 class Segmenter(nn.Module):
-    """3-D U-Net: (B, 1, Z, Y, X) in 0..1 -> (B, 7, Z, Y, X) logits."""
+    """3-D U-Net: (B, 1, Z, Y, X) in 0..1 -> (B, 7, Z, Y, X) logits; axes multiples of 16."""
     def __init__(self, backbone="tf_efficientnetv2_s", size=128, window=SEGMENTER_WINDOW,
                  drop_path=0, dropout=0, **_):  # a recipe holds more
         super().__init__()

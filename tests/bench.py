@@ -468,9 +468,9 @@ def bench_train(scale, root):
     bench_loading(scale, root, study)
     heading("train: a step of batch 1, ours augmenting too, theirs in fp32")
     crops = our_crops(study)
-    for kind in cspine.KINDS:
+    for kind, sample in training_samples(scale, study, crops).items():
         for half in sorted({False, cspine.half_type(CPU) is not None}):
-            bench_step(scale, kind, crops, study, half)
+            bench_step(scale, kind, sample, half)
 
 
 def bench_loading(scale, root, study):
@@ -502,20 +502,27 @@ def bench_loading(scale, root, study):
     row("a vertebra's crops, loaded and augmented, samples/s", 1 / mine, 1 / old, ratio)
 
 
-def bench_step(scale, kind, crops, study, half):
-    recipe = replace(cspine.RECIPES[kind], backbone=scale.backbones[kind], batch_size=1, half=half)
+def training_samples(scale, study, crops):
+    """{kind: a sample}, as the loaders give it."""
+    labels = (study.probability.argmax(0) + 1) * (study.probability.max(0) > 0.5)
+    cube = (old_cube(study.folder, scale.cube)[0, 0] * 255).byte().numpy()
+    return dict(segmenter=(cube, labels.astype(np.uint8)),
+                vertebra=(crops[3], np.zeros(1, np.float32)),
+                patient=(crops.reshape(-1, *crops.shape[2:]), np.zeros(8, np.float32)))
+
+
+def new_task(scale, kind, device, **changes):
+    """A task to make steps with, of the recipe but for the scale and the changes."""
     if kind == "segmenter":
-        recipe = replace(recipe, size=scale.cube)
-        labels = (study.probability.argmax(0) + 1) * (study.probability.max(0) > 0.5)
-        cube = old_cube(study.folder, scale.cube)[0, 0]
-        sample = (cube * 255).byte().numpy(), labels.astype(np.uint8)
-        batch = cspine.segmenter_batch
-    else:
-        label = np.zeros(1 if kind == "vertebra" else 8, np.float32)
-        chosen = crops[3] if kind == "vertebra" else crops.reshape(-1, *crops.shape[2:])
-        sample, batch = (chosen, label), cspine.classifier_batch
-    task = cspine.Task(kind, recipe, CPU, None, batch, None, None)
-    trainer = cspine.Trainer(task)
+        changes["size"] = scale.cube
+    recipe = replace(cspine.RECIPES[kind], backbone=scale.backbones[kind], **changes)
+    batch = cspine.segmenter_batch if kind == "segmenter" else cspine.classifier_batch
+    return cspine.Task(kind, recipe, device, None, batch, None, None)
+
+
+def bench_step(scale, kind, sample, half):
+    task = new_task(scale, kind, CPU, batch_size=1, half=half)
+    recipe, trainer = task.recipe, cspine.Trainer(task)
     model = old_models(random_models(scale))[kind]
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
     tensors = [torch.from_numpy(x)[None] for x in sample]
@@ -553,16 +560,6 @@ def bench_scale(scale, root):
     estimate_t4(scale, seconds(lambda: our_crops(study)))
 
 
-def gpu_samples(scale, study):
-    """{kind: a sample}, as the loaders give it."""
-    labels = (study.probability.argmax(0) + 1) * (study.probability.max(0) > 0.5)
-    cube = (old_cube(study.folder, scale.cube)[0, 0] * 255).byte().numpy()
-    crops = our_crops(study)
-    return dict(segmenter=(cube, labels.astype(np.uint8)),
-                vertebra=(crops[3], np.zeros(1, np.float32)),
-                patient=(crops.reshape(-1, *crops.shape[2:]), np.zeros(8, np.float32)))
-
-
 def gpu_steps(kind, sample, scale, device, layout, half, count):
     """(seconds of a step, GB of the card), a batch as large as the recipe's."""
     flat = dict(channels_last=torch.contiguous_format, channels_last_3d=torch.contiguous_format)
@@ -571,14 +568,11 @@ def gpu_steps(kind, sample, scale, device, layout, half, count):
             stack.enter_context(mock.patch.multiple(torch, **flat))
         if not half:
             stack.enter_context(mock.patch.object(cspine, "half_type", lambda device: None))
-        recipe = replace(cspine.RECIPES[kind], backbone=scale.backbones[kind], mixup=0.0)
-        recipe = replace(recipe, size=scale.cube) if kind == "segmenter" else recipe
-        batch = cspine.segmenter_batch if kind == "segmenter" else cspine.classifier_batch
-        task = cspine.Task(kind, recipe, device, None, batch, None, None)
+        task = new_task(scale, kind, device, mixup=0.0)
         trainer = cspine.Trainer(task)
         if kind == "segmenter" and layout == "channels_last":  # not what new_model chooses
             trainer.model.to(memory_format=torch.channels_last_3d)
-        samples = [(sample, np.random.default_rng(k)) for k in range(recipe.batch_size)]
+        samples = [(sample, np.random.default_rng(k)) for k in range(task.recipe.batch_size)]
         torch.cuda.reset_peak_memory_stats()
         for _ in range(3):  # the first steps choose algorithms
             trainer.update(task, samples, 1000)
@@ -595,7 +589,8 @@ def bench_gpu(scale, root):
     device, count = torch.device("cuda", 0), 4 * scale.repeats
     print(f"\n{torch.cuda.get_device_name(0)}, {os.cpu_count()} cores: a step of training")
     study = make_study(root, "study", scale)
-    samples, at_hand = gpu_samples(scale, study), {}
+    crops = our_crops(study)
+    samples, at_hand = training_samples(scale, study, crops), {}
     for kind, sample in samples.items():
         size = cspine.RECIPES[kind].batch_size
         for half in (True, False):
@@ -605,7 +600,6 @@ def bench_gpu(scale, root):
                 print(f"  {kind:10} batch {size}  {'half' if half else 'fp32'}  {layout:13} "
                       f"{took * 1e3:8.1f} ms {size / took:8.1f} samples/s {memory:6.1f} GB",
                       flush=True)
-    crops = samples["patient"][0].reshape(7, cspine.STEPS, *samples["patient"][0].shape[1:])
     cspine.write_crops(root / "crops.npz", crops)
     for kind, which in (("vertebra", [3]), ("patient", [*range(7)])):
         size, total = cspine.RECIPES[kind].batch_size, 8 * cspine.RECIPES[kind].batch_size

@@ -120,8 +120,8 @@ def evaluate(o):
             blended = held_out_answers(weights, fitted.T).loc[uids].to_numpy()
             fitted[7] = fit_calibration(blended, labels)[7]
         elif not path.exists():
-            print("patient_overall was blended from vertebrae that were not calibrated yet: predict and "
-                  "evaluate --calibrate once more")
+            print("patient_overall was blended from vertebrae that were not calibrated yet: predict "
+                  "and evaluate --calibrate once more")
         write_calibration(path, fitted)
     models = [*load_models(weights, "segmenter", pick_device(o.device)).values()]
     if models and not o.folds:
