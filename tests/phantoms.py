@@ -253,7 +253,10 @@ def draw_grid(rng, level, matrix, variety):
     elif cover < 0.22 + 0.2 * (variety - 1):
         top += rng.uniform(40, 120)
     slices = int(np.clip((top - bottom) / rng.uniform(0.5, 3 if wild else 1.25), 60, 400))
-    pixel = rng.uniform(*((140, 225) if usual else (90, 400) if wild else (120, 260))) / matrix
+    extent = (140, 225) if usual else (90, 400) if wild else (120, 260)  # mm
+    if not wild:  # pixels of 0.3 to 0.7 mm, but for matrices that are too small for a neck
+        extent = np.clip(extent, 0.3 * matrix, max(0.7 * matrix, 170))
+    pixel = rng.uniform(*extent) / matrix
     spacing = (top - bottom) / slices, pixel, pixel
     other = int(matrix * min(1, rng.uniform(0.85, 1.4)))
     shape = (slices, *map(int, rng.permutation([matrix, other])))

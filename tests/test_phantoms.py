@@ -111,6 +111,17 @@ def test_a_neck_is_a_neck():
     assert p.hu[p.label == 4].mean() > 250 > p.hu[p.label == 0].mean()
 
 
+@pytest.mark.parametrize("matrix", [256, 512])
+def test_spacings_are_those_of_real_studies(matrix):
+    level = np.c_[np.zeros((13, 2)), -18.0 * np.arange(13)]
+    grids = [phantoms.draw_grid(np.random.default_rng(k), level, matrix, 1.0) for k in range(200)]
+    shapes, spacings = np.array([grid[0] for grid in grids]), np.array([grid[1] for grid in grids])
+    assert (0.3 <= spacings[:, 1:]).all() and (spacings[:, 1:] <= 0.7).all()
+    assert (0.4 < spacings[:, 0]).all() and (spacings[:, 0] < 1.26).all()
+    assert (np.ptp(spacings, 0) > (0.5, 0.1, 0.1)).all()
+    assert shapes[:, 0].min() >= 60 and shapes.max() <= 512
+
+
 def test_the_share_of_fractures_is_an_option():
     whole, broken = (sum(make_phantom([2, k], 48, fractures=f).fractured.sum() for k in range(3))
                      for f in (0, 2.1))
