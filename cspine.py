@@ -65,14 +65,15 @@ SEGMENTER_WINDOW, BONE_WINDOW = (300, 1600), (500, 2000)  # (level, width) HU
 MIN_SLICES, MAX_VOXELS = 16, 2**30  # of a study
 MAX_GAP_MM, SAME_STEP_MM = 30.0, 0.0031  # odd: no usual spacing lies on the edge
 MASK_THRESHOLDS = (0.2, 0.05)  # first place's, in turn
-MIN_CELLS, BOX_MARGIN = 12, 1.0  # cells: of a vertebra; around a box (first place)
+MIN_CELLS, BOX_MARGIN, APART = 12, 1.0, 2  # cells: of a vertebra; around (first place); between
 AROUND, CLOSER = (0.25, 0.75, 0.75), 0.57  # of the vertebrae's extent; of the cube
 BOX_SHARE = 0.05  # of the fullest plane
-CROPS_AT_ONCE = {"cpu": STEPS, "cuda": 210}  # 15 stay in a CPU's cache
-CROP_PNG = cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, 3  # 3: run lengths
+CROPS_AT_ONCE = {"cpu": STEPS, "cuda": 210}  # 15: a CPU's cache
+CROP_PNG = cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, 3
 KAGGLE_DATA = "/kaggle/input/rsna-2022-cervical-spine-fracture-detection"
 KAGGLE_MINUTES = 510.0  # of a submission's 540
 MAX_SKIPPED_STEPS = 20  # in a row
+MAX_READ_S, READERS = 600, 99  # or a quarter of the time left; some may hang
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,10 @@ RECIPES = dict(segmenter=Recipe("tf_efficientnetv2_s", 60, 4, 1e-3, 128, dropout
 class Answers:
     """How logits become answers."""
     top_k: int = 5  # largest steps averaged (first place)
-    views: int = 1  # dihedral views a model, from view i mod 8 on; 0: none
+    views: int = 1  # dihedral views a model, from view i mod 8 on
     average: str = "logit"  # or "probability"
     noisy_or: float = 0.8  # share in patient_overall
+    compile: bool = False  # pays after hundreds of studies
 
 
 # ==== House tools ====
@@ -142,7 +144,7 @@ def say(text):
 
 
 def progress(items, unit, total=None):
-    return tqdm(items, unit=unit, total=total, disable=None, leave=False)  # None: terminals alone
+    return tqdm(items, unit=unit, total=total, disable=None, leave=False)
 
 
 def write_atomic(path, write):
@@ -300,8 +302,7 @@ def read_series(folder, workers, give_up):
     if len(even) != len(mm) or abs(mm - even).max() > 0.25 * step:
         problems.append(f"uneven positions, filled to {len(even)}")
         steps = np.interp(even, mm, steps)
-    straight = np.ptp(mm) / np.linalg.norm(way)
-    if straight < 0.999:
+    if (straight := np.ptp(mm) / np.linalg.norm(way)) < 0.999:
         problems.append(f"gantry tilted by {math.degrees(math.acos(straight)):.0f} degrees")
     affine = np.c_[way / (len(even) - 1), column, row, start]
     return [stack[k][1] for k in run], steps, np.r_[affine, [[0, 0, 0, 1]]], problems
@@ -530,8 +531,9 @@ def apply_window(hu, window):
 def crop_plane(plane, box, size):
     (y, x), (dy, dx) = box * plane.shape  # corner and step
     source = np.array([[dx, 0, x + (dx - 1) / 2], [0, dy, y + (dy - 1) / 2]])
-    return cv2.warpAffine(plane, source, (size, size), borderMode=cv2.BORDER_REPLICATE,
-                          flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
+    return cv2.warpAffine(
+        plane, source, (size, size), borderMode=cv2.BORDER_REPLICATE,
+        flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
 
 
 def vertebra_slices(volume, probability, size=CROP, mask_of="last"):
@@ -557,13 +559,14 @@ def vertebra_slices(volume, probability, size=CROP, mask_of="last"):
 
 
 def write_crops(path, crops):
-    """Each different image once (steps share slices)."""
+    """Each different image once (steps share slices); the bytes they take."""
     index, known, edge = np.full(crops.shape[:3], -1, np.int16), {}, crops.shape[-1]
     for place in zip(*crops.any((3, 4)).nonzero()):
         index[place], _ = known.setdefault(crops[place].tobytes(), (len(known), crops[place]))
     images = [cv2.imencode(".png", image, CROP_PNG)[1].ravel() for _, image in known.values()]
     ends, data = np.cumsum([0, *map(len, images)]), np.concatenate([np.uint8([]), *images])
     write_atomic(path, lambda new: np.savez(new, index=index, ends=ends, data=data, edge=edge))
+    return len(data)
 
 
 def read_crops(path, vertebrae=range(7)):
@@ -590,8 +593,8 @@ class VertebraClassifier(nn.Module):
         super().__init__()
         self.settings = dict(backbone=backbone, size=size, mask_of=mask_of, hidden=hidden)
         self.encoder = part = nn.Module()
-        part.backbone = create_backbone(backbone, in_chans=CHANNELS, num_classes=0,
-                                        global_pool="avg", drop_path_rate=drop_path)
+        part.backbone = create_backbone(
+            backbone, in_chans=CHANNELS, num_classes=0, global_pool="avg", drop_path_rate=drop_path)
         width = part.backbone.eval()(torch.zeros(1, CHANNELS, 64, 64)).shape[1]
         part.absent = nn.Parameter(torch.zeros(width))  # a step out of view
         part.lstm = nn.LSTM(width, hidden, 2, batch_first=True, dropout=dropout, bidirectional=True)
@@ -774,8 +777,7 @@ def assign_folds(table, folds, masked):
 
 # ==== Training ====
 # What is random is drawn from (seed, step) or (seed, place in the order): runs resume exactly.
-# load((study, ...)) -> arrays; score(model, study) -> a value a target;
-# judge(table) -> dict, "score": the lower the better
+# load(sample) -> arrays; score(model, study) -> a value a target; judge(table) -> dict of score
 KINDS = dict(segmenter=Segmenter, vertebra=VertebraClassifier, patient=PatientClassifier)
 Task = namedtuple("Task", "kind recipe device load loss score judge name train held_out",
                   defaults=["", [], []])
@@ -830,12 +832,6 @@ def load_init(model, path):
         raise UserError(f"--init {path}: not the architecture of {model.settings}")
     part.load_state_dict(taken, strict=False)
     say(f"--init: {len(taken)} of {len(source)} tensors {'by name' if named else 'in order'}")
-
-
-def epoch_order(task, epoch, count):
-    """(count,) places in task.train."""
-    rng = np.random.default_rng([task.recipe.seed, epoch])
-    return np.resize(rng.permutation(len(task.train)), count)
 
 
 class Trainer:
@@ -905,10 +901,11 @@ class Trainer:
             rows = [(uid, *task.score(self.averaged, uid)) for uid in task.held_out[rank::world]]
         rows, losses = sum(over_ranks(rows), []), sum(over_ranks(self.losses), [])
         table = pd.DataFrame(rows, columns=[STUDY, *TARGETS][: len(rows[0])])
-        line = dict(epoch=len(self.history) + 1, **task.judge(table.set_index(STUDY)),
-                    train_loss=np.mean(losses or math.nan), lr=self.optimizer.param_groups[0]["lr"],
-                    samples_per_s=len(self.losses) * task.recipe.batch_size / self.seconds,
-                    seconds=self.seconds, skipped_steps=self.skipped, peak_gb=peak_gb())
+        line = dict(
+            epoch=len(self.history) + 1, **task.judge(table.set_index(STUDY)),
+            train_loss=np.mean(losses or math.nan), lr=self.optimizer.param_groups[0]["lr"],
+            samples_per_s=len(self.losses) * task.recipe.batch_size / self.seconds,
+            seconds=self.seconds, skipped_steps=self.skipped, peak_gb=peak_gb())
         log = pd.DataFrame([*self.history, line])
         self.history = log.to_dict("records")
         self.losses, self.seconds = [], 0
@@ -937,9 +934,8 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
             run.load(saved["state"])
     steps = max(1, samples // size)  # an epoch
     total = steps * recipe.epochs
-    if rank == 0:
-        say(f"{name}: {samples} samples, from step {run.step} of {total}")
-    order = np.concatenate([epoch_order(task, k, steps * size) for k in range(recipe.epochs)])
+    rngs = [np.random.default_rng([recipe.seed, k]) for k in range(recipe.epochs)]
+    order = np.concatenate([np.resize(rng.permutation(samples), steps * size) for rng in rngs])
     mine = range(run.step * size + rank, len(order), world)
     loaded = prefetch(lambda k: task.load(task.train[order[k]]), mine, workers, 2 * size)
     bar = progress(range(run.step, total), "step")
@@ -967,7 +963,7 @@ REPORTS = [f"predict_report{k or ''}.csv" for k in range(16)]  # one a rank
 BLIND = dict(zip(TARGETS, PRIOR))
 AS_IS = np.repeat([[1.0], [0.0]], 8, 1)  # scale and shift of the logits
 Ensemble = namedtuple("Ensemble", "models device calibration options", defaults=[AS_IS, Answers()])
-Effort = namedtuple("Effort", "views folds")  # of a study
+Effort = namedtuple("Effort", "views folds")
 
 
 def load_models(weights, kind, device):
@@ -979,7 +975,7 @@ def load_ensemble(weights, device):
     """All models of a folder. UserError without a segmenter and a classifier."""
     models = {kind: [*load_models(weights, kind, device).values()] for kind in KINDS}
     if not models["segmenter"] or not models["vertebra"] + models["patient"]:
-        raise UserError(f"no weights in {weights}: --weights needs a segmenter and a classifier")
+        raise UserError(f"--weights {weights}: no segmenter or no classifier")
     path = Path(weights) / "calibration.json"
     if not path.exists():
         return Ensemble(models, device)
@@ -1011,16 +1007,20 @@ def segment(models, volume, device, report=say, closer=True):
 
 
 def in_order(probability, report):
-    """(7, D, D, D): the fainter of two not head to foot is emptied."""
+    """(7, D, D, D) head to foot: two that are not change names; a faint one is emptied."""
     weight = (probability * (probability > 0.5)).sum((2, 3))  # (7, D)
     mass = weight.sum(1)
     centre = weight @ np.arange(weight.shape[1]) / np.maximum(mass, 1)
     seen = [*np.flatnonzero(mass > MIN_CELLS)]
     while wrong := [p for p in zip(seen, seen[1:]) if centre[p[0]] >= centre[p[1]]]:
-        drop = min(wrong[0], key=mass.item)
-        seen.remove(drop)
-        probability[drop] = 0
-        report(f"{VERTEBRAE[drop]} out of order, taken out")
+        pair, faint = [*wrong[0]], min(wrong[0], key=mass.item)
+        report(f"{VERTEBRAE[pair[0]]} and {VERTEBRAE[pair[1]]} out of order")
+        if 2 * mass[faint] > max(mass[pair]) and np.ptp(centre[pair]) > APART:
+            for part in probability, centre, mass:
+                part[pair] = part[pair[::-1]]
+        else:
+            seen.remove(faint)
+            probability[faint] = 0
     return probability
 
 
@@ -1035,7 +1035,7 @@ def classify(ensemble, crops, effort):
         size, whole = model.settings["size"], i >= len(vertebra)
         shown = torch.stack([  # bytes: little memory
             F.interpolate(c.float(), size, mode="bilinear").round().byte() for c in crops])
-        for view in range(i, i + effort.views) or [0]:
+        for view in range(i, i + effort.views):
             turned = torch.rot90(shown.flip(-1) if view & 4 else shown, view, (-2, -1))
             with autocast(ensemble.device):
                 steps, head = model(turned.flatten(0, 1)[None]) if whole else (model(turned), None)
@@ -1076,7 +1076,7 @@ def answer_study(volume, read_s, ensemble, effort):
                 classify_s=monotonic() - cut, device=device, warnings="; ".join(problems))
 
 
-def answer_or_prior(uid, future, ensemble, effort, seconds=None):
+def answer_or_prior(uid, future, ensemble, effort, seconds):
     try:
         study = future.result(seconds)  # a file may hang
         for _ in range(2):  # in small parts, then on the CPU
@@ -1085,14 +1085,13 @@ def answer_or_prior(uid, future, ensemble, effort, seconds=None):
             CROPS_AT_ONCE["cuda"] = STEPS
         return answer_study(*study, ensemble._replace(device=torch.device("cpu")), effort)
     except Exception as error:
-        what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        say(f"study {uid}: {what}; answered with the prior")
-        return dict(BLIND, status="failed", warnings=what)
+        say(f"study {uid}: {error!r:.300}; answered with the prior")
+        return dict(BLIND, status="failed", warnings=f"{error!r:.300}")
 
 
 def choose_effort(views, folds, seconds, share):
-    while max(views, 1) * folds > max(share / seconds, 1):
-        views, folds = (1, folds) if views > 1 else (views, folds // 2)
+    while views * folds > max(share / seconds, 1):
+        views, folds = (1, folds) if views > 1 else (1, folds // 2)
     return Effort(views, folds)
 
 
@@ -1119,16 +1118,16 @@ def predict_studies(images, out, rows, ensemble, stop, workers, resume=False):
     (rank, world), seconds, done = ranks(), 1e-9, read_reports(out) if resume else {}
     uids = [*dict.fromkeys(uid for _, uid, _ in rows)]
     todo, reports = [uid for uid in uids[rank::world] if uid not in done], [*done.values()]
-    full = Effort(ensemble.options.views, max(map(len, ensemble.models.values())))
+    full = Effort(max(1, ensemble.options.views), max(map(len, ensemble.models.values())))
 
     def read(uid):
-        start, until = stop.clock(), 0.75 * stop.left()  # a quarter at most
+        start, until = stop.clock(), stop.left() - min(MAX_READ_S, stop.left() / 4)
         if uid in ("", "..") or Path(uid).name != uid:
             raise StudyError(f"{uid!r}: no plain name")
         volume = read_volume(images / uid, workers, lambda: stop.left() < until)
         return volume, stop.clock() - start
 
-    for k, (uid, future) in enumerate(progress(prefetch(read, todo, 1), "study", len(todo))):
+    for k, (uid, future) in enumerate(progress(prefetch(read, todo, READERS), "study", len(todo))):
         start, left = stop.clock(), stop.left()
         if seconds > left:
             say(f"time is short: {len(todo) - k} studies get the prior")
@@ -1137,12 +1136,12 @@ def predict_studies(images, out, rows, ensemble, stop, workers, resume=False):
         effort = choose_effort(*full, seconds, left / (len(todo) - k))
         if effort != full:
             say(f"study {uid}: time is short, {effort}")
-        row = answer_or_prior(uid, future, ensemble, effort, left)
+        row = answer_or_prior(uid, future, ensemble, effort, min(MAX_READ_S, left / 4))
         reports.append({STUDY: uid, **row, "peak_gb": peak_gb()})
         write_submission(out, rows, reports)
         if stop.signal:
             raise Stopped(f"stopped by {stop.signal}; {out} is complete, --resume goes on")
-        used = (stop.clock() - start) / (effort.folds * max(effort.views, 1))
+        used = (stop.clock() - start) / (effort.folds * effort.views)
         seconds = max(used, 0.8 * seconds)
 
 
@@ -1300,21 +1299,15 @@ def run_training(o, samples, folds, task):
     wanted = [k for k in range(o.folds) if o.fold in ("all", str(k))]
     if not wanted:
         raise UserError(f"--fold {o.fold}: there are folds 0 to {o.folds - 1}")
-    stop, weights = Stop(o.time_limit), Path(o.weights)
+    stop = Stop(o.time_limit)
     if ranks()[1] > 1:
         dist.init_process_group()
-    try:
-        for fold in wanted:
-            task = task._replace(
-                name=f"{task.kind}_fold{fold}",
-                train=[s for s in samples if folds[s[0]] != fold or o.folds == 1],
-                held_out=[*dict.fromkeys(uid for uid, *_ in samples if folds[uid] == fold)])
-            history = train(task, weights, stop, o.workers, o.resume or o.fold == "all", o.init)
-            if ranks()[0] == 0 and (pictures := side_room("pictures")):
-                pictures.draw_curves(weights / f"{task.name}_curves.png", history)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    for fold in wanted:
+        task = task._replace(
+            name=f"{task.kind}_fold{fold}",
+            train=[s for s in samples if folds[s[0]] != fold or o.folds == 1],
+            held_out=[*dict.fromkeys(uid for uid, *_ in samples if folds[uid] == fold)])
+        train(task, Path(o.weights), stop, o.workers, o.resume or o.fold == "all", o.init)
 
 
 def segmenter_batch(model, tensors, rngs, recipe):
@@ -1357,7 +1350,7 @@ def mode_train_seg(o):
 def mode_extract(o):
     """Write every study's crops under --work, masked by its fold's segmenter, else by all."""
     (truth, folds, _), (rank, world), stop = training_data(o), ranks(), Stop(o.time_limit)
-    device, out, left_out = pick_device(o.device), Path(o.work) / o.mask_of, 0
+    device, out = pick_device(o.device), Path(o.work) / o.mask_of
     images, models = Path(o.data) / "train_images", load_models(o.weights, "segmenter", device)
     if not models:
         raise UserError(f"no segmenter in {o.weights}: run train-seg first")
@@ -1369,11 +1362,13 @@ def mode_extract(o):
         try:
             volume, own = future.result(), models.get(folds[uid])
             probability = segment([own] if own else [*models.values()], volume, device)
-            write_crops(out / f"{uid}.npz", vertebra_slices(volume, probability, mask_of=o.mask_of))
+            crops, low = vertebra_slices(volume, probability, mask_of=o.mask_of), 0
+            while write_crops(out / f"{uid}.npz", crops) > crops.nbytes / 4.01:
+                low = 2 * low + 1  # of strong noise the lowest bits are lost
+                crops |= np.uint8(low) * crops.any((3, 4), keepdims=True)
         except StudyError as error:
-            left_out += 1
             say(f"study {uid}: {error}; left out")
-    print(f"{out}: {len(todo) - left_out} studies written, {left_out} left out")
+    print(f"{out}: crops of {len([*out.glob('*.npz')])} studies")
 
 
 def mode_train_cls(o):
@@ -1396,7 +1391,7 @@ def mode_train_cls(o):
 
     def score(model, uid):
         one = Ensemble(dict.fromkeys(KINDS, []) | {kind: [model]}, device)
-        (steps, patient), = classify(one, read_crops(folder / f"{uid}.npz"), Effort(0, 1))
+        (steps, patient), = classify(one, read_crops(folder / f"{uid}.npz"), Effort(1, 1))
         return [*np.sort(steps, 1)[:, -Answers().top_k :].mean(1), patient]
 
     def judge(table):  # the prior where nothing was asked or in view
@@ -1418,29 +1413,34 @@ def mode_predict(o):
     target = table.row_id.str.extract(f"_({'|'.join(TARGETS)})$")[0]
     rows = [*zip(table.row_id, table[STUDY], target.fillna(table.prediction_type))]
     stop = Stop(o.time_limit or KAGGLE_MINUTES * Path("/kaggle").exists())
-    old = [] if o.resume else REPORTS[rank::world]
-    for path in filter(Path.exists, map(out.parent.joinpath, old)):
-        path.unlink()
+    with suppress(OSError):
+        for name in [] if o.resume else REPORTS[rank::world]:
+            (out.parent / name).unlink(missing_ok=True)
     write_submission(out, rows)
     ensemble = load_ensemble(o.weights, pick_device(o.device))._replace(options=o)
+    if o.compile:
+        torch._dynamo.config.suppress_errors = True  # then as it is
+        for model in ensemble.models["vertebra"] + ensemble.models["patient"]:
+            model.encoder.backbone.compile()
     predict_studies(data / "test_images", out, rows, ensemble, stop, o.workers, o.resume)
     good = sum(row["status"] != "nothing seen" for row in read_reports(out).values())
     count = table[STUDY].nunique()
     print(f"{out}: {len(rows)} rows, {count} studies, {count - good} fell back to a prior")
 
 
-def side_room(name):  # None if pasted
-    if (HERE / "tests/kaggle_kernel.py").exists():
+def all_modes():
+    if (HERE / "tests/rooms.py").exists():  # else pasted
         sys.modules.setdefault("cspine", sys.modules[__name__])  # it imports us
         sys.path.insert(0, str(HERE / "tests"))
-        return __import__(name)
+        return __import__("rooms").MODES
+    return MODES
 
 
 OPTIONS = dict(  # shared by modes: default, meaning
     data=(KAGGLE_DATA, "data set's folder"), weights=(str(HERE / "weights"), "folder"),
     work=("work", "folder of crops"), out=("submission.csv", "file or folder to write"),
     device=("auto", "auto, cpu, cuda:0, ..."), workers=(os.cpu_count() or 1, "threads"),
-    fold=("all", "one fold, or all"), folds=(5, "number of folds"), seed=(0, "of what is random"),
+    fold=("all", "one fold, or all"), folds=(5, "number of folds"),
     resume=(False, "go on where a run stopped"), time_limit=(0.0, "minutes; 0: none"),
     init=("", "weights to start from"), mask_of=("last", "slice with the mask: last, center"))
 TRAINING = "data weights work device workers fold folds resume time_limit init"
@@ -1453,16 +1453,16 @@ MODES = {  # function, options, more options
 
 
 def build_parser():
-    """Made of MODES and OPTIONS; tests/ has more modes."""
+    """Of all modes."""
     parser = argparse.ArgumentParser("cspine.py", description=__doc__.splitlines()[0])
     modes = parser.add_subparsers(dest="mode", required=True, metavar="MODE")
-    known = getattr(side_room("rooms"), "MODES", MODES)
-    for name, (function, shared, own) in known.items():
+    for name, (function, shared, own) in all_modes().items():
         if not isinstance(own, dict):
             settings = asdict(RECIPES[own] if isinstance(own, str) else own)
             own = {option: (default, "see the file") for option, default in settings.items()}
-        mode = modes.add_parser(name, help=function.__doc__, description=function.__doc__,
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        mode = modes.add_parser(
+            name, help=function.__doc__, description=function.__doc__,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         mode.set_defaults(function=function)
         own = {option: OPTIONS[option] for option in shared.split()} | own
         for option, (default, meaning) in own.items():
@@ -1492,8 +1492,9 @@ def main(argv=None):
     finally:
         with suppress(ValueError):
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 if __name__ == "__main__" and "__file__" in globals():
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    os._exit(status)  # threads that hang would be waited for

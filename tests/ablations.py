@@ -105,7 +105,7 @@ def vertebra_task(o, recipe, device, truth):
 
     def score(model, k):
         one = cspine.Ensemble(dict.fromkeys(cspine.KINDS, []) | {"vertebra": [model]}, device)
-        (steps, _), = cspine.classify(one, crops_of(k, slice(7)), cspine.Effort(0, 1))
+        (steps, _), = cspine.classify(one, crops_of(k, slice(7)), cspine.Effort(1, 1))
         return [*np.sort(steps, 1)[:, -cspine.Answers().top_k :].mean(1), np.nan]
 
     def judge(table):

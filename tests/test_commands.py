@@ -100,7 +100,7 @@ def test_no_data_folder(mode, refused, tmp_path, weights):
 
 def test_no_weights(refused, tmp_path, data):
     line = refused("predict", "--data", data, "--weights", tmp_path)
-    assert "no weights" in line and "--weights" in line
+    assert "no segmenter" in line and "--weights" in line
     assert "train-seg" in refused("extract", "--data", data, "--weights", tmp_path)
     assert "heldout" in refused("evaluate", "--folds", "--data", data, "--weights", tmp_path)
 

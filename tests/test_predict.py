@@ -224,7 +224,7 @@ def test_without_gpu_memory_a_study_is_repeated_smaller_then_on_the_cpu(
     ensemble.models["vertebra"][0] = OutOfMemoryOnce(ensemble.models["vertebra"][0], times)
     future = Future()
     future.set_result((cspine.read_volume(studies / "test_images" / UIDS[0]), 1.0))
-    row = cspine.answer_or_prior("a", future, ensemble, cspine.Effort(1, 1))
+    row = cspine.answer_or_prior("a", future, ensemble, cspine.Effort(1, 1), 1)
     assert row["status"] == status and ("memory" in row["warnings"]) == (status == "failed")
     assert cspine.CROPS_AT_ONCE["cuda"] == parts
     assert all(row[t] == PRIOR[t] for t in PRIOR) == (status == "failed")
@@ -380,7 +380,7 @@ def test_the_limit_is_kept_by_giving_up_views_then_folds_then_studies(count, sec
 
     def answer_study(volume, read_s, ensemble, effort):
         done.append(effort)
-        clock.now += seconds * effort.folds * max(effort.views, 1)
+        clock.now += seconds * effort.folds * effort.views
         return dict.fromkeys(cspine.TARGETS, 0.5) | dict(status="ok")
 
     monkeypatch.setattr(cspine, "answer_study", answer_study)
@@ -407,9 +407,45 @@ def test_the_limit_is_kept_by_giving_up_views_then_folds_then_studies(count, sec
 
 
 def test_views_go_first_then_folds():
-    for views, folds, levels in ((8, 5, [(8, 5), (1, 5), (1, 2), (1, 1)]), (0, 1, [(0, 1)])):
+    for views, folds, levels in ((8, 5, [(8, 5), (1, 5), (1, 2), (1, 1)]), (1, 1, [(1, 1)])):
         found = [cspine.choose_effort(views, folds, 1.0, left / 2) for left in range(90, -3, -1)]
         assert [*dict.fromkeys(found)] == levels
+
+
+def test_a_file_that_hangs_costs_its_study_only(studies, weights, tmp_path):
+    """The real command: reading one study never returns; the others are answered, and it ends."""
+    program = f"""
+import runpy, sys, time, pydicom
+sys.path.insert(0, {str(KERNEL.parent)!r})
+read = pydicom.dcmread
+pydicom.dcmread = lambda path, **how: time.sleep(
+    9999 if {UIDS[1]!r} in str(path) else 0) or read(path, **how)
+sys.argv = ["cspine.py", *sys.argv[1:]]
+runpy.run_path({str(KERNEL)!r}, run_name="__main__")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, "predict", "--data", studies, "--weights", weights,
+         "--workers", "1", "--time-limit", "0.6"], cwd=tmp_path, capture_output=True, text=True,
+        timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    submission, report = read_results(tmp_path)
+    assert len(submission) == 8 * len(UIDS) and "1 fell back to a prior" in done.stdout
+    assert (report.status == "failed").sum() == 1 and report.status[UIDS[1]] == "failed"
+    assert "TimeoutError" in report.warnings[UIDS[1]]
+
+
+def test_compiled_classifiers_give_the_same_answers(predict, monkeypatch):
+    """The compiler is replaced by one that counts: it needs minutes and a C compiler."""
+    plain, _, _ = predict()
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
+    same, _, status = predict("--compile")
+    assert status == 0 and len(compiled) == 2 and same.equals(plain)
+
+
+@pytest.mark.parametrize("views", [0, -1])
+def test_there_is_one_view_at_least(views, predict):
+    assert predict("--views", views)[0].equals(predict()[0])
 
 
 def test_too_little_time_in_a_real_run_leaves_priors_and_says_so(predict, tmp_path, capsys):
@@ -581,9 +617,6 @@ def test_model_i_sees_the_dihedral_views_from_i_on_and_crops_stay_bytes():
             seen = crops[..., ::-1] if view >= 4 else crops
             expected = np.rot90(seen, view % 4, (-2, -1))
             assert shown.dtype == torch.uint8 and np.array_equal(shown, expected), (i, k)
-    models = [Recorder(8) for _ in range(3)]
-    cspine.classify(whole(vertebra=models), crops, cspine.Effort(0, 3))
-    assert all(np.array_equal(model.shown[0], crops) for model in models)
 
 
 def test_absent_vertebrae_and_views_cost_one_pass_of_the_encoder_each(weights):
@@ -599,7 +632,8 @@ def test_absent_vertebrae_and_views_cost_one_pass_of_the_encoder_each(weights):
     assert np.isnan(outputs[0][0][[1, 4]]).all() and np.isfinite(outputs[0][0][[0, 2, 3]]).all()
 
 
-def test_vertebrae_against_the_order_are_reported_and_the_fainter_taken_out():
+def test_vertebrae_against_the_order_are_reported_and_repaired():
+    """Whole ones far from each other exchange their names, of others the fainter is taken out."""
     probability = np.zeros((7, 32, 8, 8), np.float32)
     for v in range(7):
         probability[v, 4 * v: 4 * v + 3, 2:6, 2:6] = 0.9
@@ -611,6 +645,17 @@ def test_vertebrae_against_the_order_are_reported_and_the_fainter_taken_out():
     repaired = cspine.in_order(probability.copy(), problems.append)
     assert not repaired[5].any() and (repaired[[0, 1, 2, 3, 4, 6]] > 0.5).any((1, 2, 3)).all()
     assert len(problems) == 1 and "C6" in problems[0]
+    right = np.zeros((7, 32, 8, 8), np.float32)
+    for v in range(7):
+        right[v, 4 * v: 4 * v + 3, 2:6, 2:6] = 0.9
+    for wrong in ([0, 1, 2, 4, 3, 5, 6], [1, 2, 0, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1, 0]):
+        problems.clear()
+        assert np.array_equal(cspine.in_order(right[wrong], problems.append), right), wrong
+        assert problems and all("out of order" in line for line in problems)
+    close = right.copy()  # C4 and C5 share a place: no two vertebrae
+    close[3], close[4] = np.roll(right[4], 1, 0), 0.8 * right[4]
+    repaired = cspine.in_order(close, problems.append)
+    assert not repaired[4].any() and repaired[3].any()
 
 
 def test_violations_of_the_order_are_in_the_report(predict, tmp_path):
