@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from cspine import (
     AS_IS, BLIND, FLOOR, POSITIVE_FACTOR, STUDY, TARGET_WEIGHTS, TARGETS, VERTEBRAE, Answers,
     UserError, auc, combine, competition_scores, data_folder, dice_scores, element_losses,
-    load_models, pick_device, progress, read_csv, read_mask, read_volume, segment, write_atomic)
+    load_models, pick_device, progress, read_csv, read_mask, read_volume, segment, study_errors,
+    write_atomic)
 
 BINS = (0, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1)  # of the reliability table
 CALIBRATION_PULL = 2.0  # towards the identity: a spread of 0.5 in log scale and in shift
@@ -42,7 +43,8 @@ def read_labels(data):
     """Labels (N, 8) by uid: train.csv, and the phantoms' test_labels.csv."""
     files = [p for p in (data / "train.csv", data / "test_labels.csv") if p.exists()]
     labels = pd.concat([read_csv(path, (STUDY, *TARGETS)) for path in files])
-    return labels.groupby(STUDY)[list(TARGETS)].first()
+    with study_errors(f"{data}: labels that are no numbers"):  # an empty csv has objects
+        return labels.groupby(STUDY)[list(TARGETS)].first().astype(float)
 
 
 def score_table(answers, labels):

@@ -763,6 +763,15 @@ def test_evaluate_fits_calibration_to_a_submission_and_to_held_out_answers(predi
     assert np.allclose([fitted[t] for t in cspine.TARGETS], expected, atol=1e-4)
     score = cspine.competition_scores(answers, labels)[0]
     assert f"better: {score:.4f}" in capsys.readouterr().out
+    (weights / "calibration.json").unlink()
+    table.to_csv(data / "test_labels.csv", index=False)  # as of phantoms without training studies
+    table[:0].to_csv(data / "train.csv", index=False)
+    assert cspine.main([*evaluate, "--submission", str(tmp_path / "s.csv")]) == 0
+    assert json.loads((weights / "calibration.json").read_text()) == fitted
+    table.replace(1, "yes").to_csv(data / "train.csv", index=False)
+    assert cspine.main([*evaluate, "--submission", str(tmp_path / "s.csv")]) == 2
+    assert "no numbers" in capsys.readouterr().err
+    table.to_csv(data / "train.csv", index=False)
     for fold in (0, 1):
         held = pd.DataFrame(answers, columns=cspine.TARGETS).assign(**{cspine.STUDY: uids})
         held[fold::2].to_csv(weights / f"vertebra_fold{fold}_heldout.csv", index=False)
