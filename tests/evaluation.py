@@ -113,8 +113,8 @@ def evaluate(o):
     if o.calibrate:
         path, raw = weights / "calibration.json", answers
         if path.exists() and not o.folds:  # it is in the submission: taken back before the fit
-            table = json.loads(path.read_text())
-            scale, shift = torch.tensor([table[target] for target in TARGETS]).double().T
+            before = json.loads(path.read_text())
+            scale, shift = torch.tensor([before[target] for target in TARGETS]).double().T
             raw = ((torch.tensor(answers).logit(FLOOR) - shift) / scale).sigmoid().numpy()
         fitted = fit_calibration(raw, labels)
         if o.folds:  # noisy-or blends calibrated vertebrae into the patient's answer

@@ -768,6 +768,12 @@ def test_evaluate_fits_calibration_to_a_submission_and_to_held_out_answers(predi
     table[:0].to_csv(data / "train.csv", index=False)
     assert cspine.main([*evaluate, "--submission", str(tmp_path / "s.csv")]) == 0
     assert json.loads((weights / "calibration.json").read_text()) == fitted
+    taken_back = calibrated(answers, expected)
+    rows = [(name, taken_back[i // 8, i % 8]) for i, (name, _) in enumerate(rows)]
+    pd.DataFrame(rows, columns=["row_id", "fractured"]).to_csv(tmp_path / "s2.csv", index=False)
+    assert cspine.main([*evaluate, "--submission", str(tmp_path / "s2.csv")]) == 0  # a second turn
+    second = json.loads((weights / "calibration.json").read_text())
+    assert np.allclose([second[t] for t in cspine.TARGETS], expected, atol=1e-3)
     table.replace(1, "yes").to_csv(data / "train.csv", index=False)
     assert cspine.main([*evaluate, "--submission", str(tmp_path / "s.csv")]) == 2
     assert "no numbers" in capsys.readouterr().err
