@@ -44,6 +44,7 @@ def test_from_phantoms_to_a_scored_submission(tmp_path, monkeypatch, capsys):
     for kind in ("segmenter", "vertebra", "patient"):
         assert len(pd.read_csv(f"new/{kind}_fold0_log.csv")) == 2
         assert Path(f"new/{kind}_fold0_heldout.csv").exists()
+        assert Path(f"new/{kind}_fold0_curves.png").exists()
 
 
 def test_the_readme_names_every_mode():
