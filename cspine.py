@@ -267,7 +267,8 @@ def read_slices(path):
         place, normal = np.array([position, column * height, row * width]), np.cross(row, column)
         if not (min(height, width) > 0 and abs(place).max() < 1e6 and 0.9 < normal @ normal < 1.1):
             raise StudyError("no usable position or orientation")
-        hu = np.ndarray(stored.shape, np.int16, mmap.mmap(-1, 2 * stored.size))  # malloc hoards
+        memory = mmap.mmap(-1, 2 * stored.size, mmap.MAP_PRIVATE)  # malloc hoards
+        hu = np.ndarray(stored.shape, np.int16, memory)
         hu[:] = np.rint(stored * slope + intercept).clip(AIR_HU, 32767)
         steps = np.rint(place[1:].ravel() / SAME_STEP_MM)
         out.append(((str(data.get("SeriesInstanceUID")), hu.shape, *steps), place, hu))
@@ -367,7 +368,7 @@ def read_mask(path, volume, shape=None):
     for plane, above in zip(out, z):
         at = np.floor(flat + matrix[:, 0] * above).astype(int)
         inside = ((at >= 0) & (at < np.reshape(stored.shape, (3, 1, 1)))).all(0)
-        values = stored[tuple(at[:, inside])] * slope + intercept
+        values = stored[tuple(k[inside] for k in at)] * slope + intercept
         plane[inside] = np.where((values > 0) & (values < 255), np.rint(values), 0)
     return out
 
@@ -503,7 +504,7 @@ def segmenter_loss(logits, labels):
 
 
 # ==== Slices ====
-# The trap: the cube is stretched, by another factor on every axis.
+# The cube is stretched, by another factor on every axis.
 
 def interleave(images, masks):
     """(75, S, S), (15, S, S) -> (15, 6, S, S): images 5i .. 5i + 4, then mask i."""
@@ -1146,7 +1147,7 @@ def predict_studies(images, out, rows, ensemble, stop, workers, resume=False):
 
 
 # ==== Decoding ====
-# The trap: headers lie, so every size is checked.
+# Headers lie: every size is checked.
 
 MAX_JPEG_2000 = 2**20  # pixels: more cost gigabytes
 HALVES = {1: (2, 0, 0), 2: (0, 2, 0), 3: (0, 0, 2), 4: (2, 2, -2),  # of left, above, corner
@@ -1333,9 +1334,8 @@ def mode_train_seg(o):
     @functools.cache  # 4 MB a study
     def load(sample):
         volume = read_volume(Path(o.data) / "train_images" / sample[0])
-        cube = segmenter_input(volume, recipe.size)[0] * 255
-        labels = read_mask(masks[sample[0]], volume, (recipe.size,) * 3)
-        return cube.round().byte().numpy(), labels
+        cube = (segmenter_input(volume, recipe.size)[0] * 255).round().byte().numpy()
+        return cube, read_mask(masks[sample[0]], volume, (recipe.size,) * 3)
 
     def score(model, uid):
         cube, labels = load((uid,))
@@ -1364,7 +1364,7 @@ def mode_extract(o):
             probability = segment([own] if own else [*models.values()], volume, device)
             crops, low = vertebra_slices(volume, probability, mask_of=o.mask_of), 0
             while write_crops(out / f"{uid}.npz", crops) > crops.nbytes / 4.01:
-                low = 2 * low + 1  # of strong noise the lowest bits are lost
+                low = 2 * low + 1  # strong noise loses its lowest bits
                 crops |= np.uint8(low) * crops.any((3, 4), keepdims=True)
         except StudyError as error:
             say(f"study {uid}: {error}; left out")
