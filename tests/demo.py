@@ -53,6 +53,7 @@ def draw(o, data, answers):
 
 
 SEED = (0, "of what is random")
+DEMO_SEED = (2, "of the phantoms")  # by its truth: the first to have two of four fractured
 MODES = {
     "phantom": (phantom, "workers", dict(
         target=(None, "folder to write"),
@@ -63,5 +64,5 @@ MODES = {
         variety=(1.0, "2: far beyond the real"),
         fractures=(1.0, "2: twice as many"))),
     "demo": (demo, "weights work out device workers",
-             dict(test_studies=(4, "phantoms"), seed=SEED)),
+             dict(test_studies=(4, "phantoms"), seed=DEMO_SEED)),
 }

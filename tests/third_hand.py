@@ -3,9 +3,9 @@
     python tests/third_hand.py OUT --studies 24 --seed 0
 
 writes OUT/test_images/<uid>/<k>.dcm (k = 1 on top), OUT/segmentations/<uid>.nii (same voxel order;
-1..7 = C1..C7, 8 = T1, 9 = T2), OUT/test.csv and OUT/test_labels.csv. It was drawn without sight of
-tests/phantoms.py and tests/other_hand.py: bones are lofted from axial outlines, where phantoms.py
-joins rods and other_hand.py joins solids. Lengths in mm; x left, y back, z up.
+1..7 = C1..C7, 8 = T1, 9 = T2), OUT/test.csv, OUT/test_labels.csv and an empty train.csv. It was
+drawn without sight of tests/phantoms.py and tests/other_hand.py: bones are lofted from axial
+outlines, where phantoms.py joins rods and other_hand.py solids. mm; x left, y back, z up.
 """
 
 import argparse
@@ -347,6 +347,7 @@ def main():
         truth.append(f"{uid},{len(broken) > 0:d}" + "".join(f",{k in broken:d}" for k in range(7)))
     (args.out / "test.csv").write_text("\n".join(rows) + "\n")
     (args.out / "test_labels.csv").write_text("\n".join(truth) + "\n")
+    (args.out / "train.csv").write_text(truth[0] + "\n")  # none to train on
 
 
 if __name__ == "__main__":
