@@ -50,3 +50,14 @@ def test_a_seed_gives_the_same_study(data):
     assert np.array_equal(read_mask(data / "segmentations/1.2.3.5.4.1.nii", volume), labels[::-1])
     row = pd.read_csv(data / "test_labels.csv").set_index("StudyInstanceUID").loc["1.2.3.5.4.1"]
     assert [*np.flatnonzero(row[[*TARGETS[:7]]])] == sorted(broken)
+
+
+def test_studies_to_train_on_lie_where_the_trainings_look(tmp_path, monkeypatch):
+    monkeypatch.setattr(third_hand, "MATRIX", 96)
+    monkeypatch.setattr(third_hand, "LOCAL_MM", 0.8)
+    monkeypatch.setattr("sys.argv", ["", str(tmp_path), "--studies", "1", "--train"])
+    third_hand.main()
+    table = pd.read_csv(tmp_path / "train.csv").set_index("StudyInstanceUID")
+    assert sorted(table) == sorted(TARGETS)
+    assert [p.name for p in (tmp_path / "train_images").iterdir()] == [*table.index]
+    assert not (tmp_path / "test.csv").exists()

@@ -1,11 +1,11 @@
-"""A third generator of synthetic neck CTs, to measure on: no weights were ever trained on it.
+"""A third generator of synthetic neck CTs, drawn without sight of the other two.
 
-    python tests/third_hand.py OUT --studies 24 --seed 0
+    python tests/third_hand.py OUT --studies 24 --seed 0 [--train]
 
 writes OUT/test_images/<uid>/<k>.dcm (k = 1 on top), OUT/segmentations/<uid>.nii (same voxel order;
-1..7 = C1..C7, 8 = T1, 9 = T2), OUT/test.csv, OUT/test_labels.csv and an empty train.csv. It was
-drawn without sight of tests/phantoms.py and tests/other_hand.py: bones are lofted from axial
-outlines, where phantoms.py joins rods and other_hand.py solids. mm; x left, y back, z up.
+1..7 = C1..C7, 8 = T1, 9 = T2), OUT/test.csv, OUT/test_labels.csv and an empty train.csv; with
+--train, OUT/train_images and OUT/train.csv. Bones are lofted from axial outlines, where
+tests/phantoms.py joins rods and tests/other_hand.py solids. mm; x left, y back, z up.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pandas as pd
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
@@ -327,27 +328,37 @@ def write_nifti(path, lab, grid):
     path.write_bytes(head + lab[::-1].tobytes())
 
 
+def write_tables(out, truth, train):
+    """The csv files of studies {uid: fractured levels}."""
+    columns = ["StudyInstanceUID", "patient_overall", *TYPES[:7]]
+    rows = [(uid, int(len(broken) > 0), *(int(k in broken) for k in range(7)))
+            for uid, broken in truth.items()]
+    labels = pd.DataFrame(rows, columns=columns)
+    asked = [(f"{uid}_{kind}", uid, kind) for uid in truth for kind in TYPES]
+    test = pd.DataFrame(asked, columns=["row_id", "StudyInstanceUID", "prediction_type"])
+    labels[:len(labels) * train].to_csv(out / "train.csv", index=False)
+    if not train:
+        labels.to_csv(out / "test_labels.csv", index=False)
+        test.to_csv(out / "test.csv", index=False)
+
+
 def main():
     """Generate the studies and their tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--studies", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--train", action="store_true", help="studies to train on")
     args = parser.parse_args()
     cv2.setNumThreads(1)
     (args.out / "segmentations").mkdir(parents=True, exist_ok=True)
-    rows = ["row_id,StudyInstanceUID,prediction_type"]
-    truth = ["StudyInstanceUID,patient_overall," + ",".join(TYPES[:7])]
+    images, truth = args.out / ("train_images" if args.train else "test_images"), {}
     for i in range(args.studies):
         uid = f"1.2.3.5.{args.seed}.{i}"
-        ct, lab, grid, broken = make_study(np.random.default_rng([args.seed, i]))
-        write_dicom(args.out / "test_images" / uid, uid, ct, grid)
+        ct, lab, grid, truth[uid] = make_study(np.random.default_rng([args.seed, i]))
+        write_dicom(images / uid, uid, ct, grid)
         write_nifti(args.out / "segmentations" / f"{uid}.nii", lab, grid)
-        rows += [f"{uid}_{t},{uid},{t}" for t in TYPES]
-        truth.append(f"{uid},{len(broken) > 0:d}" + "".join(f",{k in broken:d}" for k in range(7)))
-    (args.out / "test.csv").write_text("\n".join(rows) + "\n")
-    (args.out / "test_labels.csv").write_text("\n".join(truth) + "\n")
-    (args.out / "train.csv").write_text(truth[0] + "\n")  # none to train on
+    write_tables(args.out, truth, args.train)
 
 
 if __name__ == "__main__":
