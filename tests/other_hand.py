@@ -24,11 +24,10 @@ from types import SimpleNamespace
 
 import cv2
 import numpy as np
-import pandas as pd
 import pydicom
 
-VERTEBRAE = ("C1", "C2", "C3", "C4", "C5", "C6", "C7")
-TARGETS = VERTEBRAE + ("patient_overall",)
+from phantoms import write_tables
+
 SIDES = (-1, 1)  # right, left
 LEVELS = range(1, 12)  # C1 to T4
 FAR_MM = 9  # distances are not computed beyond
@@ -1776,14 +1775,7 @@ def make_dataset(out, studies, test_studies, seed, wide=False, workers=1):
     make = partial(make_study, out, seed, wide, studies)
     with ThreadPoolExecutor(max(1, workers)) as pool:
         rows = list(pool.map(make, range(studies + test_studies)))
-    labels = ["StudyInstanceUID", "patient_overall", *VERTEBRAE]
-    tests = [(f"{row[0]}_{kind}", row[0], kind) for row, kind in product(rows[studies:], TARGETS)]
-    asked = ["row_id", "StudyInstanceUID", "prediction_type"]
-    for name, table, columns in (
-            ("train", rows[:studies], labels), ("test_labels", rows[studies:], labels),
-            ("test", tests, asked),
-            ("sample_submission", [(row[0], 0.5) for row in tests], ["row_id", "fractured"])):
-        pd.DataFrame(table, columns=columns).to_csv(out / f"{name}.csv", index=False)
+    write_tables(out, rows[:studies], rows[studies:])
 
 
 def main():

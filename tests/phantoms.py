@@ -448,6 +448,18 @@ def make_study(out, seed, matrix, variety, fractures, index):
     return (uid, int(phantom.fractured.any()), *phantom.fractured.tolist()), boxes
 
 
+def write_tables(out, train, test):
+    """The csv files of rows (uid, patient_overall, C1, ..., C7), and the truth of the test."""
+    labels = ["StudyInstanceUID", "patient_overall", *VERTEBRAE]
+    asked = ["row_id", "StudyInstanceUID", "prediction_type"]
+    tests = [(f"{row[0]}_{kind}", row[0], kind) for row in test for kind in TARGETS]
+    answer = [(row_id, 0.5) for row_id, _, _ in tests]
+    for name, table, columns in (
+            ("train", train, labels), ("test_labels", test, labels), ("test", tests, asked),
+            ("sample_submission", answer, ["row_id", "fractured"])):
+        pd.DataFrame(table, columns=columns).to_csv(out / f"{name}.csv", index=False)
+
+
 def make_dataset(out, studies, test_studies, seed, matrix, workers, variety=1.0, fractures=1.0):
     """A data set in the RSNA layout under `out`, with the truth of the test studies."""
     out.mkdir(parents=True, exist_ok=True)
@@ -455,14 +467,7 @@ def make_dataset(out, studies, test_studies, seed, matrix, workers, variety=1.0,
     with ThreadPoolExecutor(max(1, workers)) as pool:
         made = list(pool.map(partial(make_study, out, seed, matrix, variety, fractures), indices))
     rows = [row for row, _ in made]
+    write_tables(out, rows[:studies], rows[studies:])
     boxes = sum((found for _, found in made[:studies]), [])
-    tests = [(f"{row[0]}_{kind}", row[0], kind) for row in rows[studies:] for kind in TARGETS]
-    labels = ["StudyInstanceUID", "patient_overall", *VERTEBRAE]
     corners = ["StudyInstanceUID", "x", "y", "width", "height", "slice_number"]
-    asked = ["row_id", "StudyInstanceUID", "prediction_type"]
-    answer = [(row_id, 0.5) for row_id, _, _ in tests]
-    for name, table, columns in (
-            ("train", rows[:studies], labels), ("test_labels", rows[studies:], labels),
-            ("train_bounding_boxes", boxes, corners), ("test", tests, asked),
-            ("sample_submission", answer, ["row_id", "fractured"])):
-        pd.DataFrame(table, columns=columns).to_csv(out / f"{name}.csv", index=False)
+    pd.DataFrame(boxes, columns=corners).to_csv(out / "train_bounding_boxes.csv", index=False)

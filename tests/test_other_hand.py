@@ -4,7 +4,8 @@ import numpy as np
 import other_hand
 import pandas as pd
 import pytest
-from other_hand import TARGETS, Study, draw_vertebrae, make_dataset, whole
+from other_hand import Study, draw_vertebrae, make_dataset, whole
+from phantoms import TARGETS
 
 from cspine import read_mask, read_volume
 
