@@ -10,6 +10,7 @@ tests/phantoms.py joins rods and tests/other_hand.py solids. mm; x left, y back,
 
 import argparse
 import struct
+import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -305,7 +306,7 @@ def write_dicom(folder, uid, ct, grid):
     tags = dict(
         SOPClassUID=CTImageStorage, StudyInstanceUID=uid, SeriesInstanceUID=f"{uid}.1",
         Modality="CT", PatientID=uid, SamplesPerPixel=1, PhotometricInterpretation="MONOCHROME2",
-        Rows=MATRIX, Columns=MATRIX, BitsAllocated=16, BitsStored=16, HighBit=15, RescaleSlope=1,
+        Rows=ct.shape[1], Columns=ct.shape[2], BitsAllocated=16, BitsStored=16, HighBit=15, RescaleSlope=1,
         PixelRepresentation=0, RescaleIntercept=-1024, ImageOrientationPatient=[1, 0, 0, 0, 1, 0],
         PixelSpacing=[round(grid.step[0], 6)] * 2, SliceThickness=round(grid.step[2], 6))
     for k, img in enumerate(ct[::-1], 1):
@@ -342,9 +343,10 @@ def write_tables(out, truth, train):
         test.to_csv(out / "test.csv", index=False)
 
 
-def main():
-    """Generate the studies and their tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(make=make_study, root="1.2.3.5"):
+    """Generate the studies of `make` (another hand may bring its own) and their tables."""
+    doc = sys.modules[make.__module__].__doc__
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--studies", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
@@ -354,8 +356,8 @@ def main():
     (args.out / "segmentations").mkdir(parents=True, exist_ok=True)
     images, truth = args.out / ("train_images" if args.train else "test_images"), {}
     for i in range(args.studies):
-        uid = f"1.2.3.5.{args.seed}.{i}"
-        ct, lab, grid, truth[uid] = make_study(np.random.default_rng([args.seed, i]))
+        uid = f"{root}.{args.seed}.{i}"
+        ct, lab, grid, truth[uid] = make(np.random.default_rng([args.seed, i]))
         write_dicom(images / uid, uid, ct, grid)
         write_nifti(args.out / "segmentations" / f"{uid}.nii", lab, grid)
     write_tables(args.out, truth, args.train)
