@@ -15,8 +15,8 @@
 Shapes: B batch, C channels, Z Y X voxel axes (head to foot, front to back, right to left),
 T 15 steps, K 6 channels a step, S 224 crop edge, D 128 cube edge, F features.
 
-In the repository run `python cspine.py demo`; other modes: --help. Pasted, it runs
-nothing; then main(["predict"]) runs a mode. Not a medical device."""
+In the repository: `python cspine.py demo`, other modes: --help. Pasted, it runs nothing
+until main(["predict"]). Not a medical device."""
 
 import argparse
 import copy
@@ -60,14 +60,13 @@ CHANNELS = SLICES_PER_STEP + 1  # and a mask
 TARGET_WEIGHTS, POSITIVE_FACTOR = np.array([1.0] * 7 + [7.0]), 2.0  # the metric's
 # The constants with the best score (0.5573) on the 2019 training labels.
 PRIOR = np.array([0.1027, 0.1930, 0.0512, 0.0752, 0.1105, 0.1842, 0.2559, 0.5309])
-FLOOR, AIR_HU = 1e-4, -1024  # of answers; padding lies below air
+FLOOR, USUAL, AIR_HU = 1e-4, -2.5, -1024  # answers; their median logit; padding
 SEGMENTER_WINDOW, BONE_WINDOW = (300, 1600), (500, 2000)  # (level, width) HU
 MIN_SLICES, MAX_VOXELS = 16, 2**30  # of a study
 MAX_GAP_MM, SAME_STEP_MM = 30.0, 0.0031  # odd: no usual spacing lies on the edge
 MASK_THRESHOLDS = (0.2, 0.05)  # first place's, in turn
 MIN_CELLS, BOX_MARGIN, APART = 12, 1.0, 2  # cells: of a vertebra; around (first place); between
-AROUND, CLOSER = (0.25, 0.75, 0.75), 0.57  # of the vertebrae's extent; of the cube
-BOX_SHARE = 0.05  # of the fullest plane
+AROUND, CLOSER, BOX_SHARE = (0.25, 0.75, 0.75), 0.57, 0.05  # of extent; cube; fullest plane
 CROPS_AT_ONCE = {"cpu": STEPS, "cuda": 210}  # 15: a CPU's cache
 CROP_PNG = cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, 3
 KAGGLE_DATA = "/kaggle/input/rsna-2022-cervical-spine-fracture-detection"
@@ -109,8 +108,7 @@ RECIPES = dict(segmenter=Recipe("tf_efficientnetv2_s", 60, 4, 1e-3, 128, dropout
 class Answers:
     """How logits become answers."""
     top_k: int = 5  # largest steps averaged (first place)
-    views: int = 1  # dihedral views a model, from view i mod 8 on
-    average: str = "logit"  # or "probability"
+    views: int = 1  # dihedral ones a model, from the i-th on
     noisy_or: float = 0.8  # share in patient_overall
     compile: bool = False  # pays after hundreds of studies
 
@@ -777,7 +775,7 @@ def assign_folds(table, folds, masked):
 
 
 # ==== Training ====
-# What is random is drawn from (seed, step) or (seed, place in the order): runs resume exactly.
+# Random draws come from (seed, step) or (seed, place in the order): runs resume exactly.
 # load(sample) -> arrays; score(model, study) -> a value a target; judge(table) -> dict of score
 KINDS = dict(segmenter=Segmenter, vertebra=VertebraClassifier, patient=PatientClassifier)
 Task = namedtuple("Task", "kind recipe device load loss score judge name train held_out",
@@ -915,9 +913,9 @@ class Trainer:
         say(f"{task.name}  " + "  ".join(f"{k} {v:.4g}" for k, v in line.items()))
         write_csv(f"{stem}_log.csv", log)
         if line["score"] <= log.score.min():  # NaN is never the best
-            settings, state = self.model.settings, self.averaged.state_dict()
-            state = {n: t.half() if t.ndim > 1 else t for n, t in state.items()}
-            save_checkpoint(f"{stem}.pt", task.kind, task.recipe, settings=settings, tensors=state)
+            state = self.averaged.state_dict().items()
+            save_checkpoint(f"{stem}.pt", task.kind, task.recipe, settings=self.model.settings,
+                            tensors={n: t.half() if t.ndim > 1 else t for n, t in state})
             write_csv(f"{stem}_heldout.csv", table)
 
 
@@ -973,7 +971,7 @@ def load_models(weights, kind, device):
 
 
 def load_ensemble(weights, device):
-    """All models of a folder. UserError without a segmenter and a classifier."""
+    """All models of a folder, or UserError."""
     models = {kind: [*load_models(weights, kind, device).values()] for kind in KINDS}
     if not models["segmenter"] or not models["vertebra"] + models["patient"]:
         raise UserError(f"--weights {weights}: no segmenter or no classifier")
@@ -1015,7 +1013,7 @@ def in_order(probability, report):
     seen = [*np.flatnonzero(mass > MIN_CELLS)]
     while wrong := [p for p in zip(seen, seen[1:]) if centre[p[0]] >= centre[p[1]]]:
         pair, faint = [*wrong[0]], min(wrong[0], key=mass.item)
-        report(f"{VERTEBRAE[pair[0]]} and {VERTEBRAE[pair[1]]} out of order")
+        report(" and ".join(np.take(VERTEBRAE, pair)) + " out of order")
         if 2 * mass[faint] > max(mass[pair]) and np.ptp(centre[pair]) > APART:
             for part in probability, centre, mass:
                 part[pair] = part[pair[::-1]]
@@ -1047,17 +1045,19 @@ def classify(ensemble, crops, effort):
 
 
 def combine(outputs, options, calibration=AS_IS):
-    """(8,) answers from classify's; for NaN the prior."""
+    """(8,) answers from classify's; for NaN the prior. Most vertebrae are whole: where calibrated
+    answers say not, the study is foreign, and they lean to the prior."""
     rows = [[*np.sort(steps, 1)[:, -options.top_k :].mean(1), head] for steps, head in outputs]
-    rows, (scale, shift) = torch.tensor(np.array(rows)), torch.tensor(calibration)
-    logit, share = options.average == "logit", options.noisy_or
-    raw = rows.logit(FLOOR).nanmean(0).sigmoid() if logit else rows.nanmean(0)
-    answer = (raw.logit(FLOOR) * scale + shift).sigmoid()
-    either = float(1 - (1 - answer[:7]).nan_to_num(1).prod()) or math.nan  # 0: nothing in sight
-    patient = share * either + (1 - share) * raw[7].nan_to_num(either)
-    answer[7] = (patient.logit(FLOOR) * scale[7] + shift[7]).sigmoid()
-    answer = torch.where(answer.isnan(), torch.tensor(PRIOR), answer)
-    return answer.clamp(FLOOR, 1 - FLOOR).numpy()
+    rows, prior, (scale, shift) = map(torch.tensor, (np.array(rows), PRIOR, calibration))
+    raw, share = rows.logit(FLOOR).nanmean(0), options.noisy_or
+    logits = raw * scale + shift
+    excess = (logits[:7].nan_to_num(-9).median() - USUAL).clamp(0) * (calibration is not AS_IS)
+    logits -= excess
+    either = float(1 - (1 - logits[:7].sigmoid()).nan_to_num(1).prod()) or math.nan
+    patient = share * either + (1 - share) * raw[7].sigmoid().nan_to_num(either)
+    logits[7] = patient.logit(FLOOR) * scale[7] + shift[7]
+    answer = prior.logit().lerp(logits, (-excess / 2).exp()).sigmoid()
+    return torch.where(answer.isnan(), prior, answer).clamp(FLOOR, 1 - FLOOR).numpy()
 
 
 def answer_study(volume, read_s, ensemble, effort):
@@ -1092,7 +1092,7 @@ def answer_or_prior(uid, future, ensemble, effort, seconds):
 
 def choose_effort(views, folds, seconds, share):
     while views * folds > max(share / seconds, 1):
-        views, folds = (1, folds) if views > 1 else (1, folds // 2)
+        views, folds = 1, folds if views > 1 else folds // 2
     return Effort(views, folds)
 
 
@@ -1187,7 +1187,7 @@ def _decode_jpeg_2000(jpeg):
     if width * height * components > MAX_JPEG_2000:
         raise StudyError(f"JPEG 2000 of {width}x{height}x{components}")
     bits, signed = depth % 128 + 1, depth > 127
-    stream[42] = bits - 1  # OpenCV refuses signed images; unsigned, it adds half the range
+    stream[42] = bits - 1  # OpenCV refuses signed; unsigned, it adds half the range
     cv2.utils.logging.setLogLevel(0)  # else a line a slice
     words = cv2.imdecode(np.frombuffer(stream, np.uint8), cv2.IMREAD_UNCHANGED)
     return words.astype(np.uint16) - np.uint16(signed << bits - 1)
@@ -1327,7 +1327,7 @@ def classifier_batch(model, tensors, rngs, recipe):
 
 
 def mode_train_seg(o):
-    """Train segmenters on the studies with masks: writes segmenter_fold<k>.pt under --weights."""
+    """Train segmenters on studies with masks: writes segmenter_fold<k>.pt to --weights."""
     recipe, (truth, folds, masks) = recipe_from(o), training_data(o)
     device, samples = pick_device(o.device), [(uid,) for uid in truth if uid in masks]
 
@@ -1497,4 +1497,4 @@ def main(argv=None):
 if __name__ == "__main__" and "__file__" in globals():
     status = main()
     sys.stdout.flush()
-    os._exit(status)  # threads that hang would be waited for
+    os._exit(status)  # hanging threads would be waited for

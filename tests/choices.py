@@ -62,7 +62,6 @@ def main():
     rows = {"as shipped": rate(), "no calibration": rate(plain=True)}
     rows |= {f"mean of {k} steps": rate(top_k=k) for k in (1, 3, 10, 15)}
     rows |= {f"{n} views": rate(views=n) for n in (2, 4, 8)}
-    rows |= {"8 views, mean of probabilities": rate(views=8, average="probability")}
     rows |= {f"noisy-or {w}": rate(noisy_or=w) for w in (0.0, 0.6, 1.0)}
     rows |= {"mask of the centre slice": rate("centre"), "even mask": rate("even")}
     columns = ["log loss per study", "AUC of C1 to C7", "AUC of the patient"]

@@ -578,13 +578,35 @@ def test_the_patient_is_blended_with_noisy_or():
     assert list(answer[2:7]) == list(cspine.PRIOR[2:7])
 
 
-@pytest.mark.parametrize("average, mean", (("probability", 0.5), ("logit", 1 / (1 + 0.25**0.5))))
-def test_models_are_averaged_in_the_space_asked_for(average, mean):
-    """Logits of 0.8 and 0.5: their mean has odds of 4 ** 0.5; 0.8 and 0.2 have the mean 0.5."""
-    other = 0.2 if average == "probability" else 0.5
-    outputs = [(steps(0.8), np.nan), (steps(other), np.nan), (steps(), np.nan)]
-    answer = cspine.combine(outputs, cspine.Answers(average=average))
-    assert answer[0] == pytest.approx(mean)
+def test_models_are_averaged_as_logits():
+    """Logits of 0.8 and 0.5: their mean has odds of 4 ** 0.5."""
+    outputs = [(steps(0.8), np.nan), (steps(0.5), np.nan), (steps(), np.nan)]
+    assert cspine.combine(outputs, cspine.Answers())[0] == pytest.approx(1 / (1 + 0.25**0.5))
+
+
+CALIBRATED = np.repeat([[1.0], [0.0]], 8, 1)  # by a file: not AS_IS itself
+
+
+def test_a_study_whose_calibrated_vertebrae_seem_broken_falls_back_to_the_prior():
+    """By hand: logits of 0.9, less what their median has above USUAL, a share of the way back."""
+    seen = [steps(*[0.9] * 5, 0.2, 0.1)]
+    plain = cspine.combine([(seen[0], 0.9)], cspine.Answers())
+    answer = cspine.combine([(seen[0], 0.9)], cspine.Answers(), CALIBRATED)
+    assert np.allclose(plain[:7], [0.9] * 5 + [0.2, 0.1])  # not calibrated: as they are
+    excess = np.log(9) - cspine.USUAL
+    trust, prior = np.exp(-excess / 2), cspine.PRIOR
+    logits = np.log(plain / (1 - plain))[:7] - excess
+    expected = (1 - trust) * np.log(prior / (1 - prior))[:7] + trust * logits
+    assert np.allclose(np.log(answer / (1 - answer))[:7], expected)
+    assert abs(answer[7] - prior[7]) < abs(plain[7] - prior[7]) / 2
+
+
+@pytest.mark.parametrize("vertebrae", [(0.9, 0.9, 0.9, *[0.02] * 4), (0.9, 0.9)])
+def test_up_to_three_broken_vertebrae_are_believed(vertebrae):
+    """Also where only these are in view."""
+    outputs = [(steps(*vertebrae), 0.9)]
+    plain = cspine.combine(outputs, cspine.Answers())
+    assert np.allclose(cspine.combine(outputs, cspine.Answers(), CALIBRATED), plain)
 
 
 def test_answers_keep_away_from_zero_and_one():
@@ -715,7 +737,8 @@ def test_few_studies_move_calibration_little_and_one_class_not_at_all():
     assert not np.allclose(fitted[4], (1, 0), atol=1e-3)
 
 
-def test_calibration_saved_with_the_weights_is_used(predict, tmp_path):
+def test_calibration_saved_with_the_weights_is_used(predict, tmp_path, monkeypatch):
+    monkeypatch.setattr(cspine, "USUAL", 9)  # random weights call every vertebra broken
     weights = make_weights(tmp_path / "weights")
     plain, _, _ = predict(weights=weights)
     table = {t: [1.0, 0.0] for t in cspine.TARGETS} | {"C3": [0.5, -1.0]}
