@@ -1,17 +1,20 @@
-"""I rely on: the fourth and the fifth hand's necks carry true labels and masks, from a seed."""
+"""I rely on: the fourth, fifth and sixth hand's necks carry true labels and masks, from a seed."""
 
 import fifth_hand
 import fourth_hand
 import numpy as np
 import pandas as pd
 import pytest
+import sixth_hand
 import third_hand
 
 from cspine import TARGETS, read_mask, read_volume
 
 
-@pytest.fixture(scope="module", params=[(fourth_hand, "1.2.3.6"), (fifth_hand, "1.2.3.7")],
-                ids=lambda param: param[0].__name__)
+HANDS = [(fourth_hand, "1.2.3.6"), (fifth_hand, "1.2.3.7"), (sixth_hand, "1.2.3.8")]
+
+
+@pytest.fixture(scope="module", params=HANDS, ids=lambda param: param[0].__name__)
 def drawn(request, tmp_path_factory):
     """(hand, folder of its two studies)."""
     hand, root = request.param
