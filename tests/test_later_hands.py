@@ -10,7 +10,6 @@ import third_hand
 
 from cspine import TARGETS, read_mask, read_volume
 
-
 HANDS = [(fourth_hand, "1.2.3.6"), (fifth_hand, "1.2.3.7"), (sixth_hand, "1.2.3.8")]
 
 
