@@ -5,23 +5,32 @@
 # ///
 """cspine: neck CT studies in, fracture probabilities of C1..C7 and the patient out.
 
+For the RSNA 2022 Cervical Spine Fracture Detection task; not a medical device. The road:
+
     study folder --read_volume--> Volume (HU, Z Y X, head first)
     Volume --segmenter_input--> (1, D, D, D) --Segmenter--> probability (7, D, D, D)
-    Volume + probability --vertebra_slices--> uint8 (7, T, K, S, S): 5 slices + 1 mask a step
-    (T, K, S, S) --VertebraClassifier--> T logits --> P(Ck)
-    (7 * T, K, S, S) --PatientClassifier--> 7 * T + 1 logits --> P(C1..C7), P(patient_overall)
-    all models --combine--> submission.csv
+    Volume + probability --vertebra_slices--> uint8 (7, T, K, S, S): a step is 5 slices, 1
+    mask (T, K, S, S) --VertebraClassifier--> T logits --> P(Ck) (7 * T, K, S, S)
+    --PatientClassifier--> 7 * T + 1 logits --> P(C1..C7), P(patient) the outputs of all
+    models --combine--> submission.csv
 
 Shapes: B batch, C channels, Z Y X voxel axes (head to foot, front to back, right to left),
-T 15 steps, K 6 channels a step, S 224 crop edge, D 128 cube edge, F features.
+D 128 cube edge, V 7 vertebrae, T 15 steps, K 6 channels of a step, S 224 crop edge, N steps
+that a classifier sees at once (T or V * T), F features of a step.
 
-In the repository: `python cspine.py demo`, other modes: --help. Pasted, it runs nothing
-until main(["predict"]). Not a medical device."""
+Modes, in the order of the work: phantom, train-seg, extract, train-cls, train-patient,
+predict, evaluate; eda, show, notebook, demo. `python cspine.py MODE --help` tells what each
+reads and writes. On two GPUs: torchrun --nproc_per_node=2 cspine.py MODE. Pasted into a
+notebook, the file runs nothing; main(["predict", "--weights", "..."]) runs a mode. Exit
+status: 0 done; 2 what you can mend, in one line; 130 interrupted, with what was finished on
+disk; 1 a fault of ours.
+"""
 
 import argparse
 import copy
 import functools
 import hashlib
+import json
 import math
 import mmap
 import os
@@ -29,15 +38,16 @@ import re
 import resource
 import signal
 import struct
+import subprocess
 import sys
 import zlib
-from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from itertools import accumulate, permutations
 from pathlib import Path
 from time import monotonic
+from typing import Any, Callable, NamedTuple
 
 import cv2
 import numpy as np
@@ -45,405 +55,499 @@ import pandas as pd
 import pydicom
 import torch
 import torch.nn.functional as F
-from torch import distributed as dist, nn
+from torch import distributed as dist
+from torch import nn
 from tqdm import tqdm
 
 
 # ==== Facts and settings ====
-# The starting solution's numbers, unless another source is named.
+# Every number of the road, with its unit and source; without a source it is the starting
+# solution's. Facts are constants; what a run may change is a setting, and an option.
 
 VERTEBRAE = ("C1", "C2", "C3", "C4", "C5", "C6", "C7")
 TARGETS = VERTEBRAE + ("patient_overall",)
 STUDY = "StudyInstanceUID"
-STEPS, SLICES_PER_STEP, CROP = 15, 5, 224
-CHANNELS = SLICES_PER_STEP + 1  # and a mask
-TARGET_WEIGHTS, POSITIVE_FACTOR = np.array([1.0] * 7 + [7.0]), 2.0  # the metric's
-# The constants with the best score (0.5573) on the 2019 training labels.
-PRIOR = np.array([0.1027, 0.1930, 0.0512, 0.0752, 0.1105, 0.1842, 0.2559, 0.5309])
-FLOOR, USUAL, AIR_HU = 1e-4, -2.5, -1024  # answers; their median logit; padding
-SEGMENTER_WINDOW, BONE_WINDOW = (300, 1600), (500, 2000)  # (level, width) HU
-MIN_SLICES, MAX_VOXELS = 16, 2**30  # of a study
-MAX_GAP_MM, SAME_STEP_MM = 30.0, 0.0031  # odd: no usual spacing lies on the edge
-MASK_THRESHOLDS = (0.2, 0.05)  # first place's, in turn
-MIN_CELLS, BOX_MARGIN, APART = 12, 1.0, 2  # cells: of a vertebra; around (first place); between
-AROUND, CLOSER, BOX_SHARE = (0.25, 0.75, 0.75), 0.57, 0.05  # of extent; cube; fullest plane
-CROPS_AT_ONCE = {"cpu": STEPS, "cuda": 210}  # 15: a CPU's cache
-CROP_PNG = cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, 3
-KAGGLE_DATA = "/kaggle/input/rsna-2022-cervical-spine-fracture-detection"
-KAGGLE_MINUTES = 510.0  # of a submission's 540
-MAX_SKIPPED_STEPS = 20  # in a row
-MAX_READ_S, READERS = 600, 99  # or a quarter of the time left; some may hang
 
+# The metric, a weighted log loss (the competition's Evaluation page).
+TARGET_WEIGHTS = np.array([1.0] * 7 + [7.0])
+POSITIVE_FACTOR = 2.0  # a fractured target weighs twice
+PRIOR = np.array(  # the constants with the best score, 0.5573, on the 2019 training labels
+    [0.1027, 0.1930, 0.0512, 0.0752, 0.1105, 0.1842, 0.2559, 0.5309])
+PRIOR_ANSWERS = dict(zip(TARGETS, PRIOR))
+LEAST_ANSWER = 1e-4  # answers stay this far from 0 and 1
+USUAL_LOGIT = -2.5  # median over C1..C7 of a study like the training's; above it: unlike
+
+# A study.
+AIR_HU = -1024  # HU; whatever is darker is padding outside the scanner's circle
+MAX_HU = 32767  # HU; the largest int16
+MIN_SLICES = 16  # slices; fewer are no study (the competition's shortest has 69)
+MAX_VOXELS = 2**30  # voxels, 2 GB of int16; more is damage or does not fit
+MAX_GAP_MM = 30.0  # mm; a longer hole along the normal separates two scans
+SAME_PLACE_MM = 0.0031  # mm; closer slices repeat; odd, so no usual spacing is a multiple
+UNEVEN = 0.25  # share of a step by which a slice may miss its even place
+STRAIGHT = 0.999  # least cosine of a stack's axis and its normal; below: a tilted gantry
+
+# Masks and crops; a cell is a voxel of the segmenter's cube.
+SEGMENTER_WINDOW = (300, 1600)  # level, width; HU
+CUBE = 128  # cells an edge
+MASK_THRESHOLDS = (0.2, 0.05)  # first place's; the second where the first finds nothing
+MIN_CELLS = 12  # cells; fewer are no vertebra
+STRAY_SHARE = 0.05  # planes below this share of the fullest plane hold strays
+STRAY_GAP = 2  # cells; a wider gap parts a stray from its vertebra
+APART_CELLS = 2  # cells; masks out of order that lie further apart exchange names
+LOOK_AROUND = (0.25, 0.75, 0.75)  # z y x: share of the neck's extent, added on either side
+LOOK_CLOSER = 0.57  # a second look where the neck needs less than this share of an axis
+BONE_WINDOW = (500, 2000)  # level, width; HU
+STEPS = 15
+SLICES_PER_STEP = 5
+MASKED_SLICES = ("last", "center")  # of a step, which one its mask is of
+CHANNELS = SLICES_PER_STEP + 1  # and a mask
+CROP = 224  # pixels an edge
+BOX_MARGIN = 1.0  # cells around the mask (first place)
+
+# The machine.
+HERE = Path(globals().get("__file__", "cspine.py")).resolve().parent
+KAGGLE_DATA = "/kaggle/input/rsna-2022-cervical-spine-fracture-detection"
+KAGGLE_MINUTES = 510.0  # minutes, of the 540 that a submission has
+MAX_READ_S = 600  # s, or a quarter of the time left, that a file which hangs may cost
+READ_AHEAD = 99  # threads that read studies: each may be stuck in a file that hangs
+CROPS_ON_CPU = STEPS  # crops in one pass of a backbone: about a CPU's cache
+CROPS_ON_GPU = 2 * 7 * STEPS  # crops in one pass: those of two patients
+MAX_SKIPPED_STEPS = 20  # steps in a row without a finite gradient
+
+class UserError(Exception):
+    """Something that the user can mend; main prints it in one line, status 2."""
+
+class StudyError(UserError):
+    """One study or one of its files cannot be used; the run goes on with the others."""
+
+class Stopped(Exception):
+    """A run that ended before its work was done, all of it saved: a message, a status."""
+
+def setting(default, meaning, choices=(), least=-math.inf, most=math.inf):
+    """A field of settings: its meaning is the text of --help, the rest what it may be."""
+    limits = dict(help=meaning, choices=choices, least=least, most=most)
+    return field(default=default, metadata=limits)
+
+def argument(meaning):
+    """A field of settings that is no option but must be given."""
+    return field(default="", metadata=dict(help=meaning, positional=True))
+
+@dataclass(frozen=True)
+class Shared:
+    """Options that several modes have."""
+    data: str = setting(KAGGLE_DATA, "folder of the data set")
+    weights: str = setting(str(HERE / "weights"), "folder of the models")
+    work: str = setting("work", "folder of the crops")
+    out: str = setting("submission.csv", "file or folder to write")
+    submission: str = setting("submission.csv", "file to score")
+    device: str = setting("auto", "cpu, cuda:0, ...; auto takes a GPU where there is one")
+    workers: int = setting(os.cpu_count() or 1, "threads that read files", least=0)
+    fold: str = setting("all", "the fold to train, from 0 on, or all of them")
+    folds: int = setting(5, "parts of the cross-validation; 1: train on all", least=1)
+    resume: bool = setting(False, "go on where the same command stopped")
+    time_limit: float = setting(0.0, "minutes until a run ends, saved; 0: none", least=0)
+    init: str = setting("", "file of weights to start from, ours or timm's; none if empty")
+    mask_of: str = setting("last", "which slice of a step the mask is of", MASKED_SLICES)
 
 @dataclass(frozen=True)
 class Recipe:
-    """A training. Ours, unless a source is named."""
-    backbone: str
-    epochs: int
-    batch_size: int
-    lr: float  # peak
-    size: int = CROP
-    mixup: float = 0.0  # share of batches (first place)
-    accumulate: int = 1  # parts of a batch
-    weight_decay: float = 0.01
-    warm_up: float = 0.05  # share of the steps
-    ema: float = 0.998
-    clip: float = 1.0  # norm of the gradient
-    drop_path: float = 0.05
-    dropout: float = 0.2  # Tan and Le 2021
-    hidden: int = 256  # LSTMs' (starting solution)
-    thin: int = 1  # 3: a third of the steps
-    shuffle: float = 0.2  # share of samples (first place)
-    mask_of: str = "last"
-    half: bool = False  # bfloat16 on a CPU that has it
-    seed: int = 0
+    """How a model is trained; its fields are options of the trainings."""
+    backbone: str = setting("tf_efficientnetv2_s", "a convolutional network of timm")
+    epochs: int = setting(60, "passes over the training studies", least=1)
+    batch_size: int = setting(4, "samples a step, over all GPUs", least=1)
+    lr: float = setting(1e-3, "peak learning rate of AdamW", least=1e-9)
+    size: int = setting(CUBE, "edge of the cube or crop, voxels or pixels", least=16)
+    accumulate: int = setting(1, "parts of a batch, in turn: less memory", least=1)
+    weight_decay: float = setting(0.01, "of AdamW, on matrices alone", least=0)
+    warm_up: float = setting(0.05, "share of the steps in which lr rises", least=0, most=1)
+    ema: float = setting(0.998, "decay of the averaged, kept weights", least=0, most=1)
+    clip: float = setting(1.0, "largest norm of the gradient", least=1e-9)
+    drop_path: float = setting(0.05, "share of branches left out", least=0, most=0.9)
+    dropout: float = setting(0.1, "share left out before the last layer", least=0, most=0.9)
+    half: bool = setting(False, "bfloat16 also on a CPU that has it")
+    seed: int = setting(0, "of everything random", least=0)
 
+@dataclass(frozen=True)
+class ClassifierRecipe(Recipe):
+    """What the training of a classifier has besides."""
+    mixup: float = setting(0.2, "share of batches with mixed losses", least=0, most=1)
+    hidden: int = setting(256, "width of the LSTMs", least=1)
+    thin: int = setting(1, "3: a third of the steps at a time, in turns", (1, 3, 5, 15))
+    mask_of: str = setting("last", "which slice of a step the mask is of", MASKED_SLICES)
 
-RECIPES = dict(segmenter=Recipe("tf_efficientnetv2_s", 60, 4, 1e-3, 128, dropout=0.1),
-               vertebra=Recipe("tf_efficientnetv2_s", 20, 8, 3e-4, mixup=0.2),
-               patient=Recipe("convnext_nano", 15, 2, 2e-4, mixup=0.2))
-
+# Rates and epochs are ours; dropout is Tan and Le's (2021), mixup first place's.
+RECIPES = dict(
+    segmenter=Recipe(),
+    vertebra=ClassifierRecipe(epochs=20, batch_size=8, lr=3e-4, size=CROP, dropout=0.2),
+    patient=ClassifierRecipe(
+        "convnext_nano", epochs=15, batch_size=2, lr=2e-4, size=CROP, dropout=0.2))
 
 @dataclass(frozen=True)
 class Answers:
-    """How logits become answers."""
-    top_k: int = 5  # largest steps averaged (first place)
-    views: int = 1  # dihedral ones a model, from the i-th on
-    noisy_or: float = 0.8  # share in patient_overall
-    compile: bool = False  # pays after hundreds of studies
-
-
-# ==== House tools ====
-
-class UserError(Exception):
-    """What the user can mend: status 2."""
-
-
-class StudyError(UserError):
-    """One study that cannot be used."""
-
-
-class Stopped(Exception):
-    """A run that ended early, all saved."""
-
-
-@contextmanager
-def study_errors(where):
-    """Any exception becomes a StudyError: damaged bytes raise nearly every kind."""
-    try:
-        yield
-    except Exception as error:
-        reason = " ".join(str(error).split())[:240] or type(error).__name__
-        raise StudyError(f"{where}: {reason}") from error
-
-
-def say(text):
-    tqdm.write(text, file=sys.stderr)
-
-
-def progress(items, unit, total=None):
-    return tqdm(items, unit=unit, total=total, disable=None, leave=False)
-
-
-def write_atomic(path, write):
-    new = (path := Path(path)).parent / f".{os.getpid()}.{path.name}"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(new)
-        new.replace(path)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"cannot write {path}: {error}") from None
-    finally:
-        with suppress(OSError):
-            new.unlink()
-
-
-def write_csv(path, table):
-    write_atomic(path, lambda new: table.to_csv(new, index=False))
-
-
-def read_csv(path, columns):
-    with study_errors(f"{path}: no csv with {', '.join(columns)}"):
-        table = pd.read_csv(path, dtype={STUDY: str, "row_id": str})
-        table[[*columns]]  # or KeyError
-        return table
-
-
-def prefetch(work, items, workers, ahead=1):
-    """(item, future of work(item)), `ahead` of them under way."""
-    pool, waiting = ThreadPoolExecutor(max(1, workers)), []
-    try:
-        for item in items:
-            waiting.append((item, pool.submit(work, item)))
-            if len(waiting) > ahead:
-                yield waiting.pop(0)
-        yield from waiting
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def ranks():  # set by torchrun
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def over_ranks(value):
-    out = [value] * ranks()[1]
-    if dist.is_initialized():
-        dist.all_gather_object(out, value)
-    return out
-
-
-def pick_device(name):
-    if name == "auto":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    with study_errors(f"--device {name}"):
-        return torch.empty(1, device=name).device
-
-
-def half_type(device):
-    """bfloat16 where it is native, else float16 on a GPU (T4), None on a CPU."""
-    if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
-        return torch.bfloat16 if native else torch.float16
-    flags = Path("/proc/cpuinfo")
-    return torch.bfloat16 if flags.exists() and "_bf16" in flags.read_text() else None
-
-
-def autocast(device, wanted=True):
-    half = half_type(device) if wanted else None
-    return torch.autocast(device.type, half, enabled=half is not None)
-
-
-def peak_gb():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # of KiB
-
-
-class Stop:
-    """Why a run should end: a signal or its deadline."""
-    def __init__(self, minutes=0.0, clock=monotonic):
-        self.clock, self.signal, self.until = clock, "", clock() + 60 * min(minutes or 1e7, 1e7)
-        with suppress(ValueError):  # fails in a thread
-            for kind in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(kind, self.note)
-
-    def note(self, number, _):
-        self.signal = signal.Signals(number).name
-
-    def left(self):
-        return self.until - self.clock()
-
-    def reason(self, needed=0.0):
-        return self.signal or ("--time-limit" if self.left() < needed else "")
+    """How logits become answers; its fields are options of predict."""
+    top_k: int = setting(
+        5, "largest steps averaged to a vertebra's answer", least=1, most=STEPS)
+    noisy_or: float = setting(
+        0.8, "share of 1 - prod(1 - P(Ck)) in patient_overall", least=0, most=1)
 
 
 # ==== Reading ====
-# Only its position says where a slice lies.
+# In: a folder of DICOM files. Out: a Volume; nothing behind this room knows of DICOM.
+# The trap: file names say nothing. Only its position says where a slice lies.
 
-DEFAULTS = dict(ImagePositionPatient=[math.nan] * 3, ImageOrientationPatient=[1, 0, 0, 0, 1, 0],
-                PixelSpacing=[0, 0], RescaleSlope=1, RescaleIntercept=0)
-NIFTI_TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4",
-               1024: "i8", 1280: "u8"}
+class Volume(NamedTuple):
+    """A CT study, head first.
 
+    `hu` is int16 (Z, Y, X) in Hounsfield units, Z from head to foot, Y from front to
+    back, X from right to left; `spacing` is in mm, in the order of the axes; `affine` (4, 4)
+    gives LPS mm (DICOM's axes) from (z, y, x, 1). `problems` says what was odd.
+    """
+    uid: str
+    hu: np.ndarray
+    spacing: tuple
+    affine: np.ndarray
+    problems: tuple = ()
 
-class Volume(namedtuple("Volume", "uid hu spacing affine problems", defaults=[()])):
-    """A CT study: hu int16 (Z, Y, X), head first; spacing mm; affine (4, 4): LPS mm of a voxel."""
-
+class Slice(NamedTuple):
+    """A decoded image, and where its pixels lie in LPS mm."""
+    hu: np.ndarray  # int16 (Y, X)
+    origin: np.ndarray  # (3,) centre of the first pixel
+    down: np.ndarray  # (3,) from a pixel to the one in the next row
+    right: np.ndarray  # (3,) from a pixel to the one in the next column
 
 def read_slices(path):
-    """[(series, (first voxel, step down a row, to the right) LPS mm, HU (Y, X))] of frames."""
-    if not path.is_file():  # a pipe would wait
+    """[(series key, Slice)] of the frames of a DICOM file, with or without its preamble."""
+    if not path.is_file():  # a pipe would wait for ever
         raise StudyError("no plain file")
-    data, out = pydicom.dcmread(path, force=True), []
+    data = pydicom.dcmread(path, force=True)
+    series = str(data.get("SeriesInstanceUID"))
+    slices = []
     for number, stored in enumerate(decode_pixels(data)):
-        groups = [*data.get("SharedFunctionalGroupsSequence", []),
-                  *data.get("PerFrameFunctionalGroupsSequence", [])[number : number + 1]]
-        tags = {part.keyword: part.value for group in groups for part in group.iterall()}
-        position, directions, (height, width), slope, intercept = (
-            np.array(tags.get(name) or data.get(name) or default, float)
-            for name, default in DEFAULTS.items())
-        row, column = directions.reshape(2, 3)
-        place, normal = np.array([position, column * height, row * width]), np.cross(row, column)
-        if not (min(height, width) > 0 and abs(place).max() < 1e6 and 0.9 < normal @ normal < 1.1):
-            raise StudyError("no usable position or orientation")
-        memory = mmap.mmap(-1, 2 * stored.size, mmap.MAP_PRIVATE)  # malloc hoards
-        hu = np.ndarray(stored.shape, np.int16, memory)
-        hu[:] = np.rint(stored * slope + intercept).clip(AIR_HU, 32767)
-        steps = np.rint(place[1:].ravel() / SAME_STEP_MM)
-        out.append(((str(data.get("SeriesInstanceUID")), hu.shape, *steps), place, hu))
-    return out
+        one = place_frame(stored, data, number)
+        steps = np.rint(np.r_[one.down, one.right] / SAME_PLACE_MM)
+        slices.append(((series, one.hu.shape, *steps), one))
+    return slices
 
+def place_frame(stored, data, number):
+    """The Slice of a frame's stored values (Y, X): in HU, placed (DICOM PS3.3 C.7.6.2)."""
+    groups = [*data.get("SharedFunctionalGroupsSequence", [])]  # of an enhanced CT
+    groups += data.get("PerFrameFunctionalGroupsSequence", [])[number : number + 1]
+    own = {part.keyword: part.value for group in groups for part in group.iterall()}
 
-def read_series(folder, workers, give_up):
-    """(Planes in order, where even steps lie among them, affine, problems)."""
-    files, stacks, problems = sorted(Path(folder).iterdir(), key=lambda p: (len(p.name), p)), {}, []
+    def tag(name, default):
+        value = own.get(name) or data.get(name)
+        return np.array(value or default, float)
+
+    origin = tag("ImagePositionPatient", [math.nan] * 3)
+    row, column = tag("ImageOrientationPatient", [1, 0, 0, 0, 1, 0]).reshape(2, 3)
+    spacing = tag("PixelSpacing", [0, 0])  # between rows, between columns
+    down = column * spacing[0]
+    right = row * spacing[1]
+    normal = np.cross(row, column)
+    farthest = abs(np.array([origin, down, right])).max()  # NaN without a position
+    if not (spacing.min() > 0 and farthest < 1e6 and 0.9 < normal @ normal < 1.1):
+        raise StudyError("no usable position or orientation")
+
+    memory = mmap.mmap(-1, 2 * stored.size, mmap.MAP_PRIVATE)  # malloc would not free it
+    hu = np.ndarray(stored.shape, np.int16, memory)
+    rescaled = stored * tag("RescaleSlope", 1) + tag("RescaleIntercept", 0)
+    hu[:] = np.rint(rescaled).clip(AIR_HU, MAX_HU)
+    return Slice(hu, origin, down, right)
+
+def read_files(folder, workers, give_up):
+    """({series key: [Slice, ...]} of all files of a folder, [what was left out, why])."""
+    stacks = {}
+    problems = []
+    files = sorted(Path(folder).iterdir(), key=lambda path: (len(path.name), path))
     for path, future in prefetch(read_slices, files, workers, 4 * workers + 1):
         if give_up():
             raise StudyError("out of time")
         try:
-            with study_errors(path.name):
-                for series, *frame in future.result():
-                    stacks.setdefault(series, []).append(frame)
+            with errors_as(StudyError, path.name):
+                for series, one in future.result():
+                    stacks.setdefault(series, []).append(one)
         except StudyError as error:
             problems.append(f"{error}; left out")
-    stack = max(stacks.values(), key=len, default=[])
-    places = np.array([place for place, _ in stack]).reshape(-1, 3, 3)
-    normal = np.cross(places[:1, 1], places[:1, 2])
-    mm = (places[:, 0] @ normal.T).ravel() / np.linalg.norm(normal)
-    order = np.unique(np.rint(mm / SAME_STEP_MM), return_index=True)[1]
-    run = max(np.split(order, np.flatnonzero(np.diff(mm[order]) > MAX_GAP_MM) + 1), key=len)
-    if other := sum(map(len, stacks.values())) - len(run):
-        problems.append(f"{other} images of another series, size or position left out")
-    if len(run) < MIN_SLICES:
-        raise StudyError("; ".join([f"{len(run)} usable slices, not {MIN_SLICES}", *problems[-1:]]))
-    mm, steps, (start, column, row) = mm[run], np.arange(len(run)), places[run[0]]
-    step, way = np.median(np.diff(mm)), places[run[-1], 0] - start
-    even = np.linspace(mm[0], mm[-1], round(np.ptp(mm) / step) + 1)
-    if len(even) != len(mm) or abs(mm - even).max() > 0.25 * step:
-        problems.append(f"uneven positions, filled to {len(even)}")
-        steps = np.interp(even, mm, steps)
-    if (straight := np.ptp(mm) / np.linalg.norm(way)) < 0.999:
-        problems.append(f"gantry tilted by {math.degrees(math.acos(straight)):.0f} degrees")
-    affine = np.c_[way / (len(even) - 1), column, row, start]
-    return [stack[k][1] for k in run], steps, np.r_[affine, [[0, 0, 0, 1]]], problems
+    return stacks, problems
 
+def along_normal(stack):
+    """mm of every slice along the slices' common normal (DICOM PS3.3 C.7.6.2.1.1)."""
+    normal = np.cross(stack[0].down, stack[0].right)
+    origins = np.array([one.origin for one in stack])
+    return origins @ normal / np.linalg.norm(normal)
+
+def longest_run(mm):
+    """Indices, in the order of position, of the largest group of slices without a gap.
+
+    Of slices at the same place the first counts; a gap of MAX_GAP_MM separates two scans.
+    """
+    places = np.rint(mm / SAME_PLACE_MM)
+    _, order = np.unique(places, return_index=True)
+    gaps = np.flatnonzero(np.diff(mm[order]) > MAX_GAP_MM)
+    return max(np.split(order, gaps + 1), key=len)
+
+def even_steps(mm):
+    """Where evenly spaced planes lie among slices: 2.5 is halfway from slice 2 to 3."""
+    index = np.arange(len(mm))
+    count = round(np.ptp(mm) / np.median(np.diff(mm))) + 1
+    even = np.linspace(mm[0], mm[-1], count)
+    limit = UNEVEN * np.median(np.diff(mm))
+    if count == len(mm) and abs(mm - even).max() <= limit:
+        return index
+    return np.interp(even, mm, index)
+
+def read_series(folder, workers, give_up):
+    """The largest series of a folder: (planes in order, even_steps, affine, problems).
+
+    The affine (4, 4) gives LPS mm from (step, row, column, 1).
+    """
+    stacks, problems = read_files(folder, workers, give_up)
+    stack = max(stacks.values(), key=len, default=[])
+    run = longest_run(along_normal(stack)) if stack else []
+    left_out = sum(map(len, stacks.values())) - len(run)
+    if left_out:
+        problems.append(f"{left_out} images of another series, size or position left out")
+    if len(run) < MIN_SLICES:
+        found = f"{len(run)} usable slices, not {MIN_SLICES}"
+        raise StudyError("; ".join([found, *problems[-1:]]))
+
+    mm = along_normal(stack)[run]
+    steps = even_steps(mm)
+    if not np.array_equal(steps, np.arange(len(mm))):
+        problems.append(f"uneven positions, filled to {len(steps)}")
+    first = stack[run[0]]
+    way = stack[run[-1]].origin - first.origin
+    cosine = np.ptp(mm) / np.linalg.norm(way)  # between the stack's axis and its normal
+    if cosine < STRAIGHT:
+        problems.append(f"gantry tilted by {math.degrees(math.acos(cosine)):.0f} degrees")
+    affine = np.eye(4)
+    affine[:3] = np.c_[way / (len(steps) - 1), first.down, first.right, first.origin]
+    return [stack[k].hu for k in run], steps, affine, problems
+
+def axial_axes(affine):
+    """(axes, flip): the stored axes that become Z, Y, X, and which run backwards."""
+    columns = affine[:3, :3]
+    left, back, up = columns / np.linalg.norm(columns, axis=0)
+    share = np.stack([-up, back, left])  # of Z, Y and X in each stored axis
+    wanted = range(3)
+    orders = permutations(wanted)
+    axes = max(orders, key=lambda stored: abs(share[wanted, stored]).sum())
+    return axes, share[wanted, axes] < 0
 
 def read_volume(folder, workers=2, give_up=lambda: False):
-    """One CT study, head first, in HU. Raises StudyError, nothing else."""
-    with study_errors(folder):
+    """One CT study, head first, in Hounsfield units: a Volume.
+
+    Slices are ordered by their position along the slice normal, never by file name; the
+    largest series of the folder counts, gaps are filled by position, sagittal and coronal
+    slices are turned. Raises StudyError, and nothing else, if fewer than MIN_SLICES can be
+    read, or if give_up() becomes true.
+    """
+    with errors_as(StudyError, folder):
         planes, steps, affine, problems = read_series(folder, workers, give_up)
-        shape = len(steps), *planes[0].shape
+        shape = (len(steps), *planes[0].shape)
         if math.prod(shape) > MAX_VOXELS:
             raise StudyError(f"{shape} voxels")
-        spacing = np.linalg.norm(affine[:3, :3], axis=0)
-        share = affine[2::-1, :3] / spacing * [[-1], [1], [1]]  # (down back left, old axis)
-        axes = max(permutations(range(3)), key=lambda axes: abs(share[range(3), axes]).sum())
-        flip = share[range(3), axes] < 0
-        affine, hu = affine[:, [*axes, 3]], np.empty([shape[k] for k in axes], np.int16)
-        affine[:, 3] += affine[:, :3] @ (flip * np.subtract(hu.shape, 1))
-        affine[:, :3] *= 1 - 2 * flip
-        slices = np.flip(hu, [*np.flatnonzero(flip)]).transpose(np.argsort(axes))
-        for k, at in enumerate(steps):
-            low = min(int(at), len(planes) - 2)
-            planes[:low] = [None] * low  # never held twice
-            slices[k] = cv2.addWeighted(planes[low], low + 1 - at, planes[low + 1], at - low, 0)
-    return Volume(Path(folder).name, hu, tuple(spacing[[*axes]].tolist()), affine, tuple(problems))
 
+        axes, flip = axial_axes(affine)
+        hu = np.empty([shape[k] for k in axes], np.int16)
+        backwards = np.flatnonzero(flip).tolist()
+        stored = np.flip(hu, backwards).transpose(np.argsort(axes))  # a view of hu
+        for k, at in enumerate(steps):  # each step lies between two planes
+            low = min(int(at), len(planes) - 2)
+            planes[:low] = [None] * low  # let go: a volume is never held twice
+            stored[k] = cv2.addWeighted(
+                planes[low], low + 1 - at, planes[low + 1], at - low, 0)
+
+        last = np.subtract(hu.shape, 1)
+        affine = affine[:, [*axes, 3]]
+        affine[:, 3] += affine[:, :3] @ (flip * last)
+        affine[:, :3] *= 1 - 2 * flip
+        spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    return Volume(Path(folder).name, hu, tuple(spacing.tolist()), affine, tuple(problems))
+
+
+# ==== Masks ====
+# In: a NIfTI file of labels, a Volume. Out: the labels on the Volume's grid, or a coarser.
+# The trap: NIfTI is RAS+, DICOM is LPS+. The affine decides what to flip, not a list.
+
+NIFTI_FIELDS = """
+    sizeof_hdr i4, skipped_1 V36, dim 8i2, skipped_2 V14, datatype i2, bitpix i2,
+    skipped_3 V2, pixdim 8f4, vox_offset f4, scl_slope f4, scl_inter f4, skipped_4 V132,
+    qform_code i2, sform_code i2, quatern 3f4, qoffset 3f4, srow 12f4, skipped_5 V16,
+    magic S4"""
+NIFTI_HEADER = np.dtype([tuple(one.split()) for one in NIFTI_FIELDS.split(",")])  # nifti1.h
+NIFTI_TYPES = {  # of NumPy, by the header's datatype
+    2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8",
+    256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
+
+def nifti_affine(header):
+    """RAS mm from voxel (4, 4): the sform, else the qform, else the zooms about the centre.
+
+    The order and the third way are nibabel's; pixdim[0] below 0 mirrors the qform's k axis.
+    """
+    zooms = header["pixdim"][1:4].astype(float)
+    affine = np.diag([*zooms * (-1, 1, 1), 1])
+    affine[:3, 3] = affine[:3, :3] @ (1.0 - header["dim"][1:4]) / 2
+    if header["sform_code"] > 0:
+        affine[:3] = header["srow"].reshape(3, 4)
+    elif header["qform_code"] > 0:
+        axis = header["quatern"].astype(float)
+        cosine = math.sqrt(max(0, 1 - axis @ axis))
+        skew = np.cross(np.eye(3), axis)
+        turn = np.eye(3) + 2 * (cosine * skew + skew @ skew)
+        mirror = -1 if header["pixdim"][0] < 0 else 1
+        affine[:3, :3] = turn * zooms * (1, 1, mirror)
+        affine[:3, 3] = header["qoffset"]
+    return affine
 
 def read_nifti(path):
-    """(labels (I, J, K), slope, intercept, voxel from LPS mm)."""
+    """(stored values (I, J, K), slope, intercept, voxel from LPS mm (4, 4)) of NIfTI-1.
+
+    Both byte orders, gzip or not. Any damage raises an exception of its own kind.
+    """
     raw = Path(path).read_bytes()
     if raw[:2] == b"\x1f\x8b":
         raw = zlib.decompressobj(31).decompress(raw, MAX_VOXELS)
-    order = "<" if raw[:2] == b"\x5c\x01" else ">"  # offsets of nifti1.h
-    short = np.ndarray(174, order + "i2", raw)
-    real = np.ndarray(87, order + "f4", raw).astype(float)
-    rank, start, shape, zooms = short[20], int(real[27]), short[21:24], real[20:23]
-    if raw[344:348] != b"n+1\0" or rank < 3 or start < 348 or (short[24 : 21 + rank] > 1).any():
-        raise ValueError("not one 3-D image")  # NumPy reads before a file's start
-    stored = np.ndarray(shape, order + NIFTI_TYPES[short[35]], raw, start, order="F")
-    affine = np.diag([*zooms * (-1, 1, 1), 1])
-    affine[:3, 3] = affine[:3, :3] @ (1.0 - shape) / 2  # as nibabel does
-    if short[127] > 0:  # sform
-        affine[:3] = real[70:82].reshape(3, 4)
-    elif short[126] > 0:  # qform
-        axis, affine[:3, 3] = real[64:67], real[67:70]
-        skew, cosine = np.cross(np.eye(3), axis), math.sqrt(max(0, 1 - axis @ axis))
-        turn = np.eye(3) + 2 * (cosine * skew + skew @ skew)
-        affine[:3, :3] = turn * zooms * (1, 1, -1 if real[19] < 0 else 1)
-    voxel_from_lps = np.linalg.inv(np.asarray_chkfinite(affine)) * (-1, -1, 1, 1)
-    slope, intercept = real[28:30] if 0 < abs(real[28]) < math.inf else (1, 0)
+    order = "<" if raw[:2] == b"\x5c\x01" else ">"  # the header's length, 348
+    header = np.frombuffer(raw, NIFTI_HEADER.newbyteorder(order), 1)[0]
+    rank, *shape = header["dim"].tolist()
+    start = int(header["vox_offset"])
+    more = max(shape[3:rank], default=1) > 1  # times or vectors
+    if header["magic"] != b"n+1" or rank < 3 or more or start < NIFTI_HEADER.itemsize:
+        raise ValueError("not one 3-D image")
+    kind = order + NIFTI_TYPES[int(header["datatype"])]
+    stored = np.ndarray(shape[:3], kind, raw, start, order="F")
+
+    ras_from_voxel = np.asarray_chkfinite(nifti_affine(header))
+    voxel_from_lps = np.linalg.inv(ras_from_voxel) * (-1, -1, 1, 1)
+    slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
+    if not 0 < abs(slope) < math.inf:  # 0 means: as stored
+        slope, intercept = 1, 0
     return stored, slope, intercept, voxel_from_lps
 
-
 def read_mask(path, volume, shape=None):
-    """uint8 (Z, Y, X), or a coarser `shape`: the nearest label, 1-7 = C1-C7, or 0."""
-    with study_errors(f"{path}: no whole NIfTI-1 mask"):
+    """uint8 (Z, Y, X), or a coarser `shape`: the nearest label, 1-7 = C1-C7, or 0 outside.
+
+    The mask may lie on any grid: its affine places it. StudyError if it is damaged.
+    """
+    with errors_as(StudyError, f"{path}: no whole NIfTI-1 mask"):
         stored, slope, intercept, voxel_from_lps = read_nifti(path)
     out = np.zeros(shape or volume.hu.shape, np.uint8)
     matrix = (voxel_from_lps @ volume.affine)[:3, :, None, None]
-    z, y, x = ((np.arange(n) + 0.5) * m / n - 0.5 for m, n in zip(volume.hu.shape, out.shape))
-    flat = matrix[:, 1] * y[:, None] + matrix[:, 2] * x + matrix[:, 3] + 0.5  # (3, Y, X)
+    cells = [np.arange(count) + 0.5 for count in out.shape]
+    z, y, x = (c * n / len(c) - 0.5 for c, n in zip(cells, volume.hu.shape))  # of voxels
+    down, back, left, start = matrix.swapaxes(0, 1)
+    flat = back * y[:, None] + left * x  # (3, Y, X)
+    flat = flat + start + 0.5
+    limits = np.reshape(stored.shape, (3, 1, 1))
     for plane, above in zip(out, z):
-        at = np.floor(flat + matrix[:, 0] * above).astype(int)
-        inside = ((at >= 0) & (at < np.reshape(stored.shape, (3, 1, 1)))).all(0)
-        values = stored[tuple(k[inside] for k in at)] * slope + intercept
-        plane[inside] = np.where((values > 0) & (values < 255), np.rint(values), 0)
+        at = np.floor(flat + down * above).astype(int)
+        inside = (at >= 0) & (at < limits)
+        inside = inside.all(0)
+        values = stored[tuple(at[:, inside])] * slope + intercept
+        is_label = (values > 0) & (values < 255)
+        plane[inside] = np.where(is_label, np.rint(values), 0)
     return out
 
 
+# ==== Segmenter ====
+# In: a Volume. Out: the probability of C1..C7 in the cells of a cube over the whole study.
+# The trap: a 3-D network can be silently wrong; to_3d refuses what it does not know.
+
 def resize(image, rows, columns):
-    how = cv2.INTER_LINEAR if rows > len(image) or columns > image.shape[1] else cv2.INTER_AREA
-    return cv2.resize(image, (columns, rows), interpolation=how)
+    """An image (Y, X) of another size: averaged if smaller, else interpolated."""
+    larger = rows > len(image) or columns > image.shape[1]
+    how = cv2.INTER_LINEAR if larger else cv2.INTER_AREA
+    return cv2.resize(image, (columns, rows), interpolation=how)  # OpenCV: width first
 
-
-def segmenter_input(volume, size=128, window=SEGMENTER_WINDOW):
-    """float32 (1, D, D, D) in 0..1: a cell averages its share."""
-    low, width = window[0] - window[1] // 2, window[1]
-    planes = (np.float32(np.clip(hu, low, low + width)) for hu in volume.hu)
-    planes = [resize(resize(p, size, p.shape[1]), size, size).ravel() for p in planes]
+def segmenter_input(volume, size=CUBE, window=SEGMENTER_WINDOW):
+    """float32 (1, D, D, D) in 0..1: every cell averages its share of the windowed study."""
+    level, width = window
+    low = level - width // 2
+    planes = []
+    for hu in volume.hu:
+        plane = np.float32(np.clip(hu, low, low + width))
+        plane = resize(plane, size, plane.shape[1])
+        planes.append(resize(plane, size, size).ravel())
     cube = resize(np.array(planes), size, size * size)  # (Z, D * D) -> (D, D * D)
     return torch.from_numpy((cube.reshape(1, size, size, size) - low) / width)
 
-
-# ==== Segmenter ====
-# A 3-D network can be wrong without an error: to_3d refuses what it does not know.
-
 class Conv3dSame(nn.Conv3d):
-    """TensorFlow's SAME padding."""
+    """A convolution with TensorFlow's SAME padding: more at the end than at the start."""
+
     def forward(self, x):
+        """(B, C, Z, Y, X) -> (B, F, Z/stride, Y/stride, X/stride), rounded up."""
         padding = []
-        for n in x.shape[:1:-1]:  # F.pad takes the last axis first
-            total = max(self.kernel_size[0] - (n % self.stride[0] or self.stride[0]), 0)
+        for length in x.shape[:1:-1]:  # F.pad takes the last axis first
+            rest = length % self.stride[0] or self.stride[0]
+            total = max(self.kernel_size[0] - rest, 0)
             padding += [total // 2, total - total // 2]
         return super().forward(F.pad(x, padding))
 
-
 class BatchNormAct3d(nn.BatchNorm3d):
-    """Then timm's activation."""
+    """timm's BatchNormAct2d holds the activation inside: a bare norm would drop it."""
+
     def forward(self, x):
         return self.act(super().forward(x))
 
-
 class SqueezeExcite3d(nn.Sequential):
-    """The mean over three axes."""
+    """Squeeze-excite over three axes; the 2-D one runs on five dimensions, and is wrong."""
+
     def forward(self, x):
         return x * super().forward(x.mean((2, 3, 4), keepdim=True))
 
-
-SOLID = dict(Conv2d=nn.Conv3d, Conv2dSame=Conv3dSame, MaxPool2d=nn.MaxPool3d,
-             AvgPool2d=nn.AvgPool3d, BatchNorm2d=nn.BatchNorm3d, BatchNormAct2d=BatchNormAct3d)
-
+LAYERS_3D = dict(  # by the name of the 2-D class
+    Conv2d=nn.Conv3d, Conv2dSame=Conv3dSame, MaxPool2d=nn.MaxPool3d, AvgPool2d=nn.AvgPool3d,
+    BatchNorm2d=nn.BatchNorm3d, BatchNormAct2d=BatchNormAct3d)
+PLAIN_LAYERS = "activation|ConvNormAct|DropPath"  # of timm, right in 3-D as they are
 
 def to_3d(network):
-    """The 3-D twin of a timm network, paths kept. UserError naming a layer that has none."""
+    """The 3-D twin of a timm network, with the same names of layers.
+
+    On a volume that is constant along the new axis its features are the 2-D network's, away
+    from the border. Raises UserError with the name of a layer that has no twin.
+    """
     twin = copy.deepcopy(network)
     for path, layer in twin.named_modules():
-        kind, name = type(layer).__name__, str(type(layer))
-        sides = {n: v for n, v in vars(layer).items() if isinstance(v, tuple) and len(v) == 2}
+        kind = str(type(layer))
+        settings = vars(layer).items()
+        pairs = {n: v for n, v in settings if isinstance(v, tuple) and len(v) == 2}
+        even = all(first == second for first, second in pairs.values())
         own = [*layer.parameters(False), *layer.buffers(False)]
-        plain = re.search("activation|ConvNormAct|DropPath", name)
-        if kind in SOLID and all(v[0] == v[1] for v in sides.values()):
-            layer.__class__ = SOLID[kind]
-            vars(layer).update({n: v[:1] * 3 for n, v in sides.items()})
-            if isinstance(layer, nn.Conv3d):
-                k = layer.kernel_size[0]
-                layer.weight = nn.Parameter(torch.stack([layer.weight.data / k] * k, 2))
-        elif "SqueezeExcite" in name or "SEModule" in name:
+        known = "timm.layers" not in kind or re.search(PLAIN_LAYERS, kind)
+        if "SqueezeExcite" in kind or "SEModule" in kind:
             layer.__class__ = SqueezeExcite3d
-        elif own or "2d" in name or "timm.layers" in name and not plain:
-            raise UserError(f"no 3-D twin of {type(network).__name__}.{path}: unknown {name}")
+        elif type(layer).__name__ in LAYERS_3D and even:
+            deepen(layer, pairs)
+        elif own or "2d" in kind or not known:
+            where = f"{type(network).__name__}.{path}"
+            raise UserError(f"no 3-D twin of {where}: unknown {kind}")
     return twin
 
+def deepen(layer, pairs):
+    """Make a 2-D layer 3-D, in place; `pairs` are its settings that hold a value an axis.
+
+    A kernel repeated k times along the new axis is divided by k, or activations would grow.
+    """
+    layer.__class__ = LAYERS_3D[type(layer).__name__]
+    for name, value in pairs.items():
+        setattr(layer, name, value[:1] * 3)
+    if isinstance(layer, nn.Conv3d):
+        depth = layer.kernel_size[0]
+        weight = torch.stack([layer.weight.data / depth] * depth, 2)
+        layer.weight = nn.Parameter(weight)  # (O, I, k, k) -> (O, I, k, k, k)
 
 def create_backbone(name, **arguments):
-    if ":" in name:  # hf-hub: the network
+    """A timm network by its plain name, with random weights: nothing is downloaded."""
+    if ":" in name:  # hf-hub:... would ask the network
         raise UserError("no plain name")
-    import timm  # 0.2 GB, for networks alone
+    import timm  # 0.2 GB that only networks need
     return timm.create_model(name, pretrained=False, **arguments)
 
-
 class ConvBlock(nn.Module):
-    """Convolution, norm, ReLU, then scSE (Roy et al. 2018)."""
+    """Convolution, norm, ReLU, then scSE attention (Roy et al. 2018)."""
+
     def __init__(self, before, width):
         super().__init__()
         self.conv = nn.Conv3d(before, width, 3, padding=1, bias=False)
@@ -453,187 +557,947 @@ class ConvBlock(nn.Module):
         self.place = nn.Conv3d(width, 1, 1)
 
     def forward(self, x):
+        """(B, before, Z, Y, X) -> (B, width, Z, Y, X)."""
         x = F.relu(self.norm(self.conv(x)))
-        channel = self.excite(F.relu(self.squeeze(x.mean((2, 3, 4), keepdim=True))))
-        return x * (channel.sigmoid() + self.place(x).sigmoid())
-
+        mean = x.mean((2, 3, 4), keepdim=True)
+        squeezed = F.relu(self.squeeze(mean))
+        channel = self.excite(squeezed).sigmoid()
+        return x * (channel + self.place(x).sigmoid())
 
 class Segmenter(nn.Module):
-    """3-D U-Net: (B, 1, Z, Y, X) in 0..1 -> (B, 7, Z, Y, X) logits; axes multiples of 16."""
-    def __init__(self, backbone="tf_efficientnetv2_s", size=128, window=SEGMENTER_WINDOW,
-                 drop_path=0, dropout=0, **_):  # a recipe holds more
+    """3-D U-Net: (B, 1, Z, Y, X) in 0..1 -> (B, 7, Z, Y, X) logits of C1..C7.
+
+    The axes must be multiples of 16. `size` and `window` say for what input it was trained.
+    """
+
+    def __init__(
+            self, backbone="tf_efficientnetv2_s", size=CUBE, window=SEGMENTER_WINDOW,
+            drop_path=0, dropout=0, **_):  # a recipe holds more
         super().__init__()
         self.settings = dict(backbone=backbone, size=size, window=window)
-        flat = create_backbone(backbone, features_only=True, out_indices=(0, 1, 2, 3), in_chans=1,
-                               drop_path_rate=drop_path)
+        flat = create_backbone(
+            backbone, features_only=True, out_indices=(0, 1, 2, 3), in_chans=1,
+            drop_path_rate=drop_path)
         if flat.feature_info.reduction() != [2, 4, 8, 16]:
             raise UserError("no features at strides 2, 4, 8 and 16")
-        if hasattr(flat, "blocks"):  # else on to stride 32
-            del flat.blocks[int(flat.feature_info.module_name()[-1].split(".")[1]) + 1 :]
+        if hasattr(flat, "blocks"):  # what follows the last feature, down to stride 32
+            last_block = flat.feature_info.module_name()[-1].split(".")[1]
+            del flat.blocks[int(last_block) + 1 :]
         self.encoder = to_3d(flat)
+
         first, second, third, last = flat.feature_info.channels()
         self.decoder = nn.ModuleList([
-            ConvBlock(last + third, 64), ConvBlock(64 + second, 32), ConvBlock(32 + first + 8, 48)])
+            ConvBlock(last + third, 64),
+            ConvBlock(64 + second, 32),
+            ConvBlock(32 + first + 8, 48)])
         self.dropout = nn.Dropout3d(dropout)
-        self.head = nn.Conv3d(48, 7 * 8, 1)  # a place answers for 8 cells
+        self.head = nn.Conv3d(48, 7 * 8, 1)  # a place answers for its 2 x 2 x 2 cells
         nn.init.constant_(self.head.bias, -4)  # most cells are background
 
     def forward(self, x):
-        if any(n % 16 for n in x.shape[2:]):
+        """(B, 1, Z, Y, X) in 0..1 -> (B, 7, Z, Y, X) logits."""
+        if any(length % 16 for length in x.shape[2:]):
             raise UserError(f"cube {[*x.shape[2:]]}: no multiples of 16")
         x = (x - 0.5) * 4
-        cells = x.unfold(2, 2, 2).unfold(3, 2, 2).unfold(4, 2, 2).flatten(5)[:, 0].movedim(-1, 1)
+        cells = x
+        for axis in (2, 3, 4):
+            cells = cells.unfold(axis, 2, 2)  # at last (B, 1, Z/2, Y/2, X/2, 2, 2, 2)
+        cells = cells.flatten(5)[:, 0].movedim(-1, 1)  # (B, 8, Z/2, Y/2, X/2)
         *skips, x = self.encoder(x)
-        skips[0] = torch.cat([skips[0], cells], 1)  # (B, C + 8, Z/2, ...)
-        for block, skip in zip(self.decoder, skips[::-1]):
-            x = block(torch.cat([F.interpolate(x, skip.shape[2:]), skip], 1))
-        x = self.head(self.dropout(x)).unflatten(1, (7, 2, 2, 2)).permute(0, 1, 5, 2, 6, 3, 7, 4)
-        return x.flatten(6).flatten(4, 5).flatten(2, 3)  # (B, 7, Z/2, 2, ...) -> (B, 7, Z, Y, X)
-
+        skips[0] = torch.cat([skips[0], cells], 1)  # (B, C + 8, Z/2, Y/2, X/2)
+        for block in self.decoder:
+            skip = skips.pop()
+            x = F.interpolate(x, skip.shape[2:])
+            x = block(torch.cat([x, skip], 1))
+        x = self.head(self.dropout(x))  # (B, 7 * 8, Z/2, Y/2, X/2)
+        x = x.unflatten(1, (7, 2, 2, 2))
+        x = x.permute(0, 1, 5, 2, 6, 3, 7, 4)  # (B, 7, Z/2, 2, Y/2, 2, X/2, 2)
+        return x.flatten(6).flatten(4, 5).flatten(2, 3)
 
 def segmenter_loss(logits, labels):
-    """BCE, and Dice of those in view: logits (B, 7, Z, Y, X), uint8 labels (B, Z, Y, X)."""
-    logits, space = logits.float(), (2, 3, 4)
+    """BCE and Dice: logits (B, 7, Z, Y, X), uint8 labels (B, Z, Y, X), 1-7 = C1-C7.
+
+    The Dice is of the vertebrae in view; BCE, mostly of background, counts tenfold.
+    """
+    space = (2, 3, 4)
+    logits = logits.float()
     truth = torch.stack([labels == v for v in range(1, 8)], 1).float()
-    mask, seen = logits.sigmoid(), truth.amax(space)
-    dice = (2 * (mask * truth).sum(space) + 1) / ((mask + truth).sum(space) + 1)
+    mask = logits.sigmoid()
+    seen = truth.amax(space)  # (B, 7)
+    both = (mask * truth).sum(space)
+    dice = (2 * both + 1) / ((mask + truth).sum(space) + 1)
     entropy = F.binary_cross_entropy_with_logits(logits, truth)
     return 10 * entropy + 1 - (dice * seen).sum() / seen.sum().clamp(min=1)
 
+def vertebra_box(probability, gap=STRAY_GAP):
+    """(3, 2) first and last cell on each axis of a mask (D, D, D), or None if not seen."""
+    for threshold in MASK_THRESHOLDS:
+        mask = probability > threshold
+        if mask.sum() >= MIN_CELLS:
+            profiles = [mask.sum(others) for others in ((1, 2), (0, 2), (0, 1))]
+            return np.array([fullest_run(profile, gap) for profile in profiles])
+    return None
+
+def fullest_run(profile, gap):
+    """First and last of the planes, at most `gap` apart, that together hold most cells."""
+    inside = np.flatnonzero(profile > STRAY_SHARE * profile.max())
+    ends = np.flatnonzero(np.diff(inside) > gap) + 1
+    runs = np.split(inside, ends)
+    fullest = max(runs, key=lambda run: profile[run].sum())
+    return fullest[[0, -1]]
+
+def mean_probability(models, volume, device):
+    """float32 (7, D, D, D) on the CPU: the mean of the segmenters' answers."""
+    size, window = (models[0].settings[name] for name in ("size", "window"))
+    cube = segmenter_input(volume, size, window)[None].to(device)
+    total = 0
+    with autocast(device):
+        for model in models:
+            logits = model.to(device)(cube)[0].float()
+            total = total + logits.sigmoid().nan_to_num()
+    return (total / len(models)).cpu()
+
+def neck_part(probability, shape):
+    """(low, high) voxels of the neck and its surroundings, or None if it fills the study.
+
+    Where C1..C7 fill little of the cube, their cells are too coarse for a good mask.
+    """
+    cells = probability.shape[-1]
+    box = vertebra_box(probability.amax(0).numpy(), gap=cells)
+    if box is None:
+        return None
+    shape = np.array(shape)
+    reach = np.ptp(box, 1) * LOOK_AROUND
+    corners = (box.T + [-reach, reach]) * shape / cells
+    corners = corners.clip(0, shape - 1).astype(int)
+    low, high = corners + [[0], [1]]
+    return (low, high) if min((high - low) / shape) < LOOK_CLOSER else None
+
+def place_back(part, low, high, shape):
+    """The probability (7, D, D, D) of a study, from that of its voxels low to high."""
+    scale, shift = np.diag(shape), np.array(shape) - low - high
+    matrix = np.c_[scale, shift] / np.c_[high - low]  # affine_grid: -1 to 1 an axis
+    order = [2, 1, 0, 3]  # z y x -> x y z
+    matrix = np.float32(matrix)[::-1, order]
+    theta = torch.from_numpy(matrix.copy())[None]
+    part = part[None]  # (1, 7, D, D, D)
+    grid = F.affine_grid(theta, part.shape, align_corners=False)
+    return F.grid_sample(part, grid, align_corners=False)[0]  # 0 around
+
+@torch.inference_mode()
+def segment(models, volume, device, report=print, closer=True):
+    """float32 (7, D, D, D): probability of C1..C7 in the cells of a cube over the study.
+
+    The mean of the models, named head to foot (in_order). Where the neck is small in the
+    study, it is looked at a second time by itself, unless `closer` is False. `report` is
+    called with a line for everything odd.
+    """
+    probability = mean_probability(models, volume, device)
+    part = neck_part(probability, volume.hu.shape) if closer else None
+    if part:
+        low, high = part
+        neck = volume._replace(hu=volume.hu[tuple(map(slice, low, high))])
+        inner = in_order(mean_probability(models, neck, device).numpy(), report)
+        probability = place_back(torch.from_numpy(inner), low, high, volume.hu.shape)
+    return in_order(probability.numpy(), report)
+
+def in_order(probability, report):
+    """(7, D, D, D) whose vertebrae lie head to foot, mended in place.
+
+    Of two neighbours in the wrong order that are about as large and lie apart the names are
+    exchanged; else the fainter one is emptied.
+    """
+    weight = (probability * (probability > 0.5)).sum((2, 3))  # (7, D): mass in every plane
+    mass = weight.sum(1)
+    centre = weight @ np.arange(weight.shape[1]) / np.maximum(mass, 1)
+    seen = [v for v in range(7) if mass[v] > MIN_CELLS]
+    while wrong := [[a, b] for a, b in zip(seen, seen[1:]) if centre[a] >= centre[b]]:
+        pair = wrong[0]
+        report(f"{VERTEBRAE[pair[0]]} and {VERTEBRAE[pair[1]]} out of order")
+        faint = min(pair, key=lambda v: mass[v])
+        alike = 2 * mass[faint] > mass[pair].max()
+        if alike and np.ptp(centre[pair]) > APART_CELLS:
+            for values in (probability, centre, mass):
+                values[pair] = values[pair[::-1]]
+        else:
+            seen.remove(faint)
+            probability[faint] = 0
+    return probability
+
 
 # ==== Slices ====
-# The cube is stretched, by another factor on every axis.
+# In: a Volume, the probability of its vertebrae. Out: the ninety images of each vertebra.
+# The trap: the cube is stretched, by another factor on every axis; a crop is square in mm.
+
+def apply_window(hu, window):
+    """uint8: the window's lower end becomes 0, its upper end 255."""
+    level, width = window
+    low = level - width // 2
+    scale = 255 / width
+    return cv2.convertScaleAbs(np.maximum(hu, low), alpha=scale, beta=-low * scale)
+
+def crop_plane(plane, box, size):
+    """(S, S) out of a plane (Y, X); outside of it the border repeats.
+
+    `box` (2, 2) holds the corner and the step between pixels, as (y, x) shares of the
+    plane.
+    """
+    corner, step = box * plane.shape
+    y, x = corner + (step - 1) / 2  # of the first pixel's centre
+    source = np.array([[step[1], 0, x], [0, step[0], y]])  # OpenCV: x first
+    how = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    border = cv2.BORDER_REPLICATE
+    return cv2.warpAffine(plane, source, (size, size), flags=how, borderMode=border)
+
+def slice_indices(first_cell, last_cell, edge, count):
+    """(15, 5): the native slices of every step, of `count`; a border slice repeats.
+
+    The steps' centres lie evenly from the first to the last slice that the vertebra's cells
+    cover, of a cube with `edge` cells.
+    """
+    first = first_cell * count / edge
+    last = (last_cell + 1) * count / edge - 1
+    centres = np.rint(np.linspace(first, last, STEPS)).astype(int)
+    neighbours = np.arange(SLICES_PER_STEP) - SLICES_PER_STEP // 2
+    return (centres[:, None] + neighbours).clip(0, count - 1)
+
+def mask_at(cells, z, count):
+    """(D, D): a mask (D, D, D) at native slice z, between two planes of cells."""
+    edge = len(cells)
+    at = np.clip((z + 0.5) * edge / count - 0.5, 0, edge - 1.001)
+    below = int(at)
+    share = np.float32(at % 1)
+    return cells[below] * (1 - share) + cells[below + 1] * share
 
 def interleave(images, masks):
     """(75, S, S), (15, S, S) -> (15, 6, S, S): images 5i .. 5i + 4, then mask i."""
-    return np.concatenate([images.reshape(STEPS, -1, *masks.shape[1:]), masks[:, None]], 1)
-
-
-def vertebra_box(probability, gap=2):
-    for threshold in MASK_THRESHOLDS:
-        mask, box = probability > threshold, []
-        if mask.sum() >= MIN_CELLS:
-            for others in ((1, 2), (0, 2), (0, 1)):
-                profile = mask.sum(others)
-                inside = np.flatnonzero(profile > BOX_SHARE * profile.max())
-                runs = np.split(inside, np.flatnonzero(np.diff(inside) > gap) + 1)
-                longest = max(runs, key=lambda run: profile[run].sum())
-                box.append(longest[[0, -1]])
-            return np.array(box)  # (3, 2): first and last cell on each axis
-
-
-def apply_window(hu, window):
-    low, scale = window[0] - window[1] // 2, 255 / window[1]
-    return cv2.convertScaleAbs(np.maximum(hu, low), alpha=scale, beta=-low * scale)
-
-
-def crop_plane(plane, box, size):
-    (y, x), (dy, dx) = box * plane.shape  # corner and step
-    source = np.array([[dx, 0, x + (dx - 1) / 2], [0, dy, y + (dy - 1) / 2]])
-    return cv2.warpAffine(
-        plane, source, (size, size), borderMode=cv2.BORDER_REPLICATE,
-        flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
-
+    steps = images.reshape(STEPS, -1, *masks.shape[1:])  # (75, S, S) -> (15, 5, S, S)
+    return np.concatenate([steps, masks[:, None]], 1)
 
 def vertebra_slices(volume, probability, size=CROP, mask_of="last"):
-    """uint8 (7, 15, 6, S, S), square in mm: all 0 if not seen, else the mask nowhere."""
-    out, edge = np.zeros((7, STEPS, CHANNELS, size, size), np.uint8), probability.shape[-1]
-    count, extent_mm = len(volume.hu), np.multiply(volume.hu.shape, volume.spacing)[1:]
+    """The ninety images of every vertebra: uint8 (7, 15, 6, S, S), a mask after 5 slices.
+
+    `probability` (7, D, D, D) covers the whole study. `mask_of` says of which of a step's
+    slices the mask is, the "last" or the "center". A vertebra that is not seen is all 0;
+    the mask of one that is seen is nowhere 0.
+    """
+    out = np.zeros((7, STEPS, CHANNELS, size, size), np.uint8)
     for v, cells in enumerate(probability):
-        if (found := vertebra_box(cells)) is None:
-            continue
-        low, high = (found[1:].T + [[-BOX_MARGIN], [1 + BOX_MARGIN]]) * extent_mm / edge
-        side = (high - low).max()
-        box = np.array([(low + high - side) / 2, [side / size] * 2]) / extent_mm
-        ends = (found[0] + [0, 1]) * count / edge - [0, 1]
-        centres = np.rint(np.linspace(*ends, STEPS))[:, None].astype(int)
-        index = (centres + [-2, -1, 0, 1, 2]).clip(0, count - 1)
-        shown, which = np.unique(index, return_inverse=True)
-        images = [crop_plane(apply_window(volume.hu[z], BONE_WINDOW), box, size) for z in shown]
-        at = (index[:, -1 if mask_of == "last" else 2] + 0.5) * edge / count - 0.5
-        masks = [crop_plane(cells[int(k)] * (1 - share) + cells[int(k) + 1] * share, box, size)
-                 for k, share in np.float32(np.divmod(at.clip(0, edge - 1.001), 1)).T]
-        out[v] = interleave(np.array(images)[which], np.rint(np.multiply(masks, 255)).clip(1))
+        found = vertebra_box(cells)
+        if found is not None:
+            out[v] = ninety_images(volume, cells, found, size, mask_of)
     return out
 
+def ninety_images(volume, cells, found, size, mask_of):
+    """uint8 (15, 6, S, S) in BONE_WINDOW of a vertebra's mask (D, D, D) and vertebra_box.
 
-def write_crops(path, crops):
-    """Each different image once (steps share slices); the bytes they take."""
-    index, known, edge = np.full(crops.shape[:3], -1, np.int16), {}, crops.shape[-1]
-    for place in zip(*crops.any((3, 4)).nonzero()):
-        index[place], _ = known.setdefault(crops[place].tobytes(), (len(known), crops[place]))
-    images = [cv2.imencode(".png", image, CROP_PNG)[1].ravel() for _, image in known.values()]
-    ends, data = np.cumsum([0, *map(len, images)]), np.concatenate([np.uint8([]), *images])
-    write_atomic(path, lambda new: np.savez(new, index=index, ends=ends, data=data, edge=edge))
-    return len(data)
+    The crop is square in mm, BOX_MARGIN cells wider than the mask.
+    """
+    edge, count = len(cells), len(volume.hu)
+    extent_mm = np.multiply(volume.hu.shape, volume.spacing)[1:]  # (y, x)
+    low, high = found[1:].T
+    low_mm = (low - BOX_MARGIN) * extent_mm / edge
+    high_mm = (high + 1 + BOX_MARGIN) * extent_mm / edge
+    side_mm = (high_mm - low_mm).max()
+    corner_mm = (low_mm + high_mm - side_mm) / 2
+    step_mm = np.full(2, side_mm / size)
+    box = np.array([corner_mm, step_mm]) / extent_mm
 
-
-def read_crops(path, vertebrae=range(7)):
-    with study_errors(f"{path}: no crops"), np.load(path) as file:
-        index, ends, data, edge = file.values()
-        index = index[vertebrae]
-        out = np.zeros((*index.shape, edge, edge), np.uint8)
-        for k in np.unique(index[index >= 0]):
-            out[index == k] = cv2.imdecode(data[ends[k] : ends[k + 1]], cv2.IMREAD_GRAYSCALE)
-    return out
+    index = slice_indices(*found[0], edge, count)  # (15, 5)
+    shown, which = np.unique(index, return_inverse=True)  # steps share slices
+    grey = [apply_window(volume.hu[z], BONE_WINDOW) for z in shown]
+    images = np.array([crop_plane(plane, box, size) for plane in grey])
+    masked = {"last": -1, "center": SLICES_PER_STEP // 2}[mask_of]
+    planes = [mask_at(cells, z, count) for z in index[:, masked]]
+    masks = np.array([crop_plane(plane, box, size) for plane in planes])
+    masks = np.rint(masks * 255).clip(1)  # 0 means: not seen
+    return interleave(images[which], masks)
 
 
 # ==== Classifiers ====
+# In: the ninety images of vertebrae. Out: the logit of a fracture for every step.
+# The trap: a vertebra that is not seen is all 0; it must cost nothing and answer nothing.
 
 def logit_head(width, hidden, dropout):
-    return nn.Sequential(nn.Linear(width, hidden), nn.LayerNorm(hidden), nn.LeakyReLU(0.1),
-                         nn.Dropout(dropout), nn.Linear(hidden, 1))
+    """(..., width) -> (..., 1). LayerNorm: InstanceNorm would see rows of one value."""
+    return nn.Sequential(
+        nn.Linear(width, hidden), nn.LayerNorm(hidden), nn.LeakyReLU(0.1),
+        nn.Dropout(dropout), nn.Linear(hidden, 1))
 
+class StepEncoder(nn.Module):
+    """The part of a classifier that turns crops into features, and reads them in order."""
 
-class VertebraClassifier(nn.Module):
-    """(B, 15, 6, S, S), uint8 or 0..1 -> (B, 15) logits of a fracture."""
-    def __init__(self, backbone="tf_efficientnetv2_s", size=CROP, mask_of="last", hidden=256,
-                 drop_path=0, dropout=0, **_):
+    def __init__(self, backbone, hidden, drop_path, dropout):
         super().__init__()
-        self.settings = dict(backbone=backbone, size=size, mask_of=mask_of, hidden=hidden)
-        self.encoder = part = nn.Module()
-        part.backbone = create_backbone(
-            backbone, in_chans=CHANNELS, num_classes=0, global_pool="avg", drop_path_rate=drop_path)
-        width = part.backbone.eval()(torch.zeros(1, CHANNELS, 64, 64)).shape[1]
-        part.absent = nn.Parameter(torch.zeros(width))  # a step out of view
-        part.lstm = nn.LSTM(width, hidden, 2, batch_first=True, dropout=dropout, bidirectional=True)
-        self.head = logit_head(2 * hidden, hidden, dropout)
-
-    def encode(self, crops):
-        seen = crops[:, :, -1].amax((2, 3)).flatten() > 0  # (B * N,)
-        features = self.encoder.absent.repeat(len(seen), 1)
-        if seen.any():  # the absent cost nothing
-            shown = crops.flatten(0, 1)[seen].to(memory_format=torch.channels_last)
-            at_once = len(shown) if self.training else CROPS_AT_ONCE[crops.device.type]
-            scale = 2 if crops.is_floating_point() else 2 / 255
-            parts = [self.encoder.backbone(part * scale - 1) for part in shown.split(at_once)]
-            features[seen] = torch.cat(parts).float()
-        return features.unflatten(0, crops.shape[:2])  # (B, N, F)
+        self.backbone = create_backbone(
+            backbone, in_chans=CHANNELS, num_classes=0, global_pool="avg",
+            drop_path_rate=drop_path)
+        probe = torch.zeros(1, CHANNELS, 64, 64)
+        width = self.backbone.eval()(probe).shape[1]
+        self.absent = nn.Parameter(torch.zeros(width))  # features of a step not in view
+        self.lstm = nn.LSTM(
+            width, hidden, 2, batch_first=True, dropout=dropout, bidirectional=True)
 
     def forward(self, crops):
-        features = self.encode(crops)
-        with torch.autocast(crops.device.type, enabled=False):  # bfloat16 would round answers
+        """(B, N, 6, S, S), uint8 or 0..1 -> (B, N, F) features of the steps."""
+        masks = crops[:, :, -1]
+        seen = masks.amax((2, 3)).flatten() > 0  # (B * N,); its mask is nowhere 0
+        features = self.absent.repeat(len(seen), 1)
+        if seen.any():
+            shown = crops.flatten(0, 1)[seen]
+            shown = shown.to(memory_format=torch.channels_last)
+            features[seen] = self.encode(shown).float()
+        return features.unflatten(0, crops.shape[:2])
+
+    def encode(self, shown):
+        """(M, 6, S, S) -> (M, F), in parts that the cache or the card's memory holds."""
+        scale = 2 if shown.is_floating_point() else 2 / 255
+        if self.training:
+            return self.backbone(shown * scale - 1)
+        on_cpu = shown.device.type == "cpu"
+        for at_once in [CROPS_ON_CPU] if on_cpu else [CROPS_ON_GPU, CROPS_ON_CPU]:
+            with suppress(torch.OutOfMemoryError):
+                parts = shown.split(at_once)
+                return torch.cat([self.backbone(part * scale - 1) for part in parts])
+        raise torch.OutOfMemoryError(f"{CROPS_ON_CPU} crops do not fit into the memory")
+
+class VertebraClassifier(nn.Module):
+    """(B, 15, 6, S, S), uint8 or 0..1 -> (B, 15) logits: a fracture of this vertebra.
+
+    `size` and `mask_of` say for what crops it was trained.
+    """
+
+    def __init__(
+            self, backbone="tf_efficientnetv2_s", size=CROP, mask_of="last", hidden=256,
+            drop_path=0, dropout=0, **_):  # a recipe holds more
+        super().__init__()
+        self.settings = dict(backbone=backbone, size=size, mask_of=mask_of, hidden=hidden)
+        self.encoder = StepEncoder(backbone, hidden, drop_path, dropout)
+        self.head = logit_head(2 * hidden, hidden, dropout)
+
+    def forward(self, crops):
+        """(B, N, 6, S, S) -> what answer gives."""
+        features = self.encoder(crops)
+        with torch.autocast(crops.device.type, enabled=False):  # bfloat16 would round
             return self.answer(features)
 
     def answer(self, features):
-        return self.head(self.encoder.lstm(features)[0])[..., 0]  # (B, N, F) -> (B, N)
-
+        """(B, N, F) features -> (B, N) logits."""
+        steps, _ = self.encoder.lstm(features)  # (B, N, 2 * hidden)
+        return self.head(steps)[..., 0]
 
 class PatientClassifier(VertebraClassifier):
-    """(B, 105, 6, S, S) -> (B, 105) logits of the steps, (B,) of the patient."""
+    """(B, 105, 6, S, S) -> (B, 105) logits of the steps of C1..C7, (B,) of the patient."""
+
     def __init__(self, backbone="convnext_nano", hidden=256, dropout=0, **others):
-        super().__init__(backbone, hidden=hidden, dropout=dropout, **others)
+        others |= dict(hidden=hidden, dropout=dropout)
+        super().__init__(backbone, **others)
         self.patient_lstm = copy.deepcopy(self.encoder.lstm)
         self.patient_head = logit_head(4 * hidden, hidden, dropout)
 
     def answer(self, features):
-        whole = self.patient_lstm(features)[0]
-        whole = torch.cat([whole.amax(1), whole.mean(1)], 1)  # (B, N, 2H) -> (B, 4H)
-        return super().answer(features), self.patient_head(whole)[..., 0]
+        """(B, N, F) features -> (B, N) and (B,) logits."""
+        steps, _ = self.patient_lstm(features)  # (B, N, 2 * hidden)
+        parts = [steps.amax(1), steps.mean(1)]
+        patient = self.patient_head(torch.cat(parts, 1))  # (B, 4 * hidden) -> (B, 1)
+        return super().answer(features), patient[..., 0]
+
+def classifier_loss(outputs, labels):
+    """The competition's weighted log loss, a vertebra's label on each of its steps.
+
+    `outputs` are a classifier's: (B, N) logits with labels (B, 1), or ((B, N), (B,)) with
+    labels (B, 8). A label that is NaN is unknown and counts nothing.
+    """
+    targets = labels.shape[1]
+    patient = isinstance(outputs, tuple)
+    logits = torch.column_stack(outputs) if patient else outputs  # (B, N + 1) or (B, N)
+    steps = logits.shape[1] // min(7, targets)  # of a vertebra
+    which = np.arange(logits.shape[1]) // steps  # the target of every logit
+    share = TARGET_WEIGHTS[which] / np.bincount(which)[which]
+    truth = labels[:, which]
+    weight = torch.where(truth > 0, POSITIVE_FACTOR, 1.0) * labels.new_tensor(share)
+    loss = F.binary_cross_entropy_with_logits(
+        logits, truth.nan_to_num(), weight * ~truth.isnan(), reduction="sum")
+    return loss / len(labels) / TARGET_WEIGHTS[:targets].sum()
+
+class Ensemble(NamedTuple):
+    """The models that answer a study, and how their outputs become answers."""
+    models: dict  # {kind: [model of a fold, ...]}
+    device: torch.device
+    calibration: Any = None  # (2, 8): scale and shift of the logits, or None
+    answers: Answers = Answers()
+
+@torch.inference_mode()
+def classify(ensemble, crops, folds=100):
+    """[((7, 15) steps' probability, patient's)] of the first `folds` models of each kind.
+
+    `crops` is uint8 (7, 15, 6, S, S). NaN stands for a vertebra that is not seen, and for
+    the patient where a vertebra classifier has no answer. Model i sees dihedral view i mod
+    8 (first place), so that their errors differ.
+    """
+    absent = ~crops.any((1, 2, 3, 4))
+    vertebra, patient = (ensemble.models[kind][:folds] for kind in ("vertebra", "patient"))
+    crops = torch.from_numpy(crops).to(ensemble.device)
+    outputs = []
+    for view, model in enumerate(vertebra + patient):
+        size = model.settings["size"]
+        parts = [F.interpolate(part.float(), size, mode="bilinear") for part in crops]
+        shown = torch.stack([part.round().byte() for part in parts])  # bytes: little memory
+        shown = torch.rot90(shown.flip(-1) if view & 4 else shown, view, (-2, -1))
+        model.to(ensemble.device)
+        head = torch.tensor(math.nan)
+        with autocast(ensemble.device):
+            if view < len(vertebra):
+                logits = model(shown)  # (7, 15, 6, S, S) -> (7, 15)
+            else:
+                logits, head = model(shown.flatten(0, 1)[None])  # (1, 105, 6, S, S)
+        steps = logits.sigmoid().view(7, STEPS).cpu().numpy()
+        steps[absent] = np.nan
+        outputs.append((steps, float(head.sigmoid())))
+    return outputs
 
 
-def fold_norms(model):
-    """For inference: norms go into the convolutions that fed them in a run."""
+# ==== Answers ====
+# In: the outputs of all models. Out: eight probabilities, calibrated if a fit is at hand.
+# The trap: a positive weighs double in the metric: the best answer lies above the chance.
+
+def vertebra_answers(steps, top_k):
+    """(7,): the mean of each vertebra's top_k largest step probabilities (7, 15)."""
+    return np.sort(steps, 1)[:, -top_k:].mean(1)
+
+def strangeness(logits):
+    """How far the median vertebra lies above USUAL_LOGIT, in logits; 0 if below.
+
+    Most vertebrae of most patients are whole. Where calibrated answers call most of them
+    broken, no model has met such a study, and its answers deserve less trust.
+    """
+    return (logits[:7].nan_to_num(-9).median() - USUAL_LOGIT).clamp(0)
+
+def combine(outputs, answers, calibration=None):
+    """(8,) probabilities of classify's outputs: the mean logits, calibrated; or the prior.
+
+    The patient's is a blend of its own and of the vertebrae's noisy-or, P(at least one).
+    """
+    rows = [[*vertebra_answers(steps, answers.top_k), head] for steps, head in outputs]
+    raw = torch.tensor(np.array(rows)).logit(LEAST_ANSWER).nanmean(0)  # (8,)
+    scale, shift = torch.ones_like(raw), torch.zeros_like(raw)
+    strange = raw.new_zeros(())
+    if calibration is not None:
+        scale, shift = torch.tensor(calibration)
+        strange = strangeness(raw * scale + shift)
+    logits = raw * scale + shift - strange
+
+    whole = (1 - logits[:7].sigmoid()).nan_to_num(1)  # not in view: not broken
+    either = float(1 - whole.prod()) or math.nan
+    own = raw[7].sigmoid().nan_to_num(either)  # without a patient classifier
+    patient = answers.noisy_or * either + (1 - answers.noisy_or) * own
+    logits[7] = patient.logit(LEAST_ANSWER) * scale[7] + shift[7]
+
+    trust = (-strange / 2).exp()
+    prior = torch.tensor(PRIOR)
+    answer = prior.logit().lerp(logits, trust).sigmoid()
+    answer = torch.where(answer.isnan(), prior, answer)
+    return answer.clamp(LEAST_ANSWER, 1 - LEAST_ANSWER).numpy()
+
+
+# ==== Prediction ====
+# In: studies and an Ensemble. Out: submission.csv, and a report of every study beside it.
+# The trap: a run may be killed at any moment; a complete submission is always on disk.
+
+class Submission(NamedTuple):
+    """What is asked: where the answers go, and (row_id, uid, target) of every row."""
+    out: Path
+    rows: list
+
+def rows_asked(path):
+    """[(row_id, uid, target)] of test.csv, each row once."""
+    columns = ["row_id", STUDY, "prediction_type"]
+    table = read_csv(path, columns).fillna("").astype(str)
+    table = table.drop_duplicates("row_id")
+    target = table.row_id.str.extract(f"_({'|'.join(TARGETS)})$")[0]
+    target = target.fillna(table.prediction_type)
+    return [*zip(table.row_id, table[STUDY], target)]
+
+def answer_study(volume, read_s, ensemble, folds):
+    """A study's row of the report: its answers, what was seen, seconds of every stage."""
+    models = ensemble.models
+    problems = [*volume.problems]
+    start = monotonic()
+    segmenters = models["segmenter"][:folds]
+    probability = segment(segmenters, volume, ensemble.device, problems.append)
+    found = monotonic()
+    first = (models["vertebra"] + models["patient"])[0]
+    crops = vertebra_slices(volume, probability, mask_of=first.settings["mask_of"])
+    cut = monotonic()
+    outputs = classify(ensemble, crops, folds)
+    answers = combine(outputs, ensemble.answers, ensemble.calibration)
+
+    seen = [name for name, crop in zip(VERTEBRAE, crops) if crop.any()]
+    status = "ok" if len(seen) == 7 else "partial" if seen else "nothing seen"
+    seconds = dict(read_s=read_s, segment_s=found - start, crops_s=cut - found)
+    seconds["classify_s"] = monotonic() - cut
+    row = dict(zip(TARGETS, answers), status=status, slices=len(volume.hu))
+    row["seen"] = "+".join(seen)
+    return row | seconds | dict(device=ensemble.device, warnings="; ".join(problems))
+
+def answer_or_prior(uid, future, ensemble, folds, seconds):
+    """answer_study of the study that `future` reads, or the prior with the reason."""
+    try:
+        volume, read_s = future.result(seconds)  # a file may hang
+        with suppress(torch.OutOfMemoryError):
+            return answer_study(volume, read_s, ensemble, folds)
+        on_cpu = ensemble._replace(device=torch.device("cpu"))
+        return answer_study(volume, read_s, on_cpu, folds)
+    except Exception as error:  # damaged data raises nearly every kind
+        reason = f"{error!r:.300}"
+        say(f"study {uid}: {reason}; answered with the prior")
+        return dict(PRIOR_ANSWERS, status="failed", warnings=reason)
+
+def report_paths(out):
+    """{rank: report} of all processes that have written one beside the submission."""
+    paths = sorted(out.parent.glob("predict_report*.csv"))
+    return {int(path.stem[len("predict_report"):] or 0): path for path in paths}
+
+def read_reports(out):
+    """{uid: row} of the studies that are answered, by any process."""
+    rows = {}
+    for path in report_paths(out).values():
+        table = read_csv(path, (STUDY, "status", *TARGETS))
+        answered = table[~table.status.isin(("failed", "no time"))]
+        rows |= {row[STUDY]: row for row in answered.to_dict("records")}
+    return rows
+
+def write_submission(task, reports=()):
+    """Write this process's report, and every row asked for: an answer, or the prior."""
+    if reports:
+        name = f"predict_report{ranks()[0] or ''}.csv"
+        write_csv(task.out.parent / name, pd.DataFrame(reports))
+    known = None
+    answers = read_reports(task.out)
+    while known != len(answers):  # other processes report meanwhile
+        known = len(answers)
+        values = [
+            (row_id, answers.get(uid, PRIOR_ANSWERS).get(target, 0.5))
+            for row_id, uid, target in task.rows]
+        write_csv(task.out, pd.DataFrame(values, columns=["row_id", "fractured"]))
+        answers = read_reports(task.out)
+
+def predict_studies(images, task, ensemble, stop, workers, resume=False):
+    """Answer this process's share of the studies; everything is written after each of them.
+
+    When time gets short, fewer folds answer; at the end the prior does.
+    """
+    rank, world = ranks()
+    done = read_reports(task.out) if resume else {}
+    uids = [*dict.fromkeys(uid for _, uid, _ in task.rows)]
+    todo = [uid for uid in uids[rank::world] if uid not in done]
+    reports = [*done.values()]
+    most = max(map(len, ensemble.models.values()))
+    seconds = 1e-9  # of one fold
+
+    def read(uid):
+        start = stop.clock()
+        until = stop.left() - min(MAX_READ_S, stop.left() / 4)
+        if uid in ("", "..") or Path(uid).name != uid:  # from a csv: it must stay inside
+            raise StudyError(f"{uid!r}: no plain name")
+        volume = read_volume(images / uid, workers, lambda: stop.left() < until)
+        return volume, stop.clock() - start
+
+    studies = prefetch(read, todo, READ_AHEAD)
+    for k, (uid, future) in enumerate(progress(studies, "study", len(todo))):
+        start, left = stop.clock(), stop.left()
+        if seconds > left:
+            say(f"time is short: {len(todo) - k} studies get the prior")
+            blank = PRIOR_ANSWERS | {"status": "no time"}
+            reports += [{STUDY: uid, **blank} for uid in todo[k:]]
+            return write_submission(task, reports)
+        folds = most
+        while folds > max(left / (len(todo) - k) / seconds, 1):
+            folds //= 2
+        if folds != most:
+            say(f"study {uid}: time is short, {folds} of {most} folds")
+        row = answer_or_prior(uid, future, ensemble, folds, min(MAX_READ_S, left / 4))
+        reports.append({STUDY: uid, **row, "peak_gb": peak_gb()})
+        write_submission(task, reports)
+        if stop.signal:
+            message = f"stopped by {stop.signal}; {task.out} is complete, --resume goes on"
+            raise Stopped(message, 130)
+        used = (stop.clock() - start) / folds
+        seconds = max(used, 0.8 * seconds)
+
+
+# ---- The road ends here; what follows makes the weights. ----
+
+
+# ==== Metric and folds ====
+# In: answers and labels. Out: the competition's score, what is behind it, a calibration.
+# The trap: whatever is fitted to a fold must not be scored on it.
+
+RELIABILITY_BINS = (0, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1)
+LEAST_STUDIES = 20  # studies; fewer say nothing about reliability
+CALIBRATION_PULL = 2.0  # towards the identity: a spread of 0.5 in log scale and in shift
+
+def element_losses(answers, labels):
+    """Log loss of each answer, clipped at 1e-15 as the metric's."""
+    right = np.where(labels, answers, 1 - np.asarray(answers))
+    return -np.log(np.clip(right, 1e-15, 1))
+
+def competition_scores(answers, labels):
+    """The competition's score of (N, 8) answers, lower is better: (per study, per column).
+
+    An element weighs TARGET_WEIGHTS, a positive POSITIVE_FACTOR times that. The page
+    defines it per study; some normalise every column by itself.
+    """
+    loss = element_losses(answers, labels)
+    factor = np.where(labels, POSITIVE_FACTOR, 1.0)
+    study = np.average(loss, 1, factor * TARGET_WEIGHTS).mean()
+    columns = np.average(loss, 0, factor)
+    return study, np.average(columns, weights=TARGET_WEIGHTS)
+
+def auc(answers, labels):
+    """Area under the ROC curve, by ranks; NaN if all labels are alike."""
+    positive = np.asarray(labels) > 0
+    n = positive.sum()
+    m = len(positive) - n
+    rank = pd.Series(answers, dtype=float).rank()[positive].sum()
+    return (rank - n * (n + 1) / 2) / (n * m) if n and m else math.nan
+
+def dice_scores(probability, labels):
+    """(7,) Dice of masks (7, D, D, D) at 0.5 with labels (D, D, D); NaN: not in view."""
+    space = (1, 2, 3)
+    mask = probability > 0.5
+    truth = labels == np.arange(1, 8).reshape(7, 1, 1, 1)
+    size = truth.sum(space)
+    dice = 2 * (mask & truth).sum(space) / (mask.sum(space) + size).clip(1)
+    return np.where(size, dice, np.nan)
+
+def named_right(probability, labels):
+    """(7,) whether most of each mask (7, D, D, D) lies in its true vertebra."""
+    inside = [labels[mask > 0.5] == v for v, mask in enumerate(probability, 1)]
+    return [np.append(cells, False).mean() > 0.5 for cells in inside]  # False if empty
+
+def assign_folds(table, folds, masked):
+    """{uid: fold}: strata of mask, patient, number of fractures; then by the uid's hash."""
+    uids = table[STUDY]
+    has_mask = uids.isin(masked)
+    fractures = table[[*VERTEBRAE]].sum(axis=1)
+    hashes = [hashlib.sha256(uid.encode()).digest() for uid in uids]
+    strata = zip(has_mask, table.patient_overall, fractures.clip(upper=2), hashes, uids)
+    ordered = [uid for *_, uid in sorted(strata)]
+    return {uid: k % folds for k, uid in enumerate(ordered)}
+
+def read_labels(data):
+    """Labels (N, 8) by uid: train.csv, and the phantoms' test_labels.csv."""
+    files = [data / name for name in ("train.csv", "test_labels.csv")]
+    tables = [read_csv(path, (STUDY, *TARGETS)) for path in files if path.exists()]
+    table = pd.concat(tables).groupby(STUDY)[[*TARGETS]].first()
+    with errors_as(UserError, f"{data}: labels that are no numbers"):
+        return table.astype(float)
+
+def read_answers(path):
+    """The answers of a submission, a study a row; what is no number is NaN."""
+    table = read_csv(path, ("row_id", "fractured"))
+    table[["uid", "target"]] = table.row_id.str.extract(f"^(.*)_({'|'.join(TARGETS)})$")
+    table["fractured"] = pd.to_numeric(table.fractured, "coerce")
+    return table.pivot_table("fractured", "uid", "target").reindex(columns=TARGETS)
+
+def held_out_answers(weights, calibration=None):
+    """Out-of-fold answers, a study a row, blended over the kinds as predict does."""
+    files = sorted(weights.glob("vertebra_fold*_heldout.csv"))
+    files += sorted(weights.glob("patient_fold*_heldout.csv"))
+    if not files:
+        raise UserError(f"no vertebra_fold*_heldout.csv in {weights}: run train-cls first")
+    table = pd.concat([read_csv(path, (STUDY, *TARGETS)) for path in files])
+    blended = {}
+    for uid, rows in table.groupby(STUDY)[[*TARGETS]]:
+        outputs = [(row[:7, None], row[7]) for row in rows.to_numpy()]
+        blended[uid] = combine(outputs, Answers(), calibration)
+    return pd.DataFrame.from_dict(blended, orient="index", columns=TARGETS)
+
+def print_scores(answers, labels):
+    """Print the score of (N, 8) answers, by study and column, and the best constants'."""
+    study, column = competition_scores(answers, labels)
+    constants = competition_scores(np.broadcast_to(PRIOR, answers.shape), labels)
+    print(f"{len(labels)} studies; weighted log loss, lower is better: "
+          f"{study:.4f} per study, {column:.4f} per column; the best constants: "
+          f"{constants[0]:.4f}, {constants[1]:.4f}")
+
+def score_table(answers, labels):
+    """Log loss and AUC of every target, and of C1 to C7 together, of (N, 8) answers."""
+    parts = {name: [k] for k, name in enumerate(TARGETS)} | {"C1 to C7": [*range(7)]}
+    rows = []
+    for columns in parts.values():
+        p = answers[:, columns].ravel()
+        y = labels[:, columns].ravel()
+        loss = element_losses(p, y).mean()
+        rows.append((y.sum(), loss, auc(p, y)))
+    return pd.DataFrame(rows, [*parts], ["fractured", "log loss", "AUC"])
+
+def reliability(answers, labels):
+    """How often answers of about a size are right, of C1 to C7 and of the patient."""
+    rows = []
+    for name, part in (("C1 to C7", slice(7)), ("patient_overall", slice(7, 8))):
+        p = answers[:, part].ravel()
+        table = pd.DataFrame({"mean answer": p, "fractured": labels[:, part].ravel()})
+        groups = table.groupby(pd.cut(p, RELIABILITY_BINS), observed=True)
+        means = groups.mean()
+        means.insert(0, "answers", groups.size())
+        rows.append(means.set_axis([f"{name} {answers}" for answers in means.index]))
+    return pd.concat(rows)
+
+def mask_table(data, uids, models, workers):
+    """Dice of every vertebra, and the share named right, of the studies that have masks."""
+    masks = mask_files(data)
+    # Found among the folders that are there: no path is made from a csv.
+    there = sorted(data.glob("*_images/*"))
+    folders = [path for path in there if path.name in masks and path.name in uids]
+    rows = []
+    for folder in progress(folders, "study", len(folders)):
+        volume = read_volume(folder, workers)
+        device = next(models[0].parameters()).device
+        probability = segment(models, volume, device, say)
+        labels = read_mask(masks[folder.name], volume, probability.shape[1:])
+        scores = dice_scores(probability, labels), named_right(probability, labels)
+        row = pd.DataFrame(np.stack(scores, 1), VERTEBRAE, ["Dice", "named right"])
+        rows.append(row.dropna())
+    if not rows:
+        return pd.DataFrame()
+    table = pd.concat(rows)
+    whole = table.mean().to_frame("C1 to C7").T
+    return pd.concat([table.groupby(level=0).mean(), whole])
+
+def fit_calibration(answers, labels):
+    """(8, 2) scale and shift in logit space that lower the score of (N, 8) answers.
+
+    The score's weights, and a pull towards the identity; a target of one class stays as it
+    is.
+    """
+    weight = np.where(labels > 0, POSITIVE_FACTOR, 1.0)
+    weight /= (weight * TARGET_WEIGHTS).sum(1, keepdims=True)
+    weight *= (labels.min(0) < labels.max(0)) / weight.mean(0)
+    weight, truth = torch.tensor(weight), torch.tensor(labels).double()
+    logits = torch.tensor(answers).logit(LEAST_ANSWER)
+    fit = torch.zeros(2, 8, dtype=torch.float64, requires_grad=True)  # log scale, shift
+    optimizer = torch.optim.LBFGS([fit], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        moved = logits * fit[0].exp() + fit[1]
+        entropy = F.binary_cross_entropy_with_logits(moved, truth, weight, reduction="sum")
+        total = CALIBRATION_PULL * fit.square().sum() + entropy
+        total.backward()
+        return total
+
+    optimizer.step(loss)
+    scale, shift = fit.detach().numpy()
+    return np.stack([np.exp(scale), shift], 1)
+
+def calibrate(weights, answers, labels):
+    """Fit calibration.json, {target: [scale, shift]}, to held-out answers (N, 8).
+
+    The patient's answer blends calibrated vertebrae, and is fitted after them.
+    """
+    fitted = fit_calibration(answers.to_numpy(), labels)
+    fitted[7] = (1, 0)
+    blended = held_out_answers(weights, fitted.T).loc[answers.index].to_numpy()
+    fitted[7] = fit_calibration(blended, labels)[7]
+    path = weights / "calibration.json"
+    text = json.dumps(dict(zip(TARGETS, fitted.tolist())), indent=1)
+    write_atomic(path, lambda new: new.write_text(text))
+    print(f"{path} is written: predict uses it from now on")
+
+
+# ==== Batches and augmentation ====
+# In: samples from the disk, each with its own random generator. Out: a batch on the device.
+# The trap: whatever moves an image moves its mask with it, and labels are never mixed.
+
+# How far the augmentation goes, either way, in degrees, logarithms, shares of the edge or
+# of the grey levels 0..1; mirror, blur, hole and still are chances. Shifts of 30 %: first
+# place.
+VOLUME_RANGES = dict(
+    rotation=15, scale=0.35, shift=0.3, mirror=0.5, window=0.2, gamma=0.3, noise=0.06,
+    blur=0.3, hole=0, still=0.4)
+CROP_RANGES = dict(
+    rotation=20, scale=0.15, shift=0.1, mirror=0.5, window=0.15, gamma=0.25, noise=0.04,
+    blur=0.15, hole=0.3, still=0.2)
+FAST_PNG = (cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, 3)
+
+def write_crops(path, crops):
+    """Write a study's crops, uint8 (7, 15, 6, S, S): each different image once, as PNG.
+
+    Steps share slices, and much of a crop is empty.
+    """
+    index = np.full(crops.shape[:3], -1, np.int16)
+    numbers = {}
+    images = [np.zeros(0, np.uint8)]
+    for place in zip(*crops.any((3, 4)).nonzero()):
+        pixels = crops[place].tobytes()
+        if pixels not in numbers:
+            numbers[pixels] = len(numbers)
+            images.append(cv2.imencode(".png", crops[place], FAST_PNG)[1].ravel())
+        index[place] = numbers[pixels]
+    ends = np.cumsum([len(image) for image in images])
+    content = dict(index=index, ends=ends, data=np.concatenate(images))
+    edge = crops.shape[-1]
+    write_atomic(path, lambda new: np.savez(new, edge=edge, **content))
+
+def read_crops(path, vertebrae=range(7)):
+    """uint8 (V, 15, 6, S, S) of some vertebrae of a study. StudyError if damaged."""
+    with errors_as(StudyError, f"{path}: no crops"), np.load(path) as file:
+        index = file["index"][vertebrae]
+        ends, data, edge = (file[name] for name in ("ends", "data", "edge"))
+        out = np.zeros((*index.shape, edge, edge), np.uint8)
+        for k in np.unique(index[index >= 0]):
+            png = data[ends[k] : ends[k + 1]]
+            out[index == k] = cv2.imdecode(png, cv2.IMREAD_GRAYSCALE)
+    return out
+
+def draw_matrix(rng, ranges, axes):
+    """(A, A + 1) of affine_grid in A axes: turned, enlarged, mirrored, shifted."""
+    moved = rng.random() >= ranges["still"]
+    scale, shift, *angles = moved * rng.uniform(-1, 1, (2 + axes, axes))
+    angles = np.triu(angles, 1) * math.radians(ranges["rotation"])
+    turn = torch.matrix_exp(torch.from_numpy(angles - angles.T)).numpy()
+    matrix = turn * np.exp(scale * ranges["scale"])
+    flips = rng.random(3) < ranges["mirror"]
+    mirrored = 4 - axes  # cubes: X, never Z; crops: X and Y, and both exchanged
+    matrix[:, :mirrored] *= 1 - 2 * flips[:mirrored]
+    if axes == 2 and flips[2]:
+        matrix = matrix[::-1]
+    return np.c_[matrix, 2 * ranges["shift"] * shift]
+
+def draw_grid(rngs, ranges, shape, device):
+    """The grid of F.grid_sample for a batch of a shape (B, C, ...)."""
+    axes = len(shape) - 2
+    matrices = np.array([draw_matrix(rng, ranges, axes) for rng in rngs])
+    theta = torch.tensor(matrices, device=device)  # doubles: autocast would round them
+    return F.affine_grid(theta, shape, align_corners=False).float()
+
+def grey_levels(image, rng, ranges):
+    """Change (N, C, ...) in 0..1, in place, to what another scanner would have given."""
+    width = image.shape[-1]
+    stretch, shift = ranges["window"] * rng.uniform(-1, 1, 2)
+    gamma = math.exp(ranges["gamma"] * rng.uniform(-1, 1))
+    noise, coarse, hole = rng.random(3)
+    seed = int(rng.integers(2**31))
+    seeded = torch.Generator(image.device).manual_seed(seed)
+    image.mul_(1 + stretch).add_(shift).clamp_(0, 1).pow_(gamma)
+    if coarse < ranges["blur"]:
+        mode = "trilinear" if image.ndim == 5 else "bilinear"
+        half = F.interpolate(image, scale_factor=0.5, mode=mode)
+        image[:] = F.interpolate(half, image.shape[2:], mode=mode)
+    grain = torch.empty_like(image).normal_(generator=seeded)
+    image.add_(grain, alpha=ranges["noise"] * noise**2)
+    if hole < ranges["hole"]:
+        edge = int(width * rng.uniform(0.05, 0.25))
+        top, left = rng.integers(0, width - edge, 2)
+        image[..., top : top + edge, left : left + edge] = 0
+    image.clamp_(0, 1)
+
+def augment_volumes(cubes, labels, rngs, ranges=VOLUME_RANGES):
+    """(B, 1, D, D, D) in 0..1 and labels (B, D, D, D), uint8: moved together, regreyed."""
+    grid = draw_grid(rngs, ranges, cubes.shape, cubes.device)
+    cubes = F.grid_sample(cubes, grid, align_corners=False)
+    labels = labels[:, None].float()
+    labels = F.grid_sample(labels, grid, "nearest", align_corners=False)
+    for cube, rng in zip(cubes.split(1), rngs):
+        grey_levels(cube, rng, ranges)
+    return cubes, labels[:, 0].byte()
+
+def augment_crops(crops, rngs, size=CROP, ranges=CROP_RANGES):
+    """(B, N, K, S, S) -> (B, N, K, size, size): a sample moves as one, masks keep grey."""
+    shape = (len(crops), 1, size, size)
+    grid = draw_grid(rngs, ranges, shape, crops.device)
+    moved = F.grid_sample(crops.flatten(1, 2), grid, align_corners=False)
+    moved = moved.unflatten(1, crops.shape[1:3])
+    for slices, rng in zip(moved[:, :, :-1], rngs):
+        grey_levels(slices, rng, ranges)
+    return moved
+
+def segmenter_batch(model, tensors, rngs, recipe):
+    """The loss of a batch of cubes and labels, uint8 (B, D, D, D) both."""
+    cubes, labels = augment_volumes(tensors[0][:, None] / 255, tensors[1], rngs)
+    return segmenter_loss(model(cubes), labels)
+
+def classifier_batch(model, tensors, rngs, recipe):
+    """The loss of a batch of crops, uint8 (B, N, K, S, S), and labels (B, 1 or 8).
+
+    Mixup mixes the losses (first place); a mixed label would count as a positive.
+    """
+    crops, labels = tensors
+    first = int(rngs[0].integers(recipe.thin))
+    crops = crops[:, first :: recipe.thin].float().div_(255)
+    crops = augment_crops(crops, rngs, recipe.size)
+    share = rngs[0].random() if rngs[0].random() < recipe.mixup else 1.0
+    if share < 1:
+        crops = crops.flip(0).lerp(crops, share)
+    outputs = model(crops)
+    other = classifier_loss(outputs, labels.flip(0))
+    return other.lerp(classifier_loss(outputs, labels), share)
+
+
+# ==== Checkpoints ====
+# In: files of weights. Out: models. A checkpoint says what is needed to build its model
+# again: kind, settings, tensors; a training's <name>_last.pt also holds the state of the
+# training. The trap: a pickle can run code; everything is loaded with weights_only.
+
+KINDS = dict(segmenter=Segmenter, vertebra=VertebraClassifier, patient=PatientClassifier)
+
+def save_checkpoint(path, kind, recipe, **content):
+    """Write plain values and tensors, by the first process alone."""
+    content |= dict(program="cspine", kind=kind, recipe=asdict(recipe))
+    if ranks()[0] == 0:
+        write_atomic(path, lambda new: torch.save(content, new))
+
+def load_checkpoint(path):
+    """What save_checkpoint wrote; UserError for any other file."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds, and advises to load pickles
+        raise UserError(f"{path}: no checkpoint that can be read") from error
+    if not isinstance(content, dict) or content.get("program") != "cspine":
+        raise UserError(f"{path}: not one of our checkpoints")
+    return content
+
+def new_model(kind, settings, device="cpu"):
+    """A model with random weights, laid out in the order that measured fastest."""
+    layout = torch.channels_last
+    if kind == "segmenter":
+        on_cpu = str(device) == "cpu"
+        layout = torch.channels_last_3d if on_cpu else torch.contiguous_format
+    with errors_as(UserError, f"--backbone {settings['backbone']}"):
+        return KINDS[kind](**settings).to(memory_format=layout)
+
+def load_model(path, kind, device="cpu"):
+    """The model of a checkpoint, ready for inference; UserError if of another kind."""
+    content = load_checkpoint(path)
+    with errors_as(UserError, f"{path}: a {content.get('kind')}, no {kind} that fits"):
+        model = new_model(kind, content["settings"], device)
+        model.load_state_dict(content["tensors"])
+        return fuse_norms(model).to(device)
+
+def load_models(weights, kind, device):
+    """{fold: model} of all <kind>_fold<k>.pt of a folder."""
+    paths = {k: Path(weights) / f"{kind}_fold{k}.pt" for k in range(100)}
+    return {k: load_model(path, kind, device) for k, path in paths.items() if path.exists()}
+
+def load_ensemble(weights, device):
+    """The Ensemble of a folder, with its calibration.json; UserError if incomplete."""
+    models = {kind: [*load_models(weights, kind, device).values()] for kind in KINDS}
+    if not models["segmenter"] or not models["vertebra"] + models["patient"]:
+        raise UserError(f"--weights {weights}: no segmenter or no classifier")
+    path = Path(weights) / "calibration.json"
+    if not path.exists():
+        return Ensemble(models, device)
+    with errors_as(UserError, f"{path}: no finite [scale, shift] of each target"):
+        table = np.asarray_chkfinite(pd.read_json(path)[[*TARGETS]], float)
+        return Ensemble(models, device, table.reshape(2, 8))
+
+def fuse_norms(model):
+    """The model for inference: each norm goes into the convolution that alone feeds it.
+
+    Which one that is, a run of the network shows.
+    """
     made_by = {}
 
     def note(module, given, out):
@@ -648,610 +1512,612 @@ def fold_norms(model):
     for part in model.modules():
         for name, norm in part.named_children():
             conv = made_by.get(norm)
-            if conv in part.modules():  # else others may use its output
-                vars(conv).update(vars(nn.utils.fuse_conv_bn_eval(conv, norm)))
+            if conv in part.modules():  # else other parts may use its output
+                fused = nn.utils.fuse_conv_bn_eval(conv, norm)
+                conv.weight, conv.bias = fused.weight, fused.bias
                 setattr(part, name, getattr(norm, "act", nn.Identity()))
     return model
 
+def fit_shape(tensor, like):
+    """A 2-D network's weight as `like` needs it: for other input channels, or in 3-D.
 
-def classifier_loss(outputs, labels):
-    """The metric of (B, 15) and labels (B, 1), or ((B, 105), (B,)) and (B, 8); NaN: unknown."""
-    logits = torch.column_stack(outputs if isinstance(outputs, tuple) else [outputs])
-    steps = logits.shape[1] // min(7, labels.shape[1])  # of a vertebra
-    which = np.arange(logits.shape[1]) // steps  # every logit's label
-    share = labels.new_tensor(TARGET_WEIGHTS[which] / np.bincount(which)[which])
-    truth = labels[:, which]
-    weight = share * torch.where(truth > 0, POSITIVE_FACTOR, 1.0) * ~truth.isnan()
-    loss = F.binary_cross_entropy_with_logits(logits, truth.nan_to_num(), weight, reduction="sum")
-    return loss / len(labels) / TARGET_WEIGHTS[: labels.shape[1]].sum()
-
-
-# ==== Augmentation ====
-# Drawn by a sample's own generator. Degrees, log, share of the edge, share; of 0..1, log, of 0..1.
-VOLUME_RANGES = dict(rotation=15, scale=0.35, shift=0.3, mirror=0.5, window=0.2, gamma=0.3,
-                     noise=0.06, blur=0.3, hole=0, still=0.4)
-CROP_RANGES = dict(rotation=20, scale=0.15, shift=0.1, mirror=0.5, window=0.15, gamma=0.25,
-                   noise=0.04, blur=0.15, hole=0.3, still=0.2)
-
-
-def draw_grid(rngs, ranges, shape, device):
-    maps, axes = [], len(shape) - 2
-    for rng in rngs:
-        moved = rng.random() >= ranges["still"]
-        scale, shift, *angles = moved * rng.uniform(-1, 1, (2 + axes, axes))
-        angles = np.triu(angles, 1) * math.radians(ranges["rotation"])
-        turn = torch.matrix_exp(torch.from_numpy(angles - angles.T)).numpy()
-        matrix = turn * np.exp(scale * ranges["scale"])
-        flips = rng.random(3) < ranges["mirror"]  # cubes: X, never Z; crops: X, Y, transposed
-        matrix[:, : 4 - axes] *= 1 - 2 * flips[: 4 - axes]
-        matrix = matrix[:: -1 if axes == 2 and flips[2] else 1]
-        maps.append(np.c_[matrix, 2 * ranges["shift"] * shift])
-    return F.affine_grid(  # doubles: autocast rounds
-        torch.tensor(np.array(maps), device=device), shape, align_corners=False).float()
-
-
-def grey_levels(image, rng, ranges):
-    """Changes (N, C, ...) in 0..1 in place to another scanner's."""
-    stretch, shift = ranges["window"] * rng.uniform(-1, 1, 2)
-    gamma = math.exp(ranges["gamma"] * rng.uniform(-1, 1))
-    noise, coarse, hole = rng.random(3)
-    seeded = torch.Generator(image.device).manual_seed(int(rng.integers(2**31)))
-    image.mul_(1 + stretch).add_(shift).clamp_(0, 1).pow_(gamma)
-    if coarse < ranges["blur"]:
-        mode = "trilinear" if image.ndim == 5 else "bilinear"
-        half = F.interpolate(image, scale_factor=0.5, mode=mode)
-        image[:] = F.interpolate(half, image.shape[2:], mode=mode)
-    image.add_(torch.empty_like(image).normal_(generator=seeded), alpha=ranges["noise"] * noise**2)
-    if hole < ranges["hole"]:
-        edge = int(image.shape[-1] * rng.uniform(0.05, 0.25))
-        top, left = rng.integers(0, image.shape[-1] - edge, 2)
-        image[..., top : top + edge, left : left + edge] = 0
-    image.clamp_(0, 1)
-
-
-def augment_volumes(cubes, labels, rngs, ranges=VOLUME_RANGES):
-    """(B, 1, D, D, D) in 0..1 moved with labels (B, D, D, D), and regreyed."""
-    grid = draw_grid(rngs, ranges, cubes.shape, cubes.device)
-    cubes = F.grid_sample(cubes, grid, align_corners=False)
-    labels = F.grid_sample(labels[:, None].float(), grid, "nearest", align_corners=False)
-    for cube, rng in zip(cubes.split(1), rngs):
-        grey_levels(cube, rng, ranges)
-    return cubes, labels[:, 0].byte()
-
-
-def augment_crops(crops, rngs, size=CROP, ranges=CROP_RANGES):
-    """(B, N, K, S, S) in 0..1: a sample moves as one; its masks keep their grey."""
-    grid = draw_grid(rngs, ranges, (len(crops), 1, size, size), crops.device)
-    moved = F.grid_sample(crops.flatten(1, 2), grid, align_corners=False)
-    moved = moved.unflatten(1, crops.shape[1:3])
-    for slices, rng in zip(moved[:, :, :-1], rngs):
-        grey_levels(slices, rng, ranges)
-    return moved
-
-
-def shuffle_order(crops, labels, rngs, share):  # crops: in place
-    crops, labels = crops.unflatten(1, (min(7, labels.shape[1]), -1)), labels.clone()
-    for crop, label, rng in zip(crops, labels, rngs):
-        steps, order = rng.permutation(crop.shape[1]), rng.permutation(len(crop))
-        if rng.random() < share:
-            crop[:] = crop[order][:, steps]
-            label[: len(crop)] = label[order]
-    return crops.flatten(1, 2), labels
-
-
-# ==== Metric and folds ====
-
-def element_losses(answers, labels):
-    right = np.where(labels, answers, 1 - np.asarray(answers))
-    return -np.log(np.clip(right, 1e-15, 1))  # as the metric's
-
-
-def competition_scores(answers, labels):
-    loss, weight = element_losses(answers, labels), np.where(labels, POSITIVE_FACTOR, 1.0)
-    study = np.average(loss, 1, weight * TARGET_WEIGHTS).mean()
-    return study, np.average(np.average(loss, 0, weight), weights=TARGET_WEIGHTS)  # by columns
-
-
-def auc(answers, labels):
-    """Area under the ROC curve; NaN of one class."""
-    positive = np.asarray(labels) > 0
-    n, m = positive.sum(), (~positive).sum()
-    rank = pd.Series(answers, dtype=float).rank()[positive].sum()
-    return (rank - n * (n + 1) / 2) / (n * m) if n and m else math.nan
-
-
-def dice_scores(probability, labels):
-    mask, truth = probability > 0.5, labels == np.arange(1, 8).reshape(7, 1, 1, 1)
-    both, found, size = (x.sum((1, 2, 3)) for x in (mask & truth, mask, truth))
-    return np.where(size, 2 * both / (found + size).clip(1), np.nan)
-
-
-def assign_folds(table, folds, masked):
-    """{uid: fold}: strata of mask, patient, fractures; inside by the uid's hash."""
-    fractures = table[[*VERTEBRAE]].sum(axis=1).clip(upper=2)
-    hashes = [hashlib.sha256(uid.encode()).digest() for uid in table[STUDY]]
-    keys = zip(table[STUDY].isin(masked), table.patient_overall, fractures, hashes, table[STUDY])
-    return {uid: k % folds for k, (*_, uid) in enumerate(sorted(keys))}
-
-
-# ==== Training ====
-# Random draws come from (seed, step) or (seed, place in the order): runs resume exactly.
-# load(sample) -> arrays; score(model, study) -> a value a target; judge(table) -> dict of score
-KINDS = dict(segmenter=Segmenter, vertebra=VertebraClassifier, patient=PatientClassifier)
-Task = namedtuple("Task", "kind recipe device load loss score judge name train held_out",
-                  defaults=["", [], []])
-
-
-def save_checkpoint(path, kind, recipe, **content):
-    content |= dict(program="cspine", kind=kind, recipe=asdict(recipe))
-    if ranks()[0] == 0:
-        write_atomic(path, lambda new: torch.save(content, new))
-
-
-def load_checkpoint(path):
-    with suppress(Exception):
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        return {"cspine": content}[content["program"]]
-    raise UserError(f"{path}: damaged or not ours")
-
-
-def new_model(kind, settings, device="cpu"):
-    solid = torch.channels_last_3d if str(device) == "cpu" else torch.contiguous_format
-    layout = solid if kind == "segmenter" else torch.channels_last  # fastest (README)
-    with study_errors(f"--backbone {settings['backbone']}"):
-        return KINDS[kind](**settings).to(memory_format=layout)
-
-
-def load_model(path, kind, device="cpu"):
-    content = load_checkpoint(path)
-    with study_errors(f"{path}: a {content.get('kind')}, no {kind} that fits"):
-        model = new_model(kind, content["settings"], device)
-        model.load_state_dict(content["tensors"])
-        return fold_norms(model).to(device)
-
+    What is repeated is divided, so that activations keep their size.
+    """
+    if tensor.ndim == 4 <= like.ndim and tensor.shape[1] == 3 != like.shape[1]:
+        channels = like.shape[1]
+        tensor = tensor.sum(1, True).repeat(1, channels, 1, 1) / channels
+    if tensor.ndim == 4 < like.ndim:
+        depth = like.shape[2]
+        tensor = tensor[:, :, None].repeat(1, 1, depth, 1, 1) / depth
+    return tensor
 
 def load_init(model, path):
-    """From ours, or a timm file less its head: by name, else in order."""
-    with study_errors(f"--init {path}: cannot be read"):
+    """Start from a file of weights: a checkpoint of ours, or a timm backbone's.
+
+    Tensors match by name, else in order. UserError if the file is of another architecture.
+    """
+    with errors_as(UserError, f"--init {path}: cannot be read"):
         import timm
         source = timm.models.load_state_dict(str(path), weights_only=True)
-        part = model if "program" in source else getattr(model.encoder, "backbone", model.encoder)
-        source = {n: t for n, t in source.get("tensors", source).items() if t.ndim}
-    target = {n: t for n, t in part.state_dict().items()  # a patient's own may be missing
-              if t.ndim and (n in source or not n.startswith("patient_"))}
-    named, taken = target.keys() <= source.keys(), {}
-    for (name, like), other in zip(target.items(), target if named else source):
-        tensor = source[other]
-        if tensor.ndim == 4 <= like.ndim and tensor.shape[1] == 3 != like.shape[1]:
-            tensor = tensor.sum(1, True).repeat(1, like.shape[1], 1, 1) / like.shape[1]
-        if tensor.ndim == 4 < like.ndim:
-            tensor = tensor[:, :, None].repeat(1, 1, like.shape[2], 1, 1) / like.shape[2]
-        taken[name] = tensor
+    ours = "program" in source
+    part = model if ours else getattr(model.encoder, "backbone", model.encoder)
+    source = {name: t for name, t in source.get("tensors", source).items() if t.ndim}
+    whole = {name: t for name, t in part.state_dict().items() if t.ndim}
+    target = {  # what a vertebra classifier lacks stays random
+        n: t for n, t in whole.items() if n in source or not n.startswith("patient_")}
+    named = target.keys() <= source.keys()
+    pairs = zip(target.items(), target if named else source)
+    taken = {name: fit_shape(source[other], like) for (name, like), other in pairs}
     if [t.shape for t in taken.values()] != [t.shape for t in target.values()]:
         raise UserError(f"--init {path}: not the architecture of {model.settings}")
     part.load_state_dict(taken, strict=False)
-    say(f"--init: {len(taken)} of {len(source)} tensors {'by name' if named else 'in order'}")
+    how = "by name" if named else "in order"
+    say(f"--init: {len(taken)} of {len(source)} tensors {how}")
 
+
+# ==== Training ====
+# In: a Task. Out: <name>.pt, <name>_log.csv and <name>_heldout.csv in the folder of
+# weights. The trap: whatever is random is drawn from (seed, step) or (seed, place in the
+# order), never from a state, so that a run that was killed goes on to the same bits.
+
+class Task(NamedTuple):
+    """What differs between the trainings of the three kinds."""
+    kind: str
+    recipe: Recipe
+    device: torch.device
+    load: Callable  # sample -> arrays
+    loss: Callable  # (model, tensors, generators, recipe) -> the loss of a batch
+    score: Callable  # (model, uid) -> a value a target
+    judge: Callable  # table of these values -> dict with "score", lower is better
+    name: str = ""
+    train: tuple = ()  # samples
+    held_out: tuple = ()  # uids
+
+@dataclass
+class Progress:
+    """How far a training has come."""
+    step: int = 0
+    skipped: int = 0  # steps without a finite gradient
+    in_a_row: int = 0  # of these, without a good one between
+    seconds: float = 0.0  # of this epoch's steps
+    slowest: float = 0.0  # seconds of a step with what followed it
+    losses: list = field(default_factory=list)  # of this epoch
+    history: list = field(default_factory=list)  # a dict an epoch
 
 class Trainer:
-    """The state of a training, all of it saved."""
+    """A model in training: its weights, their average, optimiser, scaler and progress."""
+
     def __init__(self, task, init=""):
         recipe, device = task.recipe, task.device
         torch.manual_seed(recipe.seed)
-        self.model = model = new_model(task.kind, asdict(recipe), device)
+        self.model = new_model(task.kind, asdict(recipe), device)
         if init:
-            load_init(model, init)
-        self.averaged = copy.deepcopy(model.to(device)).eval()
-        groups = [dict(params=[p for p in model.parameters() if (p.ndim > 1) == wide],
-                       weight_decay=recipe.weight_decay * wide) for wide in (True, False)]
-        self.optimizer = torch.optim.AdamW(groups, recipe.lr)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=half_type(device) is torch.half)
-        self.step = self.skipped = self.in_a_row = self.seconds = self.slowest = 0
-        self.losses, self.history = [], []
+            load_init(self.model, init)
+        self.averaged = copy.deepcopy(self.model.to(device)).eval()
+        matrices = [p for p in self.model.parameters() if p.ndim > 1]
+        others = [p for p in self.model.parameters() if p.ndim <= 1]
+        groups = [dict(params=matrices), dict(params=others, weight_decay=0)]
+        self.optimizer = torch.optim.AdamW(
+            groups, recipe.lr, weight_decay=recipe.weight_decay)
+        in_float16 = half_type(device) is torch.half
+        self.scaler = torch.amp.GradScaler(device.type, enabled=in_float16)
+        self.progress = Progress()
+
+    def parts(self):
+        """{name: what has a state_dict}."""
+        names = ("model", "averaged", "optimizer", "scaler")
+        return dict(zip(names, (self.model, self.averaged, self.optimizer, self.scaler)))
 
     def save(self, path, task):
-        state = {k: getattr(v, "state_dict", lambda: v)() for k, v in vars(self).items()}
-        save_checkpoint(path, task.kind, task.recipe, samples=len(task.train), state=state)
+        """Write the whole state of the training."""
+        state = {name: part.state_dict() for name, part in self.parts().items()}
+        state["progress"] = asdict(self.progress)
+        samples = len(task.train)
+        save_checkpoint(path, task.kind, task.recipe, samples=samples, state=state)
 
-    def load(self, state):
-        for name, value in state.items():
-            part = getattr(self, name)
-            getattr(part, "load_state_dict", lambda v: setattr(self, name, v))(value)
+    def load(self, path, task):
+        """Go on from what save wrote; UserError if made with other options or data."""
+        saved = load_checkpoint(path)
+        with errors_as(UserError, f"{path}: made with other options or data; delete it"):
+            now = [asdict(task.recipe), len(task.train)]
+            if [saved["recipe"], saved["samples"]] != now:
+                raise ValueError("recipe or samples")
+            for name, part in self.parts().items():
+                part.load_state_dict(saved["state"][name])
+            self.progress = Progress(**saved["state"]["progress"])
 
-    def update(self, task, batch, total):
-        recipe, model, done = task.recipe, self.model.train(), self.step / total
-        warm = min(1, (done + 1e-3) / (recipe.warm_up + 1e-3))
-        for group in self.optimizer.param_groups:  # half a cosine, down to 1 %
-            group["lr"] = recipe.lr * warm * (0.505 + 0.495 * math.cos(math.pi * done))
-        torch.manual_seed((recipe.seed * 1009 + self.step) * 64 + ranks()[0])  # for dropout
-        self.optimizer.zero_grad()
-        mean, parts = 0, min(recipe.accumulate, len(batch))
+    def gradient(self, task, batch):
+        """Leave the gradient of [(arrays, generator)] in the model; gives the mean loss."""
+        parts = min(task.recipe.accumulate, len(batch))
+        mean = 0
         for k in range(parts):
             samples, rngs = zip(*batch[k::parts])
             tensors = [torch.from_numpy(np.stack(x)).to(task.device) for x in zip(*samples)]
-            with autocast(task.device, recipe.half or task.device.type == "cuda"):
-                loss = task.loss(model, tensors, rngs, recipe) * len(rngs) / len(batch)
+            with autocast(task.device, task.recipe.half or task.device.type == "cuda"):
+                loss = task.loss(self.model, tensors, rngs, task.recipe)
+                loss = loss * len(rngs) / len(batch)
             self.scaler.scale(loss).backward()
             mean += loss.item()
+        return mean
+
+    def update(self, task, batch, total):
+        """One step of `total`, on a batch of [(arrays, generator)]."""
+        recipe, now, model = task.recipe, self.progress, self.model.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(recipe, now.step / total)
+        # For dropout: the same in a run that was resumed, another on every process.
+        torch.manual_seed((recipe.seed * 1009 + now.step) * 64 + ranks()[0])
+        self.optimizer.zero_grad()
+        loss = self.gradient(task, batch)
         self.scaler.unscale_(self.optimizer)
-        for p in model.parameters() if dist.is_initialized() else ():
-            grad = torch.zeros_like(p) if p.grad is None else p.grad  # nothing in view
-            p.grad = grad.contiguous() / ranks()[1]
-            dist.all_reduce(p.grad)
-        bad = not nn.utils.clip_grad_norm_(model.parameters(), recipe.clip).isfinite()
-        self.skipped += bad
-        self.in_a_row = (self.in_a_row + 1) * bad
-        if self.in_a_row > MAX_SKIPPED_STEPS:
-            raise UserError("too many steps without a finite gradient: lower --lr")
-        if not bad:
+        share_gradients(model)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        if norm.isfinite():
+            now.in_a_row = 0
+            now.losses.append(loss)
             self.scaler.step(self.optimizer)
-            self.losses.append(mean)
-        else:  # the norms have seen it
-            model.load_state_dict(dict(self.averaged.named_buffers()), False)
+        else:
+            now.skipped += 1
+            now.in_a_row += 1
+            buffers = dict(self.averaged.named_buffers())  # the norms have seen it
+            model.load_state_dict(buffers, strict=False)
+        if now.in_a_row > MAX_SKIPPED_STEPS:
+            raise UserError("too many steps without a finite gradient: lower --lr")
         self.scaler.update()
-        self.step += 1
-        share = 1 - min(recipe.ema, (1 + self.step) / (10 + self.step))
-        for slow, fast in zip(*(m.state_dict().values() for m in (self.averaged, model))):
+        now.step += 1
+        share = 1 - min(recipe.ema, (1 + now.step) / (10 + now.step))
+        weights = (part.state_dict().values() for part in (self.averaged, model))
+        for slow, fast in zip(*weights):
             slow.lerp_(fast, share) if slow.is_floating_point() else slow.copy_(fast)
 
     def close_epoch(self, task, weights):
-        (rank, world), stem = ranks(), weights / task.name
+        """Score the averaged weights on the held-out studies; log, and keep the best."""
+        now = self.progress
+        rank, world = ranks()
         with torch.inference_mode(), autocast(task.device):
-            rows = [(uid, *task.score(self.averaged, uid)) for uid in task.held_out[rank::world]]
-        rows, losses = sum(over_ranks(rows), []), sum(over_ranks(self.losses), [])
+            mine = task.held_out[rank::world]
+            rows = [(uid, *task.score(self.averaged, uid)) for uid in mine]
+        rows = sum(over_ranks(rows), [])
+        losses = sum(over_ranks(now.losses), [])
         table = pd.DataFrame(rows, columns=[STUDY, *TARGETS][: len(rows[0])])
-        line = dict(
-            epoch=len(self.history) + 1, **task.judge(table.set_index(STUDY)),
-            train_loss=np.mean(losses or math.nan), lr=self.optimizer.param_groups[0]["lr"],
-            samples_per_s=len(self.losses) * task.recipe.batch_size / self.seconds,
-            seconds=self.seconds, skipped_steps=self.skipped, peak_gb=peak_gb())
-        log = pd.DataFrame([*self.history, line])
-        self.history = log.to_dict("records")
-        self.losses, self.seconds = [], 0
-        if rank:
-            return
+        line = dict(epoch=len(now.history) + 1, **task.judge(table.set_index(STUDY)))
+        line["train_loss"] = float(np.mean(losses or math.nan))
+        line["lr"] = self.optimizer.param_groups[0]["lr"]
+        line["samples_per_s"] = len(now.losses) * task.recipe.batch_size / now.seconds
+        line |= dict(seconds=now.seconds, skipped_steps=now.skipped, peak_gb=peak_gb())
+        now.history.append(line)
+        now.losses, now.seconds = [], 0.0
+        if rank == 0:
+            self.write_epoch(task, weights / task.name, table)
+
+    def write_epoch(self, task, stem, table):
+        """Write the log; the weights and held-out answers, if no epoch scored better."""
+        history = pd.DataFrame(self.progress.history)
+        line = self.progress.history[-1]
         say(f"{task.name}  " + "  ".join(f"{k} {v:.4g}" for k, v in line.items()))
-        write_csv(f"{stem}_log.csv", log)
-        if line["score"] <= log.score.min():  # NaN is never the best
-            state = self.averaged.state_dict().items()
-            save_checkpoint(f"{stem}.pt", task.kind, task.recipe, settings=self.model.settings,
-                            tensors={n: t.half() if t.ndim > 1 else t for n, t in state})
+        write_csv(f"{stem}_log.csv", history)
+        if line["score"] <= history.score.min():  # NaN is never the best
+            weights = self.averaged.state_dict().items()
+            tensors = {name: t.half() if t.ndim > 1 else t for name, t in weights}
+            content = dict(settings=self.model.settings, tensors=tensors)
+            save_checkpoint(f"{stem}.pt", task.kind, task.recipe, **content)
             write_csv(f"{stem}_heldout.csv", table)
 
+def learning_rate(recipe, done):
+    """At a share of all steps: a linear warm-up, then half a cosine down to 1 %."""
+    warm = min(1, (done + 1e-3) / (recipe.warm_up + 1e-3))
+    return recipe.lr * warm * (0.505 + 0.495 * math.cos(math.pi * done))
+
+def share_gradients(model):
+    """Every process's gradient becomes the mean of all."""
+    for p in model.parameters() if dist.is_initialized() else ():
+        grad = torch.zeros_like(p) if p.grad is None else p.grad  # nothing in view here
+        p.grad = grad.contiguous() / ranks()[1]
+        dist.all_reduce(p.grad)
 
 def train(task, weights, stop, workers=2, go_on=False, init=""):
-    """The history of a fold; <name>.pt in `weights`. Stopped if cut short."""
-    (rank, world), recipe, name, samples = ranks(), task.recipe, task.name, len(task.train)
-    size, run, last = recipe.batch_size, Trainer(task, init), weights / f"{name}_last.pt"
+    """Train one fold to <name>.pt in `weights`: its history, a dict an epoch.
+
+    Raises Stopped, with all of it saved, if a signal or the time ends the run.
+    """
+    rank, world = ranks()
+    recipe, name, samples = task.recipe, task.name, len(task.train)
+    size = recipe.batch_size
     if not samples or not task.held_out or size % world:
         raise UserError(f"{name}: too few studies, or --batch-size no multiple of {world}")
+    run = Trainer(task, init)
+    last = weights / f"{name}_last.pt"
     if go_on and last.exists():
-        saved = load_checkpoint(last)
-        with study_errors(f"{last}: made with other options or data; delete it"):
-            if [saved["recipe"], saved["samples"]] != [asdict(recipe), samples]:
-                raise ValueError("recipe or samples")
-            run.load(saved["state"])
+        run.load(last, task)
+
+    now = run.progress
     steps = max(1, samples // size)  # an epoch
     total = steps * recipe.epochs
-    rngs = [np.random.default_rng([recipe.seed, k]) for k in range(recipe.epochs)]
-    order = np.concatenate([np.resize(rng.permutation(samples), steps * size) for rng in rngs])
-    mine = range(run.step * size + rank, len(order), world)
+    shuffles = [np.random.default_rng([recipe.seed, k]) for k in range(recipe.epochs)]
+    order = [np.resize(rng.permutation(samples), steps * size) for rng in shuffles]
+    order = np.concatenate(order)
+    mine = range(now.step * size + rank, len(order), world)
     loaded = prefetch(lambda k: task.load(task.train[order[k]]), mine, workers, 2 * size)
-    bar = progress(range(run.step, total), "step")
-    for now in bar:
+    bar = progress(range(now.step, total), "step")
+    for step in bar:
         started = stop.clock()
-        if reason := max(over_ranks(stop.reason(1.1 * run.slowest))):
+        reason = max(over_ranks(stop.reason(1.1 * now.slowest)))
+        if reason:
             run.save(last, task)
-            raise Stopped(f"{name}: stopped by {reason} at step {now} of {total}; --resume goes on")
-        batch = [(future.result(), np.random.default_rng([recipe.seed, k]))
-                 for _, (k, future) in zip(range(size // world), loaded)]
+            where = f"{name}: stopped by {reason} at step {step} of {total}"
+            raise Stopped(f"{where}; --resume goes on", stop.status())
+        batch = []
+        for _, (k, future) in zip(range(size // world), loaded):
+            batch.append((future.result(), np.random.default_rng([recipe.seed, k])))
         run.update(task, batch, total)
-        run.seconds += stop.clock() - started
-        bar.set_postfix(loss=np.mean(run.losses[-20:] or math.nan))
-        if run.step % steps == 0:
+        now.seconds += stop.clock() - started
+        bar.set_postfix(loss=np.mean(now.losses[-20:] or math.nan))
+        if now.step % steps == 0:
             run.close_epoch(task, weights)
             run.save(last, task)
-        run.slowest = max(run.slowest, stop.clock() - started)
-    return run.history
+        now.slowest = max(now.slowest, stop.clock() - started)
+    return now.history
+
+def segmenter_task(recipe, device, images, masks):
+    """The Task of a segmenter: studies in the folder `images`, masks {uid: file}."""
+    @functools.cache  # 4 MB a study
+    def load(sample):
+        volume = read_volume(images / sample[0])
+        cube = segmenter_input(volume, recipe.size)[0] * 255
+        labels = read_mask(masks[sample[0]], volume, cube.shape)
+        return cube.round().byte().numpy(), labels
+
+    def score(model, uid):
+        cube, labels = load((uid,))
+        cube = torch.from_numpy(cube)[None, None].to(device)  # (1, 1, D, D, D)
+        probability = model(cube / 255)[0].float().sigmoid()
+        return dice_scores(probability.cpu().numpy(), labels)
+
+    def judge(table):
+        dice = table.mean()
+        return dict(dice.add_prefix("dice_"), score=1 - dice.mean())
+
+    return Task("segmenter", recipe, device, load, segmenter_batch, score, judge)
+
+def classifier_task(kind, recipe, device, folder, truth):
+    """The Task of a classifier: crops in `folder`, labels {uid: (8,)}.
+
+    A sample is a uid and the targets asked for: one vertebra, or all eight.
+    """
+    def load(sample):
+        uid, targets = sample
+        crops = read_crops(folder / f"{uid}.npz", targets[:7])  # (V, T, K, S, S)
+        labels = truth[uid][targets]
+        unseen = ~crops.any((1, 2, 3, 4))
+        labels[: len(crops)][unseen] = np.nan
+        crops = np.concatenate(crops)  # (V * T, K, S, S)
+        return crops, labels
+
+    def score(model, uid):
+        models = dict.fromkeys(KINDS, []) | {kind: [model]}
+        outputs = classify(Ensemble(models, device), read_crops(folder / f"{uid}.npz"))
+        steps, patient = outputs[0]
+        return [*vertebra_answers(steps, Answers().top_k), patient]
+
+    def judge(table):  # the prior where nothing was asked or in view
+        answers = table.astype(float).fillna(PRIOR_ANSWERS).to_numpy()
+        right = np.array([truth[uid] for uid in table.index])
+        score, _ = competition_scores(answers, right)
+        table = score_table(answers, right)
+        columns = dict(vertebra_auc="C1 to C7", patient_auc="patient_overall")
+        return dict(score=score, **{name: table.AUC[row] for name, row in columns.items()})
+
+    return Task(kind, recipe, device, load, classifier_batch, score, judge)
 
 
-# ==== Prediction ====
-# A complete submission is on disk at once, at worst with the prior.
+# ==== Tools ====
+# What several rooms need: errors, words, files, threads, processes, devices, an end.
 
-REPORTS = [f"predict_report{k or ''}.csv" for k in range(16)]  # one a rank
-BLIND = dict(zip(TARGETS, PRIOR))
-AS_IS = np.repeat([[1.0], [0.0]], 8, 1)  # scale and shift of the logits
-Ensemble = namedtuple("Ensemble", "models device calibration options", defaults=[AS_IS, Answers()])
-Effort = namedtuple("Effort", "views folds")
-
-
-def load_models(weights, kind, device):
-    return {k: load_model(path, kind, device) for k in range(100)
-            if (path := Path(weights) / f"{kind}_fold{k}.pt").exists()}
-
-
-def load_ensemble(weights, device):
-    """All models of a folder, or UserError."""
-    models = {kind: [*load_models(weights, kind, device).values()] for kind in KINDS}
-    if not models["segmenter"] or not models["vertebra"] + models["patient"]:
-        raise UserError(f"--weights {weights}: no segmenter or no classifier")
-    path = Path(weights) / "calibration.json"
-    if not path.exists():
-        return Ensemble(models, device)
-    with study_errors(f"{path}: no finite [scale, shift] of each target"):
-        table = np.asarray_chkfinite(pd.read_json(path)[[*TARGETS]], float)
-        return Ensemble(models, device, table.reshape(2, 8))
-
-
-@torch.inference_mode()
-def segment(models, volume, device, report=say, closer=True):
-    """float32 (7, D, D, D): mean probability, in_order. Looks again where vertebrae are small."""
-    size, window = (models[0].settings[k] for k in ("size", "window"))
-    cube = segmenter_input(volume, size, window)[None].to(device)
-    with autocast(device):
-        mean = sum(m.to(device)(cube)[0].float().sigmoid().nan_to_num() for m in models)
-    mean = (mean / len(models)).cpu()
-    box = vertebra_box(mean.amax(0).numpy(), size)
-    if closer and box is not None:
-        shape, reach = np.array(volume.hu.shape), np.outer([-1, 1], np.ptp(box, 1) * AROUND)
-        low, high = ((box.T + reach) * shape / size).clip(0, shape - 1).astype(int) + [[0], [1]]
-        if min((high - low) / shape) < CLOSER:
-            part = volume._replace(hu=volume.hu[tuple(map(slice, low, high))])
-            part = torch.from_numpy(segment(models, part, device, report, False))[None]
-            to_part = np.c_[np.diag(shape), shape - low - high] / np.c_[high - low]
-            to_part = torch.from_numpy(np.float32(to_part)[None, ::-1, [2, 1, 0, 3]])
-            grid = F.affine_grid(to_part, mean[None].shape, align_corners=False)
-            mean = F.grid_sample(part, grid, align_corners=False)[0]  # 0 around
-    return in_order(mean.numpy(), report)
-
-
-def in_order(probability, report):
-    """(7, D, D, D) head to foot: two that are not change names; a faint one is emptied."""
-    weight = (probability * (probability > 0.5)).sum((2, 3))  # (7, D)
-    mass = weight.sum(1)
-    centre = weight @ np.arange(weight.shape[1]) / np.maximum(mass, 1)
-    seen = [*np.flatnonzero(mass > MIN_CELLS)]
-    while wrong := [p for p in zip(seen, seen[1:]) if centre[p[0]] >= centre[p[1]]]:
-        pair, faint = [*wrong[0]], min(wrong[0], key=mass.item)
-        report(" and ".join(np.take(VERTEBRAE, pair)) + " out of order")
-        if 2 * mass[faint] > max(mass[pair]) and np.ptp(centre[pair]) > APART:
-            for part in probability, centre, mass:
-                part[pair] = part[pair[::-1]]
-        else:
-            seen.remove(faint)
-            probability[faint] = 0
-    return probability
-
-
-@torch.inference_mode()
-def classify(ensemble, crops, effort):
-    """[(steps' probability (7, 15), patient's)] of models and views; NaN: none."""
-    absent, out = ~crops.any((1, 2, 3, 4)), []
-    vertebra, patient = (ensemble.models[k][: effort.folds] for k in ("vertebra", "patient"))
-    crops = torch.from_numpy(crops).to(ensemble.device)
-    for i, model in enumerate(vertebra + patient):
-        model.to(ensemble.device)  # after a lack of memory
-        size, whole = model.settings["size"], i >= len(vertebra)
-        shown = torch.stack([  # bytes: little memory
-            F.interpolate(c.float(), size, mode="bilinear").round().byte() for c in crops])
-        for view in range(i, i + effort.views):
-            turned = torch.rot90(shown.flip(-1) if view & 4 else shown, view, (-2, -1))
-            with autocast(ensemble.device):
-                steps, head = model(turned.flatten(0, 1)[None]) if whole else (model(turned), None)
-            steps = steps.sigmoid().view(7, STEPS).cpu().numpy()
-            steps[absent] = np.nan
-            out.append((steps, float(head.sigmoid()) if whole else math.nan))
-    return out
-
-
-def combine(outputs, options, calibration=AS_IS):
-    """(8,) answers from classify's; for NaN the prior. Most vertebrae are whole: where calibrated
-    answers say not, the study is foreign, and they lean to the prior."""
-    rows = [[*np.sort(steps, 1)[:, -options.top_k :].mean(1), head] for steps, head in outputs]
-    rows, prior, (scale, shift) = map(torch.tensor, (np.array(rows), PRIOR, calibration))
-    raw, share = rows.logit(FLOOR).nanmean(0), options.noisy_or
-    logits = raw * scale + shift
-    excess = (logits[:7].nan_to_num(-9).median() - USUAL).clamp(0) * (calibration is not AS_IS)
-    logits -= excess
-    either = float(1 - (1 - logits[:7].sigmoid()).nan_to_num(1).prod()) or math.nan
-    patient = share * either + (1 - share) * raw[7].sigmoid().nan_to_num(either)
-    logits[7] = patient.logit(FLOOR) * scale[7] + shift[7]
-    answer = prior.logit().lerp(logits, (-excess / 2).exp()).sigmoid()
-    return torch.where(answer.isnan(), prior, answer).clamp(FLOOR, 1 - FLOOR).numpy()
-
-
-def answer_study(volume, read_s, ensemble, effort):
-    """A study's row of the report."""
-    models, device, problems = ensemble.models, ensemble.device, [*volume.problems]
-    start = monotonic()
-    probability = segment(models["segmenter"][: effort.folds], volume, device, problems.append)
-    found = monotonic()
-    mask_of = (models["vertebra"] + models["patient"])[0].settings["mask_of"]
-    crops = vertebra_slices(volume, probability, mask_of=mask_of)
-    cut = monotonic()
-    answers = combine(classify(ensemble, crops, effort), ensemble.options, ensemble.calibration)
-    seen = [name for name, crop in zip(VERTEBRAE, crops) if crop.any()]
-    status = "ok" if len(seen) == 7 else "partial" if seen else "nothing seen"
-    return dict(zip(TARGETS, answers), status=status, slices=len(volume.hu), seen="+".join(seen),
-                read_s=read_s, segment_s=found - start, crops_s=cut - found,
-                classify_s=monotonic() - cut, device=device, warnings="; ".join(problems))
-
-
-def answer_or_prior(uid, future, ensemble, effort, seconds):
+@contextmanager
+def errors_as(kind, where):
+    """Any exception becomes a `kind` in one line: damaged bytes raise all sorts."""
     try:
-        study = future.result(seconds)  # a file may hang
-        for _ in range(2):  # in small parts, then on the CPU
-            with suppress(torch.OutOfMemoryError):
-                return answer_study(*study, ensemble, effort)
-            CROPS_AT_ONCE["cuda"] = STEPS
-        return answer_study(*study, ensemble._replace(device=torch.device("cpu")), effort)
+        yield
     except Exception as error:
-        say(f"study {uid}: {error!r:.300}; answered with the prior")
-        return dict(BLIND, status="failed", warnings=f"{error!r:.300}")
+        reason = " ".join(str(error).split())[:240] or type(error).__name__
+        raise kind(f"{where}: {reason}") from error
 
+def say(text):
+    """A line on stderr, above the bar of progress."""
+    tqdm.write(text, file=sys.stderr)
 
-def choose_effort(views, folds, seconds, share):
-    while views * folds > max(share / seconds, 1):
-        views, folds = 1, folds if views > 1 else folds // 2
-    return Effort(views, folds)
+def progress(items, unit, total=None):
+    """The items, with a bar on a terminal."""
+    return tqdm(items, unit=unit, total=total, disable=None, leave=False)
 
+def write_atomic(path, write):
+    """Let write(temporary name) make a file, then move it into place: whole or not at all.
 
-def read_reports(out):
-    """{study: row} of all processes, no failures."""
-    rows = [row for path in map(out.parent.joinpath, REPORTS) if path.exists()
-            for row in read_csv(path, (STUDY, "status", *TARGETS)).to_dict("records")]
-    return {row[STUDY]: row for row in rows if row["status"] not in ("failed", "no time")}
+    Raises UserError if it cannot be written.
+    """
+    path = Path(path)
+    new = path.parent / f".{os.getpid()}.{path.name}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(new)
+        new.replace(path)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"cannot write {path}: {error}") from None
+    finally:
+        with suppress(OSError):
+            new.unlink()
 
+def write_csv(path, table):
+    """Write a table without its index."""
+    write_atomic(path, lambda new: table.to_csv(new, index=False))
 
-def write_submission(out, rows, reports=()):
-    """This process's report, and every row: an answer or the prior."""
-    if reports:
-        write_csv(out.parent / REPORTS[ranks()[0]], pd.DataFrame(reports))
-    known = -1
-    while known < len(answers := read_reports(out)):  # others report too
-        known = len(answers)
-        values = [(row, answers.get(uid, BLIND).get(target, 0.5)) for row, uid, target in rows]
-        write_csv(out, pd.DataFrame(values, columns=["row_id", "fractured"]))
+def read_csv(path, columns):
+    """A table that has these columns, uids as text; else UserError."""
+    with errors_as(UserError, f"{path}: no csv with {', '.join(columns)}"):
+        table = pd.read_csv(path, dtype={STUDY: str, "row_id": str})
+        missing = [name for name in columns if name not in table]
+        if missing:
+            raise ValueError(f"no column {missing[0]}")
+    return table
 
+def prefetch(work, items, workers, ahead=1):
+    """(item, future of work(item)) in order, `ahead` of them under way in threads."""
+    pool = ThreadPoolExecutor(max(1, workers))
+    waiting = []
+    try:
+        for item in items:
+            waiting.append((item, pool.submit(work, item)))
+            if len(waiting) > ahead:
+                yield waiting.pop(0)
+        yield from waiting
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # some may hang
 
-def predict_studies(images, out, rows, ensemble, stop, workers, resume=False):
-    """Answer this process's share, writing after each study."""
-    (rank, world), seconds, done = ranks(), 1e-9, read_reports(out) if resume else {}
-    uids = [*dict.fromkeys(uid for _, uid, _ in rows)]
-    todo, reports = [uid for uid in uids[rank::world] if uid not in done], [*done.values()]
-    full = Effort(max(1, ensemble.options.views), max(map(len, ensemble.models.values())))
+def ranks():
+    """(number of this process, number of all), as torchrun sets them."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
-    def read(uid):
-        start, until = stop.clock(), stop.left() - min(MAX_READ_S, stop.left() / 4)
-        if uid in ("", "..") or Path(uid).name != uid:
-            raise StudyError(f"{uid!r}: no plain name")
-        volume = read_volume(images / uid, workers, lambda: stop.left() < until)
-        return volume, stop.clock() - start
+def over_ranks(value):
+    """[value of each process]."""
+    values = [value] * ranks()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
 
-    for k, (uid, future) in enumerate(progress(prefetch(read, todo, READERS), "study", len(todo))):
-        start, left = stop.clock(), stop.left()
-        if seconds > left:
-            say(f"time is short: {len(todo) - k} studies get the prior")
-            reports += [{STUDY: uid, **BLIND, "status": "no time"} for uid in todo[k:]]
-            return write_submission(out, rows, reports)
-        effort = choose_effort(*full, seconds, left / (len(todo) - k))
-        if effort != full:
-            say(f"study {uid}: time is short, {effort}")
-        row = answer_or_prior(uid, future, ensemble, effort, min(MAX_READ_S, left / 4))
-        reports.append({STUDY: uid, **row, "peak_gb": peak_gb()})
-        write_submission(out, rows, reports)
-        if stop.signal:
-            raise Stopped(f"stopped by {stop.signal}; {out} is complete, --resume goes on")
-        used = (stop.clock() - start) / (effort.folds * effort.views)
-        seconds = max(used, 0.8 * seconds)
+def pick_device(name):
+    """The torch.device of --device; UserError if there is none."""
+    if name == "auto":
+        number = os.environ.get("LOCAL_RANK", 0)
+        name = f"cuda:{number}" if torch.cuda.is_available() else "cpu"
+    with errors_as(UserError, f"--device {name}"):
+        return torch.empty(1, device=name).device
+
+def half_type(device):
+    """bfloat16 where it is native, else float16 on a GPU (T4), None on a CPU."""
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if native else torch.float16
+    flags = Path("/proc/cpuinfo")
+    native = flags.exists() and "_bf16" in flags.read_text()
+    return torch.bfloat16 if native else None
+
+def autocast(device, wanted=True):
+    """Context: half precision where the device has it and it is wanted."""
+    half = half_type(device) if wanted else None
+    return torch.autocast(device.type, half, enabled=half is not None)
+
+def peak_gb():
+    """GB that this process has held at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # of KiB
+
+class Stop:
+    """Why a run should end: a signal that was noted, or its deadline."""
+
+    def __init__(self, minutes=0.0, clock=monotonic):
+        self.clock = clock
+        self.signal = ""
+        self.until = clock() + (60 * minutes if minutes else math.inf)
+
+    def note(self, number, _frame):
+        """A signal's handler."""
+        self.signal = signal.Signals(number).name
+
+    def left(self):
+        """Seconds to the deadline."""
+        return self.until - self.clock()
+
+    def reason(self, needed=0.0):
+        """The signal, or "--time-limit" if fewer than `needed` seconds are left, or ""."""
+        return self.signal or ("--time-limit" if self.left() < needed else "")
+
+    def status(self):
+        """The exit status of a run that ends now: interrupted, or in time."""
+        return 130 if self.signal else 0
+
+@contextmanager
+def stop_signals(minutes=0.0):
+    """A Stop that notes SIGINT and SIGTERM as long as the context lasts."""
+    stop = Stop(minutes)
+    before = {}
+    with suppress(ValueError):  # outside of the main thread there are no handlers
+        for kind in (signal.SIGINT, signal.SIGTERM):
+            before[kind] = signal.signal(kind, stop.note)
+    try:
+        yield stop
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
 
 
 # ==== Decoding ====
-# Headers lie: every size is checked.
+# In: a DICOM dataset. Out: its stored values; Kaggle has no plug-in for JPEG Lossless.
+# The trap: headers lie; every size is checked before memory is asked for.
 
-MAX_JPEG_2000 = 2**20  # pixels: more cost gigabytes
-HALVES = {1: (2, 0, 0), 2: (0, 2, 0), 3: (0, 0, 2), 4: (2, 2, -2),  # of left, above, corner
-          5: (2, 1, -1), 6: (1, 2, -1), 7: (1, 1, 0)}  # by predictor (T.81 table H.1)
+MAX_JPEG_2000 = 2**20  # pixels; more cost gigabytes
+# Halves of the left, the upper and the corner sample, by predictor (ITU-T T.81 table H.1).
+PREDICTOR_HALVES = {1: (2, 0, 0), 2: (0, 2, 0), 3: (0, 0, 2), 4: (2, 2, -2)}
+PREDICTOR_HALVES |= {5: (2, 1, -1), 6: (1, 2, -1), 7: (1, 1, 0)}
 
-
-@study_errors("pixel data")
 def decode_pixels(data):
-    """Stored values (frames, rows, columns), 16 or 32 bits."""
-    shape = int(data.get("NumberOfFrames") or 1), data.Rows, data.Columns
-    samples, allocated = data.get("SamplesPerPixel", 1), data.BitsAllocated
-    stored, count = data.get("BitsStored") or allocated, math.prod(shape)
-    if not (samples == 1 and allocated in (8, 16, 32) and 1 <= stored <= allocated
-            and min(shape) > 0 and count <= MAX_VOXELS):
-        raise StudyError(f"{samples} samples of {stored} bits in {allocated}, shape {shape}")
-    syntax = data.file_meta.get("TransferSyntaxUID", pydicom.uid.ImplicitVRLittleEndian)
-    jpeg_2000 = syntax in pydicom.uid.JPEG2000TransferSyntaxes
+    """Stored values (frames, rows, columns), 16 or 32 bits, of a pydicom dataset.
+
+    StudyError if they are no grey values, damaged, or need a plug-in that is not installed.
+    """
+    with errors_as(StudyError, "pixel data"):
+        shape = (int(data.get("NumberOfFrames") or 1), data.Rows, data.Columns)
+        samples = data.get("SamplesPerPixel", 1)
+        allocated = data.BitsAllocated
+        stored = data.get("BitsStored") or allocated
+        whole = allocated in (8, 16, 32) and 1 <= stored <= allocated
+        fits = 0 < min(shape) and math.prod(shape) <= MAX_VOXELS
+        if not (whole and fits and samples == 1):
+            raise StudyError(
+                f"{samples} samples of {stored} bits in {allocated}, shape {shape}")
+        words = decode_words(data, shape, allocated)
+        signed = data.get("PixelRepresentation") == 1
+        return sign_extend(words.reshape(shape), stored, signed)
+
+def decode_words(data, shape, allocated):
+    """The words of all frames as they are stored, by the transfer syntax."""
+    implicit = pydicom.uid.ImplicitVRLittleEndian
+    syntax = data.file_meta.get("TransferSyntaxUID", implicit)
+    is_jpeg_2000 = syntax in pydicom.uid.JPEG2000TransferSyntaxes
+    is_lossless = syntax in (pydicom.uid.JPEGLossless, pydicom.uid.JPEGLosslessSV1)
     if syntax.is_little_endian and not syntax.is_encapsulated:
-        words = np.frombuffer(data.PixelData, f"<u{allocated // 8}", count)
-    elif not jpeg_2000 and pydicom.pixels.get_decoder(syntax).is_available:
-        words = pydicom.pixels.pixel_array(data, raw=True)  # big endian, RLE; others by a plug-in
-    elif jpeg_2000 or syntax in (pydicom.uid.JPEGLossless, pydicom.uid.JPEGLosslessSV1):
-        decode = _decode_jpeg_2000 if jpeg_2000 else decode_lossless_jpeg
-        frames = pydicom.encaps.generate_frames(data.PixelData, number_of_frames=shape[0])
-        words = np.stack([decode(frame) for frame in frames])
-    else:
+        return np.frombuffer(data.PixelData, f"<u{allocated // 8}", math.prod(shape))
+    if not is_jpeg_2000 and pydicom.pixels.get_decoder(syntax).is_available:
+        return pydicom.pixels.pixel_array(data, raw=True)  # big endian, RLE, plug-ins
+    if not is_jpeg_2000 and not is_lossless:
         raise StudyError(f"{syntax.name}: pip install pylibjpeg pylibjpeg-libjpeg")
-    size, kind = max(2, words.itemsize), "i" if data.get("PixelRepresentation") == 1 else "u"
-    spare = 8 * size - stored  # bits above the pixel may hold overlays
-    return (words.reshape(shape).astype(f"u{size}") << spare).view(f"{kind}{size}") >> spare
+    decode = decode_jpeg_2000 if is_jpeg_2000 else decode_lossless_jpeg
+    frames = pydicom.encaps.generate_frames(data.PixelData, number_of_frames=shape[0])
+    return np.stack([decode(frame) for frame in frames])
 
+def sign_extend(words, stored, signed):
+    """Whole numbers of the `stored` lowest bits; those above may hold overlays."""
+    size = max(2, words.itemsize)
+    spare = 8 * size - stored
+    kind = "i" if signed else "u"
+    return (words.astype(f"u{size}") << spare).view(f"{kind}{size}") >> spare
 
-def _decode_jpeg_2000(jpeg):
-    """(rows, columns) uint16, negative numbers as two's complement."""
-    stream = bytearray(jpeg[max(0, jpeg.find(b"\xff\x4f\xff\x51")):])  # without JP2 boxes
+def decode_jpeg_2000(jpeg):
+    """(rows, columns) uint16 by OpenCV, negative numbers as two's complement."""
+    stream = bytearray(jpeg[max(0, jpeg.find(b"\xff\x4f\xff\x51")) :])  # without JP2 boxes
     width, height, components, depth = struct.unpack_from(">2I24xHB", stream, 8)
     if width * height * components > MAX_JPEG_2000:
         raise StudyError(f"JPEG 2000 of {width}x{height}x{components}")
-    bits, signed = depth % 128 + 1, depth > 127
-    stream[42] = bits - 1  # OpenCV refuses signed; unsigned, it adds half the range
-    cv2.utils.logging.setLogLevel(0)  # else a line a slice
+    bits = depth % 128 + 1
+    signed = depth > 127
+    stream[42] = bits - 1  # OpenCV refuses signed; as unsigned, it adds half the range
+    cv2.utils.logging.setLogLevel(0)  # else it prints a line a slice
     words = cv2.imdecode(np.frombuffer(stream, np.uint8), cv2.IMREAD_UNCHANGED)
     return words.astype(np.uint16) - np.uint16(signed << bits - 1)
 
-
-@study_errors("JPEG Lossless")
-def decode_lossless_jpeg(data):
-    """(rows, columns) uint16 of a one-component stream (ITU-T T.81 annex H)."""
-    at, segments, tables = 2, {}, {}  # by marker; Huffman tables by destination (annex B)
-    while 0xFFDA not in segments:
+def jpeg_segments(data):
+    """({marker: body}, {destination: Huffman table}, start of the scan) (T.81 annex B)."""
+    at = 2
+    segments, tables = {}, {}
+    while 0xFFDA not in segments:  # start of scan
         marker, length = struct.unpack_from(">HH", data, at)
-        segments[marker] = body = data[at + 4 : at + 2 + length]
+        body = data[at + 4 : at + 2 + length]
+        segments[marker] = body
         at += 2 + length
-        while marker == 0xFFC4 and body:
+        while marker == 0xFFC4 and body:  # several tables may share a segment
             end = 17 + sum(body[1:17])
-            tables[body[0]], body = body[1:end], body[end:]
-    bits, rows, columns, parts = struct.unpack_from(">BHHB", segments.get(0xFFC3, bytes(6)))
-    _, _, table, predictor, _, shift = segments[0xFFDA][:6]
-    restart = int.from_bytes(segments.get(0xFFDD, b""), "big")
-    if (parts != 1 or predictor not in HALVES or not shift < bits <= 16 or restart % columns
-            or rows * columns > 8 * len(data)):  # a sample takes a bit
-        raise StudyError(f"{rows}x{columns}x{parts} pixels of {bits} bits in {len(data)} bytes")
-    scan = re.sub(rb"\xff+(?=\xff)", b"", data[at:])  # fill bytes
+            tables[body[0]] = body[1:end]
+            body = body[end:]
+    return segments, tables, at
+
+def decode_lossless_jpeg(data):
+    """(rows, columns) uint16 of a one-component JPEG Lossless stream (ITU-T T.81 annex H).
+
+    All predictors, restart intervals and point transforms. Raises StudyError for damage.
+    """
+    with errors_as(StudyError, "JPEG Lossless"):
+        segments, tables, at = jpeg_segments(data)
+        frame = segments.get(0xFFC3, bytes(6))
+        bits, rows, columns, parts = struct.unpack_from(">BHHB", frame)
+        _, _, destination, predictor, _, shift = segments[0xFFDA][:6]
+        restart = int.from_bytes(segments.get(0xFFDD, b""), "big")
+        known = parts == 1 and predictor in PREDICTOR_HALVES and shift < bits <= 16
+        too_many = rows * columns > 8 * len(data)  # a sample takes a bit
+        if not known or restart % columns or too_many:
+            raise StudyError(
+                f"{rows}x{columns}x{parts} pixels of {bits} bits in {len(data)} bytes")
+
+        table = tables[destination >> 4]
+        band = restart // columns or rows  # rows between two restarts
+        intervals = split_scan(data[at:])
+        grid = np.zeros((-(-rows // band), band * columns), int)  # an interval a row
+        for number, found in enumerate(grid):
+            count = min(band, rows - number * band) * columns
+            found[:count] = differences(intervals[number], count, *huffman_lookup(table))
+        grid[:, 0] += 1 << bits - shift - 1
+        grid = grid.reshape(-1, band, columns)
+        samples = undo_prediction(grid, *PREDICTOR_HALVES[predictor])
+        return samples.reshape(-1, columns)[:rows] << shift
+
+def split_scan(scan):
+    """The coded bytes between restart markers, without stuffed and fill bytes."""
+    scan = re.sub(rb"\xff+(?=\xff)", b"", scan)
     scan = re.split(rb"\xff[^\x00\xd0-\xd7]", scan, maxsplit=1)[0]
-    intervals = re.split(rb"\xff[\xd0-\xd7]", scan)
-    table, band = tables[table >> 4], restart // columns or rows
-    length = np.repeat(range(1, 18), [*table[:16], 1])  # of codes (annex C), last of the rest
-    category, share = np.array([*table[16:], 255]), 2**16 >> length  # of the next 16 bits
+    parts = re.split(rb"\xff[\xd0-\xd7]", scan)
+    return [part.replace(b"\xff\0", b"\xff") for part in parts]
+
+def huffman_lookup(table):
+    """For each value of the next 16 bits: category, and bits of code and difference.
+
+    `table` holds the number of codes of each length, then their categories (T.81 annex C).
+    """
+    counts, categories = [*table[:16], 1], [*table[16:], 255]  # a last entry for no code
+    length = np.repeat(range(1, 18), counts)
+    category = np.array(categories)
+    share = 2**16 >> length
     share[-1] = 2**16 - share.sum()
-    advance = (length + category % 16).astype(np.uint8)  # bits of code and difference
-    codes = category.repeat(share), advance.repeat(share)
-    grid = np.zeros((-(-rows // band), band * columns), int)  # a restart interval a row
-    for number, found in enumerate(grid):
-        count = min(band, rows - number * band) * columns
-        found[:count] = _differences(intervals[number].replace(b"\xff\0", b"\xff"), count, *codes)
-    grid[:, 0] += 1 << bits - shift - 1
-    samples = _undo_prediction(grid.reshape(-1, band, columns), *HALVES[predictor])
-    return samples.reshape(-1, columns)[:rows] << shift
+    advance = (length + category % 16).astype(np.uint8)
+    return category.repeat(share), advance.repeat(share)
 
+def differences(coded, count, category_of, advance_of):
+    """(count,) differences of an interval: walks from code to code.
 
-def _differences(coded, count, category_of, advance_of):
-    """Walks from code to code: the jump is known at every bit."""
-    stream = np.frombuffer(coded[:4 * count] + bytes(48), np.uint8).astype(np.int32)
+    Where a code would end is looked up for every bit at once, and doubled to jumps over
+    eight codes: a loop over every code would hold the interpreter's lock, and the other
+    threads.
+    """
+    padded = coded[: 4 * count] + bytes(48)
+    stream = np.frombuffer(padded, np.uint8).astype(np.int32)
     words = stream[:-2] << 16 | stream[1:-1] << 8 | stream[2:]
-    windows = np.stack([words >> 8 - bit for bit in range(8)], 1).astype(np.uint16).ravel()
+    shifted = [words >> 8 - bit for bit in range(8)]
+    windows = np.stack(shifted, 1).astype(np.uint16).ravel()  # the 16 bits from each bit on
+    places = np.arange(len(windows))
     jumps = [advance_of.take(windows)]
-    for _ in range(3):  # over 8 codes: a loop in Python stops the other workers
-        jumps.append(jumps[-1] + jumps[-1].take(np.arange(len(windows)) + jumps[-1], mode="clip"))
+    for _ in range(3):
+        near = jumps[-1]
+        jumps.append(near + near.take(places + near, mode="clip"))
+
     far = jumps.pop().tobytes()
-    starts = [*accumulate(range(0, count, 8), lambda at, _: at + far[at], initial=0)]
+    eighths = range(0, count, 8)
+    starts = np.array([*accumulate(eighths, lambda at, _: at + far[at], initial=0)])
     while jumps:
-        starts = np.stack([starts, starts + jumps.pop().take(starts, mode="clip")], 1).ravel()
-    starts, ends = starts[:count], starts[1 : count + 1]
+        between = starts + jumps.pop().take(starts, mode="clip")
+        starts = np.stack([starts, between], 1).ravel()
+    ends = starts[1 : count + 1]
+    starts = starts[:count]
+
     category = category_of.take(windows.take(starts))
     if ends[-1] > 8 * len(coded) or category.max() > 16:
         raise StudyError("cut short or broken")
     extra = category % 16
     value = windows.take(ends - extra).astype(int) >> 16 - extra
-    value -= np.where(value < 1 << extra >> 1, (1 << extra) - 1, 0)
-    return value + (category >> 4 << 15)  # 16 stands for 32768
+    negative = value < 1 << extra >> 1
+    value -= np.where(negative, (1 << extra) - 1, 0)
+    return value + (category >> 4 << 15)  # category 16 stands for 32768
 
+def undo_prediction(grid, left, above, corner):
+    """uint16 samples of differences (bands, rows, columns), modulo 2**16 (T.81 H.1.2.1).
 
-def _undo_prediction(grid, left, above, corner):
-    """uint16 of differences (bands, rows, columns), modulo 2**16 (T.81 H.1.2.1)."""
+    The neighbours count by halves; a diagonal depends on the two before it alone.
+    """
     bands, rows, columns = grid.shape
     grid[:, :, 0] = grid[:, :, 0].cumsum(1)
     if (left, above) == (2, 0):
@@ -1259,242 +2125,306 @@ def _undo_prediction(grid, left, above, corner):
     grid[:, 0] = grid[:, 0].cumsum(1)
     flat = grid.reshape(bands, -1).T & 0xFFFF  # (rows * columns, bands)
     for diagonal in range(2, rows + columns - 1):
-        met = np.arange(max(1, diagonal - columns + 1), min(rows, diagonal))
-        at = met * (columns - 1) + diagonal
-        halves = left * flat[at - 1] + above * flat[at - columns] + corner * flat[at - columns - 1]
+        first, end = max(1, diagonal - columns + 1), min(rows, diagonal)
+        at = np.arange(first, end) * (columns - 1) + diagonal
+        up = at - columns
+        halves = left * flat[at - 1] + above * flat[up]
+        halves += corner * flat[up - 1]
         flat[at] = flat[at] + (halves >> 1) & 0xFFFF
     return flat.T.astype(np.uint16).reshape(grid.shape)
 
 
 # ==== Modes ====
+# In: the command line. Out: a mode's work, and an exit status.
+# The trap: a pasted file has no __file__, and sys.argv belongs to the notebook.
 
-HERE = Path(globals().get("__file__", "cspine.py")).resolve().parent
+TOOL_MODES = {  # they need the repository, and stand in tests/tools
+    "phantom": "Make a synthetic data set in the competition's layout.",
+    "eda": "Draw and tell what is in a data set.",
+    "show": "Draw one study as the models see it.",
+    "notebook": "Write a Kaggle notebook ready to push.",
+    "demo": "Make phantoms, predict and score them, draw one."}
 
-
-def data_folder(o, *needed):
+def data_folder(options, *needed):
+    """The Path of --data, which must hold the files needed; else UserError."""
     for name in needed:
-        if not (Path(o.data) / name).exists():
-            raise UserError(f"no {name} in --data {o.data}")
-    return Path(o.data)
+        if not (Path(options.data) / name).exists():
+            raise UserError(f"no {name} in --data {options.data}")
+    return Path(options.data)
 
+def mask_files(data):
+    """{uid: NIfTI file} of a data set."""
+    return {path.name.split(".nii")[0]: path for path in data.glob("segmentations/*.nii*")}
 
-def training_data(o):
-    """{uid: labels (8,)} where images are, {uid: fold}, {uid: mask}."""
-    data = data_folder(o, "train.csv", "train_images")
+def training_data(options):
+    """({uid: labels (8,)} of the studies with images, {uid: fold}, {uid: mask})."""
+    data = data_folder(options, "train.csv", "train_images")
     table = read_csv(data / "train.csv", (STUDY, *TARGETS))
-    masks = {p.name.split(".nii")[0]: p for p in (data / "segmentations").glob("*.nii*")}
-    folds = assign_folds(table, max(1, o.folds), masks)  # of all: a study keeps its fold
+    masks = mask_files(data)
+    folds = assign_folds(table, options.folds, masks)  # of all: a study keeps its fold
     truth = zip(table[STUDY], table[[*TARGETS]].to_numpy(np.float32))
-    return {u: y for u, y in truth if (data / "train_images" / u).is_dir()}, folds, masks
+    here = {uid: labels for uid, labels in truth if (data / "train_images" / uid).is_dir()}
+    return here, folds, masks
 
+def recipe_from(options, kind):
+    """The Recipe that the options of a training make."""
+    recipe = type(RECIPES[kind])
+    return recipe(**{one.name: getattr(options, one.name) for one in fields(recipe)})
 
-def recipe_from(o):
-    least = min(o.folds, o.epochs, o.batch_size, o.accumulate, o.size, o.hidden, o.thin, o.seed + 1)
-    if least < 1 or o.lr <= 0 or STEPS % o.thin:
-        raise UserError(f"--epochs, ...: 0 or below 0, or --thin {o.thin} does not divide {STEPS}")
-    return Recipe(**{name: getattr(o, name) for name in Recipe.__dataclass_fields__})
-
-
-def run_training(o, samples, folds, task):
+def run_training(options, samples, folds, task):
     """Train the folds asked for, of samples (uid, ...)."""
-    wanted = [k for k in range(o.folds) if o.fold in ("all", str(k))]
+    wanted = [k for k in range(options.folds) if options.fold in ("all", str(k))]
     if not wanted:
-        raise UserError(f"--fold {o.fold}: there are folds 0 to {o.folds - 1}")
-    stop = Stop(o.time_limit)
+        raise UserError(f"--fold {options.fold}: there are folds 0 to {options.folds - 1}")
+    go_on = options.resume or options.fold == "all"
     if ranks()[1] > 1:
         dist.init_process_group()
-    for fold in wanted:
-        task = task._replace(
-            name=f"{task.kind}_fold{fold}",
-            train=[s for s in samples if folds[s[0]] != fold or o.folds == 1],
-            held_out=[*dict.fromkeys(uid for uid, *_ in samples if folds[uid] == fold)])
-        train(task, Path(o.weights), stop, o.workers, o.resume or o.fold == "all", o.init)
+    with stop_signals(options.time_limit) as stop:
+        for fold in wanted:
+            rest = [s for s in samples if folds[s[0]] != fold or options.folds == 1]
+            held_out = [*dict.fromkeys(uid for uid, *_ in samples if folds[uid] == fold)]
+            name = f"{task.kind}_fold{fold}"
+            one = task._replace(name=name, train=rest, held_out=held_out)
+            train(one, Path(options.weights), stop, options.workers, go_on, options.init)
 
+def train_segmenters(options):
+    """Train segmenters on the studies with masks.
 
-def segmenter_batch(model, tensors, rngs, recipe):
-    cubes, labels = augment_volumes(tensors[0][:, None] / 255, tensors[1], rngs)
-    return segmenter_loss(model(cubes), labels)
+    Reads train.csv, train_images and segmentations of --data; writes segmenter_fold<k>.pt,
+    its log and held-out Dice to --weights.
+    """
+    truth, folds, masks = training_data(options)
+    samples = [(uid,) for uid in truth if uid in masks]
+    recipe = recipe_from(options, "segmenter")
+    images = Path(options.data) / "train_images"
+    task = segmenter_task(recipe, pick_device(options.device), images, masks)
+    run_training(options, samples, folds, task)
 
+def extract(options):
+    """Write the crops of all studies, for the classifiers.
 
-def classifier_batch(model, tensors, rngs, recipe):
-    """Mixup mixes losses, never labels."""
-    crops = tensors[0][:, int(rngs[0].integers(recipe.thin)) :: recipe.thin]
-    crops = augment_crops(crops.float().div_(255), rngs, recipe.size)
-    crops, labels = shuffle_order(crops, tensors[1], rngs, recipe.shuffle)
-    share = rngs[0].random() if rngs[0].random() < recipe.mixup else 1.0
-    outputs = model(crops if share == 1 else crops.flip(0).lerp(crops, share))
-    return classifier_loss(outputs, labels.flip(0)).lerp(classifier_loss(outputs, labels), share)
-
-
-def mode_train_seg(o):
-    """Train segmenters on studies with masks: writes segmenter_fold<k>.pt to --weights."""
-    recipe, (truth, folds, masks) = recipe_from(o), training_data(o)
-    device, samples = pick_device(o.device), [(uid,) for uid in truth if uid in masks]
-
-    @functools.cache  # 4 MB a study
-    def load(sample):
-        volume = read_volume(Path(o.data) / "train_images" / sample[0])
-        cube = (segmenter_input(volume, recipe.size)[0] * 255).round().byte().numpy()
-        return cube, read_mask(masks[sample[0]], volume, (recipe.size,) * 3)
-
-    def score(model, uid):
-        cube, labels = load((uid,))
-        logits = model(torch.from_numpy(cube)[None, None].to(device) / 255)
-        return dice_scores(logits[0].float().sigmoid().cpu().numpy(), labels)
-
-    task = Task("segmenter", recipe, device, load, segmenter_batch, score, lambda table: dict(
-        table.mean().add_prefix("dice_"), score=1 - table.mean().mean()))
-    run_training(o, samples, folds, task)
-
-
-def mode_extract(o):
-    """Write every study's crops under --work, masked by its fold's segmenter, else by all."""
-    (truth, folds, _), (rank, world), stop = training_data(o), ranks(), Stop(o.time_limit)
-    device, out = pick_device(o.device), Path(o.work) / o.mask_of
-    images, models = Path(o.data) / "train_images", load_models(o.weights, "segmenter", device)
+    Reads train_images of --data and the segmenters of --weights; writes one file a study
+    under --work. A study is masked by its own fold's segmenter, else by all.
+    """
+    truth, folds, _ = training_data(options)
+    device = pick_device(options.device)
+    models = load_models(options.weights, "segmenter", device)
     if not models:
-        raise UserError(f"no segmenter in {o.weights}: run train-seg first")
-    todo = [u for u in [*truth][rank::world] if not (out / f"{u}.npz").exists()]
-    volumes = prefetch(lambda uid: read_volume(images / uid, o.workers), todo, 1)
-    for uid, future in progress(volumes, "study", len(todo)):
-        if reason := stop.reason():
-            raise Stopped(f"extract: stopped by {reason}; the same command goes on")
-        try:
-            volume, own = future.result(), models.get(folds[uid])
-            probability = segment([own] if own else [*models.values()], volume, device)
-            crops, low = vertebra_slices(volume, probability, mask_of=o.mask_of), 0
-            while write_crops(out / f"{uid}.npz", crops) > crops.nbytes / 4.01:
-                low = 2 * low + 1  # strong noise loses its lowest bits
-                crops |= np.uint8(low) * crops.any((3, 4), keepdims=True)
-        except StudyError as error:
-            say(f"study {uid}: {error}; left out")
+        raise UserError(f"no segmenter in {options.weights}: run train-seg first")
+    out = Path(options.work) / options.mask_of
+    images = Path(options.data) / "train_images"
+    rank, world = ranks()
+    todo = [uid for uid in [*truth][rank::world] if not (out / f"{uid}.npz").exists()]
+    volumes = prefetch(lambda uid: read_volume(images / uid, options.workers), todo, 1)
+    with stop_signals(options.time_limit) as stop:
+        for uid, future in progress(volumes, "study", len(todo)):
+            if stop.reason():
+                message = f"extract: stopped by {stop.reason()}; the same command goes on"
+                raise Stopped(message, stop.status())
+            own = [models[folds[uid]]] if folds[uid] in models else [*models.values()]
+            try:
+                volume = future.result()
+                probability = segment(own, volume, device, say)
+                crops = vertebra_slices(volume, probability, mask_of=options.mask_of)
+                write_crops(out / f"{uid}.npz", crops)
+            except StudyError as error:
+                say(f"study {uid}: {error}; left out")
     print(f"{out}: crops of {len([*out.glob('*.npz')])} studies")
 
+def train_classifiers(options):
+    """Train classifiers on the crops: of a vertebra, or of all seven and the patient.
 
-def mode_train_cls(o):
-    """Train classifiers on the crops: writes vertebra_fold<k>.pt or patient_fold<k>.pt."""
-    kind = "patient" if o.mode == "train-patient" else "vertebra"
-    recipe, (truth, folds, _) = recipe_from(o), training_data(o)
-    device, folder = pick_device(o.device), Path(o.work) / o.mask_of
+    Reads the crops under --work and train.csv of --data; writes vertebra_fold<k>.pt
+    (train-cls) or patient_fold<k>.pt (train-patient), its log and held-out answers to
+    --weights.
+    """
+    kind = "patient" if options.mode == "train-patient" else "vertebra"
     asked = [[*range(8)]] if kind == "patient" else [[v] for v in range(7)]
-    samples = [(uid, targets) for uid in truth if (folder / f"{uid}.npz").exists()
-               for targets in asked]
-    if not samples:
+    truth, folds, _ = training_data(options)
+    folder = Path(options.work) / options.mask_of
+    uids = [uid for uid in truth if (folder / f"{uid}.npz").exists()]
+    if not uids:
         raise UserError(f"no crops in {folder}: run extract first")
+    samples = [(uid, targets) for uid in uids for targets in asked]
+    recipe = recipe_from(options, kind)
+    task = classifier_task(kind, recipe, pick_device(options.device), folder, truth)
+    run_training(options, samples, folds, task)
 
-    def load(sample):
-        uid, targets = sample
-        crops = read_crops(folder / f"{uid}.npz", targets[:7])
-        seen = [*crops.any((1, 2, 3, 4)), True][: len(targets)]
-        labels = np.where(seen, truth[uid][targets], np.float32("nan"))
-        return crops.reshape(-1, *crops.shape[2:]), labels  # (N, T, K, S, S) -> (N * T, K, S, S)
+def predict(options):
+    """Answer every row of test.csv.
 
-    def score(model, uid):
-        one = Ensemble(dict.fromkeys(KINDS, []) | {kind: [model]}, device)
-        (steps, patient), = classify(one, read_crops(folder / f"{uid}.npz"), Effort(1, 1))
-        return [*np.sort(steps, 1)[:, -Answers().top_k :].mean(1), patient]
+    Reads test.csv and test_images of --data and the models of --weights; writes the
+    submission to --out, and predict_report.csv beside it: a row a study, with what was seen
+    and odd.
+    """
+    data = data_folder(options, "test.csv")
+    task = Submission(Path(options.out), rows_asked(data / "test.csv"))
+    rank, world = ranks()
+    minutes = options.time_limit or KAGGLE_MINUTES * Path("/kaggle").exists()
+    with stop_signals(minutes) as stop:
+        for number, path in report_paths(task.out).items():
+            if number % world == rank and not options.resume:  # of an earlier run
+                path.unlink(missing_ok=True)
+        write_submission(task)
+        ensemble = load_ensemble(options.weights, pick_device(options.device))
+        ensemble = ensemble._replace(answers=Answers(options.top_k, options.noisy_or))
+        images = data / "test_images"
+        predict_studies(images, task, ensemble, stop, options.workers, options.resume)
+    good = sum(row["status"] != "nothing seen" for row in read_reports(task.out).values())
+    count = len({uid for _, uid, _ in task.rows})
+    print(f"{task.out}: {len(task.rows)} rows, {count} studies, "
+          f"{count - good} fell back to a prior")
 
-    def judge(table):  # the prior where nothing was asked or in view
-        answers = table.astype(float).fillna(BLIND).to_numpy()
-        right = np.array([truth[uid] for uid in table.index])
-        return dict(score=competition_scores(answers, right)[0],
-                    vertebra_auc=auc(answers[:, :7].ravel(), right[:, :7].ravel()),
-                    patient_auc=auc(answers[:, 7], right[:, 7]))
+@dataclass(frozen=True)
+class Evaluation:
+    """Options of evaluate."""
+    folds: bool = setting(False, "score the held-out answers of the folds in --weights")
+    calibrate: bool = setting(False, "with --folds: fit calibration.json in --weights")
 
-    task = Task(kind, recipe, device, load, classifier_batch, score, judge)
-    run_training(o, samples, folds, task)
+def evaluate(options):
+    """Score a submission, or the folds' held-out answers.
 
+    Reads train.csv (and test_labels.csv of phantoms) of --data, and --submission or, with
+    --folds, the *_heldout.csv of --weights; prints the score, each target's log loss, AUC,
+    the Dice where there are masks, and how far answers can be believed.
+    """
+    data, weights = data_folder(options, "train.csv"), Path(options.weights)
+    if options.calibrate and not options.folds:
+        raise UserError("--calibrate needs --folds: it is fitted to held-out answers")
+    labels = read_labels(data)
+    found = held_out_answers(weights) if options.folds else read_answers(options.submission)
+    found = found[found.index.isin(labels.index)].fillna(PRIOR_ANSWERS)
+    if not len(found):
+        raise UserError(f"nothing to score: no answered study has labels in {data}/")
+    labels = labels.loc[found.index].to_numpy()
+    print_scores(found.to_numpy(), labels)
+    table = score_table(found.to_numpy(), labels)
+    if options.calibrate:
+        calibrate(weights, found, labels)
+    models = [*load_models(weights, "segmenter", pick_device(options.device)).values()]
+    if models and not options.folds:
+        table = table.join(mask_table(data, found.index, models, options.workers))
+    print("\nEvery target; fractured: how many are:")
+    print(table.round(4).to_string(na_rep=""))
+    if len(labels) >= LEAST_STUDIES:
+        print("\nAnswers of about a size, and how many of them are fractured:")
+        print(reliability(found.to_numpy(), labels).round(3).to_string())
 
-def mode_predict(o):
-    """Answer every row of --data's test.csv: writes --out, and predict_report.csv beside it."""
-    data, out, (rank, world) = data_folder(o, "test.csv"), Path(o.out), ranks()
-    table = read_csv(data / "test.csv", ("row_id", STUDY, "prediction_type")).fillna("").astype(str)
-    table = table.drop_duplicates("row_id")
-    target = table.row_id.str.extract(f"_({'|'.join(TARGETS)})$")[0]
-    rows = [*zip(table.row_id, table[STUDY], target.fillna(table.prediction_type))]
-    stop = Stop(o.time_limit or KAGGLE_MINUTES * Path("/kaggle").exists())
-    with suppress(OSError):
-        for name in [] if o.resume else REPORTS[rank::world]:
-            (out.parent / name).unlink(missing_ok=True)
-    write_submission(out, rows)
-    ensemble = load_ensemble(o.weights, pick_device(o.device))._replace(options=o)
-    if o.compile:
-        torch._dynamo.config.suppress_errors = True  # then as it is
-        for model in ensemble.models["vertebra"] + ensemble.models["patient"]:
-            model.encoder.backbone.compile()
-    predict_studies(data / "test_images", out, rows, ensemble, stop, o.workers, o.resume)
-    good = sum(row["status"] != "nothing seen" for row in read_reports(out).values())
-    count = table[STUDY].nunique()
-    print(f"{out}: {len(rows)} rows, {count} studies, {count - good} fell back to a prior")
+class Mode(NamedTuple):
+    """What a mode does, and its options: names of Shared's, and the fields of its own."""
+    run: Callable
+    shared: str
+    own: Any = None
 
+READING = "data weights device workers"
+PREDICTION = f"{READING} out resume time_limit"
+EXTRACTION = f"{READING} work folds mask_of time_limit"
+TRAINING = f"{READING} work fold folds resume time_limit init"
+TRAINING_MODES = {
+    "train-seg": Mode(train_segmenters, TRAINING, RECIPES["segmenter"]),
+    "extract": Mode(extract, EXTRACTION),
+    "train-cls": Mode(train_classifiers, TRAINING, RECIPES["vertebra"]),
+    "train-patient": Mode(train_classifiers, TRAINING, RECIPES["patient"])}
+MODES = TRAINING_MODES | {
+    "predict": Mode(predict, PREDICTION, Answers()),
+    "evaluate": Mode(evaluate, f"{READING} submission", Evaluation())}
 
-def all_modes():
-    if (HERE / "tests/rooms.py").exists():  # else pasted
-        sys.modules.setdefault("cspine", sys.modules[__name__])  # it imports us
-        sys.path.insert(0, str(HERE / "tests"))
-        return __import__("rooms").MODES
-    return MODES
+class Parser(argparse.ArgumentParser):
+    """A parser that raises UserError: main says it in one line."""
 
+    def error(self, message):
+        """Where argparse would print the usage and exit."""
+        raise UserError(f"{message}; {self.prog} --help tells the options")
 
-OPTIONS = dict(  # shared by modes: default, meaning
-    data=(KAGGLE_DATA, "data set's folder"), weights=(str(HERE / "weights"), "folder"),
-    work=("work", "folder of crops"), out=("submission.csv", "file or folder to write"),
-    device=("auto", "auto, cpu, cuda:0, ..."), workers=(os.cpu_count() or 1, "threads"),
-    fold=("all", "one fold, or all"), folds=(5, "number of folds"),
-    resume=(False, "go on where a run stopped"), time_limit=(0.0, "minutes; 0: none"),
-    init=("", "weights to start from"), mask_of=("last", "slice with the mask: last, center"))
-TRAINING = "data weights work device workers fold folds resume time_limit init"
-MODES = {  # function, options, more options
-    "train-seg": (mode_train_seg, TRAINING, "segmenter"),
-    "extract": (mode_extract, "data weights work device workers folds mask_of time_limit", {}),
-    "train-cls": (mode_train_cls, TRAINING, "vertebra"),
-    "train-patient": (mode_train_cls, TRAINING, "patient"),
-    "predict": (mode_predict, "data weights out device workers resume time_limit", Answers())}
+def reader_of(limits, kind):
+    """A function that reads an option's text, and refuses what is out of its limits."""
+    def read(text):
+        value = kind(text)
+        if limits["choices"] and value not in limits["choices"]:
+            names = ", ".join(map(str, limits["choices"]))
+            raise argparse.ArgumentTypeError(f"{text}: must be one of {names}")
+        least, most = limits["least"], limits["most"]
+        if kind is not str and not least <= value <= most:  # NaN never is
+            raise argparse.ArgumentTypeError(f"{text}: must be from {least} to {most}")
+        return value
 
+    read.__name__ = kind.__name__  # for argparse's "invalid float value"
+    return read
 
-def build_parser():
-    """Of all modes."""
-    parser = argparse.ArgumentParser("cspine.py", description=__doc__.splitlines()[0])
-    modes = parser.add_subparsers(dest="mode", required=True, metavar="MODE")
-    for name, (function, shared, own) in all_modes().items():
-        if not isinstance(own, dict):
-            settings = asdict(RECIPES[own] if isinstance(own, str) else own)
-            own = {option: (default, "see the file") for option, default in settings.items()}
-        mode = modes.add_parser(
-            name, help=function.__doc__, description=function.__doc__,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        mode.set_defaults(function=function)
-        own = {option: OPTIONS[option] for option in shared.split()} | own
-        for option, (default, meaning) in own.items():
-            flag = "--" + option.replace("_", "-")
-            if default is None:  # must be given
-                mode.add_argument(option, help=meaning)
-            elif default is False:
-                mode.add_argument(flag, action="store_true", help=meaning)
-            else:
-                mode.add_argument(flag, type=type(default), default=default, help=meaning)
+def add_option(parser, one, default):
+    """Give a parser the option of a setting, with its meaning, limits and default."""
+    flag = "--" + one.name.replace("_", "-")
+    limits = one.metadata
+    meaning = limits["help"].replace("%", "%%")
+    if limits.get("positional"):
+        parser.add_argument(one.name, help=meaning)
+    elif isinstance(default, bool):
+        parser.add_argument(flag, action="store_true", help=meaning)
+    else:
+        if limits["choices"]:
+            meaning += ": " + ", ".join(map(str, limits["choices"]))
+        if default != "":
+            meaning += f" (default: {default})"
+        read = reader_of(limits, type(default))
+        parser.add_argument(flag, type=read, default=default, help=meaning, metavar=one.name.upper())
+
+def build_parser(modes, others=()):
+    """The parser of {name: Mode}; the others, {name: text}, are told in --help alone."""
+    parser = Parser("cspine.py", description=__doc__.splitlines()[0])
+    parsers = parser.add_subparsers(dest="mode", required=True, metavar="MODE")
+    for name, mode in modes.items():
+        text = mode.run.__doc__
+        one = parsers.add_parser(name, help=text.splitlines()[0], description=text)
+        for shared in fields(Shared):
+            if shared.name in mode.shared.split():
+                add_option(one, shared, shared.default)
+        for own in fields(mode.own) if mode.own else ():
+            add_option(one, own, getattr(mode.own, own.name))
+    for name in others:
+        parsers.add_parser(name, help=others[name])
     return parser
 
+def run_tool(argv):
+    """The exit status of a mode that stands in tests/tools."""
+    folder = HERE / "tests" / "tools"
+    if not folder.exists():
+        say(f"cspine: {argv[0]} needs the repository: no {folder}")
+        return 2
+    path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, str(folder), *argv]
+    return subprocess.call(command, env=os.environ | {"PYTHONPATH": path})
 
-def main(argv=None):
-    """Runs a mode; its exit status."""
-    o = build_parser().parse_args(argv)
+def run_mode(modes, argv, others=()):
+    """Run a mode of {name: Mode}: its exit status, and one line if it failed."""
+    threads = cv2.getNumThreads()
     cv2.setNumThreads(1)  # the threads of prefetch share the cores
     try:
-        o.function(o)
+        options = build_parser(modes, others).parse_args(argv)
+        modes[options.mode].run(options)
         return 0
     except (torch.OutOfMemoryError, MemoryError):
-        say("cspine: out of memory: lower --batch-size, raise --accumulate, or --device cpu")
+        say("cspine: out of memory: lower --batch-size or raise --accumulate")
         return 2
-    except (UserError, Stopped, KeyboardInterrupt) as error:
-        say(f"cspine: {str(error) or 'interrupted'}")
-        return 2 if isinstance(error, UserError) else 0 if "--time-limit" in str(error) else 130
+    except UserError as error:
+        say(f"cspine: {error}")
+        return 2
+    except Stopped as stopped:
+        say(f"cspine: {stopped}")
+        return stopped.status
+    except KeyboardInterrupt:
+        say("cspine: interrupted")
+        return 130
     finally:
-        with suppress(ValueError):
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        cv2.setNumThreads(threads)
 
+def main(argv=None):
+    """Run a mode of the command line: its exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in TOOL_MODES:
+        return run_tool(argv)
+    return run_mode(MODES, argv, TOOL_MODES)
 
 if __name__ == "__main__" and "__file__" in globals():
     status = main()
     sys.stdout.flush()
-    os._exit(status)  # hanging threads would be waited for
+    os._exit(status)  # threads that hang in a file would be waited for
