@@ -1,16 +1,20 @@
 """All modes in the order of the work: those of cspine.py and those that stand beside it."""
 
 import functools
+import sys
 import time
 from pathlib import Path
 
 import pandas as pd
 
 import cspine
-import demo
-import evaluation
-import kaggle_kernel
-import pictures
+
+sys.path.insert(0, str(Path(__file__).parent / "tools"))
+
+import demo  # noqa: E402
+import evaluation  # noqa: E402
+import notebooks  # noqa: E402
+import pictures  # noqa: E402
 
 
 def with_curves(train, kind):
@@ -37,5 +41,5 @@ def train_modes():
 
 
 MODES = cspine.MODES | dict(train_modes()) | evaluation.MODES | pictures.MODES
-MODES |= kaggle_kernel.MODES | demo.MODES
+MODES |= notebooks.MODES | demo.MODES
 MODES = {"phantom": MODES["phantom"], **MODES}  # every road begins with data

@@ -42,9 +42,9 @@ def test_it_imports_its_seven_packages_and_the_standard_library_alone():
 
 
 def test_tests_import_nothing_else_but_pytest():
-    for path in sorted((ROOT / "tests").glob("*.py")):
+    for path in sorted((ROOT / "tests").rglob("*.py")):
         text = path.read_text()
-        own = {p.stem for p in (ROOT / "tests").glob("*.py")} | {"cspine", "pytest"}
+        own = {p.stem for p in (ROOT / "tests").rglob("*.py")} | {"cspine", "pytest"}
         optional = set(re.findall(r'importorskip\("(\w+)', text))
         extra = set(imported(ast.parse(text))) - PACKAGES - sys.stdlib_module_names - own
         assert extra <= optional, path.name

@@ -96,7 +96,7 @@ def run_main(argv, stderr, cut=0, environment=(), plain=False):
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory):
     """launch(argv, ...) -> a started process; its stderr goes to the file `process.stderr`."""
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), str(HERE)])
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), str(HERE), str(HERE / "tools")])
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["cspine", "timm"])
     folder, started = tmp_path_factory.mktemp("stderr"), []

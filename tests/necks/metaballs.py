@@ -5,7 +5,7 @@ coordinates that a smooth displacement bends; soft tissue is noise-warped column
 """
 import cv2
 import numpy as np
-from third_hand import Grid, main
+from lofts import Grid, main
 
 SIDE, FAR, KNOTS = 256, -9., (-2, 0, 1.5, 3, 4.5, 6, 7.5, 9.5)
 FREQUENCY = np.array([.0723, .1412, .0362, .0535, .0802, .1372, .1947])

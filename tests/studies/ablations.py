@@ -1,8 +1,8 @@
 """Small trainings that differ in one choice each: made for a GPU, a day's work for a CPU.
 
-    python tests/ablations.py make OUT --studies 480 --held-out 120 [--workers 16]
-    python tests/ablations.py run OUT VARIANT --init LITE0 [--epochs 8] [--device auto]
-    python tests/ablations.py table OUT
+    python tests/studies/ablations.py make OUT --studies 480 --held-out 120 [--workers 16]
+    python tests/studies/ablations.py run OUT VARIANT --init LITE0 [--epochs 8] [--device auto]
+    python tests/studies/ablations.py table OUT
 
 `make` draws phantoms and keeps their cubes and crops (cut by the true masks) in OUT; `run` trains
 on them from ImageNet's tf_efficientnet_lite0 (the file that LITE0 names); `table` prints what the
@@ -24,7 +24,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+sys.path[:0] = [str(Path(__file__).parents[k] / name) for k, name in ((2, ""), (1, "tools"))]
 
 import cspine  # noqa: E402
 from limits import at_cells  # noqa: E402

@@ -5,7 +5,7 @@ import numpy as np
 import torch
 
 import cspine
-from conftest import dicom_bytes
+from dicom_files import dicom_bytes
 
 BACKBONE = "mobilenetv3_small_050"
 

@@ -1,6 +1,6 @@
 """Random mutations of every kind of input; none may hang, crash, eat memory or raise oddly.
 
-    python tests/fuzz.py --n 2000 --seed 0
+    python tests/studies/fuzz.py --n 2000 --seed 0
 
 Bit flips, byte bursts, cuts, insertions and spliced headers of small DICOM files of all transfer
 syntaxes, raw JPEG Lossless streams and NIfTI files, given to read_volume, decode_lossless_jpeg
@@ -26,7 +26,7 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+sys.path[:0] = [str(Path(__file__).parents[k] / name) for k, name in ((2, ""), (1, "tools"))]
 
 from lossless_jpeg_encoder import dicom_file, encode  # noqa: E402
 

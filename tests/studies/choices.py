@@ -1,6 +1,6 @@
 """What each choice in the way from logits to answers is worth: prints one table.
 
-    python tests/choices.py --data held [--weights DIR]
+    python tests/studies/choices.py --data held [--weights DIR]
 
 Every study of --data's test_images is read once and shown to the classifiers in 8 views, with the
 mask of the last and of the centre slice and with an even mask; the choices are then compared on the
@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+sys.path[:0] = [str(Path(__file__).parents[k] / name) for k, name in ((2, ""), (1, "tools"))]
 
 from cspine import (  # noqa: E402
     AS_IS, TARGETS, Answers, Effort, auc, classify, combine, competition_scores, load_ensemble,
@@ -40,7 +40,7 @@ def outputs_of(ensemble, folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True)
-    parser.add_argument("--weights", default=str(Path(__file__).parents[1] / "weights"))
+    parser.add_argument("--weights", default=str(Path(__file__).parents[2] / "weights"))
     o = parser.parse_args()
     ensemble, labels = load_ensemble(o.weights, torch.device("cpu")), read_labels(Path(o.data))
     folders = sorted(p for p in Path(o.data).glob("test_images/*") if p.name in labels.index)

@@ -1,6 +1,6 @@
 """How the shipped weights' answers fall as studies get worse: prints one table.
 
-    python tests/limits.py [--studies 24] [--seed 11] [--weights DIR]
+    python tests/studies/limits.py [--studies 24] [--seed 11] [--weights DIR]
 
 The same phantoms, no training's, are made noisier, are thinned out, and get finer fractures; one in
 two patients is fractured. Dice and names are the segmenter's, the AUC is that of C1 to C7 together.
@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+sys.path[:0] = [str(Path(__file__).parents[k] / name) for k, name in ((2, ""), (1, "tools"))]
 
 import phantoms  # noqa: E402
 from cspine import (  # noqa: E402
@@ -73,7 +73,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--studies", type=int, default=24)
     parser.add_argument("--seed", type=int, default=11)
-    parser.add_argument("--weights", default=str(Path(__file__).parents[1] / "weights"))
+    parser.add_argument("--weights", default=str(Path(__file__).parents[2] / "weights"))
     o = parser.parse_args()
     ensemble = load_ensemble(o.weights, torch.device("cpu"))
     changes = {"as they are": {}}

@@ -1,11 +1,11 @@
 """A third generator of synthetic neck CTs, drawn without sight of the other two.
 
-    python tests/third_hand.py OUT --studies 24 --seed 0 [--train]
+    python tests/necks/lofts.py OUT --studies 24 --seed 0 [--train]
 
 writes OUT/test_images/<uid>/<k>.dcm (k = 1 on top), OUT/segmentations/<uid>.nii (same voxel order;
 1..7 = C1..C7, 8 = T1, 9 = T2), OUT/test.csv, OUT/test_labels.csv and an empty train.csv; with
 --train, OUT/train_images and OUT/train.csv. Bones are lofted from axial outlines, where
-tests/phantoms.py joins rods and tests/other_hand.py solids. mm; x left, y back, z up.
+tests/tools/phantoms.py joins rods. mm; x left, y back, z up.
 """
 
 import argparse

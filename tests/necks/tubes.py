@@ -10,7 +10,7 @@ from itertools import combinations
 
 import cv2
 import numpy as np
-from third_hand import Grid, main, noise
+from lofts import Grid, main, noise
 
 MATRIX, FAR, PAD = 256, 6.0, 4.0  # pixels a side; mm: distance where nothing is drawn, reach of a tube's field
 # C2..T3: half width, half depth, height, x of pillar, x of transverse tip, canal, y and z of spinous tip, spread of its tips, slope, uncus

@@ -1,6 +1,6 @@
 """How long everything takes, beside the starting solution's way, in one run.
 
-    python tests/bench.py [read|train|predict|scale|gpu|all] [--quick]
+    python tests/studies/bench.py [read|train|predict|scale|gpu|all] [--quick]
 
 Both ways take turns on the same made-up study (512x512, 300 slices; random weights, the true masks
 in place of the untrained segmenter's), the medians are shown and the median of the ratios. --quick
@@ -41,10 +41,10 @@ import torch
 import torch.nn.functional as F
 from pydicom.pixels import get_decoder
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+sys.path[:0] = [str(Path(__file__).parents[k] / name) for k, name in ((2, ""), (1, "tools"))]
 
 import cspine  # noqa: E402
-from conftest import EXPLICIT, JPEG_2000, JPEG_LOSSLESS, dicom_bytes  # noqa: E402
+from dicom_files import EXPLICIT, JPEG_2000, JPEG_LOSSLESS, dicom_bytes  # noqa: E402
 from phantoms import make_phantom, write_mask  # noqa: E402
 
 SYNTAXES = {"uncompressed": EXPLICIT, "JPEG Lossless": JPEG_LOSSLESS, "JPEG 2000": JPEG_2000}
