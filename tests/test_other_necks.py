@@ -6,29 +6,35 @@ import numpy as np
 import pandas as pd
 import pytest
 import tubes
+import writers
 
 from cspine import TARGETS, read_mask, read_volume
 
-GENERATORS = [(lofts, "1.2.3.5"), (metaballs, "1.2.3.7"), (tubes, "1.2.3.8")]
+GENERATORS = (lofts, metaballs, tubes)
 
 
-def draw(generator, root, *arguments):
-    """Run a generator's command line; the lofts on a coarse grid, of a narrower view."""
+@pytest.fixture(scope="module", autouse=True)
+def small():
+    """The lofts on a coarse grid, of a narrower view."""
     with pytest.MonkeyPatch.context() as patch:
-        if generator is lofts:
-            patch.setattr(lofts, "MATRIX", 96)
-            patch.setattr(lofts, "LOCAL_MM", 0.8)
-        patch.setattr("sys.argv", ["", *map(str, arguments)])
-        lofts.main(generator.make_study, root)
+        patch.setattr(lofts, "MATRIX", 96)
+        patch.setattr(lofts, "LOCAL_MM", 0.8)
+        yield
 
 
-@pytest.fixture(scope="module", params=GENERATORS, ids=lambda param: param[0].__name__)
-def drawn(request, tmp_path_factory):
+def draw(generator, *arguments):
+    """Run a generator's command line."""
+    argv = [*map(str, arguments)]
+    writers.main(generator.make_study, generator.UID_ROOT, generator.__doc__, argv)
+
+
+@pytest.fixture(scope="module", params=GENERATORS, ids=lambda param: param.__name__)
+def drawn(request, small, tmp_path_factory):
     """(generator, folder of its two studies, the first part of their uids)."""
-    generator, root = request.param
+    generator = request.param
     folder = tmp_path_factory.mktemp(generator.__name__)
-    draw(generator, root, folder, "--studies", 2, "--seed", 4)
-    return generator, folder, f"{root}.4"
+    draw(generator, folder, "--studies", 2, "--seed", 4)
+    return generator, folder, f"{generator.UID_ROOT}.4"
 
 
 def test_masks_lie_on_bone_and_are_in_order_from_head_to_foot(drawn):
@@ -56,11 +62,7 @@ def test_a_seed_gives_the_same_study_as_it_was_written(drawn):
     """Drawn again: the truth, and the pixels as they were written."""
     generator, folder, root = drawn
     uid = f"{root}.1"
-    with pytest.MonkeyPatch.context() as patch:
-        if generator is lofts:
-            patch.setattr(lofts, "MATRIX", 96)
-            patch.setattr(lofts, "LOCAL_MM", 0.8)
-        ct, labels, grid, broken = generator.make_study(np.random.default_rng([4, 1]))
+    ct, labels, grid, broken = generator.make_study(np.random.default_rng([4, 1]))
     volume = read_volume(folder / "test_images" / uid)
     assert np.array_equal(volume.hu, ct[::-1])
     assert np.allclose(volume.spacing, grid.step[::-1], atol=1e-4)
@@ -72,7 +74,7 @@ def test_a_seed_gives_the_same_study_as_it_was_written(drawn):
 
 
 def test_studies_to_train_on_lie_where_the_trainings_look(tmp_path):
-    draw(lofts, "1.2.3.5", tmp_path, "--studies", 1, "--train")
+    draw(lofts, tmp_path, "--studies", 1, "--train")
     table = pd.read_csv(tmp_path / "train.csv").set_index("StudyInstanceUID")
     assert sorted(table) == sorted(TARGETS)
     assert [p.name for p in (tmp_path / "train_images").iterdir()] == [*table.index]
