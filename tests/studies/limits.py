@@ -54,9 +54,10 @@ def answer(ensemble, volume, labels):
 
 def measure(ensemble, studies, seed, gap=phantoms.GAP_MM, **change):
     """Mean spacing of the slices, Dice, share named right, AUC of C1 to C7."""
-    phantoms.GAP_MM, rows, fractured, spacing = gap, [], [], []
+    rows, fractured, spacing = [], [], []
     for k in tqdm(range(studies), disable=None, leave=False):
-        made = phantoms.make_phantom([seed, k], 256, fractures=1.0 + k % 2)
+        made = phantoms.make_phantom(
+            [seed, k], 256, fractures=1.0 + k % 2, gap_mm=gap)
         volume = Volume("", np.rint(made.hu).clip(-1024, 32767).astype(np.int16),
                         tuple(made.spacing), made.affine)
         volume, labels = worse(volume, made.label, np.random.default_rng([seed, k]), **change)
