@@ -1,9 +1,11 @@
-"""Synthetic neck CTs whose bones are lofted from axial outlines: `python tests/necks/lofts.py OUT`.
+"""Synthetic neck CTs whose bones are lofted from axial outlines: `python
+tests/necks/lofts.py OUT`.
 
-Drawn without sight of tests/tools/phantoms.py, which joins rods. The outlines stand in lofts.csv
-(origin in the vertebral body or the dens; mm; x left, y back, z up), the ways to break a vertebra in
-lofts_breaks.csv. An outline from midline to midline is mirrored; one beside it is drawn on both
-sides; an ellipse is a centre and two radii. writers.py says what is written.
+Drawn without sight of tests/tools/phantoms.py, which joins rods. The outlines stand in
+lofts.csv (origin in the vertebral body or the dens; mm; x left, y back, z up), the ways to
+break a vertebra in lofts_breaks.csv. An outline from midline to midline is mirrored; one
+beside it is drawn on both sides; an ellipse is a centre and two radii. writers.py says what
+is written.
 """
 
 import functools
@@ -55,10 +57,16 @@ HU = dict(
     tooth=2000,
 )
 
-Part = namedtuple("Part", "fills heights points")  # mm: (N,), (N, points, 2; an ellipse: 4)
+Part = namedtuple(
+    "Part", "fills heights points"
+)  # mm: (N,), (N, points, 2; an ellipse: 4)
 Loft = namedtuple("Loft", "fills heights outlines")  # the same, drawn
-Solid = namedtuple("Solid", "origin occupied hu")  # corner (x, y, z) mm; both (z, y, x)
-Pose = namedtuple("Pose", "centre rotation scale phase")  # mm; axes in columns; phase: of the bend
+Solid = namedtuple(
+    "Solid", "origin occupied hu"
+)  # corner (x, y, z) mm; both (z, y, x)
+Pose = namedtuple(
+    "Pose", "centre rotation scale phase"
+)  # mm; axes in columns; phase: of the bend
 Break = namedtuple("Break", "vertebra name point normal box_low box_high move")
 Scan = namedtuple("Scan", "ct labels grid")  # both (z, y, x)
 
@@ -72,7 +80,9 @@ def make_part(fills, sections):
     """A part of sections (height, points), in order of height."""
     sections = sorted(sections)
     heights = np.array([height for height, _ in sections])
-    return Part(fills, heights, np.array([points for _, points in sections], float))
+    return Part(
+        fills, heights, np.array([points for _, points in sections], float)
+    )
 
 
 @functools.cache
@@ -85,7 +95,9 @@ def read_parts():
         for row in rows.itertuples():
             for height in dict.fromkeys((row.low_mm, row.high_mm)):
                 sections.append((height, numbers(row.points_mm)))
-        bones.setdefault(bone, []).append(make_part(rows.fills.iloc[0], sections))
+        bones.setdefault(bone, []).append(
+            make_part(rows.fills.iloc[0], sections)
+        )
     return bones
 
 
@@ -93,7 +105,10 @@ def read_parts():
 def read_breaks():
     """The ways of lofts_breaks.csv."""
     table = pd.read_csv(HERE / "lofts_breaks.csv")
-    return [Break(*row[:2], *(numbers(cell)[0] for cell in row[2:])) for row in table.to_numpy()]
+    return [
+        Break(*row[:2], *(numbers(cell)[0] for cell in row[2:]))
+        for row in table.to_numpy()
+    ]
 
 
 def round_off(outlines):
@@ -108,7 +123,9 @@ def closed(points):
     if points.shape[2] == 4:
         turn = np.exp(2j * np.pi * np.arange(ELLIPSE_POINTS) / ELLIPSE_POINTS)
         circle = np.stack([turn.real, turn.imag], 1)
-        return points[..., :2] + 1.05 * points[..., 2:] * circle  # 1.05: rounding off shrinks it
+        return (
+            points[..., :2] + 1.05 * points[..., 2:] * circle
+        )  # 1.05: rounding off shrinks it
     if points[0, 0, 0] == 0:
         mirrored = points[:, -2:0:-1] * (-1, 1)
         return np.concatenate([points, mirrored], 1)
@@ -116,7 +133,8 @@ def closed(points):
 
 
 def make_lofts(parts, rng, jitter_mm, size=1.0, stretch=1.0):
-    """Lofts of slightly displaced, smoothed outlines; `stretch` lengthens what is far back."""
+    """Lofts of slightly displaced, smoothed outlines; `stretch` lengthens what is far
+    back."""
     lofts = []
     for part in parts:
         outlines = closed(part.points)
@@ -124,7 +142,9 @@ def make_lofts(parts, rng, jitter_mm, size=1.0, stretch=1.0):
         outlines[..., 1] += far_back * (stretch - 1)
         beside = outlines[..., 0].mean() > 0.1
         for side in (1, -1) if beside else (1,):
-            moved = size * outlines + rng.normal(0, jitter_mm, (1, *outlines.shape[1:]))
+            moved = size * outlines + rng.normal(
+                0, jitter_mm, (1, *outlines.shape[1:])
+            )
             smooth = round_off(round_off(moved))
             lofts.append(Loft(part.fills, part.heights, smooth * (side, 1)))
     return lofts
@@ -148,8 +168,14 @@ def fill(image, pixels, value):
 
 def fill_lofts(lofts):
     """Lower corner (x, y, z) mm and occupancy (z, y, x) of lofts, in a grid of LOCAL_MM."""
-    low = [(*loft.outlines.reshape(-1, 2).min(0), loft.heights[0]) for loft in lofts]
-    high = [(*loft.outlines.reshape(-1, 2).max(0), loft.heights[-1]) for loft in lofts]
+    low = [
+        (*loft.outlines.reshape(-1, 2).min(0), loft.heights[0])
+        for loft in lofts
+    ]
+    high = [
+        (*loft.outlines.reshape(-1, 2).max(0), loft.heights[-1])
+        for loft in lofts
+    ]
     low = np.min(low, 0) - MARGIN_MM
     high = np.max(high, 0) + MARGIN_MM
     shape = np.ceil((high - low) / LOCAL_MM).astype(int)[::-1]
@@ -159,13 +185,17 @@ def fill_lofts(lofts):
         for loft in lofts:
             outline = outline_at(loft, z)
             if outline is not None:
-                fill(image, (outline - low[:2]) / LOCAL_MM, loft.fills != "hole")
+                fill(
+                    image, (outline - low[:2]) / LOCAL_MM, loft.fills != "hole"
+                )
     return low, mask
 
 
 def plane_distances(planes):
     """Distance to the background in each plane, in voxels."""
-    return np.stack([cv2.distanceTransform(plane, cv2.DIST_L2, 3) for plane in planes])
+    return np.stack(
+        [cv2.distanceTransform(plane, cv2.DIST_L2, 3) for plane in planes]
+    )
 
 
 def make_solid(lofts, rng, shell_mm, trabecular_hu, cortex_hu):
@@ -195,7 +225,10 @@ def choose_break(level, rng):
     group = ("C1", "C2", "C3 to C7")[min(level, 2)]
     ways = [way for way in read_breaks() if way.vertebra == group]
     way = ways[rng.integers(len(ways))]
-    spec = np.array(way[2:]) * np.array([SIZE[level], 1, SIZE[level], SIZE[level], 1])[:, None]
+    spec = (
+        np.array(way[2:])
+        * np.array([SIZE[level], 1, SIZE[level], SIZE[level], 1])[:, None]
+    )
     return Break(group, way.name, *spec)
 
 
@@ -218,7 +251,9 @@ def break_bone(solid, level, rng, slice_mm):
     gap = x & y & z & (abs(beyond_mm) < half_mm)
     fragment = solid.occupied & x & y & z & (beyond_mm >= half_mm)
 
-    moved_mm = way.move * (side, 1, 1) * rng.uniform(0.5, 3) * (rng.random() < 0.75)
+    moved_mm = (
+        way.move * (side, 1, 1) * rng.uniform(0.5, 3) * (rng.random() < 0.75)
+    )
     steps = np.round(moved_mm[::-1] / LOCAL_MM).astype(int)
     moved = np.roll(fragment, steps, (0, 1, 2))
     shifted = np.roll(solid.hu, steps, (0, 1, 2))
@@ -232,14 +267,21 @@ def rotation(*degrees):
 
 
 def make_spine(rng):
-    """Poses of C1 to T2 along a lordotic curve, turned as a whole; mm for the facets below each."""
+    """Poses of C1 to T2 along a lordotic curve, turned as a whole; mm for the facets below
+    each."""
     tilt = TILT_DEG * rng.uniform(0.5, 1.15) + rng.normal(0, 0.8, LEVELS)
-    worn = (rng.uniform(1.5, 2.8, 8) * (rng.random(8) < 0.12)) * (np.arange(8) > 1)
+    worn = (rng.uniform(1.5, 2.8, 8) * (rng.random(8) < 0.12)) * (
+        np.arange(8) > 1
+    )
     pitch = PITCH_MM * rng.uniform(0.97, 1.03) - worn
     up = np.stack([rotation(t, 0, 0)[:, 2] for t in tilt])
     steps = pitch[:, None] * (up[1:] + up[:-1]) / 2
     centres = -np.cumsum(np.vstack([np.zeros(3), steps]), 0)
-    room = pitch - np.mean(FACET_Y_MM) * np.sin(np.radians(np.diff(tilt))) - FACET_GAP_MM
+    room = (
+        pitch
+        - np.mean(FACET_Y_MM) * np.sin(np.radians(np.diff(tilt)))
+        - FACET_GAP_MM
+    )
 
     flex, roll, yaw = rng.uniform((-10, -8, -15), (10, 8, 15))
     scale = rng.uniform(0.85, 1.15)
@@ -266,24 +308,36 @@ def facets(level, room):
         (low - rise, back - 3, back),
     ):
         middle = (a + b) / 2
-        outline = [[10, middle], [11, a], [20, a], [22.5, middle], [21, b], [11.5, b]]
+        outline = [
+            [10, middle],
+            [11, a],
+            [20, a],
+            [22.5, middle],
+            [21, b],
+            [11.5, b],
+        ]
         sections.append((z, outline))
     return make_part("bone", sections)
 
 
 def wedge_part(wedge_mm):
     """What compression takes off the front of a body's top."""
-    return make_part("hole", [(6.4 - wedge_mm, [[0, -13, 12, 3]]), (7.2, [[0, -7, 12, 14]])])
+    return make_part(
+        "hole", [(6.4 - wedge_mm, [[0, -13, 12, 3]]), (7.2, [[0, -7, 12, 14]])]
+    )
 
 
 def spur_part(z, y):
     """An osteophyte at the front of an end plate."""
     ends = [[0, -7, 4, 1.5]]
-    return make_part("bone", [(z - 2.5, ends), (z, [[0, y, 6.5, 2.5]]), (z + 2.5, ends)])
+    return make_part(
+        "bone", [(z - 2.5, ends), (z, [[0, y, 6.5, 2.5]]), (z + 2.5, ends)]
+    )
 
 
 def vertebra_parts(level, room, wedge_mm, rng):
-    """Parts of a level: its tables, facets fitted to the room around it, variants of the body."""
+    """Parts of a level: its tables, facets fitted to the room around it, variants of the
+    body."""
     z = rng.choice([-6, 6])
     y = -8.5 - rng.uniform(0, 3)
     spur, canals = rng.random(2) < 0.3
@@ -293,7 +347,12 @@ def vertebra_parts(level, room, wedge_mm, rng):
 
     own = "axis" if level == 1 else "body" if level < 7 else "thoracic"
     process = "long" if level > 5 else "bifid"
-    parts = [facets(level, room), *bones[own], *bones["lamina"], *bones[process]]
+    parts = [
+        facets(level, room),
+        *bones[own],
+        *bones["lamina"],
+        *bones[process],
+    ]
     if 1 < level < 7:
         parts += [wedge_part(wedge_mm)] * (wedge_mm > 0)
         parts += bones["canals"] * int(canals)
@@ -303,7 +362,10 @@ def vertebra_parts(level, room, wedge_mm, rng):
 
 def reach_of(solid, shape, pose, scan):
     """Slices (z, y, x) of the scan that a solid in a pose can touch."""
-    corners = np.array(list(np.ndindex(2, 2, 2))) * shape[::-1] * LOCAL_MM + solid.origin
+    corners = (
+        np.array(list(np.ndindex(2, 2, 2))) * shape[::-1] * LOCAL_MM
+        + solid.origin
+    )
     corners = pose.centre + pose.scale * corners @ pose.rotation.T
     voxels = (corners - scan.grid.origin) / scan.grid.step
     ends = scan.ct.shape[::-1]
@@ -351,12 +413,16 @@ def place(scan, solid, pose, label):
 def scene_lofts(rng):
     """Skin, fat and all that lies around the spine, in painting order."""
     lofts = make_lofts(read_parts()["scene"], rng, 0.7)
-    lofts.insert(1, lofts[0]._replace(fills="fat", outlines=lofts[0].outlines * 0.965))
+    lofts.insert(
+        1, lofts[0]._replace(fills="fat", outlines=lofts[0].outlines * 0.965)
+    )
     muscles = [k for k, loft in enumerate(lofts) if loft.fills == "muscle"]
     for k in muscles[::-1]:
         muscle = lofts[k]
         core = muscle.outlines.mean(1, keepdims=True)
-        grown = FAT_PLANE * muscle.outlines - 0.12 * core  # a fat plane around each muscle
+        grown = (
+            FAT_PLANE * muscle.outlines - 0.12 * core
+        )  # a fat plane around each muscle
         lofts.insert(k, Loft("fat", muscle.heights, grown))
     return lofts
 
@@ -367,12 +433,19 @@ def paint_scene(scan, poses, rng):
     lofts = scene_lofts(rng)
     hu = dict(HU, artery=rng.choice([50, 280]), vein=rng.choice([45, 150]))
     centres = np.stack([pose.centre for pose in poses])[::-1]
-    turns = [np.degrees(np.arctan2(p.rotation[1, 0], p.rotation[0, 0])) for p in poses][::-1]
+    turns = [
+        np.degrees(np.arctan2(p.rotation[1, 0], p.rotation[0, 0]))
+        for p in poses
+    ][::-1]
     scale = poses[0].scale
-    bed = max(int((BED_MM * scale + centres[6, 1] - grid.origin[1]) / grid.step[1]), 0)
+    bed = max(
+        int((BED_MM * scale + centres[6, 1] - grid.origin[1]) / grid.step[1]), 0
+    )
 
     for image, z in zip(ct, grid.origin[2] + grid.step[2] * np.arange(len(ct))):
-        turn, x, y = (np.interp(z, centres[:, 2], v) for v in (turns, *centres.T[:2]))
+        turn, x, y = (
+            np.interp(z, centres[:, 2], v) for v in (turns, *centres.T[:2])
+        )
         axes = rotation(0, 0, turn)[:2, :2].T * scale
         middle = (x, y) - grid.origin[:2]
         image[bed : bed + 6] = -150
@@ -380,7 +453,11 @@ def paint_scene(scan, poses, rng):
         for loft in lofts:
             outline = outline_at(loft, (z - centres[-1, 2]) / scale)
             if outline is not None:
-                fill(image, (outline @ axes + middle) / grid.step[:2], hu[loft.fills])
+                fill(
+                    image,
+                    (outline @ axes + middle) / grid.step[:2],
+                    hu[loft.fills],
+                )
         bone = np.uint8(image == hu["bone"])
         deep_mm = cv2.distanceTransform(bone, cv2.DIST_L2, 3) * grid.step[0]
         image[deep_mm > 2] = 420  # spongy inside
@@ -392,13 +469,17 @@ def add_artefacts(ct, heights_mm, rng):
     """Blur and correlated noise; darkening and horizontal streaks at the shoulders."""
     ct = blur(ct, rng.uniform(0.5, 0.8), 0.3)
     sigma_hu = rng.uniform(10, 50)
-    ct += sigma_hu * noise(rng, ct.shape, rng.uniform(0.5, 0.9), 0.3, MATRIX)
-    shoulders = np.clip((-92 - heights_mm) / 35, 0, 1) * rng.uniform(0.3, 1)
+    grain = rng.uniform(0.5, 0.9)
+    ct += sigma_hu * noise(rng, ct.shape, grain, 0.3, MATRIX)
+    lower = np.clip((-92 - heights_mm) / 35, 0, 1)
+    shoulders = lower * rng.uniform(0.3, 1)
     for image, weight in zip(ct, shoulders):
         white = rng.standard_normal(image.shape)
         streak = cv2.GaussianBlur(white, (0, 0), 30, sigmaY=0.7)
-        image += weight * (45 * streak / streak.std() - 40) * (image > -700)
-    return np.clip(np.round(ct), -1024, 3071).astype(np.int16)
+        darker = 45 * streak / streak.std() - 40
+        image += weight * darker * (image > -700)
+    ct = np.clip(np.round(ct), -1024, 3071)
+    return ct.astype(np.int16)
 
 
 def draw_scan(poses, rng):
@@ -414,27 +495,35 @@ def draw_scan(poses, rng):
     level_middle = np.mean([pose.centre[:2] for pose in poses], 0)
     middle = level_middle + (0, 6) + rng.uniform(-9, 9, 2)
 
-    grid = Grid(np.append(middle - step * MATRIX / 2, low), np.array([step, step, slice_mm]))
+    grid = Grid(
+        np.append(middle - step * MATRIX / 2, low),
+        np.array([step, step, slice_mm]),
+    )
     shape = (int((top - low) / slice_mm) + 1, MATRIX, MATRIX)
     ct = np.full(shape, HU["air"], np.float32)
     return Scan(ct, np.zeros(shape, np.uint8), grid)
 
 
 def make_study(rng):
-    """One study: CT (z ascending, HU), labels, grid and the indices of the broken vertebrae."""
+    """One study: CT (z ascending, HU), labels, grid and the indices of the broken
+    vertebrae."""
     poses, room = make_spine(rng)
     broken = []
     if rng.random() < 0.5:
         broken = rng.choice(7, rng.integers(1, 3), False, FRACTURE_ODDS)
     scan = draw_scan(poses, rng)
-    look = rng.uniform((0.6, 220, 1050), (1, 420, 1600))  # mm of shell; HU inside, of the shell
+    look = rng.uniform(
+        (0.6, 220, 1050), (1, 420, 1600)
+    )  # mm of shell; HU inside, of the shell
     paint_scene(scan, poses, rng)
 
     bones = read_parts()
     for level, pose in enumerate(poses):
         compressed = level in broken
         wedge_mm = rng.uniform(2, 5) * (compressed and rng.random() < 0.3)
-        between = pose._replace(centre=(pose.centre + poses[level - 1].centre) / 2)
+        between = pose._replace(
+            centre=(pose.centre + poses[level - 1].centre) / 2
+        )
         size = SIZE[level]
         jobs = []
         if level == 0:
@@ -443,16 +532,25 @@ def make_study(rng):
             jobs.append((bones["disc"], between, 0, 1.4 if level > 6 else size))
         if level > 6:
             jobs.append((bones["ribs"], pose, 0, size))
-        jobs.append((vertebra_parts(level, room, wedge_mm, rng), pose, level + 1, size))
+        jobs.append(
+            (vertebra_parts(level, room, wedge_mm, rng), pose, level + 1, size)
+        )
         for parts, at, label, size in jobs:
-            solid = make_solid(make_lofts(parts, rng, 0.3, size, SPINOUS[level]), rng, *look)
+            solid = make_solid(
+                make_lofts(parts, rng, 0.3, size, SPINOUS[level]), rng, *look
+            )
             if label and compressed:
                 solid = break_bone(solid, level, rng, scan.grid.step[2])
             place(scan, solid, at, label)
 
     z = scan.grid.origin[2] + scan.grid.step[2] * np.arange(len(scan.ct))
     heights_mm = (z - poses[0].centre[2]) / poses[0].scale
-    return add_artefacts(scan.ct, heights_mm, rng), scan.labels, scan.grid, broken
+    return (
+        add_artefacts(scan.ct, heights_mm, rng),
+        scan.labels,
+        scan.grid,
+        broken,
+    )
 
 
 if __name__ == "__main__":

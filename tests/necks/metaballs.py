@@ -1,8 +1,9 @@
 """Synthetic neck CTs whose bones are sums of blobs (metaballs): `metaballs.py OUT`.
 
-Each vertebra is a sum of anisotropic Gaussian blobs, positive and negative, cut off at one half, in
-coordinates that a smooth displacement bends; soft tissue is noise-warped columns, fractures are
-noisy sheets. The tables are metaballs_*.csv; mm and degrees, levels 1 = C1 to 8 = T1.
+Each vertebra is a sum of anisotropic Gaussian blobs, positive and negative, cut off at one
+half, in coordinates that a smooth displacement bends; soft tissue is noise-warped columns,
+fractures are noisy sheets. The tables are metaballs_*.csv; mm and degrees, levels 1 = C1 to
+8 = T1.
 """
 
 import functools
@@ -23,17 +24,25 @@ LOWEST = 9  # level of T2
 HALF = np.float32(-0.693)  # log of one half
 REACH = 1.45  # half axes, beyond which a blob counts for nothing
 
-# Millimetres between C1 and T2, and of C1 to C7 how often each breaks. By eye; facts' rates.
+# Millimetres between C1 and T2, and of C1 to C7 how often each breaks. By eye; facts'
+# rates.
 PITCH_MM = np.array([20.5, 22, 18.6, 18.6, 18.8, 19.4, 21.5, 23])
-FREQUENCY = np.array([0.0723, 0.1412, 0.0362, 0.0535, 0.0802, 0.1372, 0.1947])
+FREQUENCY = np.array(
+    [0.0723, 0.1412, 0.0362, 0.0535, 0.0802, 0.1372, 0.1947]
+)
 
-Blob = namedtuple("Blob", "centre axes shape weight")  # axes: rows over half axes
-Sheet = namedtuple("Sheet", "point normal gap ball radius shift")  # of a fracture
+Blob = namedtuple(
+    "Blob", "centre axes shape weight"
+)  # axes: rows over half axes
+Sheet = namedtuple(
+    "Sheet", "point normal gap ball radius shift"
+)  # of a fracture
 Compression = namedtuple("Compression", "share even")
 Airway = namedtuple("Airway", "y half_width half_depth")
 
 
 # ---- Tables ----
+
 
 @functools.cache
 def read_table(name):
@@ -53,26 +62,37 @@ def numbers(cell):
 
 def group_rows(name, level):
     """The rows of a table that hold for a level."""
-    group = ["C1", "C2", "C3 to C7", "T1 to T2"][min(level, 3) - 1 + (level > 7)]
+    group = ["C1", "C2", "C3 to C7", "T1 to T2"][
+        min(level, 3) - 1 + (level > 7)
+    ]
     table = read_table(name)
     return table[table.group == group].drop(columns="group")
 
 
 # ---- Vertebrae ----
 
+
+def turned(degrees_x, degrees_z):
+    """Rotation matrix: about x, then about z."""
+    tilt = np.radians([degrees_x, 0.0, 0])
+    yaw = np.radians([0.0, 0, degrees_z])
+    return cv2.Rodrigues(yaw)[0] @ cv2.Rodrigues(tilt)[0]
+
+
 def blob(centre, half, shape="round", tilt=0.0, yaw=0.0, weight=1.0):
     """A metaball: at weight 1 an ellipsoid, box or drum; tilt about x, then yaw about z."""
-    yawed = cv2.Rodrigues(np.radians([0.0, 0, yaw]))[0]
-    turn = yawed @ cv2.Rodrigues(np.radians([tilt, 0.0, 0]))[0]
-    axes = turn.T / np.asarray(half, float)[:, None]
-    return Blob(np.asarray(centre, float), axes, shape, weight)
+    centre = np.asarray(centre, float)
+    half = np.asarray(half, float)
+    axes = turned(tilt, yaw).T / half[:, None]
+    return Blob(centre, axes, shape, weight)
 
 
 def shaped(row, low, reach, twin):
     """Centre and half axes of a blob as they are at a level; `low` 0: C3, 1: C7."""
-    wider = 1 + low * np.array([0.15, 0, 0, 0.15, 0.08, 0.12])
-    longer = reach * np.array([-1.7 * twin, 12, -5, 0, 4, 1])
-    return row * wider + longer
+    wider = low * np.array([0.15, 0, 0, 0.15, 0.08, 0.12])
+    inward = -1.7 * twin
+    longer = reach * np.array([inward, 12, -5, 0, 4, 1])
+    return row * (1 + wider) + longer
 
 
 def build(rng, level, worn):
@@ -80,16 +100,18 @@ def build(rng, level, worn):
     low = (max(level - 3, 0) / 4) ** 1.3 * (level < 8)
     parts = []
     for shape, sides, *cells in group_rows("vertebrae", level).to_numpy():
+        row = np.array(cells, float)
         twin = sides == 2
-        reach = low * max(cells[1] - 25, 0) / 8
-        row = shaped(np.array(cells[:6], float), low, reach, twin)
-        tilt, yaw, weight = np.array(cells[6:], float)
+        reach = low * max(row[1] - 25, 0) / 8
+        middle = shaped(row[:6], low, reach, twin)
+        tilt, yaw, weight = row[6:]
+        outward = yaw * (1 - reach)
         for side in (1, -1)[:sides]:
             a, b = rng.normal(0, 2.5, 2)
-            half = row[3:6] * rng.normal(1, 0.04, 3)
-            at = row[:3] * (side, 1, 1) + rng.normal(0, 0.35, 3)
-            turned = side * yaw * (1 - reach) + b * twin
-            parts.append(blob(at, half, shape, tilt + a, turned, weight))
+            half = middle[3:] * rng.normal(1, 0.04, 3)
+            at = middle[:3] * (side, 1, 1) + rng.normal(0, 0.35, 3)
+            way = side * outward + b * twin
+            parts.append(blob(at, half, shape, tilt + a, way, weight))
     for z in (6, -6) if level > 2 else ():
         parts += end_plate(rng, level, worn, z * 1.1)
     return parts
@@ -97,14 +119,17 @@ def build(rng, level, worn):
 
 def end_plate(rng, level, worn, z):
     """An osteophyte, a node, a vein and a loose apophysis, each by its chance."""
-    spur = (rng.normal(0, 4), -rng.uniform(8, 12), z)
-    extras = [(worn, blob(spur, rng.uniform(1.5, 3.5, 3)))]
-    node = (*rng.normal(0, 3, 2), z)
-    extras.append((0.12, blob(node, (2.5, 2.5, 3), weight=-0.9)))
-    vein = blob((0, 6, 0), (1.1, 4.5, 1.2), weight=-rng.uniform(0.4, 1))
-    extras.append((0.3, vein))
-    gap = (0, 31 + 8 * (level > 6), -9)
-    extras.append((0.03, blob(gap, (6, 1, 6), "box", weight=-1.3)))
+    spur_at = (rng.normal(0, 4), -rng.uniform(8, 12), z)
+    spur_half = rng.uniform(1.5, 3.5, 3)
+    node_at = (*rng.normal(0, 3, 2), z)
+    vein_weight = -rng.uniform(0.4, 1)
+    tip_y = 31 + 8 * (level > 6)
+    extras = (
+        (worn, blob(spur_at, spur_half)),
+        (0.12, blob(node_at, (2.5, 2.5, 3), weight=-0.9)),
+        (0.3, blob((0, 6, 0), (1.1, 4.5, 1.2), weight=vein_weight)),
+        (0.03, blob((0, tip_y, -9), (6, 1, 6), "box", weight=-1.3)),
+    )
     return [part for chance, part in extras if rng.random() < chance]
 
 
@@ -114,7 +139,9 @@ def choose_cuts(rng, level):
     cuts = [names.split() for _, names in patterns]
     odds = []
     for (share, _), names in zip(patterns, cuts):
-        shoveler = level == 7 and names[0] == "spinous"  # C7's long process
+        shoveler = (
+            level == 7 and names[0] == "spinous"
+        )  # C7's long process
         odds.append(float(share) * (1 + 2 * shoveler))
     odds = np.array(odds)
     return cuts[rng.choice(len(odds), p=odds / odds.sum())]
@@ -135,33 +162,50 @@ def fracture(rng, level):
             for column in ("point_mm", "normal", "ball_mm", "shift")
         )
         normal += rng.normal(0, 0.8 if name == "burst" else 0.2, 3)
-        shift *= rng.uniform(0.8, 4) * (rng.random() < 0.55) * (side if name == "dens" else 1)
+        shift *= (
+            rng.uniform(0.8, 4)
+            * (rng.random() < 0.55)
+            * (side if name == "dens" else 1)
+        )
         point = point + rng.normal(0, 0.8, 3) + lower
         normal = normal / np.linalg.norm(normal)
         gap = rng.uniform(0.8, 2.4)
-        sheets.append(Sheet(point, normal, gap, ball, cut.radius_mm, shift))
+        sheets.append(
+            Sheet(point, normal, gap, ball, cut.radius_mm, shift)
+        )
     if names[0] not in ("wedge", "burst"):
         return sheets, None
-    return sheets, Compression(rng.uniform(0.15, 0.42), names[0] == "burst")
+    return sheets, Compression(
+        rng.uniform(0.15, 0.42), names[0] == "burst"
+    )
 
 
 # ---- Fields ----
 
+
+def hats(count, every, nodes):
+    """(count, nodes): the share of every node at every voxel, linear between neighbours."""
+    last = nodes - 1
+    at = np.minimum(np.arange(count) / every, last)
+    away = np.abs(at[:, None] - np.arange(nodes))
+    share = np.maximum(0, 1 - away)
+    return np.float32(share)
+
+
 def enlarge(coarse, shape, every):
     """Trilinear interpolation of nodes that lie `every` (z, in-plane) voxels apart."""
-    weights = []
-    for n, step, nodes in zip(shape, (*every, every[1]), coarse.shape):
-        at = np.minimum(np.arange(n) / step, nodes - 1)
-        away = np.abs(at[:, None] - np.arange(nodes))
-        weights.append(np.float32(np.maximum(0, 1 - away)))
-    along, down, right = weights
-    return np.tensordot(along, down @ np.float32(coarse) @ right.T, 1)
+    axes = zip(shape, (*every, every[1]), coarse.shape)
+    along, down, right = (hats(*axis) for axis in axes)
+    planes = down @ np.float32(coarse) @ right.T
+    return np.tensordot(along, planes, 1)
 
 
 def noise(rng, shape, every):
     """Smooth noise of about unit deviation, its grain `every` (z, in-plane) voxels."""
-    nodes = [n // step + 2 for n, step in zip(shape, (*every, every[1]))]
-    return enlarge(rng.standard_normal(nodes, np.float32) * 1.4, shape, every)
+    steps = (*every, every[1])
+    nodes = [n // step + 2 for n, step in zip(shape, steps)]
+    white = rng.standard_normal(nodes, np.float32)
+    return enlarge(white * 1.4, shape, every)
 
 
 def sums(values):
@@ -170,33 +214,51 @@ def sums(values):
     return total - total[140]
 
 
-def bend(rng, grid, shape, size):
-    """Anatomical coordinates (x, y, along the spine) of every voxel: a smooth displacement."""
-    s = np.arange(-140, 300.0)
+def draw_curve(rng, s, size):
+    """Lean, place (x, y, z), roll and turn of the spine at mm `s` along it."""
     knots = np.array([-60, 0, 60, 115]) * size
-    degrees = rng.normal([22, 16, 4, -6], [5, 7, 5, 6]) + rng.normal(0, 4)
+    bow = rng.normal([22, 16, 4, -6], [5, 7, 5, 6])
+    degrees = bow + rng.normal(0, 4)
     lean = np.interp(s, knots, np.radians(degrees))
-    y0, z0 = sums(-np.sin(lean)), sums(np.cos(lean))
-    x0 = np.interp(s, knots, rng.normal(0, 2.5, 4))
-    roll = np.interp(s, [-20, 115], rng.normal(0, 0.05, 2))
-    twist = np.array([0, 0.05, 0.15]) * rng.normal() + rng.normal(0, 0.04)
+    y = sums(-np.sin(lean))
+    z = sums(np.cos(lean))
+    aside = rng.normal(0, 2.5, 4)
+    x = np.interp(s, knots, aside)
+    ends = rng.normal(0, 0.05, 2)
+    roll = np.interp(s, [-20, 115], ends)
+    twist = np.array([0, 0.05, 0.15]) * rng.normal()
+    twist = twist + rng.normal(0, 0.04)
     turn = np.interp(s, [-20, 30, 115], twist)
+    return lean, (x, y, z), roll, turn
 
+
+def coarse_coordinates(grid, shape):
+    """z, y, x (mm) of nodes that lie 4 slices and 8 pixels apart."""
     axes = []
     for axis, n, every in zip((2, 1, 0), shape, (4, 8, 8)):
         nodes = np.arange(n // every + 2) * every
-        axes.append(grid.origin[axis] + nodes * grid.step[axis])
-    z, y, x = np.meshgrid(*axes, indexing="ij")
+        mm = nodes * grid.step[axis]
+        axes.append(grid.origin[axis] + mm)
+    return np.meshgrid(*axes, indexing="ij")
+
+
+def bend(rng, grid, shape, size):
+    """Anatomical coordinates (x, y, along the spine) of every voxel: a smooth
+    displacement."""
+    s = np.arange(-140, 300.0)
+    lean, (x0, y0, z0), roll, turn = draw_curve(rng, s, size)
+    z, y, x = coarse_coordinates(grid, shape)
     along = z
     for _ in range(4):  # where the spine passes nearest
         angle = np.interp(along, s, lean)
+        sine, cosine = np.sin(angle), np.cos(angle)
         dy = y - np.interp(along, s, y0)
         dz = z - np.interp(along, s, z0)
-        along = along - np.sin(angle) * dy + np.cos(angle) * dz
+        along = along - sine * dy + cosine * dz
 
     t = np.interp(along, s, turn)
     off = x - np.interp(along, s, x0)
-    deep = np.cos(angle) * dy + np.sin(angle) * dz - 5
+    deep = cosine * dy + sine * dz - 5
     across = np.cos(t) * off - np.sin(t) * deep
     back = np.sin(t) * off + np.cos(t) * deep + 5
     up = along + off * np.interp(along, s, roll)
@@ -208,23 +270,28 @@ def bend(rng, grid, shape, size):
 
 
 def box_of(coords, low, high):
-    """Index slices of the voxels with coordinates between low and high; None where none are."""
-    every = (3, 5, 5)
-    few = [c[::3, ::5, ::5] for c in coords]
-    inside = [(c > a) & (c < b) for c, a, b in zip(few, low, high)]
-    hit = np.argwhere(np.all(inside, axis=0))
+    """Index slices of the voxels with coordinates between low and high; None where none
+    are."""
+    inside = True
+    for c, a, b in zip(coords, low, high):
+        few = c[::3, ::5, ::5]
+        inside = inside & (few > a) & (few < b)
+    hit = np.argwhere(inside)
     if not len(hit):
         return None
-    box = []
-    for first, last, step in zip(hit.min(0), hit.max(0), every):
-        box.append(slice(max(0, (first - 1) * step), (last + 1) * step + 1))
-    return tuple(box)
+    every = (3, 5, 5)
+    first = np.maximum((hit.min(0) - 1) * every, 0)
+    last = (hit.max(0) + 1) * every
+    return tuple(map(slice, first.tolist(), (last + 1).tolist()))
 
 
 def fall_off(coords, part):
     """What a blob adds where it reaches: 1 in its centre, one half on its surface."""
     here = [c - np.float32(m) for c, m in zip(coords, part.centre)]
-    u, v, w = (sum(np.float32(f) * c for f, c in zip(axis, here)) ** 2 for axis in part.axes)
+    u, v, w = (
+        sum(np.float32(f) * c for f, c in zip(axis, here)) ** 2
+        for axis in part.axes
+    )
     if part.shape == "round":
         power = (u + v + w) ** 2
     elif part.shape == "box":
@@ -238,46 +305,63 @@ def depth_of(coords, parts, step):
     """Depth (mm, to first order) under the level set at one half of the blobs' sum."""
     total = np.zeros(coords[0].shape, np.float32)
     for part in parts:
-        reach = REACH * np.abs(np.linalg.inv(part.axes)).sum(1)
+        half = np.linalg.inv(part.axes)
+        reach = REACH * np.abs(half).sum(1)
         at = box_of(coords, part.centre - reach, part.centre + reach)
         if at:
-            total[at] += fall_off([c[at] for c in coords], part)
-    slopes = np.gradient(total, *map(np.float32, step[::-1]))
-    slope = sum(g * g for g in slopes) ** 0.5
-    depth = (total - 0.5) / np.maximum(slope, 0.02)
-    return np.where(total > 0.02, depth, FAR).astype(np.float32)
+            here = [c[at] for c in coords]
+            total[at] += fall_off(here, part)
+    spacing = map(np.float32, step[::-1])
+    square = sum(g * g for g in np.gradient(total, *spacing))
+    slope = np.maximum(square**0.5, 0.02)
+    depth = np.where(total > 0.02, (total - 0.5) / slope, FAR)
+    return depth.astype(np.float32)
 
 
 def squeezed(x, y, z, compression):
     """Height z before a compression, and the density of what is impacted."""
     gentle = 4 if compression.even else 12
-    ramp = np.clip((6 - y) / gentle, 0, 1) * np.clip((13 - np.abs(x)) / 3, 0, 1)
-    higher = (z + 7) / (1 - compression.share * ramp) - 7
+    forward = np.clip((6 - y) / gentle, 0, 1)
+    inward = np.clip((13 - np.abs(x)) / 3, 0, 1)
+    ramp = forward * inward
+    lost = compression.share * ramp
+    higher = (z + 7) / (1 - lost) - 7
     z = np.where(z > -7, higher, z)
-    band = 500 * compression.share * ramp * np.exp(-(((z - 4) / 2.5) ** 2))
-    return z, band
+    layer = np.exp(-(((z - 4) / 2.5) ** 2))
+    return z, 500 * compression.share * ramp * layer
 
 
 def broken_up(local, breaks, wave, step, opening):
-    """Coordinates after compression and displacement, depth in the cracks, impaction's HU."""
+    """Coordinates after compression and displacement, depth in the cracks, impaction's
+    HU."""
     sheets, compression = breaks
     x, y, z = local
-    crack = np.full(wave.shape, FAR, np.float32)
     band = 0
     if compression:
         z, band = squeezed(x, y, z, compression)
+    xyz = [x, y, z]
+    crack = np.full(wave.shape, FAR, np.float32)
     for sheet in sheets:
-        wide = max(sheet.gap * opening, 1.15 * float(np.abs(sheet.normal) @ step))
-        pull = float(sheet.normal @ sheet.shift)
-        terms = zip(sheet.normal, [x, y, z], sheet.point)
-        side = wave / 2 + sum(np.float32(n) * (c - np.float32(p)) for n, c, p in terms)
-        away = sum((c - np.float32(b)) ** 2 for c, b in zip([x, y, z], sheet.ball))
-        inside = sheet.radius - np.sqrt(away)
-        gone = (side > 0) & (inside > 0)
-        sheet_depth = np.where(gone, wide / 2 + pull - side, wide / 2 + side)
-        crack = np.maximum(crack, np.minimum(sheet_depth, inside))
-        x, y, z = (c - gone * np.float32(d) for c, d in zip((x, y, z), sheet.shift))
-    return [x, y, z], crack, band
+        depth, gone = sheet_depth(xyz, sheet, wave, step, opening)
+        crack = np.maximum(crack, depth)
+        xyz = [c - gone * np.float32(d) for c, d in zip(xyz, sheet.shift)]
+    return xyz, crack, band
+
+
+def sheet_depth(xyz, sheet, wave, step, opening):
+    """Depth inside the crack of a sheet, and which voxels it breaks off."""
+    across = float(np.abs(sheet.normal) @ step)  # of a voxel
+    half = max(sheet.gap * opening, 1.15 * across) / 2
+    pull = float(sheet.normal @ sheet.shift)
+    along, square = 0, 0
+    for c, n, p, b in zip(xyz, sheet.normal, sheet.point, sheet.ball):
+        along = along + np.float32(n) * (c - np.float32(p))
+        square = square + (c - np.float32(b)) ** 2
+    side = wave / 2 + along
+    inside = sheet.radius - np.sqrt(square)
+    gone = (side > 0) & (inside > 0)
+    depth = np.where(gone, half + pull - side, half + side)
+    return np.minimum(depth, inside), gone
 
 
 def mix(image, hu, depth, width=1.0):
@@ -287,14 +371,18 @@ def mix(image, hu, depth, width=1.0):
 
 def oval(x, y, middle_x, middle_y, half_width, half_depth):
     """Depth (mm, about) inside an elliptic column."""
-    square = ((x - middle_x) / half_width) ** 2 + ((y - middle_y) / half_depth) ** 2
+    square = ((x - middle_x) / half_width) ** 2 + (
+        (y - middle_y) / half_depth
+    ) ** 2
     return (1 - np.sqrt(square)) * np.minimum(half_width, half_depth)
 
 
 # ---- A study ----
 
+
 class Study:
-    """The volume being painted: CT, labels, depth in bone, coordinates, heights, bone's look."""
+    """The volume being painted: CT, labels, depth in bone, coordinates, heights, bone's
+    look."""
 
     def __init__(self, rng):
         self.size = rng.uniform(0.87, 1.1)
@@ -305,26 +393,34 @@ class Study:
         self.step = self.grid.step
         shares = rng.random(6)
         self.coords = bend(rng, self.grid, shape, self.size)
-        if rng.random() < 0.15:  # the patient moved
-            start = int(shape[0] * (0.2 + 0.7 * shares[0]))
-            for c in self.coords[:2]:
-                c[start:] += rng.normal(0, 1)
+        if rng.random() < 0.15:
+            self.move(rng, 0.2 + 0.7 * shares[0])
 
         self.labels = np.zeros(shape, np.uint8)
         self.depth = np.full(shape, FAR, np.float32)
         grain = [max(1, round(4 / mm)) for mm in self.step[[2, 0]]]
         self.wave = noise(rng, shape, grain)
+        denser = shares[:2] * (220, 500)
         thinner = 1 - 0.45 * (thin < 0.15)  # osteoporosis
-        self.marrow, self.compact = np.add((180, 650), shares[:2] * (220, 500)) * thinner
+        self.marrow, self.compact = np.add((180, 650), denser) * thinner
         looks = (0.6, 0.1, 0.6, 40) + shares[2:] * (0.6, 0.3, 0.7, 70)
         self.shell, self.rough, self.joint, self.texture = looks
+
+    def move(self, rng, share):
+        """The patient moves aside, when this share of the slices is made."""
+        start = int(len(self.coords[0]) * share)
+        for c in self.coords[:2]:
+            c[start:] += rng.normal(0, 1)
 
     def draw_heights(self, rng):
         """{level: mm along the spine}, C7 at 0; worn discs are narrow."""
         worn = rng.random(8) < self.age * 0.6
-        narrow = np.where(worn, rng.uniform(0.5, 2.5, 8), 0) * (np.arange(8) > 1)
-        tops = np.cumsum([0, *(narrow - self.size * PITCH_MM)])
-        return dict(zip(range(1, LOWEST + 1), tops - tops[6]))
+        lost = np.where(worn, rng.uniform(0.5, 2.5, 8), 0)
+        narrow = lost * (np.arange(8) > 1)
+        steps = narrow - self.size * PITCH_MM
+        tops = np.cumsum([0, *steps])
+        levels = range(1, LOWEST + 1)
+        return dict(zip(levels, tops - tops[6]))
 
     def draw_grid(self, rng, thick, cut):
         """The grid and its shape; few studies lack a C7 or a C1."""
@@ -332,29 +428,43 @@ class Study:
         above = rng.uniform(16, 45) if cut < 0.975 else -8
         high = above + self.heights[1]
         usual = (0.35, 0.75) if rng.random() < 0.4 else (0.5, 0.65)
-        step = np.array([1, 1, 0]) * rng.uniform(*usual)
+        pixel = rng.uniform(*usual)
         coarse = thick < 0.12 or rng.random() < 0.35
-        step[2] = rng.uniform(1, 1.5) if coarse else rng.uniform(0.6, 1)
-        middle = (0, 30 - step[0] * 40, low) + rng.normal(0, (4, 4, 0))
-        corner = middle - step * (SIDE / 2, SIDE / 2, 0)
-        slices = int((high - low) / step[2]) // 2 * 2
-        return Grid(corner, step), (slices, SIDE, SIDE)
+        limits = (1, 1.5) if coarse else (0.6, 1)
+        slice_mm = rng.uniform(*limits)
+
+        step = np.array([pixel, pixel, slice_mm])
+        behind = 30 - pixel * 40
+        away = rng.normal(0, (4, 4, 0))
+        middle = (0, behind, low) + away
+        half = step * (SIDE / 2, SIDE / 2, 0)
+        slices = int((high - low) / slice_mm) // 2 * 2
+        return Grid(middle - half, step), (slices, SIDE, SIDE)
 
     def place(self, parts, level):
         """Index slices of the part of the volume that the blobs lie in."""
-        solid = [part for part in parts if part.weight > 0]
-        reach = [(np.linalg.inv(p.axes) ** 2).sum(1) ** 0.5 + 1 for p in solid]
-        low = np.min([p.centre - r for p, r in zip(solid, reach)], 0)
-        high = np.max([p.centre + r for p, r in zip(solid, reach)], 0)
-        ends = (end * self.size + (0, 0, self.heights[level]) for end in (low, high))
-        return box_of(self.coords, *ends)
+        low, high = [], []
+        for part in parts:
+            if part.weight > 0:
+                half = (np.linalg.inv(part.axes) ** 2).sum(1) ** 0.5
+                low.append(part.centre - (half + 1))
+                high.append(part.centre + (half + 1))
+        shift = (0, 0, self.heights[level])
+        low = np.min(low, 0) * self.size + shift
+        high = np.max(high, 0) * self.size + shift
+        return box_of(self.coords, low, high)
 
     def local(self, rng, level, at, loose):
         """Coordinates around a level, a little turned if it is a vertebra."""
-        x, y, z = (c[at] / np.float32(self.size) for c in self.coords)
+        size = np.float32(self.size)
+        x, y, z = (c[at] / size for c in self.coords)
         z -= np.float32(self.heights[level] / self.size)
-        a, b, c = np.float32(rng.normal(0, 0.03, 3) * loose)
-        return [x + c * y - b * z, y - c * x + a * z, z + b * x - a * y]
+        angles = rng.normal(0, 0.03, 3) * loose
+        a, b, c = np.float32(angles)
+        across = x + c * y - b * z
+        back = y - c * x + a * z
+        up = z + b * x - a * y
+        return [across, back, up]
 
     def paint(self, rng, parts, level, label=0, breaks=None, density=1):
         """Paint one bone: pose, fracture, blobs, joint gap, shell, marrow, label."""
@@ -362,10 +472,14 @@ class Study:
         local = pieces = self.local(rng, level, at, label > 0)
         wave = self.wave[at]
         crack, band = np.float32(FAR), 0
-        for opening in (1, 1.7, 3) if breaks else (1,):  # wider until it can be seen
+        for opening in (
+            (1, 1.7, 3) if breaks else (1,)
+        ):  # wider until it can be seen
             if breaks:
                 mm = self.step / self.size
-                pieces, crack, band = broken_up(local, breaks, wave, mm, opening)
+                pieces, crack, band = broken_up(
+                    local, breaks, wave, mm, opening
+                )
             depth = depth_of(pieces, parts, self.step) + self.rough * wave
             if ((crack > 0) & (depth > 0.4)).sum() > 60:
                 break
@@ -384,14 +498,20 @@ class Study:
     def other_bones(self, rng):
         """Condyles, jaw, teeth, clavicles, hyoid and ribs: blobs strung along curves."""
         for row in read_table("strings").itertuples():
-            points = np.array([numbers(point) for point in row.points_mm.split(";")])
+            points = np.array(
+                [numbers(point) for point in row.points_mm.split(";")]
+            )
             knots = np.arange(len(points))
             t = np.linspace(0, len(points) - 1, row.count_)
             line = np.stack([np.interp(t, knots, c) for c in points.T], 1)
             half = (row.half_x, row.half_y, row.half_z)
             for side in (1, -1):
-                parts = [blob(point * (side, 1, 1), half) for point in line]
-                self.paint(rng, parts, row.level, density=np.float64(row.density))
+                parts = [
+                    blob(point * (side, 1, 1), half) for point in line
+                ]
+                self.paint(
+                    rng, parts, row.level, density=np.float64(row.density)
+                )
 
     def soft_tissue(self, rng):
         """CT of all but bone on a coarse grid; depth under the skin; level."""
@@ -404,15 +524,43 @@ class Study:
         fine = noise(rng, x.shape, (1, 2))
 
         profile = table_rows("profile").T
-        courses = [np.float32(np.interp(level, profile[0], row)) for row in profile[1:]]
+        courses = [
+            np.float32(np.interp(level, profile[0], row))
+            for row in profile[1:]
+        ]
         wide, front, back, *airway = courses
-        skin = oval(x / stout, 2 * y / stout, 0, front + back, wide, back - front) + warp[2]
+        skin = (
+            oval(
+                x / stout,
+                2 * y / stout,
+                0,
+                front + back,
+                wide,
+                back - front,
+            )
+            + warp[2]
+        )
         collar = np.minimum(1.5 - np.abs(skin + 13), 3 - np.abs(level - 5))
-        mix(out, rng.uniform(-200, 100) if rng.random() < 0.25 else -1000, collar)
+        mix(
+            out,
+            rng.uniform(-200, 100) if rng.random() < 0.25 else -1000,
+            collar,
+        )
         mix(out, 30, skin, 1.5)
         mix(out, rng.uniform(-115, -85) + 12 * fine, skin - 2, 1.5)
-        muscles(rng, out, x + 2 * warp[0], y + 2 * warp[1], level, fine, skin)
-        viscera(rng, out, x + warp[0], y + warp[1], level, Airway(*airway), fine, self.age)
+        muscles(
+            rng, out, x + 2 * warp[0], y + 2 * warp[1], level, fine, skin
+        )
+        viscera(
+            rng,
+            out,
+            x + warp[0],
+            y + warp[1],
+            level,
+            Airway(*airway),
+            fine,
+            self.age,
+        )
         self.discs(rng, out, x, y, s, fine)
         skull(out, x, y, s - self.heights[1] / self.size, fine, warp[2])
         return out, skin, level
@@ -420,13 +568,17 @@ class Study:
     def discs(self, rng, out, x, y, s, fine):
         """Discs, some of them with gas."""
         for n in range(2, LOWEST):
-            middle = (self.heights[n] + self.heights[n + 1]) / 2 / self.size
-            off = np.abs(s - middle + 2.2 * (n == 2))
-            inside = np.minimum(oval(x, y, 0, 0, 9 + 0.3 * n, 8.2), 5.5 - off)
+            upper, lower = self.heights[n], self.heights[n + 1]
+            middle = (upper + lower) / 2 / self.size
+            shift = 2.2 * (n == 2)  # C2 is long
+            off = np.abs(s - middle + shift)
+            width = 9 + 0.3 * n
+            disc = oval(x, y, 0, 0, width, 8.2)
+            inside = np.minimum(disc, 5.5 - off)
             mix(out, rng.uniform(75, 110), inside)
             none = rng.random() > 0.12 * self.age
-            gas = np.minimum(inside - 2, 1 - off + fine) - 99 * none
-            mix(out, -300, gas)
+            gas = np.minimum(inside - 2, 1 - off + fine)
+            mix(out, -300, gas - 99 * none)
 
 
 def muscles(rng, out, x, y, level, fine, skin):
@@ -435,9 +587,13 @@ def muscles(rng, out, x, y, level, fine, skin):
     down = ((level - 1) / 7).clip(0, 1)
     for row in table_rows("muscles"):
         top, bottom = np.float32(row).reshape(2, 4)
-        middle_x, middle_y, wide, deep = (a + (b - a) * down for a, b in zip(top, bottom))
+        middle_x, middle_y, wide, deep = (
+            a + (b - a) * down for a, b in zip(top, bottom)
+        )
         for side in (1, -1):
-            square = ((x - side * middle_x) / wide) ** 2 + ((y - middle_y) / deep) ** 2
+            square = ((x - side * middle_x) / wide) ** 2 + (
+                (y - middle_y) / deep
+            ) ** 2
             here = np.exp(-0.7 * square)
             second = np.maximum(second, np.minimum(best, here))
             best = np.maximum(best, here)
@@ -455,48 +611,72 @@ def viscera(rng, out, x, y, level, airway, fine, age):
     deep = airway.half_depth * rng.uniform(0.7, 1.2)
     pipe = oval(x, y, 0, airway.y, wide, deep)
     mix(out, 50 + 8 * fine, pipe + 4, 2)
-    for hu, share, mid_x, mid_y, half_x, half_y, first, last in table_rows("columns"):
+    for row in table_rows("columns"):
+        hu, share, mid_x, mid_y, half_x, half_y, first, last = row
+        beyond = np.minimum(level - first, last - level)
+        ends = 20 * np.minimum(0, beyond)
         for side in (1, -1)[: 1 + (mid_x > 9)]:
-            beyond = np.minimum(level - first, last - level)
-            ends = 20 * np.minimum(0, beyond)
             width = half_x * rng.uniform(0.85, 1.15)
             column = oval(x, y, side * mid_x, mid_y, width, half_y)
             mix(out, hu + share * contrast, column + ends)
     mix(out, -1000, pipe, 1.2)
-    open_back = 30 * (y > airway.y + 4) * (level < 5.8)
-    span = (0.8 - abs(level - 5.3)) * 19 - open_back
-    wall = np.minimum(1.6 - abs(pipe + 3), span)
-    mix(out, 110 + 280 * age * (fine > 0.2), wall)
+
+    behind = y > airway.y + 4
+    open_back = 30 * behind * (level < 5.8)
+    span = (0.8 - abs(level - 5.3)) * 19
+    wall = np.minimum(1.6 - abs(pipe + 3), span - open_back)
+    calcified = 280 * age * (fine > 0.2)
+    mix(out, 110 + calcified, wall)
 
 
 def skull(out, x, y, up, fine, warp):
     """Skull base with the foramen magnum, brain, mastoid cells; `up` mm above C1."""
-    square = (x / 72) ** 2 + ((y + 15) / 91) ** 2 + ((up - 74) / 60) ** 2
-    depth = (1 - np.sqrt(square)) * 60 + 0.7 * warp
-    hole = np.minimum(oval(x, y, 0, 13, 15, 17), 40 - up)
-    mix(out, 35, np.maximum(depth, np.minimum(hole, up - 9)))
+    across = (x / 72) ** 2
+    along = ((y + 15) / 91) ** 2
+    height = ((up - 74) / 60) ** 2
+    depth = (1 - np.sqrt(across + along + height)) * 60 + 0.7 * warp
+    foramen = oval(x, y, 0, 13, 15, 17)
+    hole = np.minimum(foramen, 40 - up)
+    inside = np.minimum(hole, up - 9)
+    mix(out, 35, np.maximum(depth, inside))
     diploe = np.exp(-(((depth - 3) / 1.2) ** 2))
     shell = 3.2 - np.abs(depth - 3 + warp)
     mix(out, 950 - 350 * diploe, np.minimum(shell, -hole))
 
-    away = (np.abs(x) - 54) ** 2 + (y * 0.8 - 6) ** 2 + ((up - 13) / 1.6) ** 2
-    mastoid = 13 - np.sqrt(away) + 2 * warp
+    aside = (np.abs(x) - 54) ** 2
+    behind = (y * 0.8 - 6) ** 2
+    above = ((up - 13) / 1.6) ** 2
+    mastoid = 13 - np.sqrt(aside + behind + above) + 2 * warp
+    cells = 1.5 * fine - 0.2
     mix(out, 600, mastoid)
-    mix(out, -750, np.minimum(mastoid - 2, 1.5 * fine - 0.2))
+    mix(out, -750, np.minimum(mastoid - 2, cells))
 
 
 # ---- The scanner ----
 
+
+def star_of(rng, here):
+    """Streaks around 0 of complex pixels."""
+    counts = rng.integers(2, 24, 6)
+    heights, phases = rng.uniform(0, 6, (2, 6))
+    angle = np.angle(here)
+    rays = 0
+    for n, a, b in zip(counts, heights, phases):
+        rays = rays + 25 * a * np.cos(n * angle + b)
+    return rays * np.exp(-np.abs(here) / 45)
+
+
 def add_metal(rng, ct, skin, away):
     """Metal with its streaks, in bone or on the skin."""
-    kinds = ((ct[::3, ::2, ::2] > 1100), np.abs(skin + 3) < 2)
-    spots = np.argwhere(kinds[rng.integers(2)]) * (3, 2, 2)
-    count = rng.integers(1, 5) * (rng.random() < 0.4 and len(spots) > 0)
+    bone = ct[::3, ::2, ::2] > 1100
+    on_skin = np.abs(skin + 3) < 2
+    chosen = (bone, on_skin)[rng.integers(2)]
+    spots = np.argwhere(chosen) * (3, 2, 2)
+    most = rng.integers(1, 5)
+    count = most * (rng.random() < 0.4 and len(spots) > 0)
     for k, j, i in rng.choice(spots, count):
         here = away - (i + 1j * j - CENTRE - CENTRE * 1j)
-        waves = zip(rng.integers(2, 24, 6), *rng.uniform(0, 6, (2, 6)))
-        rays = sum(25 * a * np.cos(n * np.angle(here) + b) for n, a, b in waves)
-        star = rays * np.exp(-np.abs(here) / 45)
+        star = star_of(rng, here)
         for plane in ct[max(0, k - 2) : k + 2]:
             plane += star * (plane > -900)
             plane[np.abs(here) < 2.5] = 3000
@@ -504,19 +684,25 @@ def add_metal(rng, ct, skin, away):
 
 def add_couch(rng, ct, skin, away, step):
     """A thin curved couch in the air."""
-    height = (away.imag - rng.uniform(0.3, 0.6) * SIDE) * step[0]
-    bed = height + (away.real * step[0]) ** 2 / 1500
-    air = cv2.resize(np.float32((skin < -3).mean(0)), (SIDE, SIDE)) > 0.9
-    ct[:, air & (np.abs(bed) < 1.5)] = rng.uniform(-400, 0)
+    lower = rng.uniform(0.3, 0.6) * SIDE
+    height_mm = (away.imag - lower) * step[0]
+    aside_mm = away.real * step[0]
+    bed = height_mm + aside_mm**2 / 1500
+    outside = np.float32((skin < -3).mean(0))  # share of the slices
+    air = cv2.resize(outside, (SIDE, SIDE)) > 0.9
+    couch = air & (np.abs(bed) < 1.5)
+    ct[:, couch] = rng.uniform(-400, 0)
 
 
 def scan(rng, ct, level, skin, step):
-    """Image formation: metal, couch, blur, edges, noise and streaks of shoulders, circle."""
-    rows, columns = np.arange(SIDE)[:, None] - CENTRE, np.arange(SIDE)
-    away = 1j * rows + columns - CENTRE
+    """Image formation: metal, couch, blur, edges, noise and streaks of shoulders,
+    circle."""
+    rows = np.arange(SIDE)[:, None] - CENTRE
+    away = 1j * rows + np.arange(SIDE) - CENTRE
     add_metal(rng, ct, skin, away)
     add_couch(rng, ct, skin, away, step)
-    load = np.clip(level[:, 64, 64] - 6.2, 0, 2.2) * rng.uniform(0.3, 1.6)
+    lower = np.clip(level[:, 64, 64] - 6.2, 0, 2.2)
+    load = lower * rng.uniform(0.3, 1.6)
     sharp = rng.uniform(0, 1.1)
     sigma = rng.uniform(0.45, 0.9)
     grit = rng.uniform(13, 60)
@@ -524,11 +710,14 @@ def scan(rng, ct, level, skin, step):
         shoulder = load[k // 3]
         white = rng.standard_normal(plane.shape, np.float32)
         speck = cv2.GaussianBlur(white, (0, 0), 0.5 + 0.5 * sigma)
-        plane = cv2.GaussianBlur(plane, (0, 0), sigma) + grit * (1 + shoulder) * speck
-        plane += sharp * (plane - cv2.GaussianBlur(plane, (0, 0), 1.2))
+        plane = cv2.GaussianBlur(plane, (0, 0), sigma)
+        plane = plane + grit * (1 + shoulder) * speck
+        soft = cv2.GaussianBlur(plane, (0, 0), 1.2)
+        plane += sharp * (plane - soft)
         lines = rng.standard_normal((SIDE, 6), np.float32)
         streak = cv2.resize(lines, (SIDE, SIDE))
-        ct[k] = plane + shoulder * (16 * streak - 22 * (plane > -300))
+        dark = 22 * (plane > -300)
+        ct[k] = plane + shoulder * (16 * streak - dark)
     radius = SIDE * rng.choice([0.5, 1], p=[0.4, 0.6])
     ct[:, np.abs(away) > radius] = -1024
 
@@ -543,28 +732,36 @@ def whole_levels(study, drawn):
     return whole
 
 
+def choose_broken(rng, whole):
+    """The levels that break, in order."""
+    levels = np.array(whole, int)
+    chance = FREQUENCY[levels - 1]
+    many = rng.choice(4, p=[0.5, 0.3, 0.14, 0.06])
+    count = min(many, len(whole))
+    odds = chance / chance.sum()
+    return sorted(rng.choice(whole, count, replace=False, p=odds))
+
+
 def make_study(rng):
-    """One study: CT (z ascending, HU, float32), labels, Grid, indices of the broken vertebrae."""
+    """One study: CT (z ascending, HU, float32), labels, Grid, indices of the broken."""
     study = Study(rng)
     soft, skin, level = study.soft_tissue(rng)
     study.ct = enlarge(soft, study.labels.shape, (3, 2))
-    drawn = {n: build(rng, n, 0.6 * study.age) for n in range(LOWEST, 0, -1)}
-    whole = whole_levels(study, drawn)
-    chance = FREQUENCY[np.array(whole, int) - 1]
-    many = min(rng.choice(4, p=[0.5, 0.3, 0.14, 0.06]), len(whole))
-    broken = sorted(rng.choice(whole, many, replace=False, p=chance / chance.sum()))
+    worn = 0.6 * study.age
+    drawn = {n: build(rng, n, worn) for n in range(LOWEST, 0, -1)}
+    broken = choose_broken(rng, whole_levels(study, drawn))
     for n, parts in drawn.items():
         breaks = fracture(rng, n) if n in broken else None
         study.paint(rng, parts, n, n, breaks)
     study.other_bones(rng)
     scan(rng, study.ct, level, skin, study.step)
 
-    ct = study.ct.reshape(-1, study.merge, SIDE, SIDE).mean(1)
+    merged = study.ct.reshape(-1, study.merge, SIDE, SIDE)
+    ct = np.rint(merged.mean(1).clip(-1024, 3071))
     step = study.step * (1, 1, study.merge)
     origin = study.grid.origin + (step - study.step) / 2
     labels = study.labels[:: study.merge].copy()
-    indices = [int(n) - 1 for n in broken]
-    return np.rint(ct.clip(-1024, 3071)), labels, Grid(origin, step), indices
+    return ct, labels, Grid(origin, step), [int(n) - 1 for n in broken]
 
 
 if __name__ == "__main__":

@@ -8,7 +8,10 @@ TILE_VOXELS = 96  # beyond it the noise repeats: fresh noise is slow
 
 def blur(volume, in_plane, across):
     """Gaussian blur of a (z, y, x) volume; both deviations in voxels."""
-    planes = [cv2.GaussianBlur(plane, (0, 0), in_plane) for plane in volume.astype(np.float32)]
+    planes = [
+        cv2.GaussianBlur(plane, (0, 0), in_plane)
+        for plane in volume.astype(np.float32)
+    ]
     flat = np.stack(planes).reshape(len(volume), -1)
     blurred = cv2.GaussianBlur(flat, (1, 0), 1, sigmaY=across)
     return blurred.reshape(volume.shape)

@@ -1,10 +1,11 @@
 """Synthetic neck CTs whose bones are swept tubes and carved silhouettes: `tubes.py OUT`.
 
-Bones are rectangles swept along curves, and visual hulls of three silhouettes, as signed distances
-in mm; joints are carved midway between bones, fractures move what a rough surface cuts off; soft
-tissue is painted. Tables: tubes_bodies.csv, tubes_silhouettes.csv, tubes_bones.csv (frames: C1, C2,
-skull, C4 to C6, T1 to T3), tubes_breaks.csv, tubes_ovals.csv (level 1 = C1 to 8 = T1; a value up to
-1 is a share of contrast). mm; x to the patient's left, y to the back, z up.
+Bones are rectangles swept along curves, and visual hulls of three silhouettes, as signed
+distances in mm; joints are carved midway between bones, fractures move what a rough surface
+cuts off; soft tissue is painted. Tables: tubes_bodies.csv, tubes_silhouettes.csv,
+tubes_bones.csv (frames: C1, C2, skull, C4 to C6, T1 to T3), tubes_breaks.csv,
+tubes_ovals.csv (level 1 = C1 to 8 = T1; a value up to 1 is a share of contrast). mm; x to
+the patient's left, y to the back, z up.
 """
 
 import functools
@@ -28,6 +29,7 @@ CELL = 0.25  # mm, pixel of a silhouette
 EDGE = 224  # pixels of a silhouette
 LEVELS = 9  # C1 to T2 turn; T3 follows
 NEVER = -99  # mm, inside everything
+THIN_MM = 0.85  # a slice is the mean of slices that are thinner than this
 CRUSHED = -3  # mm down: this shift stands for bone that is crushed, not moved
 
 # Of C1 to T3: how much each wears, and of C1 to C7 how often each breaks. By eye.
@@ -41,18 +43,23 @@ CARTILAGE_HU = (90, 280)
 
 # knots (N, 3); half widths aside and up; corner radius / half width; plane of section; cuts
 Tube = namedtuple("Tube", "knots widths heights up edge plane cuts")
-Pose = namedtuple("Pose", "turn at size", defaults=(np.eye(3), np.zeros(3), 1.0))
+Pose = namedtuple(
+    "Pose", "turn at size", defaults=(np.eye(3), np.zeros(3), 1.0)
+)
 # signed distance to the bone, and to the surface that has a cortex; look: see TOOTH
 Bone = namedtuple("Bone", "box axes distance cortex label look")
 Body = namedtuple("Body", "half_width half_depth height uncus sagittal swell")
 Row = namedtuple("Row", "knots widths heights marks")  # of a table of tubes
 Break = namedtuple("Break", "point normal centre shift reach")
-Course = namedtuple("Course", "x y turn level")  # of the spine, a value a slice
+Course = namedtuple(
+    "Course", "x y turn level"
+)  # of the spine, a value a slice
 Oval = namedtuple("Oval", "value centre half degrees")  # a row a slice
 World = namedtuple("World", "z y x")  # mm of the voxels
 
 
 # ---- Tables ----
+
 
 @functools.cache
 def read_table(name):
@@ -69,16 +76,22 @@ def make_row(knots, widths, heights, marks=""):
     """A row of a table of tubes; a single half width holds for all knots."""
     knots = np.array(knots, float)
     widths = np.broadcast_to(widths, len(knots))
-    return Row(knots, widths, np.broadcast_to(heights, len(knots)), marks.split())
+    return Row(
+        knots, widths, np.broadcast_to(heights, len(knots)), marks.split()
+    )
 
 
 def bone_rows(bone):
     """The tubes of a bone in tubes_bones.csv."""
     table = read_table("bones")
     rows = []
-    for _, knots, widths, heights, marks in table[table.bone == bone].to_numpy():
+    for _, knots, widths, heights, marks in table[
+        table.bone == bone
+    ].to_numpy():
         points = [numbers(point) for point in knots.split(";")]
-        rows.append(make_row(points, numbers(widths), numbers(heights), marks))
+        rows.append(
+            make_row(points, numbers(widths), numbers(heights), marks)
+        )
     return rows
 
 
@@ -98,11 +111,16 @@ def breaks_of(level):
 
 # ---- Tubes ----
 
+
 def make_tubes(rows, rng=None):
     """Tubes of a table's rows, varied as bones are; what cuts is never varied."""
     tubes = []
     for knots, widths, heights, marks in rows:
-        up = (0, 1, 0) if "upright" in marks else (0, -0.32 * ("leaning" in marks), 1)
+        up = (
+            (0, 1, 0)
+            if "upright" in marks
+            else (0, -0.32 * ("leaning" in marks), 1)
+        )
         edge = 0.4 if "square" in marks else 0.62 if "boxy" in marks else 0.9
         plane = (0, 1, 0) if "square" in marks else None
         cuts = "cutting" in marks
@@ -112,7 +130,9 @@ def make_tubes(rows, rng=None):
                 shift = rng.normal(0, 0.35, knots.shape)
                 grow = np.exp(rng.normal(0, 0.07))
             moved = knots * (side, 1, 1) + shift
-            tubes.append(Tube(moved, widths * grow, heights, up, edge, plane, cuts))
+            tubes.append(
+                Tube(moved, widths * grow, heights, up, edge, plane, cuts)
+            )
     return tubes
 
 
@@ -121,22 +141,28 @@ def placed(tubes, pose):
     out = []
     for tube in tubes:
         plane = tube.plane and tuple(pose.turn @ tube.plane)
-        out.append(tube._replace(
-            knots=pose.at + tube.knots @ pose.turn.T * pose.size,
-            widths=tube.widths * pose.size,
-            heights=tube.heights * pose.size,
-            up=pose.turn @ tube.up,
-            plane=plane,
-        ))
+        out.append(
+            tube._replace(
+                knots=pose.at + tube.knots @ pose.turn.T * pose.size,
+                widths=tube.widths * pose.size,
+                heights=tube.heights * pose.size,
+                up=pose.turn @ tube.up,
+                plane=plane,
+            )
+        )
     return out
 
 
 def local(axes, pose):
     """Coordinates x, y, z of the voxels of some axes (z, y, x) in a pose's frame."""
-    centred = [(a - o).astype(np.float32) for a, o in zip(axes, pose.at[::-1])]
+    centred = []
+    for axis, origin in zip(axes, pose.at[::-1]):
+        centred.append((axis - origin).astype(np.float32))
     z, y, x = np.ix_(*centred)
-    c = np.float32(pose.turn / pose.size)
-    return [c[0, k] * x + c[1, k] * y + c[2, k] * z for k in range(3)]
+    out = []
+    for across, back, up in np.float32(pose.turn / pose.size).T:
+        out.append(across * x + back * y + up * z)
+    return out
 
 
 def window(axes, points, span):
@@ -156,11 +182,13 @@ def part_of(axes, box):
 
 def smooth_curve(rows):
     """Rows of a tube with a row between each two, on a smooth curve through them."""
-    before = 2 * rows[0] - rows[1]
-    after = 2 * rows[-1] - rows[-2]
-    ends = np.vstack([before, rows, after])
-    middles = (9 * (ends[1:-2] + ends[2:-1]) - ends[:-3] - ends[3:]) / 16
-    return np.insert(rows, np.arange(1, len(rows)), middles, 0)
+    first, second = rows[:2]
+    before_last, last = rows[-2:]
+    ends = np.vstack([2 * first - second, rows, 2 * last - before_last])
+    near = 9 * (ends[1:-2] + ends[2:-1])
+    middles = (near - ends[:-3] - ends[3:]) / 16
+    places = np.arange(1, len(rows))
+    return np.insert(rows, places, middles, 0)
 
 
 def sweep(field, axes, tube):
@@ -195,7 +223,8 @@ def frame_of(line, tube):
 
 
 def link(axes, start, end, tube):
-    """Distance to a straight link of a tube, between two rows x, y, z, half width, half height."""
+    """Distance to a straight link of a tube, between two rows x, y, z, half width, half
+    height."""
     line = end - start
     turn = frame_of(line[:3], tube)
     along = (line[:3] @ turn + 1e-6).astype(np.float32)
@@ -217,6 +246,7 @@ def link(axes, start, end, tube):
 
 # ---- Vertebral bodies ----
 
+
 def mirrored(outline):
     """A whole outline of its half, which begins and ends on the midline."""
     return np.vstack([outline, outline[-2:0:-1] * (-1, 1)])
@@ -224,16 +254,18 @@ def mirrored(outline):
 
 def outline_distance(outline, scale):
     """Image of the signed distance (mm) to an outline, CELL a pixel."""
-    pixels = np.int32((outline * scale / CELL + EDGE // 2) * 16)
-    image = np.zeros((EDGE, EDGE), np.uint8)
-    image = cv2.fillPoly(image, [pixels], 255, cv2.LINE_8, 4)
+    points = outline * scale / CELL + EDGE // 2
+    blank = np.zeros((EDGE, EDGE), np.uint8)
+    sixteenths = [np.int32(points * 16)]
+    image = cv2.fillPoly(blank, sixteenths, 255, cv2.LINE_8, 4)
     outside = cv2.distanceTransform(255 - image, cv2.DIST_L2, 5)
     inside = cv2.distanceTransform(image, cv2.DIST_L2, 5)
     return (outside - inside) * np.float32(CELL)
 
 
 def hull(xyz, body):
-    """Signed distance of a vertebral body: three silhouettes, the sides lifted to the uncus."""
+    """Signed distance of a vertebral body: three silhouettes, the sides lifted to the
+    uncus."""
     x, y, z = xyz
     wide = body.half_width * body.swell
     deep = body.half_depth * body.swell
@@ -267,7 +299,8 @@ def forks(row):
 
 
 def typical(row, pitch):
-    """Rows of C3 to C7 and T1 to T3: process, pedicles, pillars, laminae, transverse processes."""
+    """Rows of C3 to C7 and T1 to T3: process, pedicles, pillars, laminae, transverse
+    processes."""
     neck = row.slope < 1.45
     back = row.half_depth + row.canal
     tip_y, tip_z = row.spinous_y, row.spinous_z
@@ -291,7 +324,10 @@ def arch(row, pitch, back, neck):
     leg = 2.6 if neck else 1.2
     lean = leg * row.slope
     pedicle = [(wide - 3, deep - 4, 1.5), (pillar - 1, deep + 4, 0.8)]
-    column = [(pillar, deep + 6.2 + leg, -lean), (pillar, deep + 6.2 - leg, lean)]
+    column = [
+        (pillar, deep + 6.2 + leg, -lean),
+        (pillar, deep + 6.2 - leg, lean),
+    ]
     lamina = [
         (pillar - 2.5, deep + 9, -1),
         (pillar * 0.62, back - 2.2, -1.5),
@@ -317,10 +353,19 @@ def thoracic_sides(row):
 
 def cervical_sides(row):
     """Transverse processes of two roots, and the foramen of the vertebral artery."""
-    wide, deep, pillar, tip = row.half_width, row.half_depth, row.pillar_x, row.transverse_x
+    wide, deep, pillar, tip = (
+        row.half_width,
+        row.half_depth,
+        row.pillar_x,
+        row.transverse_x,
+    )
     long = tip > 32
     foramen = wide + 5.6
-    behind = [(pillar - 2, deep + 2, -0.5), (tip - 3, 6, -2), (tip, 5 + 4 * long, -3)]
+    behind = [
+        (pillar - 2, deep + 2, -0.5),
+        (tip - 3, 6, -2),
+        (tip, 5 + 4 * long, -3),
+    ]
     front = [
         (wide - 1, -2.5, -1),
         (tip - 7.5, -4.6, -1),
@@ -337,7 +382,8 @@ def cervical_sides(row):
 
 
 def vessels(row, rng):
-    """The vein that leaves a body at its back; now and then a channel that mimics a crack."""
+    """The vein that leaves a body at its back; now and then a channel that mimics a
+    crack."""
     height = rng.normal(0, 0.7)
     depth = row.half_depth * rng.uniform(0.45, 0.8)
     vein = [(0, row.half_depth + 1, 0), (height, depth, 0.3)]
@@ -355,10 +401,12 @@ def worn_body(row, worn, rng):
     outline = sagittal + rng.normal(0, 0.015, sagittal.shape)
     outline[[0, 4, 7, 11]] *= np.column_stack([1 + spur, 1 - 0.15 * spur])
     return functools.partial(
-        Body, row.half_width, row.half_depth, row.height, row.uncus, outline)
+        Body, row.half_width, row.half_depth, row.height, row.uncus, outline
+    )
 
 
 # ---- Bones ----
+
 
 def draw_bone(world, tubes, look, pose, label=0, body=None, box=None):
     """A bone of tubes, and perhaps of a vertebral body, on a box of the world."""
@@ -381,13 +429,19 @@ def draw_bone(world, tubes, look, pose, label=0, body=None, box=None):
 
 def make_vertebra(rng, world, level, row, pitch, worn, look):
     """A function of a pose that draws a vertebra (level 1 = C1)."""
-    rows = typical(row, pitch) if level > 2 else bone_rows(("atlas", "axis")[level - 1])
+    rows = (
+        typical(row, pitch)
+        if level > 2
+        else bone_rows(("atlas", "axis")[level - 1])
+    )
     if level > 2:
         rows += vessels(row, rng)
     shaped = worn_body(row, worn, rng)
     body = None if level == 1 else shaped(rng.normal(1 + 0.05 * worn, 0.02))
     tubes = make_tubes(rows, rng)
-    return functools.partial(draw_bone, world, tubes, look, label=level, body=body)
+    return functools.partial(
+        draw_bone, world, tubes, look, label=level, body=body
+    )
 
 
 def surface(xyz, point, normal, waves):
@@ -434,15 +488,20 @@ def part(rng, bone, redraw, pose, way, old=False):
         else:
             away = np.minimum(beyond + gap / 2, -ball)
         np.maximum(piece.distance, pose.size * away, out=piece.distance)
-        np.maximum(piece.cortex, piece.distance if old else NEVER, out=piece.cortex)
+        np.maximum(
+            piece.cortex, piece.distance if old else NEVER, out=piece.cortex
+        )
     join(bone, chip, crush)
 
 
 def join(bone, chip, crush):
     """Put the two pieces of a broken bone together, in place of the first."""
-    dense = crush & (bone.distance < 0) & (chip.distance < 0)
-    nearer = np.where(chip.distance < bone.distance, chip.cortex, bone.cortex)
-    bone.cortex[:] = np.where(dense, np.maximum(bone.cortex, -1.1), nearer)
+    inside = (bone.distance < 0) & (chip.distance < 0)
+    dense = crush & inside
+    of_chip = chip.distance < bone.distance
+    nearer = np.where(of_chip, chip.cortex, bone.cortex)
+    thick = np.maximum(bone.cortex, -1.1)
+    bone.cortex[:] = np.where(dense, thick, nearer)
     np.minimum(bone.distance, chip.distance, out=bone.distance)
 
 
@@ -460,7 +519,8 @@ def overlap(one, two):
 
 
 def separate(bones, gap):
-    """Carve joints with a cortex: no bone passes the middle between itself and a neighbour."""
+    """Carve joints with a cortex: no bone passes the middle between itself and a
+    neighbour."""
     half = np.float32(gap / 2)
     for one, two in combinations(bones, 2):
         shared = overlap(one, two) if one.label + two.label else None
@@ -479,61 +539,80 @@ def render(rng, ct, labels, bone, pixel):
     inside, cortex, shell = bone.look
     if not bone.distance.size:
         return
-    hu = inside * (1 + 0.22 * noise(rng, bone.distance.shape, 1.1, 0.9))
-    hu += (cortex - hu) * np.exp(np.minimum(bone.cortex, 0) / np.float32(shell))
-    cover = np.clip(0.5 - bone.distance / np.float32(pixel), 0, 1)
+    texture = 0.22 * noise(rng, bone.distance.shape, 1.1, 0.9)
+    hu = inside * (1 + texture)
+    depth = np.minimum(bone.cortex, 0)
+    hu += (cortex - hu) * np.exp(depth / np.float32(shell))
+    edge = bone.distance / np.float32(pixel)
+    cover = np.clip(0.5 - edge, 0, 1)
     ct[bone.box] += cover * (hu - ct[bone.box])
     labels[bone.box][bone.distance < 0] = bone.label
 
 
 # ---- The spine ----
 
+
 def rotation(radians):
     """Rotation matrix of a rotation vector."""
     return cv2.Rodrigues(radians)[0]
 
 
-def chain(rng, rows, discs, size):
-    """Poses of the skull, and of the skull's C1 and C2 to T3: a chain from C2 down, C1 on top."""
+def draw_angles(rng):
+    """Rotation vectors (degrees) of C2 to T3: lordosis, scoliosis, a turned neck."""
     levels = np.arange(LEVELS)
     lordosis = rng.normal((-6, 20, 26), (7, 6, 5))
-    tilt = np.interp(levels, [0, 6, 8], lordosis) + rng.normal(0, 1.5, LEVELS)
+    tilt = np.interp(levels, [0, 6, 8], lordosis)
+    tilt = tilt + rng.normal(0, 1.5, LEVELS)
     bend = rng.normal(0, 3)
     wave = np.sin(levels * 0.5 + rng.uniform(0, 6))
     roll = bend * wave + np.linspace(rng.normal(0, 3), 0, LEVELS)
-    turned = np.linspace(rng.normal(0, 6), 0, LEVELS) + rng.normal(0, 0.7, LEVELS)
+    turned = np.linspace(rng.normal(0, 6), 0, LEVELS)
+    return zip(tilt, roll, turned + rng.normal(0, 0.7, LEVELS))
 
+
+def chain(rng, rows, discs, size):
+    """Poses of the skull, and of C1 to T3: a chain from C2 down, C1 and the skull on
+    top."""
     poses, at, last = [], np.zeros(3), 0
-    for k, angles in enumerate(zip(tilt, roll, turned)):
+    for k, angles in enumerate(draw_angles(rng)):
         turn = rotation(np.radians(angles))
         up = turn[:, 2]
         half = rows[k].height * size / 2
         if k:
-            at = at - (last + up) / 2 * discs[k - 1] - up * half
+            between = (last + up) / 2 * discs[k - 1]
+            at = at - between - up * half
         poses.append(Pose(turn, at, size))
         at = at - up * half
         last = up
 
     axis = poses[0]
-    turn = axis.turn @ rotation(np.radians(rng.normal(0, (3, 1.5, 5))))
+    turned = rng.normal(0, (3, 1.5, 5))
+    turn = axis.turn @ rotation(np.radians(turned))
     at = axis.at + axis.turn @ (0, 0, 17) * size
     nod = rotation(rng.normal((0.1, 0, 0), (0.09, 0.03, 0.04)))
-    return Pose(turn @ nod, at, size), [Pose(turn, at, size), *poses]
+    atlas = Pose(turn, at, size)
+    return Pose(turn @ nod, at, size), [atlas, *poses]
 
 
 def make_spine(rng, world, rows, worn, poses, look, whole):
     """The vertebrae, and the indices of the broken ones, out of those whole in the scan."""
     centres = [pose.at for pose in poses]
     between = np.linalg.norm(np.diff(centres, axis=0), axis=1)
-    pitch = np.interp(np.arange(10), np.arange(0.5, 9), between) / poses[0].size
+    pitch = (
+        np.interp(np.arange(10), np.arange(0.5, 9), between) / poses[0].size
+    )
     redraws = []
     for k in range(10):
-        redraws.append(make_vertebra(rng, world, k + 1, rows[k], pitch[k], worn[k], look))
+        redraws.append(
+            make_vertebra(rng, world, k + 1, rows[k], pitch[k], worn[k], look)
+        )
     bones = [redraw(pose) for redraw, pose in zip(redraws, poses)]
 
     chance = FRACTURE_ODDS[whole]
     count = rng.choice([0, 1, 2], p=[0.5, 0.33, 0.17])
-    hurt = rng.choice(whole, count, replace=False, p=chance / chance.sum()).tolist()
+    hurt = rng.choice(
+        whole, count, replace=False, p=chance / chance.sum()
+    ).tolist()
     old = [k for k in whole if k > 4 and k not in hurt]
     old = old[: int(rng.random() < 0.12)]
     for k in hurt + old:
@@ -551,7 +630,8 @@ def filling_of(tooth):
     """The filling of a tooth."""
     ends = tooth.knots[:1] + [(0, 0, 0), (1, 0, 2)]
     return tooth._replace(
-        knots=ends, widths=tooth.widths * 0.5, heights=tooth.heights * 0.5)
+        knots=ends, widths=tooth.widths * 0.5, heights=tooth.heights * 0.5
+    )
 
 
 def other_bones(rng, world, skull, poses, look, lost):
@@ -571,16 +651,25 @@ def other_bones(rng, world, skull, poses, look, lost):
         ("third rib", poses[9], look),
         ("girdle", upright, look),
     ):
-        bones.append(draw_bone(world, make_tubes(bone_rows(bone), rng), looks, pose))
+        bones.append(
+            draw_bone(world, make_tubes(bone_rows(bone), rng), looks, pose)
+        )
 
-    teeth = [tooth for tooth in make_tubes(bone_rows("teeth")) if rng.random() > lost]
+    teeth = [
+        tooth
+        for tooth in make_tubes(bone_rows("teeth"))
+        if rng.random() > lost
+    ]
     metal = [filling_of(tooth) for tooth in teeth if rng.random() < 0.08]
     bones.append(draw_bone(world, teeth, TOOTH, skull))
-    bones += [draw_bone(world, [filling], FILLING, skull) for filling in metal]
+    bones += [
+        draw_bone(world, [filling], FILLING, skull) for filling in metal
+    ]
     return bones, [filling.knots[0] for filling in placed(metal, skull)]
 
 
 # ---- Soft tissue ----
+
 
 def ovals(rng, layer, course, size, muscle=1.0):
     """The ovals of a layer of tubes_ovals.csv, an ellipse a slice (half axes 0: absent)."""
@@ -591,11 +680,18 @@ def ovals(rng, layer, course, size, muscle=1.0):
         value, twice = float(rows.value.iloc[0]), int(rows.mirrored.iloc[0])
         knots = rows.iloc[:, 4:].to_numpy(float)
         level = course.level
-        x, y, wide, deep, tilt = (np.interp(level, knots[:, 0], c) for c in knots.T[1:])
+        x, y, wide, deep, tilt = (
+            np.interp(level, knots[:, 0], c) for c in knots.T[1:]
+        )
         inside = np.minimum(level - knots[0, 0], knots[-1, 0] - level)
         end = np.clip(inside / 0.35, 0, 1)
         fatter = muscle if 50 <= value < 60 else 1
-        grow = np.sqrt(end * (2 - end)) * size * np.exp(rng.normal(0, 0.05)) * fatter
+        grow = (
+            np.sqrt(end * (2 - end))
+            * size
+            * np.exp(rng.normal(0, 0.05))
+            * fatter
+        )
         x = size * (x + rng.normal(0, 0.8) * twice)
         y = size * (y + rng.normal(0, 0.8))
         half = np.column_stack([wide, deep]) * grow[:, None]
@@ -604,26 +700,36 @@ def ovals(rng, layer, course, size, muscle=1.0):
             across = course.x + cosine * side * x - sine * y
             back = course.y + sine * side * x + cosine * y
             degrees = side * tilt + np.degrees(course.turn)
-            out.append(Oval(value, np.column_stack([across, back]), half, degrees))
+            out.append(
+                Oval(value, np.column_stack([across, back]), half, degrees)
+            )
     return out
 
 
 def couch_behind(world, skin):
     """An empty slice with a couch below the skin."""
-    back = (skin.centre[:, 1] + skin.half[:, 1]).max()
+    deepest = skin.centre[:, 1] + skin.half[:, 1]
     middle = skin.centre[:, 0].mean()
-    below = world.y[:, None] - back - 4 - (world.x - middle) ** 2 / 900
+    hollow = (world.x - middle) ** 2 / 900
+    below = world.y[:, None] - deepest.max() - 4 - hollow
     offset = np.abs(below / 18 - 0.5)
     shell = np.where(offset > 0.38, -250, -930)
-    return np.where(offset < 0.5, shell, -1000).astype(np.float32)
+    couch = np.where(offset < 0.5, shell, -1000)
+    return couch.astype(np.float32)
 
 
 def draw_oval(image, oval, k, value, corner, pixel):
     """Draw the ellipse of slice k, if it is there."""
     if oval.half[k].min() > 0:
-        at = np.rint((oval.centre[k] - corner) / pixel * 16).astype(int).tolist()
+        at = (
+            np.rint((oval.centre[k] - corner) / pixel * 16)
+            .astype(int)
+            .tolist()
+        )
         half = np.rint(oval.half[k] / pixel * 16).astype(int).tolist()
-        cv2.ellipse(image, at, half, oval.degrees[k], 0, 360, value, -1, cv2.LINE_8, 4)
+        cv2.ellipse(
+            image, at, half, oval.degrees[k], 0, 360, value, -1, cv2.LINE_8, 4
+        )
 
 
 def soft_tissue(rng, world, course, size):
@@ -652,18 +758,22 @@ def soft_tissue(rng, world, course, size):
 
 # ---- The scanner ----
 
+
 def add_streaks(image, spot, k, pixel):
     """Streaks from metal at (x, y, z) voxels over slice k."""
     x, y, z = spot
     rows, columns = np.mgrid[:MATRIX, :MATRIX].astype(np.float32)
-    ray = np.arctan2(rows - y, columns - x)
-    near = np.exp(-np.hypot(rows - y, columns - x) * pixel / 30)
-    fade = max(0, 1 - abs(z - k) / 3) * near
+    down, right = rows - y, columns - x
+    ray = np.arctan2(down, right)
+    near = np.exp(-np.hypot(down, right) * pixel / 30)
+    level = max(0, 1 - abs(z - k) / 3)
+    fade = level * near
     image += 900 * fade * np.sin(7 * ray + x) * np.sin(3 * ray + y)
 
 
 def scan(rng, ct, level, pixel, metal):
-    """Add what a scanner adds: its kernel, noise, streaks through shoulders and from metal."""
+    """Add what a scanner adds: its kernel, noise, streaks through shoulders and from
+    metal."""
     sharp = rng.choice([0, 0.7], p=[0.6, 0.4])
     dose = rng.uniform(20, 110)
     for k, image in enumerate(ct):
@@ -672,10 +782,14 @@ def scan(rng, ct, level, pixel, metal):
         soft = cv2.GaussianBlur(image, (0, 0), 0.45 / pixel)
         white = rng.standard_normal(image.shape, np.float32)
         shoulder = 1 / (1 + np.exp(7.2 - level[k]))
-        image[:] = soft + sharp * (soft - cv2.GaussianBlur(soft, (0, 0), 0.9 / pixel))
+        image[:] = soft + sharp * (
+            soft - cv2.GaussianBlur(soft, (0, 0), 0.9 / pixel)
+        )
         grain = cv2.GaussianBlur(white, (0, 0), 0.5 if sharp else 0.8)
         image += grain * np.float32(dose * (1 + shoulder))
-        lines = cv2.resize(rng.standard_normal((MATRIX, 5), np.float32), image.shape)
+        lines = cv2.resize(
+            rng.standard_normal((MATRIX, 5), np.float32), image.shape
+        )
         image += lines * np.float32(0.5 * dose * shoulder)
 
 
@@ -684,10 +798,14 @@ def course_of(skull, poses, heights, size):
     last = poses[-1]
     crown = skull.at + skull.turn[:, 2] * 255 * size
     points = [crown, *(pose.at for pose in poses), last.at + (0, 12, -60)]
-    turns = [np.arctan2(p.turn[1, 0], p.turn[0, 0]) for p in (skull, *poses, last)]
+    turns = [
+        np.arctan2(p.turn[1, 0], p.turn[0, 0]) for p in (skull, *poses, last)
+    ]
     x, y, z = np.transpose(points)
     levels = [-14, *range(1, 11), 13]
-    return Course(*(np.interp(-heights, -z, values) for values in (x, y, turns, levels)))
+    return Course(
+        *(np.interp(-heights, -z, values) for values in (x, y, turns, levels))
+    )
 
 
 def varied_rows(rng):
@@ -700,42 +818,62 @@ def varied_rows(rng):
     return [Measures(*row) for row in varied]
 
 
-def make_study(rng):
-    """One study: CT (z ascending, HU), labels (1..7 = C1..C7), Grid, indices of the broken."""
-    size = rng.normal(1, 0.07)
-    rows = varied_rows(rng)
-    age = rng.beta(1.6, 1.6)
-    worn = np.clip(age * rng.gamma(3, 0.45, 10) * WEAR, 0, 1.4)
-    discs = size * np.maximum(1.2, 5.6 - 3 * worn[1:])
-    skull, poses = chain(rng, rows[1:], discs, size)
-    heights = np.array([pose.at[2] for pose in poses])
-
+def draw_scan(rng, heights, middle):
+    """(Grid, World, slices, thinner slices a slice) of a scan around the spine."""
     pixel = rng.uniform(0.45, 0.9)
     step = rng.choice(SLICES_MM, p=SLICES_ODDS)
     lowest = rng.choice([6, 7, 8, 9], p=[0.03, 0.22, 0.4, 0.35])
     low = heights[lowest] - rng.uniform(12, 18)
     high = heights[0] + rng.uniform(14, 50)
     count = int((high - low) / step)
-    fold = int(np.ceil(step / 0.85))  # slices are means of thinner ones
-    middle = poses[4].at + rng.normal((0, 8, 0), (4, 6, 0))
-    corner = middle - pixel * (MATRIX - 1) / 2
-    grid = Grid(np.array([*corner[:2], low]), np.array([pixel, pixel, step]))
-    world = World(
-        low + step / fold * (np.arange(count * fold) - (fold - 1) / 2),
-        corner[1] + pixel * np.arange(MATRIX),
-        corner[0] + pixel * np.arange(MATRIX),
+    fold = int(np.ceil(step / THIN_MM))
+
+    away = rng.normal((0, 8, 0), (4, 6, 0))
+    left, back, _ = middle + away - pixel * (MATRIX - 1) / 2
+    origin = np.array([left, back, low])
+    grid = Grid(origin, np.array([pixel, pixel, step]))
+    thin = np.arange(count * fold) - (fold - 1) / 2
+    pixels = pixel * np.arange(MATRIX)
+    return (
+        grid,
+        World(low + step / fold * thin, back + pixels, left + pixels),
+        count,
+        fold,
     )
+
+
+def draw_look(rng, age):
+    """HU inside a bone, of its shell, and mm of the shell."""
+    inside = rng.uniform(170, 330) * (1.2 - 0.5 * age)
+    return inside, rng.uniform(850, 1400), rng.uniform(0.55, 0.95)
+
+
+def make_study(rng):
+    """One study: CT (z ascending, HU), labels (1..7 = C1..C7), Grid, indices of the
+    broken."""
+    size = rng.normal(1, 0.07)
+    rows = varied_rows(rng)
+    age = rng.beta(1.6, 1.6)
+    wear = age * rng.gamma(3, 0.45, 10) * WEAR
+    worn = np.clip(wear, 0, 1.4)
+    discs = size * np.maximum(1.2, 5.6 - 3 * worn[1:])
+    skull, poses = chain(rng, rows[1:], discs, size)
+    heights = np.array([pose.at[2] for pose in poses])
+    grid, world, count, fold = draw_scan(rng, heights, poses[4].at)
+    low, step = grid.origin[2], grid.step[2]
 
     course = course_of(skull, poses, low + step * np.arange(count), size)
     ct = np.repeat(soft_tissue(rng, world, course, size), fold, 0)
     labels = np.zeros(ct.shape, np.uint8)
-    inside_hu = rng.uniform(170, 330) * (1.2 - 0.5 * age)
-    look = (inside_hu, rng.uniform(850, 1400), rng.uniform(0.55, 0.95))
+    look = draw_look(rng, age)
+    high = low + step * count
     whole = [k for k in range(7) if low + 12 < heights[k] < high - 12]
     bones, hurt = make_spine(rng, world, rows, worn, poses, look, whole)
     frame, metal = other_bones(rng, world, skull, poses, look, 0.5 * age)
-    separate(bones + frame, rng.uniform(1, 1.8))
-    for bone in bones + frame:
+    bones += frame
+    separate(bones, rng.uniform(1, 1.8))
+    pixel = grid.step[0]
+    for bone in bones:
         render(rng, ct, labels, bone, pixel)
 
     ct = ct.reshape(count, fold, MATRIX, MATRIX).mean(1)

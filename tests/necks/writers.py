@@ -1,13 +1,15 @@
-"""What the generators share: a grid, a command line, and studies written as the competition's.
+"""What the generators share: a grid, a command line, and studies written as the
+competition's.
 
-A generator brings `make_study(rng)`, which gives (CT in HU (z, y, x), labels, Grid, the indices
-0..6 of its broken vertebrae); z ascends from the feet, x grows to the left, y to the back.
+A generator brings `make_study(rng)`, which gives (CT in HU (z, y, x), labels, Grid, the
+indices 0..6 of its broken vertebrae); z ascends from the feet, x grows to the left, y to
+the back.
 
     python tests/necks/GENERATOR.py OUT --studies 24 --seed 0 [--train]
 
-writes OUT/test_images/<uid>/<k>.dcm (k = 1 on top), OUT/segmentations/<uid>.nii (1..7 = C1..C7,
-8 and on = T1 and on), OUT/test.csv, OUT/test_labels.csv and an empty train.csv; with --train,
-OUT/train_images and OUT/train.csv.
+writes OUT/test_images/<uid>/<k>.dcm (k = 1 on top), OUT/segmentations/<uid>.nii (1..7 =
+C1..C7, 8 and on = T1 and on), OUT/test.csv, OUT/test_labels.csv and an empty train.csv;
+with --train, OUT/train_images and OUT/train.csv.
 """
 
 import argparse
@@ -29,7 +31,9 @@ NIFTI_SCANNER = 1  # the affine leads to the scanner's coordinates
 NIFTI_HEADER = "<i36x8h14x2h2x8f3f3xB128x2h24x12f16x4s4x"
 NIFTI_DATA_AT = 352  # bytes
 
-Grid = namedtuple("Grid", "origin step")  # mm, both (x, y, z): of voxel 0, between voxels
+Grid = namedtuple(
+    "Grid", "origin step"
+)  # mm, both (x, y, z): of voxel 0, between voxels
 
 
 def write_dicom(folder, uid, ct, grid):
@@ -107,8 +111,12 @@ def write_tables(out, truth, train):
         return
     labels[:0].to_csv(out / "train.csv", index=False)
     labels.to_csv(out / "test_labels.csv", index=False)
-    asked = [(f"{uid}_{target}", uid, target) for uid in truth for target in TARGETS]
-    test = pd.DataFrame(asked, columns=["row_id", "StudyInstanceUID", "prediction_type"])
+    asked = [
+        (f"{uid}_{target}", uid, target) for uid in truth for target in TARGETS
+    ]
+    test = pd.DataFrame(
+        asked, columns=["row_id", "StudyInstanceUID", "prediction_type"]
+    )
     test.to_csv(out / "test.csv", index=False)
 
 
@@ -116,9 +124,15 @@ def main(make_study, uid_root, description, argv=None):
     """Draw the studies that the command line asks for, and write them with their tables."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("out", type=Path, help="folder to write")
-    parser.add_argument("--studies", type=int, default=24, help="how many (default 24)")
-    parser.add_argument("--seed", type=int, default=0, help="of what is random (default 0)")
-    parser.add_argument("--train", action="store_true", help="studies to train on")
+    parser.add_argument(
+        "--studies", type=int, default=24, help="how many (default 24)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of what is random (default 0)"
+    )
+    parser.add_argument(
+        "--train", action="store_true", help="studies to train on"
+    )
     options = parser.parse_args(argv)
 
     cv2.setNumThreads(1)

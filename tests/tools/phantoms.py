@@ -1,9 +1,10 @@
 """Synthetic neck CTs in the layout of the competition: what `cspine.py phantom` writes.
 
-Every organ is made of blobs and rods in a local frame: x left, y back, z up, mm. They stand in
-phantoms.csv, in painting order: material, frame (head, neck, chest, lying; of a vertebra the levels
-that it is for), on how many sides, radii, and the points that the rods join. In the frame "neck" z
-counts levels down from C1. Body and skull are painted as shells in shells.
+Every organ is made of blobs and rods in a local frame: x left, y back, z up, mm. They stand
+in phantoms.csv, in painting order: material, frame (head, neck, chest, lying; of a vertebra
+the levels that it is for), on how many sides, radii, and the points that the rods join. In
+the frame "neck" z counts levels down from C1. Body and skull are painted as shells in
+shells.
 """
 
 import functools
@@ -64,10 +65,19 @@ HU = dict(  # lowest, highest
 )
 FRACTURED_PATIENTS = 0.476  # share of the training patients (facts)
 FRACTURE_RATES = (  # with it they give the facts' prevalences of C1 to C7
-    0.091, 0.178, 0.046, 0.067, 0.101, 0.173, 0.245)
+    0.091,
+    0.178,
+    0.046,
+    0.067,
+    0.101,
+    0.173,
+    0.245,
+)
 GAP_MM = (0.5, 2.0)  # width of a fracture
 GAP_MM2 = 60  # least area of a vertebra's fractures
-IN_VIEW_MM = 13  # of a vertebra's centre from the scan's end, else its label is 0
+IN_VIEW_MM = (
+    13  # of a vertebra's centre from the scan's end, else its label is 0
+)
 JOINT_MM = 0.8  # between bones
 SOFT_MM = 1.6  # voxel of the grid on which soft tissue is painted
 FAR_MM = 9  # distances are not computed beyond
@@ -88,7 +98,9 @@ Part = namedtuple("Part", "material ends radii")  # two ends (equal: a blob); mm
 
 @dataclass(frozen=True)
 class Phantom:
-    """A study: hu and label (Z, Y, X), head first; affine LPS; boxes (N, 5): x y w h slice."""
+    """A study: hu and label (Z, Y, X), head first; affine LPS; boxes (N, 5): x y w h
+    slice."""
+
     hu: np.ndarray
     label: np.ndarray
     spacing: tuple
@@ -99,20 +111,26 @@ class Phantom:
 
 # ---- Parts ----
 
+
 @functools.cache
 def read_table(name):
     """Rows (material, frame, sides, radii, points) of a table in phantoms.csv."""
-    table = pd.read_csv(Path(__file__).with_name("phantoms.csv"), dtype={"radii_mm": str})
+    table = pd.read_csv(
+        Path(__file__).with_name("phantoms.csv"), dtype={"radii_mm": str}
+    )
     rows = []
     for row in table[table.table == name].itertuples():
         radii = np.array(row.radii_mm.split(), float)
         points = [point.split() for point in row.points.split(";")]
-        rows.append((row.material, row.frame, row.sides, radii, np.array(points, float)))
+        rows.append(
+            (row.material, row.frame, row.sides, radii, np.array(points, float))
+        )
     return rows
 
 
 def draw_parts(rng, name, line=None):
-    """(frame, Part) of each rod of a table, varied; `line`: where the levels of the neck are."""
+    """(frame, Part) of each rod of a table, varied; `line`: where the levels of the neck
+    are."""
     for material, frame, sides, radii, points in read_table(name):
         radii = radii * rng.normal(1, 0.07) * np.ones(3)
         if frame == "neck":
@@ -127,24 +145,31 @@ def draw_parts(rng, name, line=None):
 
 
 def region(local, shape, parts, margin):
-    """Slices of the voxels near the parts, and local coordinates from voxels (4x4) of that box."""
-    low = np.min([part.ends.min(0) - part.radii for part in parts], 0) - margin
-    high = np.max([part.ends.max(0) + part.radii for part in parts], 0) + margin
-    grid = np.reshape(np.meshgrid(*zip(low, high)), (3, 8))
+    """Slices of the voxels near the parts, and local coordinates from voxels (4x4) of that
+    box."""
+    low = np.min([part.ends.min(0) - part.radii for part in parts], 0)
+    high = np.max([part.ends.max(0) + part.radii for part in parts], 0)
+    limits = zip(low - margin, high + margin)
+    grid = np.reshape(np.meshgrid(*limits), (3, 8))
     corners = np.vstack([grid, np.ones(8)])
     voxel = (np.linalg.inv(local) @ corners)[:3]
-    start = np.clip(np.floor(voxel.min(1)), 0, shape).astype(int)
-    stop = np.clip(np.ceil(voxel.max(1)) + 1, start, shape).astype(int)
-    box = tuple(map(slice, start, stop))
-    return box, np.c_[local[:, :3], local @ [*start, 1]]
+    first = np.floor(voxel.min(1))
+    last = np.ceil(voxel.max(1)) + 1
+    start = np.clip(first, 0, shape).astype(int)
+    stop = np.clip(last, start, shape).astype(int)
+    origin = local @ [*start, 1]
+    return tuple(map(slice, start, stop)), np.c_[local[:, :3], origin]
 
 
 def part_distance(part, at):
-    """Distance (mm, about) of points to a part, and to none: its radii stretch the space."""
+    """Distance (mm, about) of points to a part, and to none: its radii stretch the
+    space."""
     least = min(part.radii)
     scale = np.float32(least / part.radii)
     axis = np.float32(part.ends[1] - part.ends[0]) * scale
-    offset = [(a - np.float32(e)) * s for a, e, s in zip(at, part.ends[0], scale)]
+    offset = [
+        (a - np.float32(e)) * s for a, e, s in zip(at, part.ends[0], scale)
+    ]
     projection = sum(o * a for o, a in zip(offset, axis))
     along = np.clip(projection / max(axis @ axis, 1e-6), 0, 1)
     x, y, z = ((o - along * a) ** 2 for o, a in zip(offset, axis))
@@ -155,7 +180,8 @@ def part_distance(part, at):
 
 
 def distance(parts, at, local, blend_mm=1.5):
-    """Distance (mm, negative inside) of the points to the smooth union of parts less holes."""
+    """Distance (mm, negative inside) of the points to the smooth union of parts less
+    holes."""
     out = np.full(at[0].shape, FAR_MM, np.float32)
     for part in sorted(parts, key=lambda part: part.material == "hole"):
         box, _ = region(local, out.shape, [part], 4)
@@ -171,6 +197,7 @@ def distance(parts, at, local, blend_mm=1.5):
 
 # ---- Noise ----
 
+
 def upsample(coarse, shape):
     """Linear interpolation of a coarse grid over the same space, float32."""
     z = (np.arange(shape[0]) + 0.5) * len(coarse) / shape[0] - 0.5
@@ -178,7 +205,9 @@ def upsample(coarse, shape):
     for at in np.clip(z, 0, len(coarse) - 1.001):
         below, share = divmod(at, 1)
         k = int(below)
-        plane = coarse[k] * np.float32(1 - share) + coarse[k + 1] * np.float32(share)
+        plane = coarse[k] * np.float32(1 - share) + coarse[k + 1] * np.float32(
+            share
+        )
         planes.append(cv2.resize(plane, shape[:0:-1]))
     return np.stack(planes)
 
@@ -191,6 +220,7 @@ def lumps(rng, shape, cell):
 
 # ---- Painting ----
 
+
 def voxel_coordinates(shape, local):
     """Local coordinates x, y, z (mm, float32) of the voxels of a box."""
     k, j, i = np.ogrid[tuple(map(slice, np.float32(shape)))]
@@ -198,7 +228,8 @@ def voxel_coordinates(shape, local):
 
 
 def paint(scene, rng, parts, frame, tissue, grow=0, label=0, broken=False):
-    """Fill parts grown by mm; a labelled bone keeps clear of others. Boxes of fracture gaps."""
+    """Fill parts grown by mm; a labelled bone keeps clear of others. Boxes of fracture
+    gaps."""
     local = np.linalg.inv(frame) @ scene.affine
     box, local = region(local, scene.hu.shape, parts, grow + 3)
     old, mm = scene.hu[box], scene.mm
@@ -234,11 +265,14 @@ def paint(scene, rng, parts, frame, tissue, grow=0, label=0, broken=False):
 
 
 def gap_boxes(gap, corner):
-    """(x, y, width, height, slice) around a gap in every slice that shows more than a speck."""
+    """(x, y, width, height, slice) around a gap in every slice that shows more than a
+    speck."""
     boxes = []
     for k in np.flatnonzero(gap.sum((1, 2)) > 3):
         x, y, width, height = cv2.boundingRect(np.uint8(gap[k]))
-        boxes.append((x + corner[2], y + corner[1], width, height, k + corner[0]))
+        boxes.append(
+            (x + corner[2], y + corner[1], width, height, k + corner[0])
+        )
     return boxes
 
 
@@ -252,7 +286,9 @@ def break_bone(rng, scene, parts, at, local):
     shift = np.float32(rng.normal(0, 1, 3) * rng.choice([0, 0.5, 1.5]))
     solid = [part for part in parts if part.material != "hole"]
     while area < GAP_MM2:
-        chosen = rng.integers(len(solid)) * (rng.random() < 0.75)  # the first is the body
+        chosen = rng.integers(len(solid)) * (
+            rng.random() < 0.75
+        )  # the first is the body
         centre, normal, reach = draw_plane(rng, solid[chosen])
         offset = [a - c for a, c in zip(at, centre)]
         plane = sum(o * n for o, n in zip(offset, normal)) + rough
@@ -283,11 +319,14 @@ def draw_plane(rng, part):
 
 # ---- The spine ----
 
+
 def stretch(ends, size):
     """Points of C5 moved in place to where another level has them."""
     x, y, z = ends.T.copy()
     back = size.depth + 17
-    side = np.interp(abs(x), (0, 10, 19, 28), (0, size.width, size.pillar, size.span))
+    side = np.interp(
+        abs(x), (0, 10, 19, 28), (0, size.width, size.pillar, size.span)
+    )
     ends[:, 0] = np.sign(x) * side
     behind = (-size.depth, size.depth, back, back + size.spine)
     ends[:, 1] = np.interp(y, (-8, 8, 25, 40), behind)
@@ -295,16 +334,27 @@ def stretch(ends, size):
 
 
 def vertebra(rng, level, size, broken):
-    """Parts of one vertebra: wear, a nutrient canal and, if broken, now and then compression."""
-    own = VERTEBRAE[level] if level < 2 else "cervical" if level < 7 else "thoracic"
+    """Parts of one vertebra: wear, a nutrient canal and, if broken, now and then
+    compression."""
+    own = (
+        VERTEBRAE[level]
+        if level < 2
+        else "cervical" if level < 7 else "thoracic"
+    )
     frames = {own} if level < 2 else {own, "any"}
-    parts = [part for frame, part in draw_parts(rng, "spine") if frame in frames]
+    parts = [
+        part for frame, part in draw_parts(rng, "spine") if frame in frames
+    ]
     if level > 1:
         for part in parts:
             stretch(part.ends, size)
         height = size.height / 2 * (rng.uniform(0.6, 1) if broken else 1)
         parts[0].radii[:] = size.width, size.depth, height
-        low_or_high = rng.normal(0, 4), -size.depth - 1, rng.choice([-0.5, 0.5]) * size.height
+        low_or_high = (
+            rng.normal(0, 4),
+            -size.depth - 1,
+            rng.choice([-0.5, 0.5]) * size.height,
+        )
         spur = Part("bone", np.array([low_or_high] * 2), np.array((6, 3, 2)))
         parts += [spur] * (rng.random() < 0.3)
 
@@ -322,12 +372,19 @@ def rotation(degrees):
 
 
 def draw_spine(rng, measures, variety):
-    """Frames of C1 to T6 (LEVELS, 4, 4) on a lordotic, straight or kyphotic curve around C4."""
+    """Frames of C1 to T6 (LEVELS, 4, 4) on a lordotic, straight or kyphotic curve around
+    C4."""
     base, top = rng.normal((24, -2), (7 * variety, 9 * variety))
-    lean = np.interp(range(LEVELS), (0, 1, 7, 12), (top - 4, top, base, base + 6))
-    turn = np.outer(np.linspace(1, 0, LEVELS), rng.normal(0, (4 * variety, 7 * variety)))
+    lean = np.interp(
+        range(LEVELS), (0, 1, 7, 12), (top - 4, top, base, base + 6)
+    )
+    turn = np.outer(
+        np.linspace(1, 0, LEVELS), rng.normal(0, (4 * variety, 7 * variety))
+    )
     angles = np.c_[lean, turn]
-    frames = np.stack([rotation(degrees + rng.normal(0, 1.5, 3)) for degrees in angles])
+    frames = np.stack(
+        [rotation(degrees + rng.normal(0, 1.5, 3)) for degrees in angles]
+    )
     height = measures["height"]
     steps = (height[1:] + height[:-1]) / 2 + measures["disc"][:-1]
     up = (frames[1:, :3, 2] + frames[:-1, :3, 2]) / 2
@@ -350,10 +407,14 @@ def paint_spine(rng, scene, frames, measures, fractured):
     paint_ribs(rng, scene, frames)
     boxes = []
     for level, frame in enumerate(frames):
-        size = SimpleNamespace(**{name: values[level] for name, values in measures.items()})
+        size = SimpleNamespace(
+            **{name: values[level] for name, values in measures.items()}
+        )
         if level:
             middle = np.array([(0, 0, -(size.height + size.disc) / 2)] * 2)
-            disc = Part("flat", middle, np.array((size.width, size.depth, size.disc)))
+            disc = Part(
+                "flat", middle, np.array((size.width, size.depth, size.disc))
+            )
             paint(scene, rng, [disc], frame, "disc")
         broken = level < 7 and fractured[level]
         parts = vertebra(rng, level, size, broken)
@@ -363,13 +424,21 @@ def paint_spine(rng, scene, frames, measures, fractured):
 
 # ---- Soft tissue ----
 
+
 def shells_of(rng, variety):
     """{material: its shells (tissue, mm grown)} of body and skull."""
-    wrap = [("cloth", 9), ("air", 6)] * (rng.random() < 0.12 * variety)  # mask, collar, blanket
+    wrap = [("cloth", 9), ("air", 6)] * (
+        rng.random() < 0.12 * variety
+    )  # mask, collar, blanket
     fascia = ("fascia", -rng.uniform(5, 14))
     return dict(
         body=[*wrap, ("skin", 0), ("fat", -2), fascia],
-        skull=[("table", 0), ("diploe", -2.2), ("table", -4.5), ("brain", -6.5)],
+        skull=[
+            ("table", 0),
+            ("diploe", -2.2),
+            ("table", -4.5),
+            ("brain", -6.5),
+        ],
     )
 
 
@@ -380,7 +449,9 @@ def paint_soft(rng, scene, shape, frames, line, variety):
     affine = scene.affine @ np.diag([*(shape / coarse), 1])
     affine[:, 3] = scene.affine @ [*(shape / coarse / 2 - 0.5), 1]
     empty = np.full(coarse, -1000, np.float32)
-    soft = SimpleNamespace(hu=empty, affine=affine, mm=SOFT_MM, tissue=scene.tissue)
+    soft = SimpleNamespace(
+        hu=empty, affine=affine, mm=SOFT_MM, tissue=scene.tissue
+    )
 
     shells = shells_of(rng, variety)
     drawn = draw_parts(rng, "soft", line)
@@ -395,6 +466,7 @@ def paint_soft(rng, scene, shape, frames, line, variety):
 
 
 # ---- The scan ----
+
 
 def draw_ends(rng, level, variety):
     """Top and bottom (mm) of a scan; some lack C1 or C7, some hold the head."""
@@ -418,7 +490,9 @@ def draw_grid(rng, level, matrix, variety):
     spacing_mm = rng.uniform(0.5, 3 if wild else 1.25)
     slices = int(np.clip((top - bottom) / spacing_mm, 60, 400))
     extent_mm = (140, 225) if usual else (90, 400) if wild else (120, 260)
-    if not wild:  # pixels of 0.3 to 0.7 mm, but for matrices that are too small for a neck
+    if (
+        not wild
+    ):  # pixels of 0.3 to 0.7 mm, but for matrices that are too small for a neck
         extent_mm = np.clip(extent_mm, 0.3 * matrix, max(0.7 * matrix, 170))
     pixel = rng.uniform(*extent_mm) / matrix
     spacing = ((top - bottom) / slices, pixel, pixel)
@@ -438,16 +512,20 @@ def streaks_of(metal, k, rays, spacing, shape):
     """The star of streaks that metal (z, y, x) draws over slice k, or 0."""
     if metal is None or abs(k - metal[0]) * spacing[0] >= 6:
         return 0
-    rows, columns = np.ogrid[: shape[1], : shape[2]]
-    y, x = rows - metal[1], columns - metal[2]
+    _, height, width = shape
+    rows, columns = np.ogrid[:height, :width]
+    y = rows - metal[1]
+    x = columns - metal[2]
     angles = np.linspace(-np.pi, np.pi, len(rays))
-    star = np.interp(np.arctan2(y, x), angles, np.roll(rays, 7 * k))
-    near = np.exp(-np.hypot(y, x) / (0.2 * shape[2]))
+    turned = np.roll(rays, 7 * k)
+    star = np.interp(np.arctan2(y, x), angles, turned)
+    near = np.exp(-np.hypot(y, x) / (0.2 * width))
     return np.float32(star * near)
 
 
 def add_artefacts(rng, scene, spacing, shoulder, metal, variety):
-    """Motion, blur, noise, streaks of the shoulders and of metal (z, y, x), slice by slice."""
+    """Motion, blur, noise, streaks of the shoulders and of metal (z, y, x), slice by
+    slice."""
     slices, rows, columns = scene.hu.shape
     sigma = np.exp(rng.uniform(np.log(5), np.log(60))) * rng.uniform(1, variety)
     blur = rng.uniform(0.2, 0.7) * rng.uniform(1, variety) / spacing[1]
@@ -460,15 +538,21 @@ def add_artefacts(rng, scene, spacing, shoulder, metal, variety):
         near = np.exp(-(((k - moved) * spacing[0] / 8) ** 2))
         shift = np.rint(jerk * near).astype(int)
         scene.label[k] = np.roll(scene.label[k], shift, (0, 1))
-        plane = cv2.GaussianBlur(np.roll(scene.hu[k], shift, (0, 1)), (0, 0), blur)
+        plane = cv2.GaussianBlur(
+            np.roll(scene.hu[k], shift, (0, 1)), (0, 0), blur
+        )
         depth = np.clip((shoulder - k) * spacing[0] / 12, -9, 9)
         low = 1 / (1 + np.exp(depth))  # 1: at the shoulders
         white = rng.standard_normal((rows, columns), np.float32)
         grit = cv2.GaussianBlur(white, (0, 0), grain)
         lines = rng.standard_normal((rows, columns // 24 + 2), np.float32)
-        plane += grit * np.float32(3.5 * grain * sigma * (1 + low))  # 3.5: blur weakens noise
+        plane += grit * np.float32(
+            3.5 * grain * sigma * (1 + low)
+        )  # 3.5: blur weakens noise
         plane += cv2.resize(lines, (columns, rows)) * np.float32(streaks * low)
-        scene.hu[k] = plane + streaks_of(metal, k, rays, spacing, scene.hu.shape)
+        scene.hu[k] = plane + streaks_of(
+            metal, k, rays, spacing, scene.hu.shape
+        )
 
 
 def draw_tissue(rng, variety):
@@ -499,7 +583,9 @@ def draw_fractured(rng, in_view, fractures):
     fractured = np.zeros(7, np.uint8)
     patient = in_view.any() and rng.random() < FRACTURED_PATIENTS * fractures
     while patient and not fractured.any():
-        fractured[:] = rng.random(7) < np.multiply(FRACTURE_RATES, fractures) * in_view
+        fractured[:] = (
+            rng.random(7) < np.multiply(FRACTURE_RATES, fractures) * in_view
+        )
     return fractured
 
 
@@ -519,8 +605,11 @@ def empty_scene(painted, fine, spacing, affine, tissue, gap_mm):
 
 def paint_filling(rng, scene, frame, affine):
     """A filling in a tooth; its voxel (z, y, x, 1) in the scan."""
-    at = (rng.choice([-25, 25]), -65, rng.choice([-9, -17]))
-    filling = Part("metal", np.array([at] * 2), np.array((3, 4, 3)))
+    side = rng.choice([-25, 25])
+    height = rng.choice([-9, -17])
+    at = (side, -65, height)
+    ends = np.array([at, at])
+    filling = Part("metal", ends, np.array((3, 4, 3)))
     paint(scene, rng, [filling], frame, "metal")
     return np.linalg.inv(affine) @ frame @ [*at, 1]
 
@@ -528,8 +617,8 @@ def paint_filling(rng, scene, frame, affine):
 def make_phantom(seed, matrix=512, variety=1.0, fractures=1.0, gap_mm=GAP_MM):
     """A neck CT drawn from `seed` (a number or several); `variety` widens every range.
 
-    `fractures` multiplies the rates of fractured patients and vertebrae; `gap_mm` is the least and
-    the greatest width of a fracture.
+    `fractures` multiplies the rates of fractured patients and vertebrae; `gap_mm` is the
+    least and the greatest width of a fracture.
     """
     rng = np.random.default_rng(seed)
     tissue = draw_tissue(rng, variety)
@@ -571,23 +660,32 @@ def make_phantom(seed, matrix=512, variety=1.0, fractures=1.0, gap_mm=GAP_MM):
 
 # ---- Files ----
 
+
 def stored_values(hu, storage):
     """HU as the whole numbers of a form of storage, cut off at its bits."""
-    low = -(1 << storage.bits - 1) if storage.signed else 0
+    lowest = lowest_value(storage)
+    highest = lowest + (1 << storage.bits) - 1
     values = (hu - np.float32(storage.intercept)) / storage.slope
-    values = np.rint(values).clip(low, low + (1 << storage.bits) - 1)
+    values = np.rint(values).clip(lowest, highest)
     return values.astype("<i2" if storage.signed else "<u2")
+
+
+def lowest_value(storage):
+    """The least whole number that a form of storage holds."""
+    return -(1 << storage.bits - 1) if storage.signed else 0
 
 
 def add_padding(rng, stored, storage, data):
     """What lies outside the scanner's circle; its value is named in half of the studies."""
-    padding = max(-(1 << storage.bits - 1) if storage.signed else 0, -2000)
+    padding = max(lowest_value(storage), -2000)
     slices, rows, columns = stored.shape
     j, i = np.ogrid[:rows, :columns]
     radius = np.hypot(j - rows / 2, i - columns / 2)
     stored[:, radius > max(rows, columns) / 2] = padding
     if rng.random() < 0.5:
-        data.add_new("PixelPaddingValue", "SS" if storage.signed else "US", padding)
+        data.add_new(
+            "PixelPaddingValue", "SS" if storage.signed else "US", padding
+        )
 
 
 def dicom_header(rng, phantom, uid, storage, data):
@@ -596,7 +694,9 @@ def dicom_header(rng, phantom, uid, storage, data):
         data.Modality, data.PatientSex = "CT", str(rng.choice(["M", "F", "O"]))
     data.file_meta = pydicom.dataset.FileMetaDataset()
     implicit = rng.random() < 0.3
-    data.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2" + ("" if implicit else ".1")
+    data.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2" + (
+        "" if implicit else ".1"
+    )
     thickness = phantom.spacing[0] * rng.uniform(1, 1.6)
     values = dict(
         SOPClassUID=pydicom.uid.CTImageStorage,
@@ -631,7 +731,8 @@ def draw_numbers(rng, slices):
 
 
 def write_phantom(phantom, uid, images, masks, seed):
-    """Slices images/<uid>/<n>.dcm and the mask masks/<uid>.nii; the file number of each slice."""
+    """Slices images/<uid>/<n>.dcm and the mask masks/<uid>.nii; the file number of each
+    slice."""
     rng = np.random.default_rng(seed)
     numbers = draw_numbers(rng, len(phantom.hu))
     storage = Storage(*STORAGE[rng.integers(len(STORAGE))])
@@ -655,7 +756,12 @@ def write_phantom(phantom, uid, images, masks, seed):
 def write_mask(phantom, path):
     """NIfTI-1 whose array has the axes L, A, S; RAS+ mm in the sform."""
     z, y, x = phantom.label.shape
-    voxel_from_stored = [[0, 0, -1, z - 1], [0, -1, 0, y - 1], [1, 0, 0, 0], [0, 0, 0, 1]]
+    voxel_from_stored = [
+        [0, 0, -1, z - 1],
+        [0, -1, 0, y - 1],
+        [1, 0, 0, 0],
+        [0, 0, 0, 1],
+    ]
     ras = (np.diag([-1, -1, 1, 1]) @ phantom.affine @ voxel_from_stored)[:3]
     header = bytearray(352)
     for offset, kind, *values in (  # of nifti1.h
@@ -678,19 +784,30 @@ def make_study(out, seed, matrix, variety, fractures, index):
     """One study on disk; its row of labels and its rows of boxes."""
     uid = f"1.2.826.0.1.3680043.9999.{seed}.{index}"
     images = out / ("train_images" if index < FIRST_TEST else "test_images")
-    share = np.random.default_rng([seed, index, 2]).random()  # from realistic to `variety`
-    phantom = make_phantom([seed, index], matrix, 1 + (variety - 1) * share, fractures)
+    share = np.random.default_rng(
+        [seed, index, 2]
+    ).random()  # from realistic to `variety`
+    phantom = make_phantom(
+        [seed, index], matrix, 1 + (variety - 1) * share, fractures
+    )
     masks = out / "segmentations"
     numbers = write_phantom(phantom, uid, images, masks, [seed, index, 1])
     boxes = [(uid, *box[:4], numbers[box[4]]) for box in phantom.boxes.tolist()]
-    return (uid, int(phantom.fractured.any()), *phantom.fractured.tolist()), boxes
+    return (
+        uid,
+        int(phantom.fractured.any()),
+        *phantom.fractured.tolist(),
+    ), boxes
 
 
 def write_tables(out, train, test):
-    """The csv files of rows (uid, patient_overall, C1, ..., C7), and the truth of the test."""
+    """The csv files of rows (uid, patient_overall, C1, ..., C7), and the truth of the
+    test."""
     labels = ["StudyInstanceUID", "patient_overall", *VERTEBRAE]
     asked = ["row_id", "StudyInstanceUID", "prediction_type"]
-    tests = [(f"{row[0]}_{kind}", row[0], kind) for row in test for kind in TARGETS]
+    tests = [
+        (f"{row[0]}_{kind}", row[0], kind) for row in test for kind in TARGETS
+    ]
     answers = [(row_id, 0.5) for row_id, _, _ in tests]
     for name, table, columns in (
         ("train", train, labels),
@@ -698,11 +815,20 @@ def write_tables(out, train, test):
         ("test", tests, asked),
         ("sample_submission", answers, ["row_id", "fractured"]),
     ):
-        pd.DataFrame(table, columns=columns).to_csv(out / f"{name}.csv", index=False)
+        pd.DataFrame(table, columns=columns).to_csv(
+            out / f"{name}.csv", index=False
+        )
 
 
 def make_dataset(
-    out, studies, test_studies, seed, matrix, workers, variety=1.0, fractures=1.0
+    out,
+    studies,
+    test_studies,
+    seed,
+    matrix,
+    workers,
+    variety=1.0,
+    fractures=1.0,
 ):
     """A data set in the RSNA layout under `out`, with the truth of the test studies."""
     out.mkdir(parents=True, exist_ok=True)
