@@ -1,4 +1,5 @@
-"""What every test file shares: the way to cspine.py, DICOM series made to order, phantoms."""
+"""What every test file shares: the way to cspine.py, DICOM series made to order,
+phantoms."""
 
 import sys
 from pathlib import Path
@@ -8,7 +9,8 @@ import pytest
 import torch
 
 TESTS = Path(__file__).parent
-sys.path[:0] = [str(TESTS.parent), *(str(TESTS / room) for room in ("tools", "necks", "studies"))]
+ROOMS = [TESTS.parent, TESTS / "tools", TESTS / "necks", TESTS / "studies"]
+sys.path[:0] = map(str, ROOMS)
 torch.set_num_threads(2)
 
 from dicom_files import AXIAL, dicom_bytes  # noqa: E402
@@ -25,8 +27,8 @@ def make_dicom():
 def write_series(tmp_path):
     """write(stored (Z, Y, X), ...) -> folder of one DICOM file a slice.
 
-    Slice k lies `step` * k from `origin` along the normal, or at positions[k] (LPS mm), and goes
-    to the file <numbers[k]>.dcm; other arguments are those of dicom_bytes.
+    Slice k lies `step` * k from `origin` along the normal, or at positions[k] (LPS mm), and
+    goes to the file <numbers[k]>.dcm; other arguments are those of dicom_bytes.
     """
     def write(stored, folder="study", origin=(-10.0, -20.0, 30.0), step=1.0, positions=None,
               numbers=None, directions=AXIAL, name="{}.dcm", **options):
@@ -46,7 +48,8 @@ def write_series(tmp_path):
 
 @pytest.fixture(scope="session")
 def phantom_data(tmp_path_factory):
-    """A data set in the layout of the competition: 4 training and 2 test studies of 64 x 64."""
+    """A data set in the layout of the competition: 4 training and 2 test studies of 64 x
+    64."""
     folder = tmp_path_factory.mktemp("phantoms")
     make_dataset(folder, 4, 2, 7, 64, 1)
     return folder

@@ -568,7 +568,7 @@ def gpu_steps(kind, sample, scale, device, layout, half, count):
             stack.enter_context(mock.patch.multiple(torch, **flat))
         if not half:
             stack.enter_context(mock.patch.object(cspine, "half_type", lambda device: None))
-        task = new_task(scale, kind, device, mixup=0.0)
+        task = new_task(scale, kind, device, **{} if kind == "segmenter" else {"mixup": 0.0})
         trainer = cspine.Trainer(task)
         if kind == "segmenter" and layout == "channels_last":  # not what new_model chooses
             trainer.model.to(memory_format=torch.channels_last_3d)

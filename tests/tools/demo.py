@@ -2,67 +2,75 @@
 
 from pathlib import Path
 
+import cspine
 import numpy as np
-
-from cspine import (
-    STUDY, TARGETS, build_parser, load_models, pick_device, read_csv, read_volume, segment)
-from evaluation import read_answers, read_labels
+from cspine import STUDY, TARGETS, load_models, pick_device, read_csv, read_volume, segment
 from phantoms import make_dataset
 from pictures import overview
 
-
-def phantom(o):
-    """Make a data set of phantoms, in the competition's layout."""
-    make_dataset(Path(o.target), o.studies, o.test_studies, o.seed, o.matrix, o.workers, o.variety,
-                 o.fractures)
-    print(f"{o.target}: {o.studies} training and {o.test_studies} test studies")
+MATRIX = 256  # rows of a demo's slice, pixels
 
 
-def mode(*arguments):
-    """Run a mode without main, so that its errors end the demo."""
-    o = build_parser().parse_args([*map(str, arguments)])
-    o.function(o)
+def phantom(options):
+    """Make a synthetic data set in the competition's layout.
+
+    Writes train_images, train.csv, segmentations, boxes, test_images, test.csv and the
+    truth of the test, test_labels.csv, to the folder. Example: cspine.py phantom data
+    --studies 50
+    """
+    make_dataset(
+        Path(options.target), options.studies, options.test_studies, options.seed,
+        options.matrix, options.workers, options.variety, options.fractures)
+    counts = f"{options.studies} training and {options.test_studies} test studies"
+    print(f"{options.target}: {counts}")
 
 
-def demo(o):
-    """Make phantoms in --work that no training saw, predict them to --out, score, draw one."""
-    data, machine = Path(o.work) / "demo", ("--workers", o.workers, "--device", o.device)
-    shipped = ("--data", data, "--weights", o.weights)
-    mode("phantom", data, "--studies", 0, "--test-studies", o.test_studies, "--seed", o.seed,
-         "--workers", o.workers)
-    mode("predict", *shipped, *machine, "--out", o.out)
-    labels = read_labels(data)
-    test = read_csv(data / "test.csv", (STUDY,))[STUDY].unique()
-    answers = read_answers(o.out).loc[test]
-    table = answers.map("{:.2f}".format) + labels.loc[test].map({0: "  ", 1: " *"}.get)
-    print("probabilities, * fractured:")
+def run_mode(*arguments):
+    """Run a mode of cspine.py so that its errors end the demo."""
+    options = cspine.build_parser(cspine.MODES).parse_args([*map(str, arguments)])
+    cspine.MODES[options.mode].run(options)
+
+
+def demo(options):
+    """Make phantoms, predict and score them, draw one.
+
+    Makes phantoms that no training saw in --work, answers them with the models of --weights
+    to --out, prints the answers beside the truth and their score, and draws the most
+    suspicious study. Example: cspine.py demo
+    """
+    data = Path(options.work) / "demo"
+    make_dataset(data, 0, options.test_studies, options.seed, MATRIX, options.workers)
+    print(f"{data}/test_images: {options.test_studies} phantoms that no training saw")
+    machine = ("--workers", options.workers, "--device", options.device)
+    shared = ("--data", data, "--weights", options.weights, *machine)
+    run_mode("predict", *shared, "--out", options.out)
+
+    labels = cspine.read_labels(data)
+    uids = read_csv(data / "test.csv", (STUDY,))[STUDY].unique()
+    answers = cspine.read_answers(options.out).loc[uids]
+    print_answers(answers, labels.loc[uids])
+    print("\nTheir score:")
+    run_mode("evaluate", *shared, "--submission", options.out)
+    draw_worst(options, data, answers)
+
+
+def print_answers(answers, labels):
+    """The answers of a few studies, and a star at what is fractured."""
+    table = answers.map("{:.2f}".format) + labels.map({0: "  ", 1: " *"}.get)
+    names = [uid.rpartition(".")[2] for uid in answers.index]
+    table.index = [f"study {name}" for name in names]
+    table.columns.name = None
+    print("\nProbability of a fracture; * is fractured; studies named by the end of the uid:")
     print(table.rename(columns={"patient_overall": "patient"}).to_string())
-    mode("evaluate", *shipped, *machine, "--submission", o.out)
-    draw(o, data, answers)
 
 
-def draw(o, data, answers):
-    """overview.png of the most suspicious study."""
+def draw_worst(options, data, answers):
+    """Write overview.png of the most suspicious study."""
     uid = answers.patient_overall.idxmax()
-    device = pick_device(o.device)
-    models = [*load_models(o.weights, "segmenter", device).values()]
-    volume = read_volume(data / "test_images" / uid, o.workers)
+    device = pick_device(options.device)
+    models = [*load_models(options.weights, "segmenter", device).values()]
+    volume = read_volume(data / "test_images" / uid, options.workers)
+    probability = segment(models, volume, device)
     path = data / "overview.png"
-    overview(path, volume, segment(models, volume, device), np.array(answers.loc[uid, [*TARGETS]]))
-    print(f"{path}: the most suspicious study")
-
-
-SEED = (0, "of what is random")
-DEMO_SEED = (2, "of the phantoms")  # by its truth: the first to have two of four fractured
-MODES = {
-    "phantom": (phantom, "workers", dict(
-        target=(None, "folder to write"),
-        studies=(20, "training studies"),
-        test_studies=(4, "test studies"),
-        seed=SEED,
-        matrix=(256, "rows of a slice"),
-        variety=(1.0, "2: far beyond the real"),
-        fractures=(1.0, "2: twice as many"))),
-    "demo": (demo, "weights work out device workers",
-             dict(test_studies=(4, "phantoms"), seed=DEMO_SEED)),
-}
+    overview(path, volume, probability, np.array(answers.loc[uid, [*TARGETS]]))
+    print(f"\n{path}: the most suspicious study, {uid.rpartition('.')[2]}")

@@ -1,4 +1,5 @@
-"""What `cspine.py notebook` writes: a notebook for Kaggle, and the description that pushes it."""
+"""What `cspine.py notebook` writes: a notebook for Kaggle, and the description that pushes
+it."""
 
 import json
 import re
@@ -6,16 +7,20 @@ from pathlib import Path
 
 from cspine import HERE, KAGGLE_DATA, UserError, write_atomic
 
-RUN = """import glob, os, subprocess, sys, torch
+RUN = """\
+import glob, os, subprocess, sys, torch
 def mounted(name):  # Kaggle mounts at /kaggle/input, or a level or two below
     found = [f for k in range(3) for f in glob.glob("/kaggle/input/" + "*/" * k + name)]
     return (found or ["/kaggle/input/" + name])[0]
 count = max(1, torch.cuda.device_count())
-command = [sys.executable, "cspine.py", "predict", "--data", mounted("COMPETITION"), *ARGUMENTS]
-shares = [{"RANK": str(k), "LOCAL_RANK": str(k), "WORLD_SIZE": str(count)} for k in range(count)]
+data = mounted("COMPETITION")
+command = [sys.executable, "cspine.py", "predict", "--data", data, *ARGUMENTS]
+names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+shares = [dict(zip(names, map(str, (k, k, count)))) for k in range(count)]
 running = [subprocess.Popen(command, env={**os.environ, **share}) for share in shares]
 print("exit status of a process on each GPU:", [process.wait() for process in running])"""
-LOOK = """import glob
+LOOK = """\
+import glob
 import pandas as pd
 submission = pd.read_csv("submission.csv")
 report = pd.concat(map(pd.read_csv, glob.glob("predict_report*.csv")))  # one a process
@@ -25,33 +30,47 @@ submission.head(16)"""
 
 
 def write_json(path, content):
+    """Write plain values."""
     write_atomic(path, lambda new: new.write_text(json.dumps(content, indent=1)))
 
 
 def code_cell(source):
-    return dict(cell_type="code", metadata={}, outputs=[], execution_count=None, source=source)
+    """A cell of a notebook, not yet run."""
+    return dict(
+        cell_type="code", metadata={}, outputs=[], execution_count=None, source=source)
 
 
-def notebook(o):
-    """Write cspine.ipynb, ready to run, and kernel-metadata.json to --out."""
-    source, weights, out = HERE / "cspine.py", o.weights_dataset, Path(o.out)
+def notebook(options):
+    """Write a Kaggle notebook ready to push.
+
+    Writes cspine.ipynb, which holds this very file and predicts with a process a GPU, and
+    kernel-metadata.json to --out. Example: cspine.py notebook --weights-dataset me/weights
+    """
+    weights, out = options.weights_dataset, Path(options.out)
     if not re.fullmatch(r"([\w-]+/[\w-]+)?", weights):
         raise UserError(f"--weights-dataset {weights}: expected OWNER/NAME")
     owner, _, name = weights.partition("/")
+    competition = Path(KAGGLE_DATA).name
     arguments = f'["--weights", mounted("{name}")]' if name else "[]"
-    run = RUN.replace("ARGUMENTS", arguments).replace("COMPETITION", Path(KAGGLE_DATA).name)
-    cells = ["%%writefile cspine.py\n" + source.read_text(), run, LOOK]
+    run = RUN.replace("ARGUMENTS", arguments).replace("COMPETITION", competition)
+    source = (HERE / "cspine.py").read_text()
+    cells = [f"%%writefile cspine.py\n{source}", run, LOOK]
+    kernel = dict(name="python3", display_name="Python 3")
+
     write_json(out / "cspine.ipynb", dict(
-        nbformat=4, nbformat_minor=4, cells=[code_cell(text) for text in cells],
-        metadata=dict(kernelspec=dict(name="python3", display_name="Python 3"))))
+        nbformat=4,
+        nbformat_minor=4,
+        cells=[code_cell(text) for text in cells],
+        metadata=dict(kernelspec=kernel)))
     write_json(out / "kernel-metadata.json", dict(
-        id=f"{owner or 'OWNER'}/cspine", title="cspine", code_file="cspine.ipynb",
-        language="python", kernel_type="notebook", is_private=True, enable_gpu=True,
-        enable_internet=False, dataset_sources=[weights] if weights else [],
-        competition_sources=[Path(KAGGLE_DATA).name]))
+        id=f"{owner or 'OWNER'}/cspine",
+        title="cspine",
+        code_file="cspine.ipynb",
+        language="python",
+        kernel_type="notebook",
+        is_private=True,
+        enable_gpu=True,
+        enable_internet=False,
+        dataset_sources=[weights] if weights else [],
+        competition_sources=[competition]))
     print(f"kaggle kernels push -p {out}")
-
-
-MODES = {"notebook": (notebook, "", dict(
-    out=("notebook", "folder to write"),
-    weights_dataset=("", "OWNER/NAME of the weights on Kaggle")))}
