@@ -1200,6 +1200,7 @@ def competition_scores(answers, labels):
     """The competition's score of (N, 8) answers, lower is better: (per study, per column).
     An element weighs TARGET_WEIGHTS, a positive POSITIVE_FACTOR times that, an unknown
     label (NaN) nothing. The page defines it per study; some normalise every column."""
+    labels = np.asarray(labels, float)
     known = ~np.isnan(labels)
     loss = np.where(known, element_losses(answers, labels), 0)
     factor = np.where(labels > 0, POSITIVE_FACTOR, 1.0) * known
@@ -1212,8 +1213,9 @@ def competition_scores(answers, labels):
 
 def auc(answers, labels):
     """Area under the ROC curve, by ranks, of known labels; NaN if all of them are alike."""
+    labels = np.asarray(labels, float)
     known = ~np.isnan(labels)
-    positive = np.asarray(labels)[known] > 0
+    positive = labels[known] > 0
     n = positive.sum()
     m = len(positive) - n
     rank = pd.Series(np.asarray(answers)[known], dtype=float).rank()[positive].sum()
@@ -1751,9 +1753,10 @@ class Trainer:
         if other:
             names = ", ".join(other)
             raise UserError(f"{path}: made with other {names}; delete it to go on")
-        for name, part in self.parts().items():
-            part.load_state_dict(saved["state"][name])
-        self.progress = Progress(**saved["state"]["progress"])
+        with errors_as(UserError, f"{path}: made with another version; delete it"):
+            for name, part in self.parts().items():
+                part.load_state_dict(saved["state"][name])
+            self.progress = Progress(**saved["state"]["progress"])
 
     def gradient(self, task, batch):
         """Leave the gradient of [(arrays, generator)] in the model; gives the mean loss."""

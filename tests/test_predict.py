@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import cspine
-from cspine import fit_calibration, held_out_answers
+from cspine import Calibration, fit_scale
 from limits import at_cells
 from small_kernel import make_study, make_test_set, make_weights, write_test_csv
 
@@ -582,16 +582,16 @@ def test_models_are_averaged_as_logits():
     assert cspine.combine(outputs, cspine.Answers())[0] == pytest.approx(1 / (1 + 0.25**0.5))
 
 
-CALIBRATED = np.repeat([[1.0], [0.0]], 8, 1)  # by a file: to the same numbers
+UNUSUAL = Calibration(unusual=-2.5)  # a file that says which studies are foreign
 
 
-def test_a_study_whose_calibrated_vertebrae_seem_broken_falls_back_to_the_prior():
-    """By hand: logits of 0.9, less what their median has above USUAL_LOGIT, a share of the way back."""
+def test_a_study_unlike_any_that_the_calibration_knows_leans_to_the_prior():
+    """By hand: logits of 0.9, less what their median has above the limit, a share of the way."""
     seen = [steps(*[0.9] * 5, 0.2, 0.1)]
     plain = cspine.combine([(seen[0], 0.9)], cspine.Answers())
-    answer = cspine.combine([(seen[0], 0.9)], cspine.Answers(), CALIBRATED)
-    assert np.allclose(plain[:7], [0.9] * 5 + [0.2, 0.1])  # not calibrated: as they are
-    excess = np.log(9) - cspine.USUAL_LOGIT
+    answer = cspine.combine([(seen[0], 0.9)], cspine.Answers(), UNUSUAL)
+    assert np.allclose(plain[:7], [0.9] * 5 + [0.2, 0.1])
+    excess = np.log(9) - UNUSUAL.unusual
     trust, prior = np.exp(-excess / 2), cspine.PRIOR
     logits = np.log(plain / (1 - plain))[:7] - excess
     expected = (1 - trust) * np.log(prior / (1 - prior))[:7] + trust * logits
@@ -599,12 +599,20 @@ def test_a_study_whose_calibrated_vertebrae_seem_broken_falls_back_to_the_prior(
     assert abs(answer[7] - prior[7]) < abs(plain[7] - prior[7]) / 2
 
 
+@pytest.mark.parametrize("count", range(8))
+def test_without_such_a_limit_no_number_of_fractures_changes_another_answer(count):
+    outputs = [(steps(*[0.9] * count, *[0.02] * (7 - count)), 0.9)]
+    answer = cspine.combine(outputs, cspine.Answers(), Calibration(*np.array(Calibration()[:3])))
+    assert np.allclose(answer[:7], [0.9] * count + [0.02] * (7 - count))
+    assert np.array_equal(answer, cspine.combine(outputs, cspine.Answers()))
+
+
 @pytest.mark.parametrize("vertebrae", [(0.9, 0.9, 0.9, *[0.02] * 4), (0.9, 0.9)])
 def test_up_to_three_broken_vertebrae_are_believed(vertebrae):
     """Also where only these are in view."""
     outputs = [(steps(*vertebrae), 0.9)]
     plain = cspine.combine(outputs, cspine.Answers())
-    assert np.allclose(cspine.combine(outputs, cspine.Answers(), CALIBRATED), plain)
+    assert np.allclose(cspine.combine(outputs, cspine.Answers(), UNUSUAL), plain)
 
 
 def test_answers_keep_away_from_zero_and_one():
@@ -700,13 +708,13 @@ def draw_answers(count, scale=1.0, shift=0.0, seed=0):
 
 def calibrated(answers, calibration):
     """Scaled and shifted in logit space, as the file says."""
-    scale, shift = np.transpose(calibration)
+    scale, shift = calibration
     return 1 / (1 + np.exp(-np.log(answers / (1 - answers)) * scale - shift))
 
 
 def test_calibration_undoes_a_known_distortion_up_to_the_weight_of_positives():
     answers, labels = draw_answers(6000, scale=0.8, shift=-0.7)
-    scale, shift = fit_calibration(answers, labels).T
+    scale, shift = fit_scale(answers, labels)
     assert np.allclose(scale, 0.8, atol=0.08)  # standard error about 0.03
     # A positive weighs double, which moves the logit of the best answer by about log 2; less for
     # the patient, who brings 7 of the 17 (negative) or 14 of the 24 by which a study is divided.
@@ -716,29 +724,35 @@ def test_calibration_undoes_a_known_distortion_up_to_the_weight_of_positives():
 
 def test_calibration_lowers_the_score_and_other_values_near_it_do_not():
     answers, labels = draw_answers(600, scale=0.5, shift=0.5, seed=1)
-    fitted = fit_calibration(answers, labels)
+    fitted = fit_scale(answers, labels)
     best = cspine.competition_scores(calibrated(answers, fitted), labels)[0]
     assert best < cspine.competition_scores(answers, labels)[0] - 0.05
     for change in ((0.15, 0), (-0.15, 0), (0, 0.3), (0, -0.3)):
-        other = calibrated(answers, fitted + change)
+        other = calibrated(answers, fitted + np.reshape(change, (2, 1)))
         assert cspine.competition_scores(other, labels)[0] > best
 
 
 def test_few_studies_move_calibration_little_and_one_class_not_at_all():
     answers, labels = draw_answers(4, scale=0.05, seed=3)
     labels[:, 2], labels[:, 3], labels[:2, 4], labels[2:, 4] = 0, 1, 0, 1
-    fitted = fit_calibration(answers, labels)
-    assert np.allclose(fitted[2:4], (1, 0), atol=1e-9)
-    assert (0.1 < fitted[:, 0]).all() and (fitted[:, 0] < 2).all() and np.isfinite(fitted).all()
-    assert not np.allclose(fitted[4], (1, 0), atol=1e-3)
+    fitted = fit_scale(answers, labels)
+    assert np.allclose(fitted[:, 2:4].T, (1, 0), atol=1e-9)
+    assert (0.1 < fitted[0]).all() and (fitted[0] < 2).all() and np.isfinite(fitted).all()
+    assert not np.allclose(fitted[:, 4], (1, 0), atol=1e-3)
 
 
-def test_calibration_saved_with_the_weights_is_used(predict, tmp_path, monkeypatch):
-    monkeypatch.setattr(cspine, "USUAL_LOGIT", 9)  # random weights call every vertebra broken
+def write_calibration(weights, **targets):
+    """Scale 1, shift 0 and the prior but for those given, for the models of the folder."""
+    rows = np.transpose(Calibration()[:3])
+    for target, row in targets.items():
+        rows[cspine.TARGETS.index(target)] = row
+    cspine.write_calibration(weights, Calibration(*rows.T))
+
+
+def test_calibration_saved_with_the_weights_is_used(predict, tmp_path):
     weights = make_weights(tmp_path / "weights")
     plain, _, _ = predict(weights=weights)
-    table = {t: [1.0, 0.0] for t in cspine.TARGETS} | {"C3": [0.5, -1.0]}
-    (weights / "calibration.json").write_text(json.dumps(table))
+    write_calibration(weights, C3=(0.5, -1.0, 0.3))
     moved, _, _ = predict(weights=weights)
     for row, p in plain.items():
         logit = np.log(p / (1 - p))
@@ -752,15 +766,52 @@ def test_calibration_saved_with_the_weights_is_used(predict, tmp_path, monkeypat
         assert moved[row] == pytest.approx(p + share * (broken - whole), abs=1e-6)
 
 
+def test_a_calibration_of_the_identity_answers_as_none(predict, tmp_path):
+    weights = make_weights(tmp_path / "weights")
+    plain, _, _ = predict(weights=weights)
+    write_calibration(weights)
+    same, _, _ = predict(weights=weights)
+    assert (plain == same).all()
+
+
+def test_a_calibration_fitted_to_other_models_is_not_used_and_that_is_said(
+        predict, tmp_path, capsys):
+    weights = make_weights(tmp_path / "weights")
+    plain, _, _ = predict(weights=weights)
+    write_calibration(weights, C3=(0.5, -1.0, 0.3))
+    path = weights / "calibration.json"
+    files = json.loads(path.read_text())
+    files["files"]["vertebra_fold0.pt"] = "0" * 64
+    path.write_text(json.dumps(files))
+    other, _, _ = predict(weights=weights)
+    assert (plain == other).all() and "fitted to other models" in capsys.readouterr().err
+    table = {t: [0.5, -1.0] for t in cspine.TARGETS}  # as older versions wrote it
+    path.write_text(json.dumps(table))
+    other, _, _ = predict(weights=weights)
+    assert (plain == other).all() and "fitted to other models" in capsys.readouterr().err
+
+
+def test_a_vertebra_out_of_view_gets_the_rate_of_such_vertebrae():
+    """Ten studies of the prior's rate and thirty unseen C7, six of them broken."""
+    outputs = {f"u{k}": [(steps(*[0.1] * 6), np.nan)] for k in range(30)}
+    labels = pd.DataFrame(0.0, [*outputs], cspine.TARGETS)
+    labels.loc[[*outputs][:6], "C7"] = 1
+    unseen = cspine.fit_calibration(outputs, labels).unseen
+    prior = cspine.PRIOR[6] / (2 - cspine.PRIOR[6])
+    rate = (6 + 10 * prior) / 40
+    assert unseen[6] == pytest.approx(2 * rate / (1 + rate))
+    assert np.allclose(unseen[:6], cspine.PRIOR[:6])
+    answer = cspine.combine(outputs["u0"], cspine.Answers(), Calibration(unseen=unseen))
+    assert answer[6] == pytest.approx(unseen[6])
+
+
 @pytest.mark.parametrize("text", ("{", '{"C1": [1, 0]}', "null", json.dumps(
-    {t: [1, float("nan")] for t in cspine.TARGETS})))
+    {t: [1, 0, float("nan")] for t in cspine.TARGETS})))
 def test_a_calibration_of_another_form_is_refused(text, predict, tmp_path, capsys):
     weights = make_weights(tmp_path / "weights", patient=False)
     (weights / "calibration.json").write_text(text)
-    submission, _, status = predict(weights=weights)
+    _, _, status = predict(weights=weights)
     assert status == 2 and "calibration.json" in capsys.readouterr().err
-    for uid in UIDS:
-        assert_prior(submission, uid)
 
 
 def write_held_out(weights, answers, uids):
@@ -770,28 +821,35 @@ def write_held_out(weights, answers, uids):
         table[fold::2].to_csv(weights / f"vertebra_fold{fold}_heldout.csv", index=False)
 
 
-def test_evaluate_fits_calibration_to_held_out_answers(tmp_path, capsys):
+def test_evaluate_prints_the_score_as_it_is_and_calibrated_on_the_other_folds(tmp_path, capsys):
     weights, uids = make_weights(tmp_path / "weights"), [f"u{k}" for k in range(40)]
     answers, labels = draw_answers(40, scale=0.3, seed=5)
-    data = tmp_path / "data"
-    data.mkdir()
     table = pd.DataFrame(labels.astype(int), columns=cspine.TARGETS)
     table.insert(0, cspine.STUDY, uids)
-    table.to_csv(data / "train.csv", index=False)
+    table.to_csv(tmp_path / "train.csv", index=False)
     write_held_out(weights, answers, uids)
-    evaluate = ["evaluate", "--data", str(data), "--weights", str(weights)]
+    evaluate = ["evaluate", "--data", str(tmp_path), "--weights", str(weights)]
     assert cspine.main([*evaluate, "--folds", "--calibrate"]) == 0
-    score = cspine.competition_scores(held_out_answers(weights).loc[uids], labels)[0]
-    assert f"better: {score:.4f}" in capsys.readouterr().out
-    fitted = json.loads((weights / "calibration.json").read_text())
-    expected = fit_calibration(answers, labels)
-    assert np.allclose([fitted[t] for t in cspine.VERTEBRAE], expected[:7], atol=1e-4)
-    calibration = cspine.load_ensemble(weights, torch.device("cpu")).calibration.copy()
-    assert calibration.shape == (2, 8)
-    calibration[:, 7] = 1, 0  # the patient's: fitted to what calibrated vertebrae give
-    blended = held_out_answers(weights, calibration).loc[uids].to_numpy()
-    assert np.allclose(fitted["patient_overall"], fit_calibration(blended, labels)[7], atol=1e-4)
-    assert not np.allclose(blended[:, 7], held_out_answers(weights).loc[uids].patient_overall)
+    said = capsys.readouterr().out
+
+    truth = table.set_index(cspine.STUDY)[[*cspine.TARGETS]].astype(float)
+    outputs = {u: [(row[:7, None], row[7])] for u, row in zip(uids, answers)}
+    plain = cspine.blend(outputs).to_numpy()
+    assert f"better: {cspine.competition_scores(plain, labels)[0]:.4f}" in said
+    half = [{u: outputs[u] for u in uids[k::2]} for k in (0, 1)]
+    parts = [cspine.blend(half[k], cspine.fit_calibration(half[1 - k], truth)) for k in (0, 1)]
+    crossed = pd.concat(parts).loc[uids].to_numpy()
+    assert f"better: {cspine.competition_scores(crossed, labels)[0]:.4f}" in said
+
+    fitted = cspine.read_calibration(weights)
+    assert np.allclose([fitted.scale[:7], fitted.shift[:7]], fit_scale(plain, labels)[:, :7],
+                       atol=1e-4)
+    first = fitted._replace(scale=np.r_[fitted.scale[:7], 1], shift=np.r_[fitted.shift[:7], 0])
+    blended = cspine.blend(outputs, first).to_numpy()  # the patient's: of calibrated vertebrae
+    assert np.allclose([fitted.scale[7], fitted.shift[7]], fit_scale(blended, labels)[:, 7],
+                       atol=1e-4)
+    assert not np.allclose(blended[:, 7], plain[:, 7])
+    assert fitted.unusual == np.inf
 
 
 def test_evaluate_takes_its_labels_from_train_and_test_and_refuses_words(tmp_path, capsys):
@@ -813,7 +871,8 @@ def test_evaluate_takes_its_labels_from_train_and_test_and_refuses_words(tmp_pat
     assert f"better: {score:.4f}" in said and "mean answer" in said
     table.replace(1, "yes").to_csv(tmp_path / "train.csv", index=False)
     assert cspine.main(evaluate) == 2
-    assert "no numbers" in capsys.readouterr().err
+    line = capsys.readouterr().err
+    assert "train.csv: row " in line and "'yes'; must be 0, 1 or nothing" in line
 
 
 def test_answers_of_few_studies_have_no_table_of_reliability(tmp_path, capsys):

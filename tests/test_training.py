@@ -187,7 +187,7 @@ def test_a_training_killed_at_random_moments_gives_the_same_bits(
 @pytest.mark.parametrize("cut", [1, 2, 3])
 def test_a_training_killed_while_it_writes_a_checkpoint_gives_the_same_bits(
         cut, uninterrupted, arguments, launch, tmp_path):
-    """Checkpoint 1 is the best of epoch 1, 2 its state, 3 the best or the state of epoch 2."""
+    """Checkpoint 1 holds the weights of epoch 1, 2 its state, 3 the weights of epoch 2."""
     argv = arguments("patient", tmp_path, "--resume")
     status, _ = finish(launch(argv, cut=cut))
     assert status == -signal.SIGKILL
@@ -257,7 +257,7 @@ def test_a_checkpoint_of_another_version_is_refused_in_one_line(
     content["state"]["model"]["older." + name] = content["state"]["model"].pop(name)
     torch.save(content, path)
     assert cspine.main(arguments("vertebra", tmp_path, "--resume")) == 2
-    assert "made with other" in capsys.readouterr().err.splitlines()[-1]
+    assert "made with another version" in capsys.readouterr().err.splitlines()[-1]
 
 
 # ---- A toy: what the loop itself does ----
@@ -380,12 +380,13 @@ def test_a_time_limit_leaves_room_for_the_evaluation_and_is_kept(tmp_path):
     assert list(pd.read_csv(tmp_path / "vertebra_fold0_log.csv").epoch) == [1, 2, 3]
 
 
-def test_the_best_weights_are_kept_and_no_score_is_no_good_score(tmp_path):
+def test_the_last_epochs_weights_are_kept_whatever_it_scores(tmp_path):
+    """The best would be chosen by the studies that then calibrate and report."""
     scores, epochs = [math.nan, 0.5, math.nan, 0.7, 0.4, 0.6], iter(range(6))
     task = toy_task(judge=lambda table: {"score": scores[int(table.C1.iloc[0])]},
                     score=lambda model, uid: [next(epochs)], recipe=replace(TOY, epochs=6))
     cspine.train(task, tmp_path, Stop())
-    assert list(pd.read_csv(tmp_path / "vertebra_fold0_heldout.csv").C1) == [4]
+    assert list(pd.read_csv(tmp_path / "vertebra_fold0_heldout.csv").C1) == [5]
     content = torch.load(tmp_path / "vertebra_fold0.pt", weights_only=True)
     assert {"program", "kind", "recipe", "settings", "tensors"} <= content.keys()
     assert set(content["recipe"]) == set(type(TOY).__dataclass_fields__)

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from cspine import (  # noqa: E402
     HERE,
+    Calibration,
     TARGETS,
     Answers,
     auc,
@@ -60,7 +61,7 @@ def compare(outputs, truth, calibration):
     """{choice: its rates}."""
     measured = (outputs, truth)
     rows = {"as shipped": rate(*measured, calibration)}
-    rows["no calibration"] = rate(*measured, None)
+    rows["no calibration"] = rate(*measured, Calibration())
     for steps in (1, 3, 10, 15):
         rows[f"mean of {steps} steps"] = rate(*measured, calibration, top_k=steps)
     for share in (0.0, 0.6, 1.0):
