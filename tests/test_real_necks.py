@@ -153,11 +153,24 @@ def test_names_are_read_from_the_mask_around_a_landmark():
 
 
 def test_a_table_counts_levels_and_patients():
-    right = dict.fromkeys(real_necks.LEVELS, True)
+    right = dict.fromkeys((*real_necks.LEVELS, "T1 untouched"), True)
     rows = [dict(right, view="neck"), dict(right, view="neck", C3=False)]
     table = levels.summary(pd.DataFrame(rows)).iloc[0]
     assert table.named_right == pytest.approx(13 / 14)
-    assert table.all_right == 0.5 and table.t1_called_c7 == 0
+    assert table.all_right == 0.5
+    assert table.t1_called_c7 == 0 and table.t1_touched == 0
+
+
+def test_t1_is_called_c7_by_most_cells_and_touched_by_one():
+    volume = cspine.Volume("", np.zeros((64, 64, 64), np.int16), (1.0, 1.0, 1.0), np.eye(4))
+    points = {"T1_body": np.array([32.0, 32, 32])}
+    probability = np.zeros((7, 32, 32, 32), np.float32)
+    probability[6, 14, 16, 16] = 0.9
+    near = levels.names_near(probability, volume, points)
+    assert levels.judge(near) == {"T1": True, "T1 untouched": False}
+    probability[6] = 0.9
+    near = levels.names_near(probability, volume, points)
+    assert levels.judge(near) == {"T1": False, "T1 untouched": False}
 
 
 @pytest.mark.skipif(not NECKS, reason="CSPINE_NECKS names no folder of real necks")

@@ -34,6 +34,10 @@ FINE_MM = 1.5  # grid the source's 2.5 to 5 mm voxels are brought to
 BONE_HU = 150
 CERTAIN_HU = 230  # bone at any window; between the two nothing is taught
 SOFT_HU = 90  # certainly no bone below
+MARROW_HU = 0  # inside a body, where worn bone is no brighter than muscle
+CORE_SIDE_MM = 8  # the inside of a body, around its centre
+CORE_DEPTH_MM = -8, 6
+CORE_FROM_DISC_MM = 3
 STRAIGHT_MM = 7  # behind the centres of the bodies: the discs' planes end
 FRONT_MM = 12  # of the tube, before the bodies' centres
 ARCH_FRONT_MM = 8  # before the anterior arch of C1
@@ -240,6 +244,24 @@ def dens(neck):
     return ((y > low) & (y < high))[:, None] & near[:, None]
 
 
+def body_cores(neck):
+    """uint8 (Z, Y, X): 2 to 8 surely inside the bodies of C2 to T1, else 0."""
+    shape, spacing = neck.hu.shape, neck.spacing
+    z, y, x = (np.arange(n) * mm for n, mm in zip(shape, spacing))
+    bodies, _ = landmark_rows(neck.points)
+    behind = y - np.interp(z, *bodies.T)[:, None]  # (Z, Y)
+
+    level = level_map(shape, spacing, neck.points)
+    step = round(CORE_FROM_DISC_MM / spacing[0])
+    above, below = np.roll(level, step, 0), np.roll(level, -step, 0)
+    inside = (level == above) & (level == below) & (level > 1) & (level < 9)
+    inside &= (behind > CORE_DEPTH_MM[0]) & (behind < CORE_DEPTH_MM[1])
+
+    near = abs(x - neck.midline[:, None]) < CORE_SIDE_MM  # (Z, X)
+    core = inside[:, :, None] & near[:, None] & (neck.hu > MARROW_HU)
+    return np.where(core, level[:, :, None], 0).astype(np.uint8)
+
+
 def nearby_share(mask, edge):
     """Share of a bool (Z, Y, X) within a cube of odd `edge` around each voxel, float32."""
     out = torch.from_numpy(mask)[None, None].float()
@@ -278,6 +300,7 @@ def make_mask(neck):
     bone &= ((level > 0) & (level < 9))[:, :, None]
     labels = np.where(bone, level[:, :, None], 0).astype(np.uint8)
     labels[(labels == 1) & dens(neck)] = 2
+    labels = np.maximum(labels, body_cores(neck))
     return without_bits(labels, neck.spacing)
 
 
@@ -297,7 +320,8 @@ def uncertain(neck, labels):
     between = seen & ((highest != labels) | (lowest != labels))
     faint_edge = seen & outermost & (neck.hu < CERTAIN_HU)
     faint = tube(neck) & (neck.hu > SOFT_HU) & ~seen
-    return between | faint_edge | faint | (~seen & (highest > 0))
+    unknown = between | faint_edge | faint | (~seen & (highest > 0))
+    return unknown & (body_cores(neck) == 0)
 
 
 # ==== Views ====

@@ -3,9 +3,9 @@
     python tests/studies/levels.py NECKS --weights weights --part test --views 2
 
 A level is named right if the mask that holds most cells within NEAR_MM of its landmark
-has its name; C1 counts by both arches. Views are cut as the competition's studies are, alike
-for all weights; `whole` is the whole volume. T1 is wrong where the mask that holds most
-cells near its body is C7's.
+has its name; C1 counts by both arches. Views are cut as the competition's studies are, the
+same for all weights; `whole` is the whole volume. T1 is called C7 where C7's mask holds more
+than half of the cells that near to its body, and touched where it holds any.
 """
 
 import argparse
@@ -66,8 +66,11 @@ def names_near(probability, volume, points):
             continue
         z, y, x = (np.square(c - a) for c, a in zip(centres, at))
         near = z[:, None, None] + y[:, None] + x < NEAR_MM**2
-        count = np.bincount(named[near], minlength=8)[1:]
-        out[name] = LEVELS[count.argmax()] if count.any() else ""
+        count = np.bincount(named[near], minlength=8)
+        most = count[1:].argmax()
+        out[name] = LEVELS[most] if count[1:].any() else ""
+        if name == "T1_body" and 2 * count[7] <= count.sum():
+            out[name] = "touched" if count[7] else ""
     return out
 
 
@@ -80,6 +83,7 @@ def judge(near):
         out["C1"] = all(name == "C1" for name in ring)
     if "T1_body" in near:
         out["T1"] = near["T1_body"] != "C7"
+        out["T1 untouched"] = near["T1_body"] == ""
     return out
 
 
@@ -112,7 +116,8 @@ def summary(table):
             studies=len(part),
             named_right=np.nanmean(right.to_numpy()),
             all_right=(right.fillna(1) == 1).all(axis=1).mean(),
-            t1_called_c7=1 - part["T1"].astype(float).mean()))
+            t1_called_c7=1 - part["T1"].astype(float).mean(),
+            t1_touched=1 - part["T1 untouched"].astype(float).mean()))
     return pd.DataFrame(rows)
 
 

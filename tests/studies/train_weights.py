@@ -32,14 +32,14 @@ import cspine  # noqa: E402
 import real_necks  # noqa: E402
 
 EDGE = 128  # of a cube
-HANDS = dict(first=109, third=36, fifth=31)  # studies; the other hands measure
+HANDS = dict(phantoms=109, lofts=36, metaballs=31)  # studies; tubes.py only measures
 HAND_SEED = 7777  # no seed that anything is measured on
 LEVELS = 8  # T1 is taught too: the network answers for it only while it is trained
 UNKNOWN = 255  # label of cells that teach nothing
 
 # A step: samples of a batch, and how a real neck is cut.
 WINDOW = 128, 80, 80  # cells of a cube around the spine: a third of the time of a whole one
-WINDOW_BATCH = "neck", "first", "neck", "other"
+WINDOW_BATCH = "neck", "first", "neck", "other"  # first: of phantoms.py
 WHOLE_SHARE = 0.25  # of the steps: whole cubes, two of them
 WHOLE_BATCHES = ("neck", "first"), ("neck", "other")
 VIEWS = dict(closer=0.45, neck=0.30, whole=0.13, partial=0.12)
@@ -60,17 +60,17 @@ SAY_EVERY = 20
 
 def draw_hand(hand, number):
     """(HU, labels, spacing) of one drawn study, head first."""
-    if hand == "first":
-        import phantoms
+    module = importlib.import_module(hand)
+    if hand == "phantoms":
         share = np.random.default_rng([HAND_SEED, number, 2]).random()
         variety = 1 + 0.3 * share * (number % 2)
-        study = phantoms.make_phantom([HAND_SEED, number], 256, variety, 2.0)
+        study = module.make_phantom([HAND_SEED, number], 256, variety, 2.0)
         return study.hu, study.label, study.spacing
 
-    module = importlib.import_module(f"{hand}_hand")
     rng = np.random.default_rng([HAND_SEED, number])
     hu, label, grid, _ = module.make_study(rng)  # foot first
-    return hu[::-1], label[::-1], tuple(grid.step[::-1])
+    hu = np.ascontiguousarray(hu[::-1]).astype(np.int16)
+    return hu, label[::-1], tuple(grid.step[::-1])
 
 
 def make_hands(work):
@@ -83,7 +83,7 @@ def make_hands(work):
             if path.exists():
                 continue
             hu, label, spacing = draw_hand(hand, number)
-            volume = cspine.Volume("", np.ascontiguousarray(hu), spacing, np.eye(4))
+            volume = cspine.Volume("", hu, spacing, np.eye(4))
             cube = cspine.segmenter_input(volume)[0] * 255
             cells = (np.arange(EDGE) + 0.5) / EDGE
             nearest = np.ix_(*[(cells * n).astype(int) for n in label.shape])
@@ -160,7 +160,9 @@ def hand_sample(hands, rng, shape):
     arrays = hands[rng.choice([*hands])]
     cube = torch.from_numpy(arrays["cube"])[None, None] / 255
     label = torch.from_numpy(arrays["label"])[None, None].float()
-    matrix, shift = draw_motion(rng)
+    motion = cspine.draw_matrix(rng, cspine.VOLUME_RANGES, 3)
+    motion = motion[::-1, [2, 1, 0, 3]]  # grid_sample's axes are x, y, z
+    matrix, shift = motion[:, :3], motion[:, 3]
 
     inside = np.argwhere((arrays["label"] > 0) & (arrays["label"] < LEVELS))
     spine = (inside.mean(0) + 0.5) / EDGE * 2 - 1
@@ -168,7 +170,7 @@ def hand_sample(hands, rng, shape):
     shift = shift + matrix @ (low + high) / 2
     matrix = matrix * (high - low) / 2
 
-    theta = np.c_[matrix, shift][::-1, [2, 1, 0, 3]]  # grid_sample's axes are x, y, z
+    theta = np.c_[matrix, shift][::-1, [2, 1, 0, 3]]
     theta = torch.from_numpy(np.float32(theta))[None]
     grid = F.affine_grid(theta, (1, 1, *shape), align_corners=False)
     seen = F.grid_sample(cube, grid, align_corners=False)[0, 0]
@@ -177,27 +179,14 @@ def hand_sample(hands, rng, shape):
     return seen.numpy(), truth.byte().numpy()
 
 
-def draw_motion(rng):
-    """Matrix and shift (z, y, x) from a cube's place to the source's, in half edges."""
-    ranges = cspine.VOLUME_RANGES
-    moved = rng.random() >= ranges["still"]
-    scale, shift, *angles = moved * rng.uniform(-1, 1, (5, 3))
-    angles = np.triu(angles, 1) * math.radians(ranges["rotation"])
-    turn = torch.matrix_exp(torch.from_numpy(angles - angles.T)).numpy()
-    matrix = turn * np.exp(scale * ranges["scale"])
-    if rng.random() < ranges["mirror"]:
-        matrix[:, 2] *= -1
-    return matrix, 2 * ranges["shift"] * shift
-
-
 def make_batch(seed, step, necks, hands):
     """(B, 1, Z, Y, X) in 0..1 and uint8 labels (B, Z, Y, X) of a step."""
     rng = np.random.default_rng([seed, step])
     whole = rng.random() < WHOLE_SHARE
     shape = (EDGE,) * 3 if whole else WINDOW
     sources = dict(
-        first={name: a for name, a in hands.items() if name.startswith("first")},
-        other={name: a for name, a in hands.items() if not name.startswith("first")})
+        first={name: a for name, a in hands.items() if name.startswith("phantoms")},
+        other={name: a for name, a in hands.items() if not name.startswith("phantoms")})
 
     cubes, labels = [], []
     for kind in WHOLE_BATCHES[step % 2] if whole else WINDOW_BATCH:
@@ -310,7 +299,8 @@ class Run:
         state["step"] = self.step
         cspine.write_atomic(out / "last.pt", lambda new: torch.save(state, new))
         recipe = cspine.Recipe(
-            self.settings["backbone"], 1, len(WINDOW_BATCH), self.lr, EDGE, seed=self.seed)
+            backbone=self.settings["backbone"], epochs=1, batch_size=len(WINDOW_BATCH),
+            lr=self.lr, size=EDGE, seed=self.seed)
         cspine.save_checkpoint(
             out / "segmenter_fold0.pt", "segmenter", recipe,
             settings=self.settings, tensors=self.averaged.shipped_tensors())
