@@ -148,6 +148,7 @@ def test_the_first_cell_writes_this_very_file(notebook):
 def test_the_kernel_is_ready_to_be_pushed(notebook):
     meta = json.loads((notebook / "kernel-metadata.json").read_text())
     assert meta["enable_internet"] is False and meta["enable_gpu"] is True
+    assert meta["machine_shape"] == "NvidiaTeslaT4"
     assert meta["competition_sources"] == ["rsna-2022-cervical-spine-fracture-detection"]
     assert meta["dataset_sources"] == ["me/my-weights"] and meta["id"] == "me/cspine"
     assert (notebook / meta["code_file"]).exists() and meta["kernel_type"] == "notebook"

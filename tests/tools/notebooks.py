@@ -70,6 +70,7 @@ def notebook(options):
         kernel_type="notebook",
         is_private=True,
         enable_gpu=True,
+        machine_shape="NvidiaTeslaT4",  # else a P100, on which today's torch runs nothing
         enable_internet=False,
         dataset_sources=[weights] if weights else [],
         competition_sources=[competition]))
