@@ -85,6 +85,7 @@ MIN_SLICES = 16  # slices; fewer are no study (the competition's shortest has 69
 MAX_VOXELS = 2**30  # voxels, 2 GB of int16; more is damage or does not fit
 MAX_GAP_MM = 30.0  # mm; a longer hole along the normal separates two scans
 SAME_PLACE_MM = 0.05  # mm; closer slices lie at one place (spacings begin at 0.3)
+WHOLE_PASS = 0.9  # share of a series' places that one pass over them covers at least
 SAME_STEP = 0.01  # share of a pixel by which the pixels of slices of one series may differ
 UNEVEN = 0.25  # share of a step by which a slice may miss its even place
 STRAIGHT = 0.999  # least cosine of a stack's axis and its normal; below: a tilted gantry
@@ -321,7 +322,7 @@ def one_pass(stack):
             passes.setdefault(one.of_pass[k], []).append(one)
         names = sorted(passes)
         covered = [len(places_of(along_normal(passes[name]))) for name in names]
-        if len(names) > 1 and 2 * max(covered) > most:
+        if len(names) > 1 and max(covered) >= WHOLE_PASS * most:
             return one_pass(passes[names[np.argmax(covered)]])
     return sorted(stack, key=lambda one: (*one.of_pass[-2:], one.number))  # earliest first
 
