@@ -499,7 +499,6 @@ def read_mask(path, volume, shape=None):
         plane[inside] = np.where(is_label, np.rint(values), 0)
     return out
 
-
 def mask_fit(path, volume, labels):
     """(share of a mask's C1..C7 that lies in the study, share of that which lies on bone).
     `labels` is read_mask's, on any grid. Another study's mask fits nowhere."""
@@ -2003,9 +2002,10 @@ def write_csv(path, table):
     write_atomic(path, lambda new: table.to_csv(new, index=False, errors="replace"))
 
 def read_csv(path, columns):
-    """A table that has these columns, uids as text; else UserError."""
+    """A table that has these columns, names as text; else UserError."""
+    text = dict.fromkeys((STUDY, "row_id", "made_by"), str)  # they may look like numbers
     with errors_as(UserError, f"{path}: no csv with {', '.join(columns)}"):
-        table = pd.read_csv(path, dtype={STUDY: str, "row_id": str})
+        table = pd.read_csv(path, dtype=text)
         missing = [name for name in columns if name not in table]
         if missing:
             raise ValueError(f"no column {missing[0]}")
@@ -2524,7 +2524,8 @@ def reader_of(limits, kind):
             names = ", ".join(map(str, limits["choices"]))
             raise argparse.ArgumentTypeError(f"{text}: must be one of {names}")
         least, most = limits["least"], limits["most"]
-        if kind is not str and not least <= value <= most:  # NaN never is
+        fits = kind is str or math.isfinite(value) and least <= value <= most
+        if not fits:
             raise argparse.ArgumentTypeError(f"{text}: must be from {least} to {most}")
         return value
 
