@@ -21,48 +21,6 @@ def main(arguments):
     return (modes.main if tool else cspine.main)(arguments)
 
 
-SMALL = ["--fold", "0", "--folds", "2", "--batch-size", "2", "--epochs", "2", "--workers", "2"]
-
-
-def test_from_phantoms_to_a_scored_submission(tmp_path, monkeypatch, capsys):
-    """The README's commands, on studies and networks as small as they come."""
-    monkeypatch.chdir(tmp_path)
-    commands = [
-        ["phantom", "data", "--studies", "4", "--test-studies", "2", "--matrix", "64", "--seed", "5"],
-        ["train-seg", "--data", "data", "--weights", "new", "--size", "32", "--backbone",
-         "lcnet_050", "--lr", "0.005", *SMALL],
-        ["extract", "--data", "data", "--weights", "new"],
-        ["train-cls", "--data", "data", "--weights", "new", "--backbone", "lcnet_050", "--size",
-         "32", "--hidden", "8", *SMALL],
-        ["train-patient", "--data", "data", "--weights", "new", "--backbone", "lcnet_050", "--size",
-         "32", "--hidden", "8", *SMALL],
-        ["predict", "--data", "data", "--weights", "new"],
-        ["evaluate", "--data", "data", "--weights", "new"],
-        ["eda", "--data", "data", "--weights", "new"]]
-    for command in commands:
-        assert main(command) == 0, (command, capsys.readouterr().err)
-    printed = capsys.readouterr().out
-    answers = pd.read_csv("submission.csv")
-    asked = pd.read_csv("data/test.csv")
-    assert list(answers.row_id) == list(asked.row_id) and answers.fractured.between(0, 1).all()
-    labels = pd.read_csv("data/test_labels.csv")[list(TARGETS)].to_numpy()
-    score, _ = competition_scores(answers.fractured.to_numpy().reshape(-1, 8), labels)
-    assert f"{score:.4f}" in printed
-    report = pd.read_csv("predict_report.csv")
-    assert len(report) == 2 and set(report.status) <= {"ok", "partial", "nothing seen"}
-    for kind in ("segmenter", "vertebra", "patient"):
-        assert len(pd.read_csv(f"new/{kind}_fold0_log.csv")) == 2
-        assert Path(f"new/{kind}_fold0_heldout.csv").exists()
-        assert Path(f"eda/{kind}_fold0_curves.png").exists()
-
-
-def test_the_readme_names_every_mode():
-    text = (Path(__file__).parents[1] / "README.md").read_text()
-    for mode in cspine.MODES | modes.MODES:
-        assert f"`{mode}" in text, mode
-    assert "pip install torch timm pydicom opencv-python numpy pandas tqdm pytest" in text
-
-
 def test_the_shipped_weights_see_and_name_vertebrae(tmp_path, capsys):
     """Five phantoms of 256 x 256 gave Dice 0.931, log loss 0.119 and every name right; the best
     constants score 0.537 there. The bounds leave room for other arithmetic, none for other pixels."""
