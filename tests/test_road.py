@@ -1,7 +1,5 @@
 """I rely on: the modes work one after another, as the README's road says."""
 
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import torch
