@@ -741,8 +741,8 @@ def place_back(part, low, high, shape):
 def segment(models, volume, device, report=print, closer=True):
     """float32 (7, D, D, D): probability of C1..C7 in the cells of a cube over the study.
     The mean of the models, named head to foot (in_order). Where the neck is small in the
-    study, it is looked at a second time by itself, unless `closer` is False; the mean of both
-    looks counts, each loses what the other sees. `report` is told everything odd."""
+    study, it is looked at a second time by itself, unless `closer` is False; the mean of
+    both looks counts, each loses what the other sees. `report` is told everything odd."""
     probability = mean_probability(models, volume, device)
     part = neck_part(probability, volume.hu.shape) if closer else None
     if part:
