@@ -41,7 +41,8 @@ import torch
 import torch.nn.functional as F
 from pydicom.pixels import get_decoder
 
-sys.path[:0] = [str(Path(__file__).parents[k] / name) for k, name in ((2, ""), (1, "tools"))]
+TESTS = Path(__file__).parents[1]
+sys.path[:0] = [str(TESTS.parent), str(TESTS / "tools")]
 
 import cspine  # noqa: E402
 from dicom_files import EXPLICIT, JPEG_2000, JPEG_LOSSLESS, dicom_bytes  # noqa: E402

@@ -26,7 +26,8 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 
-sys.path[:0] = [str(Path(__file__).parents[k] / name) for k, name in ((2, ""), (1, "tools"))]
+TESTS = Path(__file__).parents[1]
+sys.path[:0] = [str(TESTS.parent), str(TESTS / "tools")]
 
 from lossless_jpeg_encoder import dicom_file, encode  # noqa: E402
 
