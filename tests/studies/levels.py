@@ -4,7 +4,7 @@
 
 A level is named right if the mask that holds most cells within NEAR_MM of its landmark
 has its name; C1 counts by both arches. Views are cut as the competition's studies are, the
-same for all weights; `whole` is the whole volume. T1 is called C7 where C7's mask holds more
+same for all weights; `whole` is the whole CT. T1 is called C7 where C7's mask holds more
 than half of the cells that near to its body, and touched where it holds any.
 """
 

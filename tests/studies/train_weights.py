@@ -2,11 +2,12 @@
 
     python tests/studies/train_weights.py hands --work WORK
     python tests/studies/train_weights.py necks --work WORK --necks NECKS
-    python tests/studies/train_weights.py segmenter --work WORK --init OLDER --out NEW
+    python tests/studies/train_weights.py first --work WORK --init OLDER --out FIRST
+    python tests/studies/train_weights.py second --work WORK --init FIRST/SEGMENTER --out NEW
 
 Each step keeps what it has done and goes on where it was stopped. `hands` draws studies and
 keeps them as cubes (10 s each), `necks` brings the CTs to a fine grid and masks them (6 s
-each), `segmenter` trains (5 to 10 s a step) and writes `segmenter_fold0.pt`. NECKS holds
+each), `first` and `second` train (8 s a step) and write `segmenter_fold0.pt`. NECKS holds
 `<patient>.nii.gz`; who is kept out, and what a view is, says tests/necks/real_necks.py.
 """
 
@@ -16,6 +17,7 @@ import importlib
 import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -39,14 +41,9 @@ UNKNOWN = 255  # label of cells that teach nothing
 
 # A step: samples of a batch, and how a real neck is cut.
 WINDOW = 128, 80, 80  # cells of a cube around the spine: a third of the time of a whole one
-WINDOW_BATCH = "neck", "first", "neck", "other"  # first: of phantoms.py
-WHOLE_SHARE = 0.25  # of the steps: whole cubes, two of them
-WHOLE_BATCHES = ("neck", "first"), ("neck", "other")
 VIEWS = dict(closer=0.45, neck=0.30, whole=0.13, partial=0.12)
 OFF_CENTRE = 0.25  # of a window, in half edges of the cube
 
-STEPS = 500
-LR = 5e-4  # peak of AdamW
 WARM_UP = 0.05
 WEIGHT_DECAY = 0.01
 EMA = 0.998
@@ -54,6 +51,31 @@ CLIP = 1.0  # norm of the gradient
 DROP_PATH = 0.05
 SAVE_EVERY = 60  # steps
 SAY_EVERY = 20
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a step is made of: real necks, studies of the first hand, of others."""
+
+    steps: int
+    lr: float  # peak of AdamW
+    seed: int
+    batch: tuple  # sources of a step's samples, each a window
+    whole_share: float  # of the steps: two whole cubes, from one of two pairs of sources
+    whole_batches: tuple
+
+
+STAGES = dict(
+    first=Stage(
+        steps=500, lr=5e-4, seed=1,
+        batch=("neck", "first", "neck", "other"),
+        whole_share=0.25,
+        whole_batches=(("neck", "first"), ("neck", "other"))),
+    second=Stage(  # back to the drawn edges
+        steps=85, lr=2.5e-4, seed=2,
+        batch=("neck", "first", "first", "other"),
+        whole_share=0.35,
+        whole_batches=(("neck", "first"), ("first", "other"))))
 
 
 # ==== What is trained on ====
@@ -179,17 +201,17 @@ def hand_sample(hands, rng, shape):
     return seen.numpy(), truth.byte().numpy()
 
 
-def make_batch(seed, step, necks, hands):
+def make_batch(stage, step, necks, hands):
     """(B, 1, Z, Y, X) in 0..1 and uint8 labels (B, Z, Y, X) of a step."""
-    rng = np.random.default_rng([seed, step])
-    whole = rng.random() < WHOLE_SHARE
+    rng = np.random.default_rng([stage.seed, step])
+    whole = rng.random() < stage.whole_share
     shape = (EDGE,) * 3 if whole else WINDOW
     sources = dict(
         first={name: a for name, a in hands.items() if name.startswith("phantoms")},
         other={name: a for name, a in hands.items() if not name.startswith("phantoms")})
 
     cubes, labels = [], []
-    for kind in WHOLE_BATCHES[step % 2] if whole else WINDOW_BATCH:
+    for kind in stage.whole_batches[step % 2] if whole else stage.batch:
         if kind == "neck":
             cube, label = neck_sample(necks, rng, shape)
         else:
@@ -214,8 +236,10 @@ class TeachingSegmenter(cspine.Segmenter):
         nn.init.constant_(self.head.bias, -4)
         own = self.state_dict()
         for name, tensor in tensors.items():
-            own[name][: len(tensor)] = tensor if tensor.ndim else tensor[None]
-        self.load_state_dict(own)
+            place = own[name]  # the parameter itself
+            if name.startswith("head."):
+                place = place[: len(tensor)]
+            place.copy_(tensor)
 
     def forward(self, x):
         x = (x - 0.5) * 4
@@ -255,10 +279,10 @@ def teaching_loss(logits, labels):
 class Run:
     """The state of a training, saved whole."""
 
-    def __init__(self, init, seed, lr):
+    def __init__(self, init, stage):
         content = cspine.load_checkpoint(init)
-        torch.manual_seed(seed)
-        self.settings, self.seed, self.lr, self.step = content["settings"], seed, lr, 0
+        torch.manual_seed(stage.seed)
+        self.stage, self.settings, self.step = stage, content["settings"], 0
         self.model = TeachingSegmenter(self.settings, content["tensors"])
         self.model.to(memory_format=torch.channels_last_3d)
         self.averaged = copy.deepcopy(self.model).eval()
@@ -267,12 +291,12 @@ class Run:
             dict(params=[p for p in parameters if p.ndim > 1], weight_decay=WEIGHT_DECAY),
             dict(params=[p for p in parameters if p.ndim == 1], weight_decay=0)])
 
-    def update(self, batch, total):
+    def update(self, batch):
         """One step; its loss."""
-        done = self.step / total
+        done = self.step / self.stage.steps
         warm = min(1, (done + 1e-3) / (WARM_UP + 1e-3))
         for group in self.optimizer.param_groups:  # half a cosine, down to 1 %
-            group["lr"] = self.lr * warm * (0.505 + 0.495 * math.cos(math.pi * done))
+            group["lr"] = self.stage.lr * warm * (0.505 + 0.495 * math.cos(math.pi * done))
         cubes, labels = batch
         self.optimizer.zero_grad()
         loss = teaching_loss(self.model.train()(cubes), labels)
@@ -299,8 +323,8 @@ class Run:
         state["step"] = self.step
         cspine.write_atomic(out / "last.pt", lambda new: torch.save(state, new))
         recipe = cspine.Recipe(
-            backbone=self.settings["backbone"], epochs=1, batch_size=len(WINDOW_BATCH),
-            lr=self.lr, size=EDGE, seed=self.seed)
+            backbone=self.settings["backbone"], epochs=1, batch_size=len(self.stage.batch),
+            lr=self.stage.lr, size=EDGE, seed=self.stage.seed)
         cspine.save_checkpoint(
             out / "segmenter_fold0.pt", "segmenter", recipe,
             settings=self.settings, tensors=self.averaged.shipped_tensors())
@@ -312,26 +336,26 @@ class Run:
             getattr(self, name).load_state_dict(part)
 
 
-def train_segmenter(work, init, out, total, lr, seed):
+def train_segmenter(work, init, out, stage):
     """Train on what `hands` and `necks` made; goes on from `out`/last.pt."""
     necks, hands = read_all(work / "necks"), read_all(work / "hands")
     if not necks or not hands:
         raise SystemExit(f"nothing in {work}/necks or {work}/hands: run these steps first")
-    run = Run(init, seed, lr)
+    run = Run(init, stage)
     out.mkdir(parents=True, exist_ok=True)
     if (out / "last.pt").exists():
         run.load(out)
 
     losses = []
     with ThreadPoolExecutor(1) as pool:
-        batch = pool.submit(make_batch, seed, run.step, necks, hands)
-        while run.step < total:
+        batch = pool.submit(make_batch, stage, run.step, necks, hands)
+        while run.step < stage.steps:
             now = batch.result()
-            batch = pool.submit(make_batch, seed, run.step + 1, necks, hands)
-            losses.append(run.update(now, total))
+            batch = pool.submit(make_batch, stage, run.step + 1, necks, hands)
+            losses.append(run.update(now))
             if run.step % SAY_EVERY == 0:
                 report(out, run, np.mean(losses[-SAY_EVERY:]))
-            if run.step % SAVE_EVERY == 0 or run.step == total:
+            if run.step % SAVE_EVERY == 0 or run.step == stage.steps:
                 run.save(out)
 
 
@@ -347,14 +371,11 @@ def report(out, run, loss):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("step", choices=("hands", "necks", "segmenter"))
+    parser.add_argument("step", choices=("hands", "necks", *STAGES))
     parser.add_argument("--work", type=Path, default=Path("work"))
     parser.add_argument("--necks", type=Path, help="folder of <patient>.nii.gz")
     parser.add_argument("--init", default=str(ROOT / "weights/segmenter_fold0.pt"))
     parser.add_argument("--out", type=Path, default=Path("new"))
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--lr", type=float, default=LR)
-    parser.add_argument("--seed", type=int, default=1)
     o = parser.parse_args()
 
     cv2.setNumThreads(1)
@@ -363,7 +384,7 @@ def main():
     elif o.step == "necks":
         make_necks(o.work, o.necks)
     else:
-        train_segmenter(o.work, o.init, o.out, o.steps, o.lr, o.seed)
+        train_segmenter(o.work, o.init, o.out, STAGES[o.step])
 
 
 if __name__ == "__main__":
