@@ -2291,10 +2291,12 @@ def undo_prediction(grid, left, above, corner):
 # In: the command line. Out: a mode's work, and an exit status.
 # The trap: a pasted file has no __file__, and sys.argv belongs to the notebook.
 
-TOOL_MODES = dict(  # they need the repository, and stand in tests/tools
-    phantom="Make a synthetic data set.", eda="Draw what is in a data set.",
-    show="Draw one study as the models see it.", notebook="Write Kaggle notebooks.",
-    demo="Make phantoms, predict and score them, draw one.")
+TOOL_MODES = {  # they need the repository, and stand in tests/tools
+    "phantom": "Make a synthetic data set in the competition's layout.",
+    "eda": "Draw and tell what is in a data set.",
+    "show": "Draw one study as the models see it.",
+    "notebook": "Write a Kaggle notebook ready to push.",
+    "demo": "Make phantoms, predict and score them, draw one."}
 
 def data_folder(options, *needed):
     """The Path of --data, which must hold the files needed; else UserError."""
@@ -2503,13 +2505,15 @@ EVALUATION = f"{READING} submission"
 PREDICTION = f"{READING} out resume time_limit"
 EXTRACTION = f"{READING} work folds mask_of time_limit"
 TRAINING = f"{READING} work fold folds resume time_limit init"
-TRAINING_MODES = {
+MODES = {
     "train-seg": Mode(train_segmenters, TRAINING, RECIPES["segmenter"]),
+    "extract": Mode(extract, EXTRACTION)}
+MODES |= {
     "train-cls": Mode(train_classifiers, TRAINING, RECIPES["vertebra"]),
     "train-patient": Mode(train_classifiers, TRAINING, RECIPES["patient"])}
-MODES = TRAINING_MODES | dict(
-    extract=Mode(extract, EXTRACTION), predict=Mode(predict, PREDICTION, Answers()),
-    evaluate=Mode(evaluate, EVALUATION, Evaluation()))
+MODES |= {
+    "predict": Mode(predict, PREDICTION, Answers()),
+    "evaluate": Mode(evaluate, EVALUATION, Evaluation())}
 
 class Parser(argparse.ArgumentParser):
     """A parser that raises UserError: main says it in one line."""
