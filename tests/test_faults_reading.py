@@ -74,11 +74,12 @@ PASSES = {
 @pytest.mark.parametrize("apart", [0.0, 0.01])
 @pytest.mark.parametrize("name", PASSES)
 def test_one_of_two_passes_in_one_series_is_taken_whole(write_series, name, apart):
-    """Files named as by uid: those of both passes alternate."""
+    """Files named as by uid: those of both passes come in any order."""
     passes = noise(1), noise(2)
+    names = np.random.default_rng(4).permutation(2 * SLICES) + 100
     for k, tags in enumerate(PASSES[name]):
         at = places(start=apart * k)
-        numbers = np.arange(SLICES) * 2 + 100 + k
+        numbers = names[k * SLICES : (k + 1) * SLICES]
         folder = write_series(passes[k], positions=at, numbers=numbers, **tags)
     volume = read_volume(folder)
     assert volume.hu.shape == (SLICES, ROWS, COLUMNS)
@@ -143,12 +144,14 @@ def test_a_dose_beside_the_neck_is_no_ct_image(write_series):
 
 @pytest.mark.parametrize("what", ["orientation", "spacing"])
 def test_a_header_that_differs_in_its_last_digits_loses_no_slice(tmp_path, what):
-    """Any rounding has values on both sides of its border: a tolerance has none."""
+    """Rounding has values on both sides of a border (here 0.0125 and 0.4125 mm)."""
     stored, rng = noise(), np.random.default_rng(3)
+    turned = np.array([0.999512, 0.03125, 0, -0.03125, 0.999512, 0])
     for k, image in enumerate(stored):
         jitter = rng.uniform(-4e-6, 4e-6, 6).round(6)
-        directions = np.add(AXIAL, jitter) if what == "orientation" else AXIAL
-        spacing = (0.4 + jitter[:2]).round(6) if what == "spacing" else (0.4, 0.4)
+        directions = turned + jitter if what == "orientation" else AXIAL
+        spacing = 0.4125 + jitter[:2] if what == "spacing" else (0.4, 0.4)
+        directions, spacing = np.round(directions, 6), np.round(spacing, 6)
         data = dicom_bytes(image, places()[k], list(directions), list(spacing), number=k + 1)
         (tmp_path / f"{k}.dcm").write_bytes(data)
     volume = read_volume(tmp_path)
