@@ -144,13 +144,13 @@ def test_a_dose_beside_the_neck_is_no_ct_image(write_series):
 
 @pytest.mark.parametrize("what", ["orientation", "spacing"])
 def test_a_header_that_differs_in_its_last_digits_loses_no_slice(tmp_path, what):
-    """Rounding has values on both sides of a border (here 0.0125 and 0.4125 mm)."""
+    """Rounding has values on both sides of a border (once 0.01395 and 0.41075 mm)."""
     stored, rng = noise(), np.random.default_rng(3)
-    turned = np.array([0.999512, 0.03125, 0, -0.03125, 0.999512, 0])
+    turned = np.array([0.999392, 0.034875, 0, -0.034875, 0.999392, 0])
     for k, image in enumerate(stored):
         jitter = rng.uniform(-4e-6, 4e-6, 6).round(6)
         directions = turned + jitter if what == "orientation" else AXIAL
-        spacing = 0.4125 + jitter[:2] if what == "spacing" else (0.4, 0.4)
+        spacing = 0.41075 + jitter[:2] if what == "spacing" else (0.4, 0.4)
         directions, spacing = np.round(directions, 6), np.round(spacing, 6)
         data = dicom_bytes(image, places()[k], list(directions), list(spacing), number=k + 1)
         (tmp_path / f"{k}.dcm").write_bytes(data)
