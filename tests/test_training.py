@@ -652,7 +652,7 @@ def test_extract_goes_on_with_what_is_missing(extraction, tmp_path, monkeypatch,
     assert "the same command goes on" in capsys.readouterr().err
     assert cspine.main(extraction) == 0
     said = capsys.readouterr()
-    assert "crops of 4 studies" in said.out and said.err.count("study damaged: ") == 1
+    assert "crops of 4 of 5 studies" in said.out and said.err.count("study damaged: ") == 1
     files = sorted((tmp_path / "work" / "last").iterdir())
     assert len(files) == 4 and all(f.suffix == ".npz" for f in files)
     before = [(f.read_bytes(), f.stat().st_mtime_ns) for f in files]
