@@ -1114,9 +1114,10 @@ def read_reports(task):
     """{uid: row} of the studies that are answered, by any process of this run."""
     rows = {}
     for path in report_paths(task.out).values():
-        table = read_csv(path, (STUDY, "status", "made_by", *TARGETS))
+        table = read_csv(path, (STUDY, "status", *TARGETS))
         failed = table.status.isin(("failed", "no time"))
-        answered = table[~failed & (table.made_by == task.made_by)]
+        made_by = table.get("made_by", "")  # older versions did not say
+        answered = table[~failed & (made_by == task.made_by)]
         rows |= {row[STUDY]: row for row in answered.to_dict("records")}
     return rows
 
@@ -2430,16 +2431,19 @@ def predict(options):
     submission to --out, and predict_report.csv beside it: a row a study, with what was seen
     and odd."""
     data = data_folder(options, "test.csv")
-    answers = Answers(options.top_k, options.noisy_or)
-    calibration = read_calibration(options.weights)
-    made_by = hash_of(model_hashes(options.weights), calibration, answers)
-    task = Submission(Path(options.out), rows_asked(data / "test.csv"), made_by)
+    task = Submission(Path(options.out), rows_asked(data / "test.csv"))
     rank, world = ranks()
     minutes = options.time_limit or KAGGLE_MINUTES * Path("/kaggle").exists()
     with stop_signals(minutes) as stop:
         for number, path in report_paths(task.out).items():
             if number % world == rank and not options.resume:  # of an earlier run
                 path.unlink(missing_ok=True)
+        if not options.resume:
+            write_submission(task)  # the prior, whatever fails from here on
+        answers = Answers(options.top_k, options.noisy_or)
+        calibration = read_calibration(options.weights)
+        made_by = hash_of(model_hashes(options.weights), calibration, answers)
+        task = task._replace(made_by=made_by)
         write_submission(task)
         device = pick_device(options.device)
         ensemble = load_ensemble(options.weights, device, calibration)

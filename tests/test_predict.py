@@ -454,7 +454,7 @@ def test_too_little_time_in_a_real_run_leaves_priors_and_says_so(predict, tmp_pa
     write_test_csv(data, [(f"{uid}_C1", uid, "C1") for uid in uids])
     submission, report, status = predict("--time-limit", 1.5 / 60, data=data)
     out, errors = capsys.readouterr()
-    assert status == 0 and len(submission) == len(report) == 100
+    assert status == 3 and len(submission) == len(report) == 100
     assert (report.status == "no time").any()
     assert "time is short" in errors and "fell back" in out
 
@@ -524,12 +524,13 @@ def test_vertebrae_that_fill_a_small_part_of_the_view_are_looked_at_again():
 
 @pytest.mark.parametrize("edge", (133, 140, 150))
 def test_a_second_look_lies_where_the_vertebrae_are(edge):
-    """To the cell, though cells and voxels share no borders."""
+    """To the cell but for some on its border, though cells and voxels share none: the mean with
+    the first look, which sees half a cell there, moves 26 of 262,144 at most."""
     model, low = Marker(64), np.array((edge // 2, edge // 3, edge // 2 + 5))
     volume = dense_box((edge, edge, edge), low, low + (31, 22, 27))
     found = cspine.segment([model], volume, torch.device("cpu"))[2] > 0.5
     assert len(model.cubes) == 2
-    np.testing.assert_array_equal(found, at_cells(volume.hu > 0, 64))
+    assert (found != at_cells(volume.hu > 0, 64)).mean() < 2e-4
 
 
 @pytest.mark.parametrize("low, high", (((20, 40, 40), (108, 90, 90)), ((0, 0, 0), (0, 0, 0)),
@@ -812,8 +813,10 @@ def test_a_vertebra_out_of_view_gets_the_rate_of_such_vertebrae():
 def test_a_calibration_of_another_form_is_refused(text, predict, tmp_path, capsys):
     weights = make_weights(tmp_path / "weights", patient=False)
     (weights / "calibration.json").write_text(text)
-    _, _, status = predict(weights=weights)
+    submission, _, status = predict(weights=weights)
     assert status == 2 and "calibration.json" in capsys.readouterr().err
+    for uid in UIDS:
+        assert_prior(submission, uid)
 
 
 def write_held_out(weights, answers, uids):
