@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.5", "timm>=1.0.9", "pydicom>=3.0", "opencv-python>=4.8",
-#                 "numpy>=1.26", "pandas>=2.1", "tqdm>=4.64"]
+# dependencies = ["torch>=2.10", "timm>=1.0.26", "pydicom>=3.0.2", "opencv-python>=4.13",
+#                 "numpy>=2.0.2", "pandas>=2.2.2", "tqdm>=4.64"]
 # ///
 """cspine: neck CT studies in, fracture probabilities of C1..C7 and the patient out.
 
@@ -29,7 +29,9 @@ disk; 1 a fault of ours.
 import argparse
 import copy
 import functools
+import gzip
 import hashlib
+import io
 import json
 import math
 import mmap
@@ -40,7 +42,7 @@ import signal
 import struct
 import subprocess
 import sys
-import zlib
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -75,7 +77,6 @@ PRIOR = np.array(  # the constants with the best score, 0.5573, on the 2019 trai
     [0.1027, 0.1930, 0.0512, 0.0752, 0.1105, 0.1842, 0.2559, 0.5309])
 PRIOR_ANSWERS = dict(zip(TARGETS, PRIOR))
 LEAST_ANSWER = 1e-4  # answers stay this far from 0 and 1
-USUAL_LOGIT = -2.5  # median over C1..C7 of a study like the training's; above it: unlike
 
 # A study.
 AIR_HU = -1024  # HU; whatever is darker is padding outside the scanner's circle
@@ -83,7 +84,9 @@ MAX_HU = 32767  # HU; the largest int16
 MIN_SLICES = 16  # slices; fewer are no study (the competition's shortest has 69)
 MAX_VOXELS = 2**30  # voxels, 2 GB of int16; more is damage or does not fit
 MAX_GAP_MM = 30.0  # mm; a longer hole along the normal separates two scans
-SAME_PLACE_MM = 0.0031  # mm; closer slices repeat; odd, so no usual spacing is a multiple
+SAME_PLACE_MM = 0.05  # mm; closer slices lie at one place (spacings begin at 0.3)
+WHOLE_PASS = 0.9  # share of a series' places that one pass over them covers at least
+SAME_STEP = 0.01  # share of a pixel by which the pixels of slices of one series may differ
 UNEVEN = 0.25  # share of a step by which a slice may miss its even place
 STRAIGHT = 0.999  # least cosine of a stack's axis and its normal; below: a tilted gantry
 
@@ -113,17 +116,21 @@ MAX_READ_S = 600  # s, or a quarter of the time left, that a file which hangs ma
 READ_AHEAD = 99  # threads that read studies: each may be stuck in a file that hangs
 CROPS_ON_CPU = STEPS  # crops in one pass of a backbone: about a CPU's cache
 CROPS_ON_GPU = 2 * 7 * STEPS  # crops in one pass: those of two patients
+LEAST_INSIDE = 0.5  # share of a mask's labels that lie in its study, or it is another's
+BONE_HU = 100  # HU; cancellous bone of a vertebra has about 150 to 350
+LEAST_BONE = 0.25  # share of a mask's labels on bone, or it lies elsewhere
+LEAST_SEEN = 0.5  # share of all vertebrae that the crops must show, to train on them
 MAX_SKIPPED_STEPS = 20  # steps in a row without a finite gradient
 
 class UserError(Exception):
     """Something that the user can mend; main prints it in one line, status 2."""
-
 class StudyError(UserError):
     """One study or one of its files cannot be used; the run goes on with the others."""
-
 class Stopped(Exception):
-    """A run that ended before its work was done, all of it saved: a message, a status."""
-
+    """A run that ended before its work was done, with all of it saved."""
+    def __init__(self, message, status):
+        super().__init__(message)
+        self.status = status
 def setting(default, meaning, choices=(), least=-math.inf, most=math.inf):
     """A field of settings: its meaning is the text of --help, the rest what it may be."""
     limits = dict(help=meaning, choices=choices, least=least, most=most)
@@ -198,11 +205,9 @@ class Answers:
 
 class Volume(NamedTuple):
     """A CT study, head first.
-
     `hu` is int16 (Z, Y, X) in Hounsfield units, Z from head to foot, Y from front to
-    back, X from right to left; `spacing` is in mm, in the order of the axes; `affine` (4, 4)
-    gives LPS mm (DICOM's axes) from (z, y, x, 1). `problems` says what was odd.
-    """
+    back, X from right to left; `spacing` is in mm, in the order of the axes; `affine`
+    (4, 4) gives LPS mm (DICOM's axes) from (z, y, x, 1). `problems` says what was odd."""
     uid: str
     hu: np.ndarray
     spacing: tuple
@@ -215,19 +220,23 @@ class Slice(NamedTuple):
     origin: np.ndarray  # (3,) centre of the first pixel
     down: np.ndarray  # (3,) from a pixel to the one in the next row
     right: np.ndarray  # (3,) from a pixel to the one in the next column
+    of_pass: tuple  # what PASS_TAGS say of it
+    number: int  # InstanceNumber
+
+PASS_TAGS = (  # what tells two scans of the same places in one series apart
+    "AcquisitionNumber", "ConvolutionKernel", "ImageType", "TemporalPositionIdentifier",
+    "AcquisitionTime", "ContentTime")
 
 def read_slices(path):
-    """[(series key, Slice)] of the frames of a DICOM file, with or without its preamble."""
+    """[(series, Slice)] of the frames of a DICOM file, with or without its preamble."""
     if not path.is_file():  # a pipe would wait for ever
         raise StudyError("no plain file")
     data = pydicom.dcmread(path, force=True)
-    series = str(data.get("SeriesInstanceUID"))
-    slices = []
-    for number, stored in enumerate(decode_pixels(data)):
-        one = place_frame(stored, data, number)
-        steps = np.rint(np.r_[one.down, one.right] / SAME_PLACE_MM)
-        slices.append(((series, one.hu.shape, *steps), one))
-    return slices
+    if data.get("Modality") not in (None, "", "CT"):  # a dose or a segmentation beside it
+        raise StudyError(f"no CT image but {data.Modality}")
+    series = (str(data.get("SeriesInstanceUID")), data.get("Rows"), data.get("Columns"))
+    frames = decode_pixels(data)
+    return [(series, place_frame(stored, data, k)) for k, stored in enumerate(frames)]
 
 def place_frame(stored, data, number):
     """The Slice of a frame's stored values (Y, X): in HU, placed (DICOM PS3.3 C.7.6.2)."""
@@ -236,8 +245,9 @@ def place_frame(stored, data, number):
     own = {part.keyword: part.value for group in groups for part in group.iterall()}
 
     def tag(name, default):
-        value = own.get(name) or data.get(name)
-        return np.array(value or default, float)
+        values = (own.get(name), data.get(name), default)
+        given = [value for value in values if value not in (None, "")]  # 0 is a value
+        return np.array(given[0], float)
 
     origin = tag("ImagePositionPatient", [math.nan] * 3)
     row, column = tag("ImageOrientationPatient", [1, 0, 0, 0, 1, 0]).reshape(2, 3)
@@ -252,12 +262,21 @@ def place_frame(stored, data, number):
     memory = mmap.mmap(-1, 2 * stored.size, mmap.MAP_PRIVATE)  # malloc would not free it
     hu = np.ndarray(stored.shape, np.int16, memory)
     rescaled = stored * tag("RescaleSlope", 1) + tag("RescaleIntercept", 0)
+    if "ModalityLUTSequence" in data:
+        rescaled = pydicom.pixels.apply_modality_lut(stored, data)
     hu[:] = np.rint(rescaled).clip(AIR_HU, MAX_HU)
-    return Slice(hu, origin, down, right)
+    padding = map(data.get, ("PixelPaddingValue", "PixelPaddingRangeLimit"))
+    padding = [value for value in padding if isinstance(value, int)]
+    if padding:  # also at the top of an unsigned range, where it would be the densest metal
+        low, high = min(padding), max(padding)
+        hu[(stored >= low) & (stored <= high)] = AIR_HU
+    of_pass = tuple(str(data.get(name, "")) for name in PASS_TAGS)
+    place = int(data.get("InstanceNumber") or 0)
+    return Slice(hu, origin, down, right, of_pass, place)
 
 def read_files(folder, workers, give_up):
-    """({series key: [Slice, ...]} of all files of a folder, [what was left out, why])."""
-    stacks = {}
+    """([slices of one series and geometry, ...] of a folder, [what was left out, why])."""
+    stacks = []
     problems = []
     files = sorted(Path(folder).iterdir(), key=lambda path: (len(path.name), path))
     for path, future in prefetch(read_slices, files, workers, 4 * workers + 1):
@@ -266,10 +285,23 @@ def read_files(folder, workers, give_up):
         try:
             with errors_as(StudyError, path.name):
                 for series, one in future.result():
-                    stacks.setdefault(series, []).append(one)
+                    alike = [part for part in stacks if same_series(part[0], series, one)]
+                    if not alike:
+                        stacks.append([(series, one)])
+                    else:
+                        alike[0].append((series, one))
         except StudyError as error:
             problems.append(f"{error}; left out")
-    return stacks, problems
+    return [[one for _, one in part] for part in stacks], problems
+
+def same_series(first, series, other):
+    """Whether a slice belongs to (series, Slice), but for the last digits of its header."""
+    name, one = first
+    if name != series:
+        return False
+    limit = SAME_STEP * np.linalg.norm(one.down)
+    apart = np.r_[one.down - other.down, one.right - other.right]
+    return abs(apart).max() < limit
 
 def along_normal(stack):
     """mm of every slice along the slices' common normal (DICOM PS3.3 C.7.6.2.1.1)."""
@@ -277,13 +309,33 @@ def along_normal(stack):
     origins = np.array([one.origin for one in stack])
     return origins @ normal / np.linalg.norm(normal)
 
-def longest_run(mm):
-    """Indices, in the order of position, of the largest group of slices without a gap.
+def one_pass(stack):
+    """The slices of one acquisition: of several at the same places, one pass whole.
+    The first of PASS_TAGS that tells passes apart does; the one that covers most places
+    counts, of equals the first. Where none does, a place's earliest slice comes first."""
+    most = len(places_of(along_normal(stack)))
+    if most == len(stack):
+        return stack
+    for k in range(len(PASS_TAGS)):
+        passes = {}
+        for one in stack:
+            passes.setdefault(one.of_pass[k], []).append(one)
+        names = sorted(passes)
+        covered = [len(places_of(along_normal(passes[name]))) for name in names]
+        if len(names) > 1 and max(covered) >= WHOLE_PASS * most:
+            return one_pass(passes[names[np.argmax(covered)]])
+    return sorted(stack, key=lambda one: (*one.of_pass[-2:], one.number))  # earliest first
 
-    Of slices at the same place the first counts; a gap of MAX_GAP_MM separates two scans.
-    """
-    places = np.rint(mm / SAME_PLACE_MM)
-    _, order = np.unique(places, return_index=True)
+def places_of(mm):
+    """Indices of slices in the order of position, of those at the same place the first."""
+    order = np.argsort(mm, kind="stable")
+    steps = np.diff(mm[order])
+    places = np.split(order, np.flatnonzero(steps > SAME_PLACE_MM) + 1)
+    return np.array([min(place) for place in places])
+
+def longest_run(mm):
+    """Indices, in the order of position, of the largest group of slices without a gap."""
+    order = places_of(mm)
     gaps = np.flatnonzero(np.diff(mm[order]) > MAX_GAP_MM)
     return max(np.split(order, gaps + 1), key=len)
 
@@ -298,16 +350,18 @@ def even_steps(mm):
     return np.interp(even, mm, index)
 
 def read_series(folder, workers, give_up):
-    """The largest series of a folder: (planes in order, even_steps, affine, problems).
-
-    The affine (4, 4) gives LPS mm from (step, row, column, 1).
-    """
+    """The series of a folder that covers most places: planes, even_steps, affine, problems.
+    The affine (4, 4) gives LPS mm from (step, row, column, 1)."""
     stacks, problems = read_files(folder, workers, give_up)
-    stack = max(stacks.values(), key=len, default=[])
-    run = longest_run(along_normal(stack)) if stack else []
-    left_out = sum(map(len, stacks.values())) - len(run)
-    if left_out:
-        problems.append(f"{left_out} images of another series, size or position left out")
+    stack, run = [], []
+    count = sum(map(len, stacks))
+    for part in map(one_pass, stacks):
+        places = longest_run(along_normal(part))
+        if len(places) > len(run):  # not the most images, but the most places
+            stack, run = part, places
+    if count > len(run):
+        left_out = "of another series, pass, size or position"
+        problems.append(f"{count - len(run)} images {left_out} left out")
     if len(run) < MIN_SLICES:
         found = f"{len(run)} usable slices, not {MIN_SLICES}"
         raise StudyError("; ".join([found, *problems[-1:]]))
@@ -337,12 +391,10 @@ def axial_axes(affine):
 
 def read_volume(folder, workers=2, give_up=lambda: False):
     """One CT study, head first, in Hounsfield units: a Volume.
-
     Slices are ordered by their position along the slice normal, never by file name; the
     largest series of the folder counts, gaps are filled by position, sagittal and coronal
     slices are turned. Raises StudyError, and nothing else, if fewer than MIN_SLICES can be
-    read, or if give_up() becomes true.
-    """
+    read, or if give_up() becomes true."""
     with errors_as(StudyError, folder):
         planes, steps, affine, problems = read_series(folder, workers, give_up)
         shape = (len(steps), *planes[0].shape)
@@ -383,7 +435,6 @@ NIFTI_TYPES = {  # of NumPy, by the header's datatype
 
 def nifti_affine(header):
     """RAS mm from voxel (4, 4): the sform, else the qform, else the zooms about the centre.
-
     The order and the third way are nibabel's; pixdim[0] below 0 mirrors the qform's k axis.
     """
     zooms = header["pixdim"][1:4].astype(float)
@@ -403,12 +454,10 @@ def nifti_affine(header):
 
 def read_nifti(path):
     """(stored values (I, J, K), slope, intercept, voxel from LPS mm (4, 4)) of NIfTI-1.
-
-    Both byte orders, gzip or not. Any damage raises an exception of its own kind.
-    """
+    Both byte orders, gzip or not. Any damage raises an exception of its own kind."""
     raw = Path(path).read_bytes()
-    if raw[:2] == b"\x1f\x8b":
-        raw = zlib.decompressobj(31).decompress(raw, MAX_VOXELS)
+    if raw[:2] == b"\x1f\x8b":  # of one or several members
+        raw = gzip.GzipFile(fileobj=io.BytesIO(raw)).read(2 * MAX_VOXELS)
     order = "<" if raw[:2] == b"\x5c\x01" else ">"  # the header's length, 348
     header = np.frombuffer(raw, NIFTI_HEADER.newbyteorder(order), 1)[0]
     rank, *shape = header["dim"].tolist()
@@ -416,7 +465,9 @@ def read_nifti(path):
     more = max(shape[3:rank], default=1) > 1  # times or vectors
     if header["magic"] != b"n+1" or rank < 3 or more or start < NIFTI_HEADER.itemsize:
         raise ValueError("not one 3-D image")
-    kind = order + NIFTI_TYPES[int(header["datatype"])]
+    kind = np.dtype(order + NIFTI_TYPES[int(header["datatype"])])
+    if start + math.prod(shape[:3]) * kind.itemsize > 2 * MAX_VOXELS:
+        raise ValueError(f"{shape[:3]} voxels of {kind.itemsize} bytes: too large")
     stored = np.ndarray(shape[:3], kind, raw, start, order="F")
 
     ras_from_voxel = np.asarray_chkfinite(nifti_affine(header))
@@ -428,9 +479,7 @@ def read_nifti(path):
 
 def read_mask(path, volume, shape=None):
     """uint8 (Z, Y, X), or a coarser `shape`: the nearest label, 1-7 = C1-C7, or 0 outside.
-
-    The mask may lie on any grid: its affine places it. StudyError if it is damaged.
-    """
+    The mask may lie on any grid: its affine places it. StudyError if it is damaged."""
     with errors_as(StudyError, f"{path}: no whole NIfTI-1 mask"):
         stored, slope, intercept, voxel_from_lps = read_nifti(path)
     out = np.zeros(shape or volume.hu.shape, np.uint8)
@@ -449,6 +498,23 @@ def read_mask(path, volume, shape=None):
         is_label = (values > 0) & (values < 255)
         plane[inside] = np.where(is_label, np.rint(values), 0)
     return out
+
+def mask_fit(path, volume, labels):
+    """(share of a mask's C1..C7 that lies in the study, share of that which lies on bone).
+    `labels` is read_mask's, on any grid. Another study's mask fits nowhere."""
+    stored, slope, intercept, voxel_from_lps = read_nifti(path)
+    thin = stored[::2, ::2, ::2] * slope + intercept  # an eighth says enough
+    voxels = 8 * ((thin > 0.5) & (thin < 7.5)).sum()
+    whole_mm3 = voxels / abs(np.linalg.det(voxel_from_lps))
+    cells = np.argwhere((labels > 0) & (labels < 8))
+    if not len(cells):
+        return 0.0, 0.0
+    voxels_a_cell = np.divide(volume.hu.shape, labels.shape)
+    found_mm3 = len(cells) * np.prod(voxels_a_cell * volume.spacing)
+    at = (cells + 0.5) * voxels_a_cell
+    hu = volume.hu[tuple(at.astype(int).T)]
+    inside = min(found_mm3 / max(whole_mm3, 1), 1)
+    return inside, (hu > BONE_HU).mean()
 
 
 # ==== Segmenter ====
@@ -475,7 +541,6 @@ def segmenter_input(volume, size=CUBE, window=SEGMENTER_WINDOW):
 
 class Conv3dSame(nn.Conv3d):
     """A convolution with TensorFlow's SAME padding: more at the end than at the start."""
-
     def forward(self, x):
         """(B, C, Z, Y, X) -> (B, F, Z/stride, Y/stride, X/stride), rounded up."""
         padding = []
@@ -487,13 +552,11 @@ class Conv3dSame(nn.Conv3d):
 
 class BatchNormAct3d(nn.BatchNorm3d):
     """timm's BatchNormAct2d holds the activation inside: a bare norm would drop it."""
-
     def forward(self, x):
         return self.act(super().forward(x))
 
 class SqueezeExcite3d(nn.Sequential):
     """Squeeze-excite over three axes; the 2-D one runs on five dimensions, and is wrong."""
-
     def forward(self, x):
         return x * super().forward(x.mean((2, 3, 4), keepdim=True))
 
@@ -504,10 +567,8 @@ PLAIN_LAYERS = "activation|ConvNormAct|DropPath"  # of timm, right in 3-D as the
 
 def to_3d(network):
     """The 3-D twin of a timm network, with the same names of layers.
-
     On a volume that is constant along the new axis its features are the 2-D network's, away
-    from the border. Raises UserError with the name of a layer that has no twin.
-    """
+    from the border. Raises UserError with the name of a layer that has no twin."""
     twin = copy.deepcopy(network)
     for path, layer in twin.named_modules():
         kind = str(type(layer))
@@ -527,7 +588,6 @@ def to_3d(network):
 
 def deepen(layer, pairs):
     """Make a 2-D layer 3-D, in place; `pairs` are its settings that hold a value an axis.
-
     A kernel repeated k times along the new axis is divided by k, or activations would grow.
     """
     layer.__class__ = LAYERS_3D[type(layer).__name__]
@@ -547,7 +607,6 @@ def create_backbone(name, **arguments):
 
 class ConvBlock(nn.Module):
     """Convolution, norm, ReLU, then scSE attention (Roy et al. 2018)."""
-
     def __init__(self, before, width):
         super().__init__()
         self.conv = nn.Conv3d(before, width, 3, padding=1, bias=False)
@@ -566,10 +625,8 @@ class ConvBlock(nn.Module):
 
 class Segmenter(nn.Module):
     """3-D U-Net: (B, 1, Z, Y, X) in 0..1 -> (B, 7, Z, Y, X) logits of C1..C7.
-
     The axes must be multiples of 16. `size` and `window` say for what input it was trained.
     """
-
     def __init__(
             self, backbone="tf_efficientnetv2_s", size=CUBE, window=SEGMENTER_WINDOW,
             drop_path=0, dropout=0, **_):  # a recipe holds more
@@ -616,9 +673,7 @@ class Segmenter(nn.Module):
 
 def segmenter_loss(logits, labels):
     """BCE and Dice: logits (B, 7, Z, Y, X), uint8 labels (B, Z, Y, X), 1-7 = C1-C7.
-
-    The Dice is of the vertebrae in view; BCE, mostly of background, counts tenfold.
-    """
+    The Dice is of the vertebrae in view; BCE, mostly of background, counts tenfold."""
     space = (2, 3, 4)
     logits = logits.float()
     truth = torch.stack([labels == v for v in range(1, 8)], 1).float()
@@ -659,9 +714,7 @@ def mean_probability(models, volume, device):
 
 def neck_part(probability, shape):
     """(low, high) voxels of the neck and its surroundings, or None if it fills the study.
-
-    Where C1..C7 fill little of the cube, their cells are too coarse for a good mask.
-    """
+    Where C1..C7 fill little of the cube, their cells are too coarse for a good mask."""
     cells = probability.shape[-1]
     box = vertebra_box(probability.amax(0).numpy(), gap=cells)
     if box is None:
@@ -687,26 +740,23 @@ def place_back(part, low, high, shape):
 @torch.inference_mode()
 def segment(models, volume, device, report=print, closer=True):
     """float32 (7, D, D, D): probability of C1..C7 in the cells of a cube over the study.
-
     The mean of the models, named head to foot (in_order). Where the neck is small in the
-    study, it is looked at a second time by itself, unless `closer` is False. `report` is
-    called with a line for everything odd.
-    """
+    study, it is looked at a second time by itself, unless `closer` is False; the mean of
+    both looks counts, each loses what the other sees. `report` is told everything odd."""
     probability = mean_probability(models, volume, device)
     part = neck_part(probability, volume.hu.shape) if closer else None
     if part:
         low, high = part
         neck = volume._replace(hu=volume.hu[tuple(map(slice, low, high))])
         inner = in_order(mean_probability(models, neck, device).numpy(), report)
-        probability = place_back(torch.from_numpy(inner), low, high, volume.hu.shape)
+        inner = place_back(torch.from_numpy(inner), low, high, volume.hu.shape)
+        probability = (probability + inner) / 2
     return in_order(probability.numpy(), report)
 
 def in_order(probability, report):
     """(7, D, D, D) whose vertebrae lie head to foot, mended in place.
-
     Of two neighbours in the wrong order that are about as large and lie apart the names are
-    exchanged; else the fainter one is emptied.
-    """
+    exchanged; else the fainter one is emptied."""
     weight = (probability * (probability > 0.5)).sum((2, 3))  # (7, D): mass in every plane
     mass = weight.sum(1)
     centre = weight @ np.arange(weight.shape[1]) / np.maximum(mass, 1)
@@ -738,10 +788,8 @@ def apply_window(hu, window):
 
 def crop_plane(plane, box, size):
     """(S, S) out of a plane (Y, X); outside of it the border repeats.
-
     `box` (2, 2) holds the corner and the step between pixels, as (y, x) shares of the
-    plane.
-    """
+    plane."""
     corner, step = box * plane.shape
     y, x = corner + (step - 1) / 2  # of the first pixel's centre
     source = np.array([[step[1], 0, x], [0, step[0], y]])  # OpenCV: x first
@@ -751,10 +799,8 @@ def crop_plane(plane, box, size):
 
 def slice_indices(first_cell, last_cell, edge, count):
     """(15, 5): the native slices of every step, of `count`; a border slice repeats.
-
     The steps' centres lie evenly from the first to the last slice that the vertebra's cells
-    cover, of a cube with `edge` cells.
-    """
+    cover, of a cube with `edge` cells."""
     first = first_cell * count / edge
     last = (last_cell + 1) * count / edge - 1
     centres = np.rint(np.linspace(first, last, STEPS)).astype(int)
@@ -776,11 +822,9 @@ def interleave(images, masks):
 
 def vertebra_slices(volume, probability, size=CROP, mask_of="last"):
     """The ninety images of every vertebra: uint8 (7, 15, 6, S, S), a mask after 5 slices.
-
     `probability` (7, D, D, D) covers the whole study. `mask_of` says of which of a step's
     slices the mask is, the "last" or the "center". A vertebra that is not seen is all 0;
-    the mask of one that is seen is nowhere 0.
-    """
+    the mask of one that is seen is nowhere 0."""
     out = np.zeros((7, STEPS, CHANNELS, size, size), np.uint8)
     for v, cells in enumerate(probability):
         found = vertebra_box(cells)
@@ -790,9 +834,7 @@ def vertebra_slices(volume, probability, size=CROP, mask_of="last"):
 
 def ninety_images(volume, cells, found, size, mask_of):
     """uint8 (15, 6, S, S) in BONE_WINDOW of a vertebra's mask (D, D, D) and vertebra_box.
-
-    The crop is square in mm, BOX_MARGIN cells wider than the mask.
-    """
+    The crop is square in mm, BOX_MARGIN cells wider than the mask."""
     edge, count = len(cells), len(volume.hu)
     extent_mm = np.multiply(volume.hu.shape, volume.spacing)[1:]  # (y, x)
     low, high = found[1:].T
@@ -826,7 +868,6 @@ def logit_head(width, hidden, dropout):
 
 class StepEncoder(nn.Module):
     """The part of a classifier that turns crops into features, and reads them in order."""
-
     def __init__(self, backbone, hidden, drop_path, dropout):
         super().__init__()
         self.backbone = create_backbone(
@@ -863,10 +904,7 @@ class StepEncoder(nn.Module):
 
 class VertebraClassifier(nn.Module):
     """(B, 15, 6, S, S), uint8 or 0..1 -> (B, 15) logits: a fracture of this vertebra.
-
-    `size` and `mask_of` say for what crops it was trained.
-    """
-
+    `size` and `mask_of` say for what crops it was trained."""
     def __init__(
             self, backbone="tf_efficientnetv2_s", size=CROP, mask_of="last", hidden=256,
             drop_path=0, dropout=0, **_):  # a recipe holds more
@@ -888,7 +926,6 @@ class VertebraClassifier(nn.Module):
 
 class PatientClassifier(VertebraClassifier):
     """(B, 105, 6, S, S) -> (B, 105) logits of the steps of C1..C7, (B,) of the patient."""
-
     def __init__(self, backbone="convnext_nano", hidden=256, dropout=0, **others):
         others |= dict(hidden=hidden, dropout=dropout)
         super().__init__(backbone, **others)
@@ -904,10 +941,8 @@ class PatientClassifier(VertebraClassifier):
 
 def classifier_loss(outputs, labels):
     """The competition's weighted log loss, a vertebra's label on each of its steps.
-
     `outputs` are a classifier's: (B, N) logits with labels (B, 1), or ((B, N), (B,)) with
-    labels (B, 8). A label that is NaN is unknown and counts nothing.
-    """
+    labels (B, 8). A label that is NaN is unknown and counts nothing."""
     targets = labels.shape[1]
     patient = isinstance(outputs, tuple)
     logits = torch.column_stack(outputs) if patient else outputs  # (B, N + 1) or (B, N)
@@ -920,21 +955,27 @@ def classifier_loss(outputs, labels):
         logits, truth.nan_to_num(), weight * ~truth.isnan(), reduction="sum")
     return loss / len(labels) / TARGET_WEIGHTS[:targets].sum()
 
+class Calibration(NamedTuple):
+    """How the logits of the eight targets are moved; as it stands here, not at all."""
+    scale: Any = (1.0,) * 8
+    shift: Any = (0.0,) * 8
+    unseen: Any = PRIOR  # the answer of a target that is not in view
+    unusual: float = math.inf  # median logit of C1..C7 above which a study is foreign
+
 class Ensemble(NamedTuple):
     """The models that answer a study, and how their outputs become answers."""
     models: dict  # {kind: [model of a fold, ...]}
     device: torch.device
-    calibration: Any = None  # (2, 8): scale and shift of the logits, or None
+    calibration: Calibration = Calibration()
     answers: Answers = Answers()
+    on_cpu: Any = None  # the same Ensemble, for when the device fails
 
 @torch.inference_mode()
 def classify(ensemble, crops, folds=100):
     """[((7, 15) steps' probability, patient's)] of the first `folds` models of each kind.
-
     `crops` is uint8 (7, 15, 6, S, S). NaN stands for a vertebra that is not seen, and for
     the patient where a vertebra classifier has no answer. Model i sees dihedral view i mod
-    8 (first place), so that their errors differ.
-    """
+    8 (first place), so that their errors differ."""
     absent = ~crops.any((1, 2, 3, 4))
     vertebra, patient = (ensemble.models[kind][:folds] for kind in ("vertebra", "patient"))
     crops = torch.from_numpy(crops).to(ensemble.device)
@@ -965,38 +1006,31 @@ def vertebra_answers(steps, top_k):
     """(7,): the mean of each vertebra's top_k largest step probabilities (7, 15)."""
     return np.sort(steps, 1)[:, -top_k:].mean(1)
 
-def strangeness(logits):
-    """How far the median vertebra lies above USUAL_LOGIT, in logits; 0 if below.
-
-    Most vertebrae of most patients are whole. Where calibrated answers call most of them
-    broken, no model has met such a study, and its answers deserve less trust.
-    """
-    return (logits[:7].nan_to_num(-9).median() - USUAL_LOGIT).clamp(0)
-
-def combine(outputs, answers, calibration=None):
-    """(8,) probabilities of classify's outputs: the mean logits, calibrated; or the prior.
-
+def combine(outputs, answers, calibration=Calibration()):
+    """(8,) probabilities of classify's outputs: the mean logits, calibrated.
     The patient's is a blend of its own and of the vertebrae's noisy-or, P(at least one).
-    """
+    What is not in view gets calibration.unseen. Where a calibration says what is unusual, a
+    study whose vertebrae seem mostly broken is foreign to it, and leans to the prior."""
     rows = [[*vertebra_answers(steps, answers.top_k), head] for steps, head in outputs]
-    raw = torch.tensor(np.array(rows)).logit(LEAST_ANSWER).nanmean(0)  # (8,)
-    scale, shift = torch.ones_like(raw), torch.zeros_like(raw)
-    strange = raw.new_zeros(())
-    if calibration is not None:
-        scale, shift = torch.tensor(calibration)
-        strange = strangeness(raw * scale + shift)
-    logits = raw * scale + shift - strange
+    rows = torch.tensor(np.array(rows))
+    raw = rows.logit(LEAST_ANSWER).nanmean(0)  # (8,)
+    scale, shift, unseen = map(torch.tensor, calibration[:3])
+    logits = raw * scale + shift
+    median = logits[:7].nan_to_num(-9).median()
+    excess = (median - calibration.unusual).clamp(0)
+    logits = logits - excess
 
-    whole = (1 - logits[:7].sigmoid()).nan_to_num(1)  # not in view: not broken
-    either = float(1 - whole.prod()) or math.nan
+    whole = 1 - logits[:7].sigmoid()
+    either = float(1 - whole.nan_to_num(1).prod()) or math.nan  # not in view: not broken
     own = raw[7].sigmoid().nan_to_num(either)  # without a patient classifier
-    patient = answers.noisy_or * either + (1 - answers.noisy_or) * own
+    share = answers.noisy_or
+    patient = share * either + (1 - share) * own
     logits[7] = patient.logit(LEAST_ANSWER) * scale[7] + shift[7]
 
-    trust = (-strange / 2).exp()
-    prior = torch.tensor(PRIOR)
-    answer = prior.logit().lerp(logits, trust).sigmoid()
-    answer = torch.where(answer.isnan(), prior, answer)
+    trust = (-excess / 2).exp()
+    prior = torch.tensor(PRIOR).logit()
+    answer = prior.lerp(logits, trust).sigmoid()
+    answer = torch.where(answer.isnan(), unseen, answer)
     return answer.clamp(LEAST_ANSWER, 1 - LEAST_ANSWER).numpy()
 
 
@@ -1008,6 +1042,7 @@ class Submission(NamedTuple):
     """What is asked: where the answers go, and (row_id, uid, target) of every row."""
     out: Path
     rows: list
+    made_by: str = ""  # hash of models and options: answers of others do not count
 
 def rows_asked(path):
     """[(row_id, uid, target)] of test.csv, each row once."""
@@ -1044,26 +1079,44 @@ def answer_or_prior(uid, future, ensemble, folds, seconds):
     """answer_study of the study that `future` reads, or the prior with the reason."""
     try:
         volume, read_s = future.result(seconds)  # a file may hang
-        with suppress(torch.OutOfMemoryError):
+        try:
             return answer_study(volume, read_s, ensemble, folds)
-        on_cpu = ensemble._replace(device=torch.device("cpu"))
-        return answer_study(volume, read_s, on_cpu, folds)
+        except RuntimeError as error:  # a lack of memory, or a fault of the device
+            if not ensemble.on_cpu:
+                raise
+            say(f"study {uid}: {ensemble.device}: {error!r:.200}; done on the CPU")
+            return answer_study(volume, read_s, ensemble.on_cpu, folds)
     except Exception as error:  # damaged data raises nearly every kind
         reason = f"{error!r:.300}"
         say(f"study {uid}: {reason}; answered with the prior")
         return dict(PRIOR_ANSWERS, status="failed", warnings=reason)
+
+def working(ensemble):
+    """The Ensemble, tried once on its device; on the CPU if that runs nothing.
+    A card too old for today's torch counts as available, and fails at every launch."""
+    if not ensemble.on_cpu:
+        return ensemble
+    try:
+        volume = Volume("", np.zeros((16, 16, 16), np.int16), (1, 1, 1), np.eye(4))
+        segment(ensemble.models["segmenter"][:1], volume, ensemble.device, say)
+        classify(ensemble, np.ones((7, STEPS, CHANNELS, 32, 32), np.uint8), 1)
+        return ensemble
+    except RuntimeError as error:
+        say(f"{ensemble.device} runs no model ({error!r:.200}): going on with the CPU")
+        return ensemble.on_cpu
 
 def report_paths(out):
     """{rank: report} of all processes that have written one beside the submission."""
     paths = sorted(out.parent.glob("predict_report*.csv"))
     return {int(path.stem[len("predict_report"):] or 0): path for path in paths}
 
-def read_reports(out):
-    """{uid: row} of the studies that are answered, by any process."""
+def read_reports(task):
+    """{uid: row} of the studies that are answered, by any process of this run."""
     rows = {}
-    for path in report_paths(out).values():
-        table = read_csv(path, (STUDY, "status", *TARGETS))
-        answered = table[~table.status.isin(("failed", "no time"))]
+    for path in report_paths(task.out).values():
+        table = read_csv(path, (STUDY, "status", "made_by", *TARGETS))
+        failed = table.status.isin(("failed", "no time"))
+        answered = table[~failed & (table.made_by == task.made_by)]
         rows |= {row[STUDY]: row for row in answered.to_dict("records")}
     return rows
 
@@ -1071,24 +1124,25 @@ def write_submission(task, reports=()):
     """Write this process's report, and every row asked for: an answer, or the prior."""
     if reports:
         name = f"predict_report{ranks()[0] or ''}.csv"
-        write_csv(task.out.parent / name, pd.DataFrame(reports))
+        table = pd.DataFrame(reports).assign(made_by=task.made_by)
+        write_csv(task.out.parent / name, table)
     known = None
-    answers = read_reports(task.out)
+    answers = read_reports(task)
     while known != len(answers):  # other processes report meanwhile
         known = len(answers)
         values = [
             (row_id, answers.get(uid, PRIOR_ANSWERS).get(target, 0.5))
             for row_id, uid, target in task.rows]
         write_csv(task.out, pd.DataFrame(values, columns=["row_id", "fractured"]))
-        answers = read_reports(task.out)
+        answers = read_reports(task)
 
 def predict_studies(images, task, ensemble, stop, workers, resume=False):
     """Answer this process's share of the studies; everything is written after each of them.
-
-    When time gets short, fewer folds answer; at the end the prior does.
-    """
+    When time gets short, fewer folds answer; at the end the prior does."""
     rank, world = ranks()
-    done = read_reports(task.out) if resume else {}
+    done = read_reports(task) if resume else {}
+    if resume:
+        say(f"--resume: {len(done)} studies have answers by these models and options")
     uids = [*dict.fromkeys(uid for _, uid, _ in task.rows)]
     todo = [uid for uid in uids[rank::world] if uid not in done]
     reports = [*done.values()]
@@ -1135,31 +1189,37 @@ def predict_studies(images, task, ensemble, stop, workers, resume=False):
 
 RELIABILITY_BINS = (0, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1)
 LEAST_STUDIES = 20  # studies; fewer say nothing about reliability
+UNSEEN_PULL = 10.0  # studies that the prior counts for, in the rate of unseen vertebrae
 CALIBRATION_PULL = 2.0  # towards the identity: a spread of 0.5 in log scale and in shift
 
 def element_losses(answers, labels):
     """Log loss of each answer, clipped at 1e-15 as the metric's."""
-    right = np.where(labels, answers, 1 - np.asarray(answers))
+    right = np.where(np.asarray(labels) > 0, answers, 1 - np.asarray(answers))
     return -np.log(np.clip(right, 1e-15, 1))
 
 def competition_scores(answers, labels):
     """The competition's score of (N, 8) answers, lower is better: (per study, per column).
-
-    An element weighs TARGET_WEIGHTS, a positive POSITIVE_FACTOR times that. The page
-    defines it per study; some normalise every column by itself.
-    """
-    loss = element_losses(answers, labels)
-    factor = np.where(labels, POSITIVE_FACTOR, 1.0)
-    study = np.average(loss, 1, factor * TARGET_WEIGHTS).mean()
-    columns = np.average(loss, 0, factor)
-    return study, np.average(columns, weights=TARGET_WEIGHTS)
+    An element weighs TARGET_WEIGHTS, a positive POSITIVE_FACTOR times that, an unknown
+    label (NaN) nothing. The page defines it per study; some normalise every column."""
+    labels = np.asarray(labels, float)
+    known = ~np.isnan(labels)
+    loss = np.where(known, element_losses(answers, labels), 0)
+    factor = np.where(labels > 0, POSITIVE_FACTOR, 1.0) * known
+    weight = factor * TARGET_WEIGHTS
+    with np.errstate(invalid="ignore"):  # nothing known: NaN, and left out
+        studies = (loss * weight).sum(1) / weight.sum(1)
+        columns = (loss * factor).sum(0) / factor.sum(0)
+    there = ~np.isnan(columns)
+    return np.nanmean(studies), np.average(columns[there], weights=TARGET_WEIGHTS[there])
 
 def auc(answers, labels):
-    """Area under the ROC curve, by ranks; NaN if all labels are alike."""
-    positive = np.asarray(labels) > 0
+    """Area under the ROC curve, by ranks, of known labels; NaN if all of them are alike."""
+    labels = np.asarray(labels, float)
+    known = ~np.isnan(labels)
+    positive = labels[known] > 0
     n = positive.sum()
     m = len(positive) - n
-    rank = pd.Series(answers, dtype=float).rank()[positive].sum()
+    rank = pd.Series(np.asarray(answers)[known], dtype=float).rank()[positive].sum()
     return (rank - n * (n + 1) / 2) / (n * m) if n and m else math.nan
 
 def dice_scores(probability, labels):
@@ -1180,19 +1240,34 @@ def assign_folds(table, folds, masked):
     """{uid: fold}: strata of mask, patient, number of fractures; then by the uid's hash."""
     uids = table[STUDY]
     has_mask = uids.isin(masked)
+    table = table.fillna(0)  # an unknown label is no stratum of its own
     fractures = table[[*VERTEBRAE]].sum(axis=1)
     hashes = [hashlib.sha256(uid.encode()).digest() for uid in uids]
     strata = zip(has_mask, table.patient_overall, fractures.clip(upper=2), hashes, uids)
     ordered = [uid for *_, uid in sorted(strata)]
     return {uid: k % folds for k, uid in enumerate(ordered)}
 
+def read_truth(path):
+    """The labels of a csv, a study a row: 0, 1, or NaN for an empty cell, which is unknown.
+    UserError that names the row and the column of anything else."""
+    table = read_csv(path, (STUDY, *TARGETS))
+    numbers = table[[*TARGETS]].apply(pd.to_numeric, errors="coerce")
+    wrong = table[[*TARGETS]].notna() & ~numbers.isin((0, 1))
+    wrong.insert(0, STUDY, table[STUDY].isna())
+    if wrong.any(axis=None):
+        row, column = np.argwhere(wrong.to_numpy())[0]
+        name = wrong.columns[column]
+        expected = "0, 1 or nothing" if column else "a uid"
+        found = table[name].iloc[row]
+        raise UserError(f"{path}: row {row + 2}, {name}: {found!r}; must be {expected}")
+    return pd.concat([table[STUDY], numbers.astype(float)], axis=1).drop_duplicates(STUDY)
+
 def read_labels(data):
     """Labels (N, 8) by uid: train.csv, and the phantoms' test_labels.csv."""
-    files = [data / name for name in ("train.csv", "test_labels.csv")]
-    tables = [read_csv(path, (STUDY, *TARGETS)) for path in files if path.exists()]
-    table = pd.concat(tables).groupby(STUDY)[[*TARGETS]].first()
-    with errors_as(UserError, f"{data}: labels that are no numbers"):
-        return table.astype(float)
+    paths = [data / name for name in ("train.csv", "test_labels.csv")]
+    tables = [read_truth(path) for path in paths if path.exists()]
+    table = pd.concat(tables)
+    return table.groupby(STUDY)[[*TARGETS]].first()
 
 def read_answers(path):
     """The answers of a submission, a study a row; what is no number is NaN."""
@@ -1201,18 +1276,25 @@ def read_answers(path):
     table["fractured"] = pd.to_numeric(table.fractured, "coerce")
     return table.pivot_table("fractured", "uid", "target").reindex(columns=TARGETS)
 
-def held_out_answers(weights, calibration=None):
-    """Out-of-fold answers, a study a row, blended over the kinds as predict does."""
+def read_held_out(weights):
+    """({uid: outputs as classify's}, {uid: fold}) of the folds' held-out answers."""
     files = sorted(weights.glob("vertebra_fold*_heldout.csv"))
     files += sorted(weights.glob("patient_fold*_heldout.csv"))
     if not files:
         raise UserError(f"no vertebra_fold*_heldout.csv in {weights}: run train-cls first")
-    table = pd.concat([read_csv(path, (STUDY, *TARGETS)) for path in files])
-    blended = {}
-    for uid, rows in table.groupby(STUDY)[[*TARGETS]]:
-        outputs = [(row[:7, None], row[7]) for row in rows.to_numpy()]
-        blended[uid] = combine(outputs, Answers(), calibration)
-    return pd.DataFrame.from_dict(blended, orient="index", columns=TARGETS)
+    outputs, folds = {}, {}
+    for path in files:
+        fold = int(re.search(r"_fold(\d+)", path.name)[1])
+        table = read_csv(path, (STUDY, *TARGETS)).set_index(STUDY)[[*TARGETS]]
+        for uid, row in zip(table.index, table.to_numpy(float)):
+            outputs.setdefault(uid, []).append((row[:7, None], row[7]))
+            folds[uid] = fold
+    return outputs, folds
+
+def blend(outputs, calibration=Calibration()):
+    """The answers to {uid: outputs}, a study a row, blended over kinds as predict does."""
+    rows = {uid: combine(one, Answers(), calibration) for uid, one in outputs.items()}
+    return pd.DataFrame.from_dict(rows, orient="index", columns=TARGETS)
 
 def print_scores(answers, labels):
     """Print the score of (N, 8) answers, by study and column, and the best constants'."""
@@ -1229,8 +1311,9 @@ def score_table(answers, labels):
     for columns in parts.values():
         p = answers[:, columns].ravel()
         y = labels[:, columns].ravel()
-        loss = element_losses(p, y).mean()
-        rows.append((y.sum(), loss, auc(p, y)))
+        losses = element_losses(p, y)
+        loss = losses[~np.isnan(y)].mean()
+        rows.append((np.nansum(y), loss, auc(p, y)))
     return pd.DataFrame(rows, [*parts], ["fractured", "log loss", "AUC"])
 
 def reliability(answers, labels):
@@ -1266,16 +1349,15 @@ def mask_table(data, uids, models, workers):
     whole = table.mean().to_frame("C1 to C7").T
     return pd.concat([table.groupby(level=0).mean(), whole])
 
-def fit_calibration(answers, labels):
-    """(8, 2) scale and shift in logit space that lower the score of (N, 8) answers.
-
-    The score's weights, and a pull towards the identity; a target of one class stays as it
-    is.
-    """
-    weight = np.where(labels > 0, POSITIVE_FACTOR, 1.0)
-    weight /= (weight * TARGET_WEIGHTS).sum(1, keepdims=True)
-    weight *= (labels.min(0) < labels.max(0)) / weight.mean(0)
-    weight, truth = torch.tensor(weight), torch.tensor(labels).double()
+def fit_scale(answers, labels):
+    """(2, 8) scale and shift in logit space that lower the score of (N, 8) answers.
+    The score's weights, and a pull towards the identity; of one class alone it stays."""
+    known = ~np.isnan(labels)
+    weight = np.where(labels > 0, POSITIVE_FACTOR, 1.0) * known
+    weight /= (weight * TARGET_WEIGHTS).sum(1, keepdims=True).clip(1e-9)
+    both = (np.nansum(labels, 0) > 0) & (np.nansum(1 - labels, 0) > 0)
+    weight *= both / weight.mean(0).clip(1e-9)
+    weight, truth = torch.tensor(weight), torch.tensor(labels).double().nan_to_num()
     logits = torch.tensor(answers).logit(LEAST_ANSWER)
     fit = torch.zeros(2, 8, dtype=torch.float64, requires_grad=True)  # log scale, shift
     optimizer = torch.optim.LBFGS([fit], max_iter=200, line_search_fn="strong_wolfe")
@@ -1290,21 +1372,74 @@ def fit_calibration(answers, labels):
 
     optimizer.step(loss)
     scale, shift = fit.detach().numpy()
-    return np.stack([np.exp(scale), shift], 1)
+    return np.stack([np.exp(scale), shift])
 
-def calibrate(weights, answers, labels):
-    """Fit calibration.json, {target: [scale, shift]}, to held-out answers (N, 8).
+def fit_calibration(outputs, labels):
+    """The Calibration of {uid: outputs} and labels (N, 8), a table by uid.
+    The patient's answer blends calibrated vertebrae, and is fitted after them. What is not
+    in view is answered by how often it was broken, and UNSEEN_PULL studies of the prior."""
+    truth = labels.loc[[*outputs]].to_numpy()
+    unseen = np.zeros(truth.shape, bool)
+    for row, one in zip(unseen, outputs.values()):
+        absent = [np.isnan(steps).all(1) for steps, _ in one]
+        row[:7] = np.all(absent, 0)  # to every model
+    broken = np.nansum(truth * unseen, 0)
+    known = unseen & ~np.isnan(truth)
+    rate = PRIOR / (2 - PRIOR)  # whose best answer is the prior: 2 p / (1 + p)
+    rate = (broken + UNSEEN_PULL * rate) / (known.sum(0) + UNSEEN_PULL)
+    found = Calibration(unseen=2 * rate / (1 + rate))
 
-    The patient's answer blends calibrated vertebrae, and is fitted after them.
-    """
-    fitted = fit_calibration(answers.to_numpy(), labels)
-    fitted[7] = (1, 0)
-    blended = held_out_answers(weights, fitted.T).loc[answers.index].to_numpy()
-    fitted[7] = fit_calibration(blended, labels)[7]
-    path = weights / "calibration.json"
-    text = json.dumps(dict(zip(TARGETS, fitted.tolist())), indent=1)
-    write_atomic(path, lambda new: new.write_text(text))
-    print(f"{path} is written: predict uses it from now on")
+    seen = np.where(unseen, np.nan, truth)
+    answers = blend(outputs, found).to_numpy()
+    fit = fit_scale(answers, seen)
+    fit[:, 7] = (1, 0)
+    found = found._replace(scale=fit[0], shift=fit[1])
+    answers = blend(outputs, found).to_numpy()
+    fit[:, 7] = fit_scale(answers, seen)[:, 7]
+    return found._replace(scale=fit[0], shift=fit[1])
+
+def cross_fitted(outputs, folds, labels):
+    """The answers to {uid: outputs}, each calibrated by a fit to the other folds alone."""
+    parts = []
+    for fold in sorted({folds[uid] for uid in outputs}):
+        here = {uid: one for uid, one in outputs.items() if folds[uid] == fold}
+        others = {uid: one for uid, one in outputs.items() if uid not in here}
+        found = fit_calibration(others, labels) if others else Calibration()
+        parts.append(blend(here, found))
+    return pd.concat(parts)
+
+def model_hashes(weights):
+    """{file name: SHA-256} of the models of a folder."""
+    hashes = {}
+    for path in sorted(Path(weights).glob("*_fold*.pt")):
+        kind, _, fold = path.stem.partition("_fold")
+        if kind in KINDS and fold.isdigit():
+            hashes[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return hashes
+
+def write_calibration(weights, found):
+    """Write calibration.json: scale, shift, unseen of each target; for what models."""
+    columns = zip(*(np.float64(part).tolist() for part in found[:3]))
+    content = dict(zip(TARGETS, columns), files=model_hashes(weights))
+    if found.unusual < math.inf:
+        content["unusual"] = found.unusual
+    path = Path(weights) / "calibration.json"
+    write_atomic(path, lambda new: new.write_text(json.dumps(content, indent=1)))
+    print(f"{path} is written: predict uses it from now on, with these models alone")
+
+def read_calibration(weights):
+    """The Calibration of a folder of models; none, said aloud, if fitted to others."""
+    path = Path(weights) / "calibration.json"
+    if not path.exists():
+        return Calibration()
+    with errors_as(UserError, f"{path}: no finite scale, shift and unseen of each target"):
+        content = json.loads(path.read_text())
+        rows = np.asarray_chkfinite([content[target] for target in TARGETS], float)
+        if content.get("files") != model_hashes(weights):
+            say(f"{path} was fitted to other models: not used")
+            return Calibration()
+        scale, shift, unseen = rows.T
+        return Calibration(scale, shift, unseen, float(content.get("unusual", math.inf)))
 
 
 # ==== Batches and augmentation ====
@@ -1324,9 +1459,7 @@ FAST_PNG = (cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, 3)
 
 def write_crops(path, crops):
     """Write a study's crops, uint8 (7, 15, 6, S, S): each different image once, as PNG.
-
-    Steps share slices, and much of a crop is empty.
-    """
+    Steps share slices, and much of a crop is empty."""
     index = np.full(crops.shape[:3], -1, np.int16)
     numbers = {}
     images = [np.zeros(0, np.uint8)]
@@ -1351,6 +1484,11 @@ def read_crops(path, vertebrae=range(7)):
             png = data[ends[k] : ends[k + 1]]
             out[index == k] = cv2.imdecode(png, cv2.IMREAD_GRAYSCALE)
     return out
+
+def crops_seen(path):
+    """(7,) which vertebrae a study's crops show. StudyError if damaged."""
+    with errors_as(StudyError, f"{path}: no crops"), np.load(path) as file:
+        return (file["index"] >= 0).any((1, 2))
 
 def draw_matrix(rng, ranges, axes):
     """(A, A + 1) of affine_grid in A axes: turned, enlarged, mirrored, shifted."""
@@ -1421,9 +1559,7 @@ def segmenter_batch(model, tensors, rngs, recipe):
 
 def classifier_batch(model, tensors, rngs, recipe):
     """The loss of a batch of crops, uint8 (B, N, K, S, S), and labels (B, 1 or 8).
-
-    Mixup mixes the losses (first place); a mixed label would count as a positive.
-    """
+    Mixup mixes the losses (first place); a mixed label would count as a positive."""
     crops, labels = tensors
     first = int(rngs[0].integers(recipe.thin))
     crops = crops[:, first :: recipe.thin].float().div_(255)
@@ -1481,23 +1617,20 @@ def load_models(weights, kind, device):
     paths = {k: Path(weights) / f"{kind}_fold{k}.pt" for k in range(100)}
     return {k: load_model(path, kind, device) for k, path in paths.items() if path.exists()}
 
-def load_ensemble(weights, device):
-    """The Ensemble of a folder, with its calibration.json; UserError if incomplete."""
-    models = {kind: [*load_models(weights, kind, device).values()] for kind in KINDS}
+def load_ensemble(weights, device, calibration=Calibration()):
+    """The Ensemble of all models of a folder; UserError if a kind is missing."""
+    models = {kind: [*load_models(weights, kind, "cpu").values()] for kind in KINDS}
     if not models["segmenter"] or not models["vertebra"] + models["patient"]:
         raise UserError(f"--weights {weights}: no segmenter or no classifier")
-    path = Path(weights) / "calibration.json"
-    if not path.exists():
-        return Ensemble(models, device)
-    with errors_as(UserError, f"{path}: no finite [scale, shift] of each target"):
-        table = np.asarray_chkfinite(pd.read_json(path)[[*TARGETS]], float)
-        return Ensemble(models, device, table.reshape(2, 8))
+    on_cpu = Ensemble(models, torch.device("cpu"), calibration)
+    if device.type == "cpu":
+        return on_cpu
+    copies = {kind: copy.deepcopy(part) for kind, part in models.items()}
+    return on_cpu._replace(models=copies, device=device, on_cpu=on_cpu)
 
 def fuse_norms(model):
     """The model for inference: each norm goes into the convolution that alone feeds it.
-
-    Which one that is, a run of the network shows.
-    """
+    Which one that is, a run of the network shows."""
     made_by = {}
 
     def note(module, given, out):
@@ -1520,9 +1653,7 @@ def fuse_norms(model):
 
 def fit_shape(tensor, like):
     """A 2-D network's weight as `like` needs it: for other input channels, or in 3-D.
-
-    What is repeated is divided, so that activations keep their size.
-    """
+    What is repeated is divided, so that activations keep their size."""
     if tensor.ndim == 4 <= like.ndim and tensor.shape[1] == 3 != like.shape[1]:
         channels = like.shape[1]
         tensor = tensor.sum(1, True).repeat(1, channels, 1, 1) / channels
@@ -1533,15 +1664,14 @@ def fit_shape(tensor, like):
 
 def load_init(model, path):
     """Start from a file of weights: a checkpoint of ours, or a timm backbone's.
-
     Tensors match by name, else in order. UserError if the file is of another architecture.
     """
     with errors_as(UserError, f"--init {path}: cannot be read"):
         import timm
         source = timm.models.load_state_dict(str(path), weights_only=True)
-    ours = "program" in source
+        ours = "program" in source
+        source = {name: t for name, t in source.get("tensors", source).items() if t.ndim}
     part = model if ours else getattr(model.encoder, "backbone", model.encoder)
-    source = {name: t for name, t in source.get("tensors", source).items() if t.ndim}
     whole = {name: t for name, t in part.state_dict().items() if t.ndim}
     target = {  # what a vertebra classifier lacks stays random
         n: t for n, t in whole.items() if n in source or not n.startswith("patient_")}
@@ -1572,6 +1702,7 @@ class Task(NamedTuple):
     name: str = ""
     train: tuple = ()  # samples
     held_out: tuple = ()  # uids
+    made_of: dict = {}  # {what: hash} of labels, data and weights to start from
 
 @dataclass
 class Progress:
@@ -1586,7 +1717,6 @@ class Progress:
 
 class Trainer:
     """A model in training: its weights, their average, optimiser, scaler and progress."""
-
     def __init__(self, task, init=""):
         recipe, device = task.recipe, task.device
         torch.manual_seed(recipe.seed)
@@ -1612,16 +1742,19 @@ class Trainer:
         """Write the whole state of the training."""
         state = {name: part.state_dict() for name, part in self.parts().items()}
         state["progress"] = asdict(self.progress)
-        samples = len(task.train)
-        save_checkpoint(path, task.kind, task.recipe, samples=samples, state=state)
+        content = dict(made_of=task.made_of, state=state)
+        save_checkpoint(path, task.kind, task.recipe, **content)
 
     def load(self, path, task):
         """Go on from what save wrote; UserError if made with other options or data."""
         saved = load_checkpoint(path)
-        with errors_as(UserError, f"{path}: made with other options or data; delete it"):
-            now = [asdict(task.recipe), len(task.train)]
-            if [saved["recipe"], saved["samples"]] != now:
-                raise ValueError("recipe or samples")
+        before = saved.get("made_of", {}) | {"options": saved["recipe"]}
+        now = task.made_of | {"options": asdict(task.recipe)}
+        other = [name for name in now if now[name] != before.get(name)]
+        if other:
+            names = ", ".join(other)
+            raise UserError(f"{path}: made with other {names}; delete it to go on")
+        with errors_as(UserError, f"{path}: made with another version; delete it"):
             for name, part in self.parts().items():
                 part.load_state_dict(saved["state"][name])
             self.progress = Progress(**saved["state"]["progress"])
@@ -1671,7 +1804,7 @@ class Trainer:
             slow.lerp_(fast, share) if slow.is_floating_point() else slow.copy_(fast)
 
     def close_epoch(self, task, weights):
-        """Score the averaged weights on the held-out studies; log, and keep the best."""
+        """Score the averaged weights on the held-out studies; log them, and keep them."""
         now = self.progress
         rank, world = ranks()
         with torch.inference_mode(), autocast(task.device):
@@ -1680,28 +1813,30 @@ class Trainer:
         rows = sum(over_ranks(rows), [])
         losses = sum(over_ranks(now.losses), [])
         table = pd.DataFrame(rows, columns=[STUDY, *TARGETS][: len(rows[0])])
-        line = dict(epoch=len(now.history) + 1, **task.judge(table.set_index(STUDY)))
+        scores = task.judge(table.set_index(STUDY))
+        line = dict(epoch=len(now.history) + 1, **scores)
         line["train_loss"] = float(np.mean(losses or math.nan))
         line["lr"] = self.optimizer.param_groups[0]["lr"]
-        line["samples_per_s"] = len(now.losses) * task.recipe.batch_size / now.seconds
+        samples = len(now.losses) * task.recipe.batch_size
+        line["samples_per_s"] = samples / now.seconds
         line |= dict(seconds=now.seconds, skipped_steps=now.skipped, peak_gb=peak_gb())
-        now.history.append(line)
+        now.history.append({name: float(value) for name, value in line.items()})
         now.losses, now.seconds = [], 0.0
         if rank == 0:
             self.write_epoch(task, weights / task.name, table)
 
     def write_epoch(self, task, stem, table):
-        """Write the log; the weights and held-out answers, if no epoch scored better."""
+        """Write the log, the weights and the held-out answers. The last epoch's stay: the
+        best would be chosen by the studies that then calibrate and report."""
         history = pd.DataFrame(self.progress.history)
         line = self.progress.history[-1]
         say(f"{task.name}  " + "  ".join(f"{k} {v:.4g}" for k, v in line.items()))
         write_csv(f"{stem}_log.csv", history)
-        if line["score"] <= history.score.min():  # NaN is never the best
-            weights = self.averaged.state_dict().items()
-            tensors = {name: t.half() if t.ndim > 1 else t for name, t in weights}
-            content = dict(settings=self.model.settings, tensors=tensors)
-            save_checkpoint(f"{stem}.pt", task.kind, task.recipe, **content)
-            write_csv(f"{stem}_heldout.csv", table)
+        weights = self.averaged.state_dict().items()
+        tensors = {name: t.half() if t.ndim > 1 else t for name, t in weights}
+        content = dict(settings=self.model.settings, tensors=tensors)
+        save_checkpoint(f"{stem}.pt", task.kind, task.recipe, **content)
+        write_csv(f"{stem}_heldout.csv", table)
 
 def learning_rate(recipe, done):
     """At a share of all steps: a linear warm-up, then half a cosine down to 1 %."""
@@ -1717,14 +1852,18 @@ def share_gradients(model):
 
 def train(task, weights, stop, workers=2, go_on=False, init=""):
     """Train one fold to <name>.pt in `weights`: its history, a dict an epoch.
-
-    Raises Stopped, with all of it saved, if a signal or the time ends the run.
-    """
+    Raises Stopped, with all of it saved, if a signal or the time ends the run."""
     rank, world = ranks()
     recipe, name, samples = task.recipe, task.name, len(task.train)
     size = recipe.batch_size
-    if not samples or not task.held_out or size % world:
-        raise UserError(f"{name}: too few studies, or --batch-size no multiple of {world}")
+    if not samples or not task.held_out:
+        raise UserError(f"{name}: too few studies: {samples} samples to train on, "
+                        f"{len(task.held_out)} studies held out")
+    if size % world:
+        raise UserError(f"--batch-size {size}: no multiple of the {world} processes")
+    probe = weights / f".{name}.{rank}"
+    write_atomic(probe, lambda new: new.touch())  # better now than after an epoch
+    probe.unlink()
     run = Trainer(task, init)
     last = weights / f"{name}_last.pt"
     if go_on and last.exists():
@@ -1736,6 +1875,8 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
     shuffles = [np.random.default_rng([recipe.seed, k]) for k in range(recipe.epochs)]
     order = [np.resize(rng.permutation(samples), steps * size) for rng in shuffles]
     order = np.concatenate(order)
+    if now.step == total:
+        say(f"{name}: finished before")
     mine = range(now.step * size + rank, len(order), world)
     loaded = prefetch(lambda k: task.load(task.train[order[k]]), mine, workers, 2 * size)
     bar = progress(range(now.step, total), "step")
@@ -1765,6 +1906,9 @@ def segmenter_task(recipe, device, images, masks):
         volume = read_volume(images / sample[0])
         cube = segmenter_input(volume, recipe.size)[0] * 255
         labels = read_mask(masks[sample[0]], volume, cube.shape)
+        inside, on_bone = mask_fit(masks[sample[0]], volume, labels)
+        if inside < LEAST_INSIDE or on_bone < LEAST_BONE:
+            raise StudyError(f"{inside:.0%} of its mask lie inside, {on_bone:.0%} on bone")
         return cube.round().byte().numpy(), labels
 
     def score(model, uid):
@@ -1779,11 +1923,20 @@ def segmenter_task(recipe, device, images, masks):
 
     return Task("segmenter", recipe, device, load, segmenter_batch, score, judge)
 
+def usable(samples, load, workers):
+    """The samples that can be loaded; the others are said, each with its reason."""
+    good = []
+    for sample, future in progress(prefetch(load, samples, workers), "study", len(samples)):
+        try:
+            future.result()
+            good.append(sample)
+        except StudyError as error:
+            say(f"study {sample[0]}: {error}; left out")
+    return good
+
 def classifier_task(kind, recipe, device, folder, truth):
     """The Task of a classifier: crops in `folder`, labels {uid: (8,)}.
-
-    A sample is a uid and the targets asked for: one vertebra, or all eight.
-    """
+    A sample is a uid and the targets asked for: one vertebra, or all eight."""
     def load(sample):
         uid, targets = sample
         crops = read_crops(folder / f"{uid}.npz", targets[:7])  # (V, T, K, S, S)
@@ -1832,16 +1985,14 @@ def progress(items, unit, total=None):
 
 def write_atomic(path, write):
     """Let write(temporary name) make a file, then move it into place: whole or not at all.
-
-    Raises UserError if it cannot be written.
-    """
+    Raises UserError if it cannot be written."""
     path = Path(path)
     new = path.parent / f".{os.getpid()}.{path.name}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(new)
         new.replace(path)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"cannot write {path}: {error}") from None
     finally:
         with suppress(OSError):
@@ -1849,12 +2000,13 @@ def write_atomic(path, write):
 
 def write_csv(path, table):
     """Write a table without its index."""
-    write_atomic(path, lambda new: table.to_csv(new, index=False))
+    write_atomic(path, lambda new: table.to_csv(new, index=False, errors="replace"))
 
 def read_csv(path, columns):
-    """A table that has these columns, uids as text; else UserError."""
+    """A table that has these columns, names as text; else UserError."""
+    text = dict.fromkeys((STUDY, "row_id", "made_by"), str)  # they may look like numbers
     with errors_as(UserError, f"{path}: no csv with {', '.join(columns)}"):
-        table = pd.read_csv(path, dtype={STUDY: str, "row_id": str})
+        table = pd.read_csv(path, dtype=text)
         missing = [name for name in columns if name not in table]
         if missing:
             raise ValueError(f"no column {missing[0]}")
@@ -1912,7 +2064,6 @@ def peak_gb():
 
 class Stop:
     """Why a run should end: a signal that was noted, or its deadline."""
-
     def __init__(self, minutes=0.0, clock=monotonic):
         self.clock = clock
         self.signal = ""
@@ -1953,6 +2104,7 @@ def stop_signals(minutes=0.0):
 # In: a DICOM dataset. Out: its stored values; Kaggle has no plug-in for JPEG Lossless.
 # The trap: headers lie; every size is checked before memory is asked for.
 
+JPEG_PLUGINS = "pip install pylibjpeg pylibjpeg-libjpeg"
 MAX_JPEG_2000 = 2**20  # pixels; more cost gigabytes
 # Halves of the left, the upper and the corner sample, by predictor (ITU-T T.81 table H.1).
 PREDICTOR_HALVES = {1: (2, 0, 0), 2: (0, 2, 0), 3: (0, 0, 2), 4: (2, 2, -2)}
@@ -1960,7 +2112,6 @@ PREDICTOR_HALVES |= {5: (2, 1, -1), 6: (1, 2, -1), 7: (1, 1, 0)}
 
 def decode_pixels(data):
     """Stored values (frames, rows, columns), 16 or 32 bits, of a pydicom dataset.
-
     StudyError if they are no grey values, damaged, or need a plug-in that is not installed.
     """
     with errors_as(StudyError, "pixel data"):
@@ -1979,19 +2130,25 @@ def decode_pixels(data):
 
 def decode_words(data, shape, allocated):
     """The words of all frames as they are stored, by the transfer syntax."""
-    implicit = pydicom.uid.ImplicitVRLittleEndian
-    syntax = data.file_meta.get("TransferSyntaxUID", implicit)
+    syntax = data.file_meta.get("TransferSyntaxUID")
+    if syntax is None:  # no file meta: pydicom has found the byte order out
+        _, little = data.original_encoding
+        kinds = pydicom.uid.ExplicitVRBigEndian, pydicom.uid.ImplicitVRLittleEndian
+        data.file_meta.TransferSyntaxUID = syntax = kinds[little]
     is_jpeg_2000 = syntax in pydicom.uid.JPEG2000TransferSyntaxes
     is_lossless = syntax in (pydicom.uid.JPEGLossless, pydicom.uid.JPEGLosslessSV1)
     if syntax.is_little_endian and not syntax.is_encapsulated:
         return np.frombuffer(data.PixelData, f"<u{allocated // 8}", math.prod(shape))
     if not is_jpeg_2000 and pydicom.pixels.get_decoder(syntax).is_available:
-        return pydicom.pixels.pixel_array(data, raw=True)  # big endian, RLE, plug-ins
+        with errors_as(StudyError, f"{syntax.name}, try {JPEG_PLUGINS}"):
+            return pydicom.pixels.pixel_array(data, raw=True)  # big endian, RLE, plug-ins
     if not is_jpeg_2000 and not is_lossless:
-        raise StudyError(f"{syntax.name}: pip install pylibjpeg pylibjpeg-libjpeg")
-    decode = decode_jpeg_2000 if is_jpeg_2000 else decode_lossless_jpeg
+        raise StudyError(f"{syntax.name}: {JPEG_PLUGINS}")
     frames = pydicom.encaps.generate_frames(data.PixelData, number_of_frames=shape[0])
-    return np.stack([decode(frame) for frame in frames])
+    if is_lossless:
+        return np.stack([decode_lossless_jpeg(frame) for frame in frames])
+    signed = data.get("PixelRepresentation") == 1
+    return np.stack([decode_jpeg_2000(frame, signed) for frame in frames])
 
 def sign_extend(words, stored, signed):
     """Whole numbers of the `stored` lowest bits; those above may hold overlays."""
@@ -2000,8 +2157,9 @@ def sign_extend(words, stored, signed):
     kind = "i" if signed else "u"
     return (words.astype(f"u{size}") << spare).view(f"{kind}{size}") >> spare
 
-def decode_jpeg_2000(jpeg):
-    """(rows, columns) uint16 by OpenCV, negative numbers as two's complement."""
+def decode_jpeg_2000(jpeg, negative=False):
+    """(rows, columns) uint16 by OpenCV, negative numbers as two's complement.
+    Where they may be negative but the stream says unsigned, its highest bit is the sign."""
     stream = bytearray(jpeg[max(0, jpeg.find(b"\xff\x4f\xff\x51")) :])  # without JP2 boxes
     width, height, components, depth = struct.unpack_from(">2I24xHB", stream, 8)
     if width * height * components > MAX_JPEG_2000:
@@ -2011,6 +2169,8 @@ def decode_jpeg_2000(jpeg):
     stream[42] = bits - 1  # OpenCV refuses signed; as unsigned, it adds half the range
     cv2.utils.logging.setLogLevel(0)  # else it prints a line a slice
     words = cv2.imdecode(np.frombuffer(stream, np.uint8), cv2.IMREAD_UNCHANGED)
+    if negative and not signed:
+        return sign_extend(words, bits, True).astype(np.uint16)
     return words.astype(np.uint16) - np.uint16(signed << bits - 1)
 
 def jpeg_segments(data):
@@ -2030,9 +2190,7 @@ def jpeg_segments(data):
 
 def decode_lossless_jpeg(data):
     """(rows, columns) uint16 of a one-component JPEG Lossless stream (ITU-T T.81 annex H).
-
-    All predictors, restart intervals and point transforms. Raises StudyError for damage.
-    """
+    All predictors, restart intervals and point transforms. Raises StudyError for damage."""
     with errors_as(StudyError, "JPEG Lossless"):
         segments, tables, at = jpeg_segments(data)
         frame = segments.get(0xFFC3, bytes(6))
@@ -2066,7 +2224,6 @@ def split_scan(scan):
 
 def huffman_lookup(table):
     """For each value of the next 16 bits: category, and bits of code and difference.
-
     `table` holds the number of codes of each length, then their categories (T.81 annex C).
     """
     counts, categories = [*table[:16], 1], [*table[16:], 255]  # a last entry for no code
@@ -2079,11 +2236,9 @@ def huffman_lookup(table):
 
 def differences(coded, count, category_of, advance_of):
     """(count,) differences of an interval: walks from code to code.
-
     Where a code would end is looked up for every bit at once, and doubled to jumps over
     eight codes: a loop over every code would hold the interpreter's lock, and the other
-    threads.
-    """
+    threads."""
     padded = coded[: 4 * count] + bytes(48)
     stream = np.frombuffer(padded, np.uint8).astype(np.int32)
     words = stream[:-2] << 16 | stream[1:-1] << 8 | stream[2:]
@@ -2115,9 +2270,7 @@ def differences(coded, count, category_of, advance_of):
 
 def undo_prediction(grid, left, above, corner):
     """uint16 samples of differences (bands, rows, columns), modulo 2**16 (T.81 H.1.2.1).
-
-    The neighbours count by halves; a diagonal depends on the two before it alone.
-    """
+    The neighbours count by halves; a diagonal depends on the two before it alone."""
     bands, rows, columns = grid.shape
     grid[:, :, 0] = grid[:, :, 0].cumsum(1)
     if (left, above) == (2, 0):
@@ -2159,12 +2312,19 @@ def mask_files(data):
 def training_data(options):
     """({uid: labels (8,)} of the studies with images, {uid: fold}, {uid: mask})."""
     data = data_folder(options, "train.csv", "train_images")
-    table = read_csv(data / "train.csv", (STUDY, *TARGETS))
+    table = read_truth(data / "train.csv")
     masks = mask_files(data)
     folds = assign_folds(table, options.folds, masks)  # of all: a study keeps its fold
     truth = zip(table[STUDY], table[[*TARGETS]].to_numpy(np.float32))
     here = {uid: labels for uid, labels in truth if (data / "train_images" / uid).is_dir()}
     return here, folds, masks
+
+def hash_of(*parts):
+    """A short hash of plain values, and of the content of a Path."""
+    whole = hashlib.sha256()
+    for part in parts:
+        whole.update(part.read_bytes() if isinstance(part, Path) else repr(part).encode())
+    return whole.hexdigest()[:16]
 
 def recipe_from(options, kind):
     """The Recipe that the options of a training make."""
@@ -2176,6 +2336,8 @@ def run_training(options, samples, folds, task):
     wanted = [k for k in range(options.folds) if options.fold in ("all", str(k))]
     if not wanted:
         raise UserError(f"--fold {options.fold}: there are folds 0 to {options.folds - 1}")
+    if options.init and not Path(options.init).is_file():
+        raise UserError(f"--init {options.init}: no such file")
     go_on = options.resume or options.fold == "all"
     if ranks()[1] > 1:
         dist.init_process_group()
@@ -2184,28 +2346,31 @@ def run_training(options, samples, folds, task):
             rest = [s for s in samples if folds[s[0]] != fold or options.folds == 1]
             held_out = [*dict.fromkeys(uid for uid, *_ in samples if folds[uid] == fold)]
             name = f"{task.kind}_fold{fold}"
-            one = task._replace(name=name, train=rest, held_out=held_out)
+            made_of = task.made_of | {"studies": hash_of(rest, held_out)}
+            made_of["--init"] = hash_of(Path(options.init)) if options.init else ""
+            one = task._replace(name=name, train=rest, held_out=held_out, made_of=made_of)
             train(one, Path(options.weights), stop, options.workers, go_on, options.init)
 
 def train_segmenters(options):
     """Train segmenters on the studies with masks.
-
     Reads train.csv, train_images and segmentations of --data; writes segmenter_fold<k>.pt,
-    its log and held-out Dice to --weights.
-    """
+    its log and held-out Dice to --weights."""
     truth, folds, masks = training_data(options)
     samples = [(uid,) for uid in truth if uid in masks]
     recipe = recipe_from(options, "segmenter")
     images = Path(options.data) / "train_images"
+    if not samples:
+        raise UserError(f"no study of train.csv has images and a mask in {options.data}")
     task = segmenter_task(recipe, pick_device(options.device), images, masks)
+    samples = usable(samples, task.load, options.workers)
+    sizes = [(uid, masks[uid].stat().st_size) for uid, *_ in samples]
+    task = task._replace(made_of={"masks": hash_of(sizes)})
     run_training(options, samples, folds, task)
 
 def extract(options):
     """Write the crops of all studies, for the classifiers.
-
     Reads train_images of --data and the segmenters of --weights; writes one file a study
-    under --work. A study is masked by its own fold's segmenter, else by all.
-    """
+    under --work. A study is masked by its own fold's segmenter, else by all."""
     truth, folds, _ = training_data(options)
     device = pick_device(options.device)
     models = load_models(options.weights, "segmenter", device)
@@ -2229,36 +2394,46 @@ def extract(options):
                 write_crops(out / f"{uid}.npz", crops)
             except StudyError as error:
                 say(f"study {uid}: {error}; left out")
-    print(f"{out}: crops of {len([*out.glob('*.npz')])} studies")
+    files = [out / f"{uid}.npz" for uid in truth if (out / f"{uid}.npz").exists()]
+    count = sum((crops_seen(path).astype(int) for path in files), np.zeros(7, int))
+    found = ", ".join(f"{name} in {n}" for name, n in zip(VERTEBRAE, count))
+    print(f"{out}: crops of {len(files)} of {len(truth)} studies; {found}")
 
 def train_classifiers(options):
     """Train classifiers on the crops: of a vertebra, or of all seven and the patient.
-
     Reads the crops under --work and train.csv of --data; writes vertebra_fold<k>.pt
     (train-cls) or patient_fold<k>.pt (train-patient), its log and held-out answers to
-    --weights.
-    """
+    --weights."""
     kind = "patient" if options.mode == "train-patient" else "vertebra"
     asked = [[*range(8)]] if kind == "patient" else [[v] for v in range(7)]
     truth, folds, _ = training_data(options)
     folder = Path(options.work) / options.mask_of
-    uids = [uid for uid in truth if (folder / f"{uid}.npz").exists()]
+    files = {uid: folder / f"{uid}.npz" for uid in truth}
+    uids = [uid for uid in truth if files[uid].exists()]
     if not uids:
         raise UserError(f"no crops in {folder}: run extract first")
+    share = np.mean([crops_seen(files[uid]) for uid in uids])
+    if share < LEAST_SEEN:
+        found = f"only {share:.0%} of C1..C7 were found in {len(uids)} studies"
+        raise UserError(f"{folder}: {found}: train better segmenters first")
+    sums = [[part.CRC for part in zipfile.ZipFile(files[uid]).infolist()] for uid in uids]
+    labels = [truth[uid].tolist() for uid in uids]
     samples = [(uid, targets) for uid in uids for targets in asked]
     recipe = recipe_from(options, kind)
     task = classifier_task(kind, recipe, pick_device(options.device), folder, truth)
+    task = task._replace(made_of={"labels": hash_of(labels), "crops": hash_of(sums)})
     run_training(options, samples, folds, task)
 
 def predict(options):
     """Answer every row of test.csv.
-
     Reads test.csv and test_images of --data and the models of --weights; writes the
     submission to --out, and predict_report.csv beside it: a row a study, with what was seen
-    and odd.
-    """
+    and odd."""
     data = data_folder(options, "test.csv")
-    task = Submission(Path(options.out), rows_asked(data / "test.csv"))
+    answers = Answers(options.top_k, options.noisy_or)
+    calibration = read_calibration(options.weights)
+    made_by = hash_of(model_hashes(options.weights), calibration, answers)
+    task = Submission(Path(options.out), rows_asked(data / "test.csv"), made_by)
     rank, world = ranks()
     minutes = options.time_limit or KAGGLE_MINUTES * Path("/kaggle").exists()
     with stop_signals(minutes) as stop:
@@ -2266,14 +2441,17 @@ def predict(options):
             if number % world == rank and not options.resume:  # of an earlier run
                 path.unlink(missing_ok=True)
         write_submission(task)
-        ensemble = load_ensemble(options.weights, pick_device(options.device))
-        ensemble = ensemble._replace(answers=Answers(options.top_k, options.noisy_or))
+        device = pick_device(options.device)
+        ensemble = load_ensemble(options.weights, device, calibration)
+        ensemble = working(ensemble._replace(answers=answers))
         images = data / "test_images"
         predict_studies(images, task, ensemble, stop, options.workers, options.resume)
-    good = sum(row["status"] != "nothing seen" for row in read_reports(task.out).values())
+    good = sum(row["status"] != "nothing seen" for row in read_reports(task).values())
     count = len({uid for _, uid, _ in task.rows})
     print(f"{task.out}: {len(task.rows)} rows, {count} studies, "
           f"{count - good} fell back to a prior")
+    if 2 * good < count and world == 1:
+        raise Stopped("most studies got the prior: see predict_report.csv", 3)
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -2283,24 +2461,30 @@ class Evaluation:
 
 def evaluate(options):
     """Score a submission, or the folds' held-out answers.
-
     Reads train.csv (and test_labels.csv of phantoms) of --data, and --submission or, with
     --folds, the *_heldout.csv of --weights; prints the score, each target's log loss, AUC,
-    the Dice where there are masks, and how far answers can be believed.
-    """
+    the Dice where there are masks, and how far answers can be believed."""
     data, weights = data_folder(options, "train.csv"), Path(options.weights)
     if options.calibrate and not options.folds:
         raise UserError("--calibrate needs --folds: it is fitted to held-out answers")
-    labels = read_labels(data)
-    found = held_out_answers(weights) if options.folds else read_answers(options.submission)
-    found = found[found.index.isin(labels.index)].fillna(PRIOR_ANSWERS)
+    table = read_labels(data)
+    if options.folds:
+        outputs, folds = read_held_out(weights)
+        outputs = {uid: one for uid, one in outputs.items() if uid in table.index}
+        found = blend(outputs)
+    else:
+        found = read_answers(options.submission)
+    found = found[found.index.isin(table.index)].fillna(PRIOR_ANSWERS)
     if not len(found):
         raise UserError(f"nothing to score: no answered study has labels in {data}/")
-    labels = labels.loc[found.index].to_numpy()
+    labels = table.loc[found.index].to_numpy()
     print_scores(found.to_numpy(), labels)
-    table = score_table(found.to_numpy(), labels)
     if options.calibrate:
-        calibrate(weights, found, labels)
+        print("The same, each fold calibrated by a fit to the others:")
+        found = cross_fitted(outputs, folds, table).loc[found.index]
+        print_scores(found.to_numpy(), labels)
+        write_calibration(weights, fit_calibration(outputs, table))
+    table = score_table(found.to_numpy(), labels)
     models = [*load_models(weights, "segmenter", pick_device(options.device)).values()]
     if models and not options.folds:
         table = table.join(mask_table(data, found.index, models, options.workers))
@@ -2317,21 +2501,22 @@ class Mode(NamedTuple):
     own: Any = None
 
 READING = "data weights device workers"
+EVALUATION = f"{READING} submission"
 PREDICTION = f"{READING} out resume time_limit"
 EXTRACTION = f"{READING} work folds mask_of time_limit"
 TRAINING = f"{READING} work fold folds resume time_limit init"
-TRAINING_MODES = {
+MODES = {
     "train-seg": Mode(train_segmenters, TRAINING, RECIPES["segmenter"]),
-    "extract": Mode(extract, EXTRACTION),
+    "extract": Mode(extract, EXTRACTION)}
+MODES |= {
     "train-cls": Mode(train_classifiers, TRAINING, RECIPES["vertebra"]),
     "train-patient": Mode(train_classifiers, TRAINING, RECIPES["patient"])}
-MODES = TRAINING_MODES | {
+MODES |= {
     "predict": Mode(predict, PREDICTION, Answers()),
-    "evaluate": Mode(evaluate, f"{READING} submission", Evaluation())}
+    "evaluate": Mode(evaluate, EVALUATION, Evaluation())}
 
 class Parser(argparse.ArgumentParser):
     """A parser that raises UserError: main says it in one line."""
-
     def error(self, message):
         """Where argparse would print the usage and exit."""
         raise UserError(f"{message}; {self.prog} --help tells the options")
@@ -2344,7 +2529,8 @@ def reader_of(limits, kind):
             names = ", ".join(map(str, limits["choices"]))
             raise argparse.ArgumentTypeError(f"{text}: must be one of {names}")
         least, most = limits["least"], limits["most"]
-        if kind is not str and not least <= value <= most:  # NaN never is
+        fits = kind is str or math.isfinite(value) and least <= value <= most
+        if not fits:
             raise argparse.ArgumentTypeError(f"{text}: must be from {least} to {most}")
         return value
 
@@ -2366,7 +2552,8 @@ def add_option(parser, one, default):
         if default != "":
             meaning += f" (default: {default})"
         read = reader_of(limits, type(default))
-        parser.add_argument(flag, type=read, default=default, help=meaning, metavar=one.name.upper())
+        name = one.name.upper()
+        parser.add_argument(flag, type=read, default=default, help=meaning, metavar=name)
 
 def build_parser(modes, others=()):
     """The parser of {name: Mode}; the others, {name: text}, are told in --help alone."""

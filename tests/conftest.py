@@ -1,71 +1,20 @@
-"""What every test file shares: the way to cspine.py, DICOM series made to order, phantoms."""
+"""What every test file shares: the way to cspine.py, DICOM series made to order,
+phantoms."""
 
-import io
 import sys
 from pathlib import Path
 
-import cv2
 import numpy as np
-import pydicom
 import pytest
 import torch
-from pydicom.encaps import encapsulate
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+TESTS = Path(__file__).parent
+ROOMS = [TESTS.parent, TESTS / "tools", TESTS / "necks", TESTS / "studies"]
+sys.path[:0] = map(str, ROOMS)
 torch.set_num_threads(2)
 
-from lossless_jpeg_encoder import encode  # noqa: E402
+from dicom_files import AXIAL, dicom_bytes  # noqa: E402
 from phantoms import make_dataset  # noqa: E402
-
-AXIAL = (1, 0, 0, 0, 1, 0)
-IMPLICIT, EXPLICIT, BIG = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"
-DEFLATED, RLE = "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.5"
-JPEG_LOSSLESS, JPEG_2000 = "1.2.840.10008.1.2.4.70", "1.2.840.10008.1.2.4.90"
-
-
-def encode_pixels(dataset, stored, syntax, bits):
-    """Put stored values (..., rows, columns) into a dataset, compressed as the syntax wants."""
-    frames = stored.reshape(-1, *stored.shape[-2:])
-    unsigned = (frames.astype(np.int64) & (2**bits - 1)).astype(np.uint16)
-    if syntax == JPEG_LOSSLESS:
-        streams = [encode(frame, bits, 1, table="optimal") for frame in unsigned]
-    elif syntax == JPEG_2000:
-        how = [cv2.IMWRITE_JPEG2000_COMPRESSION_X1000, 1000]
-        streams = [cv2.imencode(".jp2", frame, how)[1].tobytes() for frame in unsigned]
-        streams = [stream[stream.index(b"\xff\x4f\xff\x51"):] for stream in streams]
-    else:
-        dataset.PixelData = stored.astype(">u2" if syntax == BIG else "<u2").tobytes()
-        dataset["PixelData"].VR = "OW"
-        return
-    dataset.PixelData = encapsulate(streams)
-    dataset["PixelData"].is_undefined_length = True
-    dataset["PixelData"].VR = "OB"
-
-
-def dicom_bytes(stored, position, directions=AXIAL, spacing=(0.5, 0.5), signed=False, slope=1,
-                intercept=-1024, bits=16, syntax=EXPLICIT, series="1.2.3.1", number=1, **tags):
-    """One CT file as bytes. A tag given as None is left out; position or directions may be None."""
-    dataset = pydicom.Dataset()
-    dataset.file_meta = pydicom.dataset.FileMetaDataset()
-    dataset.file_meta.TransferSyntaxUID = pydicom.uid.UID(EXPLICIT if syntax == RLE else syntax)
-    frames = dict(NumberOfFrames=len(stored)) if stored.ndim == 3 else {}
-    values = dict(
-        SOPClassUID=pydicom.uid.CTImageStorage, SOPInstanceUID=f"1.2.3.9.{number}",
-        StudyInstanceUID="1.2.3", SeriesInstanceUID=series, InstanceNumber=number,
-        ImagePositionPatient=position, ImageOrientationPatient=directions, PixelSpacing=spacing,
-        Rows=stored.shape[-2], Columns=stored.shape[-1], SamplesPerPixel=1,
-        PhotometricInterpretation="MONOCHROME2", BitsAllocated=16, BitsStored=bits,
-        HighBit=bits - 1, PixelRepresentation=int(signed), RescaleSlope=slope,
-        RescaleIntercept=intercept)
-    for name, value in (values | frames | tags).items():
-        if value is not None:
-            setattr(dataset, name, list(value) if isinstance(value, (tuple, np.ndarray)) else value)
-    encode_pixels(dataset, stored, syntax, bits)
-    if syntax == RLE:
-        dataset.compress(RLE, encoding_plugin="pydicom", generate_instance_uid=False)
-    buffer = io.BytesIO()
-    dataset.save_as(buffer, enforce_file_format=True)
-    return buffer.getvalue()
 
 
 @pytest.fixture(scope="session")
@@ -78,8 +27,8 @@ def make_dicom():
 def write_series(tmp_path):
     """write(stored (Z, Y, X), ...) -> folder of one DICOM file a slice.
 
-    Slice k lies `step` * k from `origin` along the normal, or at positions[k] (LPS mm), and goes
-    to the file <numbers[k]>.dcm; other arguments are those of dicom_bytes.
+    Slice k lies `step` * k from `origin` along the normal, or at positions[k] (LPS mm), and
+    goes to the file <numbers[k]>.dcm; other arguments are those of dicom_bytes.
     """
     def write(stored, folder="study", origin=(-10.0, -20.0, 30.0), step=1.0, positions=None,
               numbers=None, directions=AXIAL, name="{}.dcm", **options):
@@ -99,7 +48,8 @@ def write_series(tmp_path):
 
 @pytest.fixture(scope="session")
 def phantom_data(tmp_path_factory):
-    """A data set in the layout of the competition: 4 training and 2 test studies of 64 x 64."""
+    """A data set in the layout of the competition: 4 training and 2 test studies of 64 x
+    64."""
     folder = tmp_path_factory.mktemp("phantoms")
     make_dataset(folder, 4, 2, 7, 64, 1)
     return folder

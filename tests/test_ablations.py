@@ -1,7 +1,5 @@
 """The small trainings of ablations.py run, and differ in what they say they differ in."""
 
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -14,7 +12,7 @@ from test_slices import block, numbered_volume
 def test_stretched_crops_fill_the_box_on_both_axes():
     volume, wide = numbered_volume(), block(3, (8, 16), (12, 18), (6, 26))
     masks = {name: cut(volume, wide, 64)[3, 7, -1] > 127 for name, cut in (
-        ("square", cspine.vertebra_slices), ("stretched", ablations.stretched_slices()))}
+        ("square", cspine.vertebra_slices), ("stretched", ablations.stretched_slices))}
     height, width = (masks["square"].any(axis).sum() for axis in (1, 0))
     assert height < 0.5 * width
     height, width = (masks["stretched"].any(axis).sum() for axis in (1, 0))
@@ -32,7 +30,7 @@ def test_undivided_weights_are_larger_by_the_depth_of_the_kernel():
 
 def test_three_channels_show_the_encoder_its_input_three_times():
     torch.manual_seed(0)
-    model = ablations.three_channels(cspine.Segmenter)("mobilenetv3_small_050").eval()
+    model = ablations.ThreeChannels("mobilenetv3_small_050").eval()
     stem = next(m for m in model.encoder.modules() if isinstance(m, torch.nn.Conv3d))
     assert stem.weight.shape[1] == 3
     folded = cspine.Segmenter("mobilenetv3_small_050").eval()
@@ -44,7 +42,8 @@ def test_three_channels_show_the_encoder_its_input_three_times():
         torch.testing.assert_close(model(cube), folded(cube), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("variant, found", (("no mask", "auc"), ("segmenter", "dice")))
+@pytest.mark.parametrize("variant, found", (
+    ("no mask", "auc"), ("segmenter", "dice"), ("3 channels", "dice")))
 def test_a_run_trains_and_the_table_shows_it(variant, found, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablations, "BACKBONE", "tf_mobilenetv3_small_minimal_100")
     monkeypatch.setattr(ablations, "CROP", 32)
@@ -60,7 +59,6 @@ def test_a_run_trains_and_the_table_shows_it(variant, found, tmp_path, monkeypat
     (tmp_path / "labels.csv").write_text("\n".join(rows))
     for more in (["run", str(tmp_path), variant, "--epochs", "1", "--device", "cpu"],
                  ["table", str(tmp_path)]):
-        monkeypatch.setattr(sys, "argv", ["ablations.py", *more])
-        ablations.main()
+        ablations.main(more)
     table = capsys.readouterr().out
     assert f"{variant}, seed 0" in table and found in table

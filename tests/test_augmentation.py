@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from cspine import CROP_RANGES, VOLUME_RANGES, augment_crops, augment_volumes, shuffle_order
+from cspine import CROP_RANGES, VOLUME_RANGES, augment_crops, augment_volumes
 
 GREY = ("window", "gamma", "noise", "blur", "hole")
 MOVES = ("rotation", "scale", "shift", "mirror")
@@ -171,23 +171,3 @@ def test_a_seed_repeats_itself_and_the_global_generator_is_left_alone():
     first = augment_crops(crops(), generators(7), 48)
     assert torch.equal(first, augment_crops(crops(), generators(7), 48))
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_shuffled_vertebrae_keep_their_labels_and_their_steps_together():
-    numbers = torch.arange(105.0).reshape(1, 105, 1, 1, 1).repeat(1, 1, 6, 2, 2)
-    labels = torch.tensor([[0.0, 1, 2, 3, 4, 5, 6, 7]])  # stand-ins that can be told apart
-    moved = 0
-    for seed in range(10):
-        out, named = shuffle_order(numbers.clone(), labels, generators(seed), 1.0)
-        values = out[0, :, 0, 0, 0].reshape(7, 15)
-        assert torch.equal(values // 15, named[0, :7, None].expand(7, 15)), seed
-        steps = values % 15
-        assert torch.equal(steps, steps[:1].expand(7, 15)), seed  # one order for all vertebrae
-        assert named[0, 7] == 7 and sorted(values.flatten().tolist()) == list(range(105))
-        assert torch.equal(out[:, :, 0], out[:, :, 5])  # a step's mask goes with it
-        moved += not torch.equal(out, numbers)
-    assert moved == 10
-    same, labelled = shuffle_order(numbers, labels, generators(0), 0.0)
-    assert torch.equal(same, numbers) and torch.equal(labelled, labels)
-    one, label = shuffle_order(numbers[:, :15], torch.tensor([[1.0]]), generators(1), 1.0)
-    assert sorted(one[0, :, 0, 0, 0].tolist()) == list(range(15)) and label == 1

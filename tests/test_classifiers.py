@@ -172,15 +172,15 @@ def norms(model):
     return sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
 
 
-FOLDED = [("vertebra", name, left) for name, left in (
+FUSED = [("vertebra", name, left) for name, left in (
     ("tf_efficientnetv2_b0", 0), ("convnext_nano", 0), ("resnet18d", 0), ("lcnet_050", 0),
     ("mobilenetv4_conv_small", 0), ("resnetv2_50d", None))] + [
     ("segmenter", name, left) for name, left in (
         ("tf_efficientnetv2_b0", 0), ("resnet18d", 0), ("lcnet_050", 0), ("repvgg_a0", None))]
 
 
-@pytest.mark.parametrize("kind, name, left", FOLDED)
-def test_folded_norms_change_no_answer(kind, name, left):
+@pytest.mark.parametrize("kind, name, left", FUSED)
+def test_fused_norms_change_no_answer(kind, name, left):
     """`left`: norms that no convolution precedes (None: some)."""
     torch.manual_seed(2)
     model = use_norms(cspine.KINDS[kind](name))
@@ -188,8 +188,8 @@ def test_folded_norms_change_no_answer(kind, name, left):
     x = torch.rand(1, 1, 32, 48, 32) if kind == "segmenter" else random_crops(1, 15, 6, 48, 48)
     with torch.inference_mode():
         expected = model(x)
-        folded = cspine.fold_norms(model)
-        found = folded(x)
-    assert norms(folded) == left if left is not None else norms(folded) < before
-    assert type(folded) is cspine.KINDS[kind] and not folded.training
+        fused = cspine.fuse_norms(model)
+        found = fused(x)
+    assert norms(fused) == left if left is not None else norms(fused) < before
+    assert type(fused) is cspine.KINDS[kind] and not fused.training
     assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))

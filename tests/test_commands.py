@@ -1,7 +1,10 @@
 """I rely on the command line: help for every mode, and one line for what I can mend."""
 
 import dataclasses
+import math
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -9,7 +12,8 @@ import pytest
 import torch
 
 import cspine
-from rooms import MODES
+import demo
+import modes
 from small_kernel import make_test_set, make_weights, write_test_csv
 
 
@@ -34,61 +38,128 @@ def refused(capsys, tmp_path, monkeypatch):
     """refused(arguments) -> the one line that a mistake of the user ends in."""
     monkeypatch.chdir(tmp_path)
 
-    def run(*arguments):
+    def refuse(*arguments):
         capsys.readouterr()
-        assert cspine.main([*map(str, arguments)]) == 2
+        assert run(arguments) == 2
         out, errors = capsys.readouterr()
         assert not out and errors.count("\n") == 1 and errors.startswith("cspine: ")
         return errors
-    return run
+    return refuse
 
 
-def described(mode):
-    """(function, shared options, {own option: its default}) of a mode, wherever it stands."""
-    function, shared, own = MODES[mode]
-    if isinstance(own, dict):
-        return function, shared.split(), {name: default for name, (default, _) in own.items()}
-    settings = cspine.RECIPES[own] if isinstance(own, str) else own
-    return function, shared.split(), dataclasses.asdict(settings)
+MODES = cspine.MODES | modes.MODES
+
+
+def run(arguments):
+    """The exit status of a mode, in this process also where cspine.py starts another."""
+    tool = arguments and arguments[0] in modes.MODES
+    return (modes.main if tool else cspine.main)([*map(str, arguments)])
+
+
+def help_of(arguments, capsys):
+    """What --help prints, on one line."""
+    with pytest.raises(SystemExit) as end:
+        run([*arguments, "--help"])
+    assert end.value.code == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+def options_of(mode):
+    """[(field, default)] of all options of a mode."""
+    _, shared, own = MODES[mode]
+    known = {one.name: one for one in dataclasses.fields(cspine.Shared)}
+    found = [(known[name], known[name].default) for name in shared.split()]
+    for one in dataclasses.fields(own) if own else ():
+        found.append((one, getattr(own, one.name)))
+    return found
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_every_mode_answers_help_with_its_purpose_and_defaults(mode, capsys, monkeypatch):
+def test_every_mode_says_what_it_does_and_every_option_what_it_is(mode, capsys, monkeypatch):
+    """Each option: a sentence, the default, and what it may be if not everything goes."""
     monkeypatch.setenv("COLUMNS", "1000")
-    with pytest.raises(SystemExit) as end:
-        cspine.main([mode, "--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    function, shared, own = described(mode)
-    assert end.value.code == 0 and " ".join(function.__doc__.split()) in text
-    for name in shared:
-        default, meaning = cspine.OPTIONS[name]
-        assert "--" + name.replace("_", "-") in text
-        assert " ".join(f"{meaning} (default: {default})".split()) in text
-    for name, default in own.items():
-        assert (name if default is None else "--" + name.replace("_", "-")) in text
-        assert default is None or " ".join(f"(default: {default})".split()) in text
+    text = help_of([mode], capsys)
+    assert " ".join(MODES[mode].run.__doc__.split()) in text
+    assert "eads" in text or "rites" in text
+    for one, default in options_of(mode):
+        meaning = " ".join(one.metadata["help"].split())
+        assert len(meaning.split()) > 1 and meaning in text
+        assert (one.name if one.metadata.get("positional") else flag(one)) in text
+        plain = isinstance(default, bool) or default == ""
+        assert plain or f"(default: {default})" in text
+        for choice in one.metadata.get("choices", ()):
+            assert str(choice) in text
 
 
-def test_every_option_is_used_by_a_mode():
-    assert set(cspine.OPTIONS) <= {name for mode in MODES for name in described(mode)[1]}
+@pytest.mark.parametrize("mode", MODES)
+def test_help_is_readable_on_a_terminal_that_knows_ascii_alone(mode, capsys):
+    assert help_of([mode], capsys).isascii()
+
+
+def flag(one):
+    return "--" + one.name.replace("_", "-")
+
+
+def bounded(limit):
+    """(mode, option, a value below or above its limit) of all that have such a limit."""
+    for mode in MODES:
+        for one, default in options_of(mode):
+            value = one.metadata.get(limit, math.inf)
+            if not math.isinf(value):
+                beyond = value - 1 if limit == "least" else value + 1
+                yield pytest.param(mode, one, type(default)(beyond), id=f"{mode} {flag(one)}")
+
+
+@pytest.mark.parametrize("mode, one, value", [*bounded("least"), *bounded("most")])
+def test_a_value_out_of_range_is_refused_by_the_options_own_name(mode, one, value, refused):
+    given = ["x"] * sum(bool(other.metadata.get("positional")) for other, _ in options_of(mode))
+    line = refused(mode, *given, f"{flag(one)}={value}")
+    assert f"{flag(one)}: {value}: must be from" in line
+
+
+@pytest.mark.parametrize("arguments, word", (
+    (["train-cls", "--mask-of", "middle"], "--mask-of: middle: must be one of last, center"),
+    (["train-seg", "--epochs", "many"], "--epochs: invalid int value"),
+    (["train-seg", "--lr", "nan"], "--lr: nan: must be from")))
+def test_a_value_of_another_kind_is_refused(arguments, word, refused):
+    assert word in refused(*arguments)
+
+
+def test_every_shared_option_is_used_by_a_mode():
+    used = {name for mode in MODES.values() for name in mode.shared.split()}
+    assert used == {one.name for one in dataclasses.fields(cspine.Shared)}
 
 
 def test_the_modes_of_the_design_are_there_in_the_order_of_the_work(capsys):
-    with pytest.raises(SystemExit):
-        cspine.main(["--help"])
-    text = capsys.readouterr().out
-    modes = ("phantom", "train-seg", "extract", "train-cls", "train-patient", "predict",
-             "evaluate", "notebook", "demo")
-    places = [text.index(f"\n    {mode}") for mode in modes]
+    text = help_of([], capsys)
+    names = ("train-seg", "extract", "train-cls", "train-patient", "predict", "evaluate")
+    places = [text.index(f" {mode} ") for mode in names]
     assert places == sorted(places)
+    assert set(cspine.TOOL_MODES) == set(modes.MODES)
+    for name, sentence in cspine.TOOL_MODES.items():
+        assert name in text and sentence in text
+        assert modes.MODES[name].run.__doc__.startswith(sentence)
 
 
 @pytest.mark.parametrize("arguments", ([], ["fly"], ["predict", "--wings", "2"],
-                                       ["predict", "--views", "many"]))
-def test_a_mistyped_command_is_refused(arguments, capsys):
-    with pytest.raises(SystemExit) as end:
-        cspine.main(arguments)
-    assert end.value.code == 2 and "Traceback" not in capsys.readouterr().err
+                                       ["predict", "--top-k", "many"], ["show"]))
+def test_a_mistyped_command_is_refused(arguments, refused):
+    refused(*arguments)
+
+
+def test_a_mode_of_the_repository_runs_in_a_process_of_its_own(tmp_path):
+    """Its exit status and its one line come through."""
+    command = [sys.executable, cspine.__file__, "notebook", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.startswith("kaggle kernels push")
+    done = subprocess.run([*command, "--weights-dataset", "../x"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+
+
+def test_without_the_repository_its_modes_are_refused_in_one_line(refused, monkeypatch, tmp_path):
+    monkeypatch.setattr(cspine, "HERE", tmp_path)
+    monkeypatch.setattr(modes, "MODES", {})
+    assert "demo needs the repository" in refused("demo")
 
 
 @pytest.mark.parametrize("mode", ("predict", "train-seg", "extract", "train-cls", "train-patient",
@@ -131,12 +202,12 @@ def test_an_unknown_backbone(refused, data, tmp_path):
 
 
 @pytest.mark.parametrize("options, word", (
-    (["--fold", "7"], "--fold 7"), (["--size", "0"], ""), (["--epochs", "-1"], "--epochs"),
+    (["--fold", "7"], "--fold 7"), (["--size", "0"], "--size"), (["--epochs", "-1"], "--epochs"),
+    (["--hidden", "0"], "--hidden"), (["--lr", "-1"], "--lr"), (["--mixup", "7"], "--mixup"),
     (["--device", "cuda:77"], "--device"), (["--device", "moon"], "--device")))
 def test_settings_that_cannot_be(options, word, refused, data, tmp_path):
     cspine.write_crops(tmp_path / "work" / "last" / "a.npz", np.ones((7, 15, 6, 8, 8), np.uint8))
-    if word:
-        assert word in refused("train-cls", "--data", data, *options)
+    assert word in refused("train-cls", "--data", data, *options)
 
 
 def test_a_device_that_is_not_there(refused, data, weights):
@@ -254,13 +325,19 @@ def test_a_bug_shows_its_traceback(monkeypatch, tmp_path):
 
 
 def test_demo_goes_from_phantoms_to_scores_and_dice(weights, tmp_path, monkeypatch, capsys):
+    """Each table after a line that says what it is; four studies have no reliability."""
     monkeypatch.chdir(tmp_path)
-    own = MODES["phantom"][2]
-    monkeypatch.setitem(own, "matrix", (64, ""))
-    assert cspine.main(["demo", "--weights", str(weights), "--test-studies", "1"]) == 0
+    monkeypatch.setattr(demo, "MATRIX", 64)
+    assert run(["demo", "--weights", weights, "--test-studies", "1"]) == 0
     text = capsys.readouterr().out
     labels = pd.read_csv(tmp_path / "work" / "demo" / "test_labels.csv")
-    shown = next(line for line in text.splitlines() if line.startswith(labels[cspine.STUDY][0]))
-    assert shown.count("*") == labels[list(cspine.TARGETS)].to_numpy().sum()
+    study = labels[cspine.STUDY][0].rpartition(".")[2]
+    lines = text.splitlines()
+    row = next(k for k, line in enumerate(lines) if line.startswith(f"study {study} "))
+    assert lines[row].count("*") == labels[list(cspine.TARGETS)].to_numpy().sum()
+    assert lines[row - 1].split() == [*cspine.VERTEBRAE, "patient"]
+    assert lines[row - 2].startswith("Probability of a fracture")
     assert "1 studies; weighted log loss" in text and " Dice " in text
     assert "named right" in text and len(pd.read_csv("submission.csv")) == 8
+    assert "mean answer" not in text and max(map(len, lines)) < 130
+    assert (tmp_path / "work" / "demo" / "overview.png").exists()

@@ -17,11 +17,9 @@ TINY = "--backbone mobilenetv3_small_050 --batch-size 2 --epochs 2 --folds 2 --f
 
 @pytest.fixture(autouse=True)
 def whole_memory():
-    """Tests change how much of the card may be used, and how many crops go at once."""
-    at_once = dict(cspine.CROPS_AT_ONCE)
+    """A test changes how much of the card may be used."""
     yield
     torch.cuda.set_per_process_memory_fraction(1.0)
-    cspine.CROPS_AT_ONCE.update(at_once)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +111,7 @@ def test_a_training_cut_short_on_a_gpu_goes_on_with_its_state(crops, tmp_path):
 
             def update(self, *arguments):
                 original(self, *arguments)
-                if self.step == 3:
+                if self.progress.step == 3:
                     os.kill(os.getpid(), 2)
             cspine.Trainer.update = update
             try:

@@ -1,6 +1,6 @@
 """I rely on: every slice file's pixels come out exactly as stored, or as a StudyError.
 
-Oracles: the images that went into tests/lossless_jpeg_encoder.py (written from ITU-T T.81, shares
+Oracles: the images that went into tests/tools/lossless_jpeg_encoder.py (written from ITU-T T.81, shares
 no code with the decoder), values pinned from pydicom 3.0.2 with pylibjpeg on pydicom's own test
 files, and pylibjpeg itself where it is installed. All comparisons are exact unless they say so.
 """
@@ -382,6 +382,6 @@ def test_an_unknown_transfer_syntax_is_refused_by_name():
 
 
 def test_a_few_random_mutations_of_all_inputs_do_no_harm():
-    """The whole run is `python tests/fuzz.py --n 2000`; it counts what must not happen."""
+    """The whole run is `python tests/studies/fuzz.py --n 2000`; it counts what must not happen."""
     fuzz = pytest.importorskip("fuzz")
     assert fuzz.run(n=40, seed=1)["bad"] == []

@@ -15,10 +15,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from evaluation import reliability
-
 from cspine import (PRIOR, STUDY, TARGETS, VERTEBRAE, assign_folds, auc, competition_scores,
-                    dice_scores, element_losses)
+                    dice_scores, element_losses, reliability)
 
 NEGATIVE = [0, 0, 0, 0, 0, 0, 0, 0]
 C1_BROKEN = [1, 0, 0, 0, 0, 0, 0, 1]

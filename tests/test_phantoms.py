@@ -9,7 +9,8 @@ import phantoms
 import pytest
 from phantoms import TARGETS, make_dataset, make_phantom, write_phantom
 
-from cspine import main, read_mask, read_volume
+from cspine import read_mask, read_volume
+from modes import main
 
 
 def digest(folder):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import cspine
+import modes
 
 
 def coloured(image):
@@ -142,7 +143,7 @@ def test_eda_tells_from_headers_what_the_volumes_are(phantom_data, tmp_path, mon
     drawn = {}
     monkeypatch.setattr(pictures, "chart", lambda title, counts, axes: drawn.update(
         {axes[0]: counts}) or np.zeros((4, 4, 3), np.uint8))
-    assert cspine.main(["eda", "--data", str(phantom_data), "--out", str(tmp_path)]) == 0
+    assert modes.main(["eda", "--data", str(phantom_data), "--out", str(tmp_path)]) == 0
     table = pd.read_csv(tmp_path / "studies.csv").set_index(cspine.STUDY)
     assert len(table) == 6 and table["mask"].all() and table.C1.notna().sum() == 4
     for folder in phantom_data.glob("*_images/*"):
@@ -198,7 +199,7 @@ def test_show_draws_a_study_and_says_what_it_sees(phantom_data, weights, tmp_pat
     monkeypatch.setattr(pictures, "segment", segment)
     uid = pd.read_csv(phantom_data / "test.csv")[cspine.STUDY][0]
     out = tmp_path / "pictures"
-    assert cspine.main(["show", uid, "--data", str(phantom_data), "--weights", str(weights),
+    assert modes.main(["show", uid, "--data", str(phantom_data), "--weights", str(weights),
                         "--out", str(out)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line[:3] for line in lines] == [f"{v}:" for v in cspine.VERTEBRAE]
@@ -212,5 +213,5 @@ def test_show_draws_a_study_and_says_what_it_sees(phantom_data, weights, tmp_pat
 
 
 def test_show_of_an_unknown_study_is_one_line(phantom_data, weights, capsys):
-    assert cspine.main(["show", "nobody", "--data", str(phantom_data)]) == 2
+    assert modes.main(["show", "nobody", "--data", str(phantom_data)]) == 2
     assert "nobody" in capsys.readouterr().err

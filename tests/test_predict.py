@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import cspine
-from evaluation import fit_calibration, held_out_answers
+from cspine import Calibration, fit_scale
 from limits import at_cells
 from small_kernel import make_study, make_test_set, make_weights, write_test_csv
 
@@ -72,10 +72,10 @@ def assert_prior(submission, uid, targets=cspine.TARGETS):
         assert submission[f"{uid}_{target}"] == PRIOR[target]
 
 
-def whole(options=cspine.Answers(), **models):
+def whole(**models):
     """An ensemble with these models on the CPU."""
-    return cspine.Ensemble({kind: models.get(kind, []) for kind in cspine.KINDS},
-                           torch.device("cpu"), options=options)
+    kinds = {kind: models.get(kind, []) for kind in cspine.KINDS}
+    return cspine.Ensemble(kinds, torch.device("cpu"))
 
 
 # -------------------------------------------------------------------------------- answers to all
@@ -99,7 +99,7 @@ def test_public_placeholder_gets_a_complete_prior(predict, tmp_path):
     rows = [(f"1.2.{n}_C1", f"1.2.{n}", "C1") for n in (10197, 10454, 10690)]
     write_test_csv(data, rows)
     submission, report, status = predict(data=data)
-    assert status == 0 and list(submission.index) == [row[0] for row in rows]
+    assert status == 3 and list(submission.index) == [row[0] for row in rows]
     assert (submission == PRIOR["C1"]).all() and (report.status == "failed").all()
 
 
@@ -129,7 +129,7 @@ def test_uids_that_are_paths_reach_nothing(predict, tmp_path):
     write_test_csv(data, [(f"row{k}_C1", uid, "C1") for k, uid in enumerate(uids)])
     before = sorted(path for path in tmp_path.rglob("*"))
     submission, report, status = predict(data=data)
-    assert status == 0 and (submission[:-1] == PRIOR["C1"]).all()
+    assert status == 3 and (submission[:-1] == PRIOR["C1"]).all()
     assert submission.iloc[-1] != PRIOR["C1"]
     assert "no plain name" in report.loc["../../out"].warnings
     new = {path.name for path in set(tmp_path.rglob("*")) - set(before)}
@@ -153,7 +153,8 @@ def test_each_failing_study_gets_the_prior_and_the_others_their_answers(predict,
     (images / "file").write_text("no folder")
     submission, report, status = predict(data=data)
     out, errors = capsys.readouterr()
-    assert status == 0 and "6 studies, 4 fell back" in out
+    assert status == 3 and "6 studies, 4 fell back" in out
+    assert "most studies got the prior" in errors.splitlines()[-1]
     assert (report.status[["good", "also_good"]] == "ok").all()
     for name in ("empty", "few", "bad", "file"):
         assert_prior(submission, name)
@@ -176,7 +177,7 @@ def test_a_vertebra_out_of_sight_gets_its_prior_and_the_rest_is_predicted(predic
 def test_a_study_without_any_vertebra_gets_the_prior(predict, tmp_path):
     weights = make_weights(tmp_path / "weights", unseen=cspine.VERTEBRAE)
     submission, report, status = predict(weights=weights)
-    assert status == 0 and (report.status == "nothing seen").all()
+    assert status == 3 and (report.status == "nothing seen").all()
     for uid in UIDS:
         assert_prior(submission, uid)
 
@@ -196,7 +197,7 @@ def test_a_model_that_answers_nan_is_left_out(predict, tmp_path):
     for path in weights.glob("*fold0.pt"):
         path.unlink()
     submission, _, status = predict(weights=weights)
-    assert status == 0
+    assert status == 3
     for uid in UIDS:
         assert_prior(submission, uid)
 
@@ -215,19 +216,38 @@ class OutOfMemoryOnce(torch.nn.Module):
         return self.model(x)
 
 
-@pytest.mark.parametrize("times, parts, status", ((0, 210, "ok"), (1, 15, "ok"), (2, 15, "ok"),
-                                                  (3, 15, "failed")))
-def test_without_gpu_memory_a_study_is_repeated_smaller_then_on_the_cpu(
-        times, parts, status, weights, studies, monkeypatch):
-    monkeypatch.setitem(cspine.CROPS_AT_ONCE, "cuda", 210)
+@pytest.mark.parametrize("times, status", ((0, "ok"), (1, "ok"), (2, "failed")))
+def test_without_gpu_memory_a_study_is_repeated_on_the_cpu(times, status, weights, studies):
     ensemble = cspine.load_ensemble(weights, torch.device("cpu"))
     ensemble.models["vertebra"][0] = OutOfMemoryOnce(ensemble.models["vertebra"][0], times)
+    ensemble = ensemble._replace(on_cpu=ensemble)
     future = Future()
     future.set_result((cspine.read_volume(studies / "test_images" / UIDS[0]), 1.0))
-    row = cspine.answer_or_prior("a", future, ensemble, cspine.Effort(1, 1), 1)
+    row = cspine.answer_or_prior("a", future, ensemble, 1, 1)
     assert row["status"] == status and ("memory" in row["warnings"]) == (status == "failed")
-    assert cspine.CROPS_AT_ONCE["cuda"] == parts
     assert all(row[t] == PRIOR[t] for t in PRIOR) == (status == "failed")
+
+
+class SmallMemory(torch.nn.Module):
+    """A backbone that a card holds for few crops only, and that notes how many it was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.given = []
+
+    def forward(self, crops):
+        self.given.append(len(crops))
+        if len(crops) > cspine.CROPS_ON_CPU:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return crops.mean((2, 3))
+
+
+def test_a_card_without_memory_for_many_crops_is_given_few_at_once(weights):
+    """The device "meta" stands for a card: it has shapes, and no memory."""
+    encoder = cspine.load_ensemble(weights, torch.device("cpu")).models["vertebra"][0].encoder
+    encoder.backbone = SmallMemory()
+    features = encoder.encode(torch.empty(40, 6, 8, 8, device="meta"))
+    assert features.shape == (40, 6) and encoder.backbone.given == [40, 15, 15, 10]
 
 
 # -------------------------------------------------------------------- killed, continued, shared
@@ -357,7 +377,7 @@ def test_an_answer_reported_while_the_submission_is_written_is_in_it(tmp_path, m
         plain(path, table)
 
     monkeypatch.setattr(cspine, "write_csv", write_csv)
-    cspine.write_submission(out, rows)
+    cspine.write_submission(cspine.Submission(out, rows))
     assert list(pd.read_csv(out).fractured) == [PRIOR["C1"], 0.25]
 
 
@@ -373,14 +393,14 @@ class Clock:
 
 @pytest.mark.parametrize("count", (1, 3, 20))
 @pytest.mark.parametrize("seconds", (0.5, 2.0, 5.0, 11.0, 100.0))
-def test_the_limit_is_kept_by_giving_up_views_then_folds_then_studies(count, seconds, tmp_path,
-                                                                     monkeypatch, capsys):
-    """`seconds` a model and view, of 5 folds and 4 views, against 100 s for all studies."""
+def test_the_limit_is_kept_by_giving_up_folds_then_studies(
+        count, seconds, tmp_path, monkeypatch, capsys):
+    """`seconds` a fold, of 5 folds, against 100 s for all studies."""
     clock, limit, done = Clock(), 100.0, []
 
-    def answer_study(volume, read_s, ensemble, effort):
-        done.append(effort)
-        clock.now += seconds * effort.folds * effort.views
+    def answer_study(volume, read_s, ensemble, folds):
+        done.append(folds)
+        clock.now += seconds * folds
         return dict.fromkeys(cspine.TARGETS, 0.5) | dict(status="ok")
 
     monkeypatch.setattr(cspine, "answer_study", answer_study)
@@ -388,28 +408,22 @@ def test_the_limit_is_kept_by_giving_up_views_then_folds_then_studies(count, sec
     stop = cspine.Stop(limit / 60, clock)
     uids = [f"u{k}" for k in range(count)]
     rows = [(f"{u}_C1", u, "C1") for u in uids]
-    cspine.predict_studies(tmp_path, tmp_path / "submission.csv", rows,
-                           whole(cspine.Answers(views=4), segmenter=[0] * 5), stop, 1)
+    task = cspine.Submission(tmp_path / "submission.csv", rows)
+    cspine.predict_studies(tmp_path, task, whole(segmenter=[0] * 5), stop, 1)
     submission, report = read_results(tmp_path)
     assert len(submission) == len(report) == count
-    assert clock.now <= max(limit, seconds * 20)  # at worst the first, of which nothing is known
-    assert done[0] == (4, 5) and len(done) == (report.status == "ok").sum()
-    work = [effort.folds * effort.views for effort in done]
-    if count == 1 or seconds * 20 * count <= limit:
-        assert set(done) == {(4, 5)}
-    elif seconds * 20 + seconds * (count - 1) <= limit:
-        assert len(done) == count and min(work) < 20
+    assert clock.now <= max(limit, seconds * 5)  # at worst the first, of which nothing is known
+    assert done[0] == 5 and len(done) == (report.status == "ok").sum()
+    assert set(done) <= {5, 2, 1}
+    if count == 1 or seconds * 5 * count <= limit:
+        assert set(done) == {5}
+    elif seconds * 5 + seconds * (count - 1) <= limit:
+        assert len(done) == count and min(done) < 5
         assert "time is short" in capsys.readouterr().err
     else:
         assert (report.status == "no time").any()
         left = limit - clock.now
         assert left < seconds or left < 0 or len(done) == count  # no more than had to
-
-
-def test_views_go_first_then_folds():
-    for views, folds, levels in ((8, 5, [(8, 5), (1, 5), (1, 2), (1, 1)]), (1, 1, [(1, 1)])):
-        found = [cspine.choose_effort(views, folds, 1.0, left / 2) for left in range(90, -3, -1)]
-        assert [*dict.fromkeys(found)] == levels
 
 
 def test_a_file_that_hangs_costs_its_study_only(studies, weights, tmp_path):
@@ -434,20 +448,6 @@ runpy.run_path({str(KERNEL)!r}, run_name="__main__")
     assert "TimeoutError" in report.warnings[UIDS[1]]
 
 
-def test_compiled_classifiers_give_the_same_answers(predict, monkeypatch):
-    """The compiler is replaced by one that counts: it needs minutes and a C compiler."""
-    plain, _, _ = predict()
-    compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
-    same, _, status = predict("--compile")
-    assert status == 0 and len(compiled) == 2 and same.equals(plain)
-
-
-@pytest.mark.parametrize("views", [0, -1])
-def test_there_is_one_view_at_least(views, predict):
-    assert predict("--views", views)[0].equals(predict()[0])
-
-
 def test_too_little_time_in_a_real_run_leaves_priors_and_says_so(predict, tmp_path, capsys):
     uids = [f"1.2.{k}" for k in range(100)]
     data = make_test_set(tmp_path / "data", uids[:20])
@@ -463,7 +463,7 @@ def test_on_kaggle_the_limit_is_eight_and_a_half_hours(predict, tmp_path, monkey
     limits = []
     exists = Path.exists
     monkeypatch.setattr(Path, "exists", lambda path: str(path) == "/kaggle" or exists(path))
-    monkeypatch.setattr(cspine, "predict_studies", lambda *given: limits.append(given[4].left()))
+    monkeypatch.setattr(cspine, "predict_studies", lambda *given: limits.append(given[3].left()))
     predict()
     predict("--time-limit", 3)
     monkeypatch.setattr(Path, "exists", lambda path: str(path) != "/kaggle" and exists(path))
@@ -481,8 +481,8 @@ def test_a_study_that_reads_for_ever_takes_only_its_share(tmp_path, monkeypatch)
 
     monkeypatch.setattr(cspine, "read_volume", read_volume)
     rows = [("slow_C1", "slow", "C1"), ("b_C1", "b", "C1")]
-    cspine.predict_studies(tmp_path, tmp_path / "submission.csv", rows,
-                           whole(segmenter=[0]), cspine.Stop(10, clock), 1)
+    task = cspine.Submission(tmp_path / "submission.csv", rows)
+    cspine.predict_studies(tmp_path, task, whole(segmenter=[0]), cspine.Stop(10, clock), 1)
     _, report = read_results(tmp_path)
     assert 100 < clock.now < 200 and list(report.status) == ["failed", "failed"]
 
@@ -584,16 +584,16 @@ def test_models_are_averaged_as_logits():
     assert cspine.combine(outputs, cspine.Answers())[0] == pytest.approx(1 / (1 + 0.25**0.5))
 
 
-CALIBRATED = np.repeat([[1.0], [0.0]], 8, 1)  # by a file: not AS_IS itself
+UNUSUAL = Calibration(unusual=-2.5)  # a file that says which studies are foreign
 
 
-def test_a_study_whose_calibrated_vertebrae_seem_broken_falls_back_to_the_prior():
-    """By hand: logits of 0.9, less what their median has above USUAL, a share of the way back."""
+def test_a_study_unlike_any_that_the_calibration_knows_leans_to_the_prior():
+    """By hand: logits of 0.9, less what their median has above the limit, a share of the way."""
     seen = [steps(*[0.9] * 5, 0.2, 0.1)]
     plain = cspine.combine([(seen[0], 0.9)], cspine.Answers())
-    answer = cspine.combine([(seen[0], 0.9)], cspine.Answers(), CALIBRATED)
-    assert np.allclose(plain[:7], [0.9] * 5 + [0.2, 0.1])  # not calibrated: as they are
-    excess = np.log(9) - cspine.USUAL
+    answer = cspine.combine([(seen[0], 0.9)], cspine.Answers(), UNUSUAL)
+    assert np.allclose(plain[:7], [0.9] * 5 + [0.2, 0.1])
+    excess = np.log(9) - UNUSUAL.unusual
     trust, prior = np.exp(-excess / 2), cspine.PRIOR
     logits = np.log(plain / (1 - plain))[:7] - excess
     expected = (1 - trust) * np.log(prior / (1 - prior))[:7] + trust * logits
@@ -601,17 +601,25 @@ def test_a_study_whose_calibrated_vertebrae_seem_broken_falls_back_to_the_prior(
     assert abs(answer[7] - prior[7]) < abs(plain[7] - prior[7]) / 2
 
 
+@pytest.mark.parametrize("count", range(8))
+def test_without_such_a_limit_no_number_of_fractures_changes_another_answer(count):
+    outputs = [(steps(*[0.9] * count, *[0.02] * (7 - count)), 0.9)]
+    answer = cspine.combine(outputs, cspine.Answers(), Calibration(*np.array(Calibration()[:3])))
+    assert np.allclose(answer[:7], [0.9] * count + [0.02] * (7 - count))
+    assert np.array_equal(answer, cspine.combine(outputs, cspine.Answers()))
+
+
 @pytest.mark.parametrize("vertebrae", [(0.9, 0.9, 0.9, *[0.02] * 4), (0.9, 0.9)])
 def test_up_to_three_broken_vertebrae_are_believed(vertebrae):
     """Also where only these are in view."""
     outputs = [(steps(*vertebrae), 0.9)]
     plain = cspine.combine(outputs, cspine.Answers())
-    assert np.allclose(cspine.combine(outputs, cspine.Answers(), CALIBRATED), plain)
+    assert np.allclose(cspine.combine(outputs, cspine.Answers(), UNUSUAL), plain)
 
 
 def test_answers_keep_away_from_zero_and_one():
     answer = cspine.combine([(steps(*range(2)), 1.0)], cspine.Answers())
-    assert np.allclose([answer.min(), 1 - answer.max()], cspine.FLOOR, rtol=1e-6)
+    assert np.allclose([answer.min(), 1 - answer.max()], cspine.LEAST_ANSWER, rtol=1e-6)
 
 
 class Recorder(torch.nn.Module):
@@ -627,29 +635,27 @@ class Recorder(torch.nn.Module):
         return (logits, torch.zeros(len(crops))) if self.patient else logits
 
 
-def test_model_i_sees_the_dihedral_views_from_i_on_and_crops_stay_bytes():
+def test_model_i_sees_the_dihedral_view_i_and_crops_stay_bytes():
     crops = np.random.default_rng(0).integers(1, 255, (7, 15, 6, 8, 8)).astype(np.uint8)
     models = [Recorder(8) for _ in range(9)]
-    outputs = cspine.classify(whole(vertebra=models, patient=[Recorder(8, True)]), crops,
-                              cspine.Effort(2, 9))
-    assert len(outputs) == 20
+    outputs = cspine.classify(whole(vertebra=models, patient=[Recorder(8, True)]), crops)
+    assert len(outputs) == 10
     for i, model in enumerate(models):
-        for k, shown in enumerate(model.shown):
-            view = (i + k) % 8
-            seen = crops[..., ::-1] if view >= 4 else crops
-            expected = np.rot90(seen, view % 4, (-2, -1))
-            assert shown.dtype == torch.uint8 and np.array_equal(shown, expected), (i, k)
+        (shown,), view = model.shown, i % 8
+        seen = crops[..., ::-1] if view >= 4 else crops
+        expected = np.rot90(seen, view % 4, (-2, -1))
+        assert shown.dtype == torch.uint8 and np.array_equal(shown, expected), i
 
 
-def test_absent_vertebrae_and_views_cost_one_pass_of_the_encoder_each(weights):
+def test_absent_vertebrae_cost_no_pass_of_the_encoder(weights):
     ensemble, passed = cspine.load_ensemble(weights, torch.device("cpu")), []
     for kind in ("vertebra", "patient"):
         backbone = ensemble.models[kind][0].encoder.backbone
         backbone.register_forward_pre_hook(lambda module, given: passed.append(given[0]))
     crops = np.ones((7, 15, 6, 32, 32), np.uint8)
     crops[[1, 4]] = 0
-    outputs = cspine.classify(ensemble, crops, cspine.Effort(3, 1))
-    assert sum(len(x) for x in passed) == 2 * 3 * 5 * 15  # kinds, views, vertebrae, steps
+    outputs = cspine.classify(ensemble, crops)
+    assert sum(len(x) for x in passed) == 2 * 5 * 15  # kinds, vertebrae, steps
     assert all(x.is_contiguous(memory_format=torch.channels_last) for x in passed)
     assert np.isnan(outputs[0][0][[1, 4]]).all() and np.isfinite(outputs[0][0][[0, 2, 3]]).all()
 
@@ -704,13 +710,13 @@ def draw_answers(count, scale=1.0, shift=0.0, seed=0):
 
 def calibrated(answers, calibration):
     """Scaled and shifted in logit space, as the file says."""
-    scale, shift = np.transpose(calibration)
+    scale, shift = calibration
     return 1 / (1 + np.exp(-np.log(answers / (1 - answers)) * scale - shift))
 
 
 def test_calibration_undoes_a_known_distortion_up_to_the_weight_of_positives():
     answers, labels = draw_answers(6000, scale=0.8, shift=-0.7)
-    scale, shift = fit_calibration(answers, labels).T
+    scale, shift = fit_scale(answers, labels)
     assert np.allclose(scale, 0.8, atol=0.08)  # standard error about 0.03
     # A positive weighs double, which moves the logit of the best answer by about log 2; less for
     # the patient, who brings 7 of the 17 (negative) or 14 of the 24 by which a study is divided.
@@ -720,29 +726,35 @@ def test_calibration_undoes_a_known_distortion_up_to_the_weight_of_positives():
 
 def test_calibration_lowers_the_score_and_other_values_near_it_do_not():
     answers, labels = draw_answers(600, scale=0.5, shift=0.5, seed=1)
-    fitted = fit_calibration(answers, labels)
+    fitted = fit_scale(answers, labels)
     best = cspine.competition_scores(calibrated(answers, fitted), labels)[0]
     assert best < cspine.competition_scores(answers, labels)[0] - 0.05
     for change in ((0.15, 0), (-0.15, 0), (0, 0.3), (0, -0.3)):
-        other = calibrated(answers, fitted + change)
+        other = calibrated(answers, fitted + np.reshape(change, (2, 1)))
         assert cspine.competition_scores(other, labels)[0] > best
 
 
 def test_few_studies_move_calibration_little_and_one_class_not_at_all():
     answers, labels = draw_answers(4, scale=0.05, seed=3)
     labels[:, 2], labels[:, 3], labels[:2, 4], labels[2:, 4] = 0, 1, 0, 1
-    fitted = fit_calibration(answers, labels)
-    assert np.allclose(fitted[2:4], (1, 0), atol=1e-9)
-    assert (0.1 < fitted[:, 0]).all() and (fitted[:, 0] < 2).all() and np.isfinite(fitted).all()
-    assert not np.allclose(fitted[4], (1, 0), atol=1e-3)
+    fitted = fit_scale(answers, labels)
+    assert np.allclose(fitted[:, 2:4].T, (1, 0), atol=1e-9)
+    assert (0.1 < fitted[0]).all() and (fitted[0] < 2).all() and np.isfinite(fitted).all()
+    assert not np.allclose(fitted[:, 4], (1, 0), atol=1e-3)
 
 
-def test_calibration_saved_with_the_weights_is_used(predict, tmp_path, monkeypatch):
-    monkeypatch.setattr(cspine, "USUAL", 9)  # random weights call every vertebra broken
+def write_calibration(weights, **targets):
+    """Scale 1, shift 0 and the prior but for those given, for the models of the folder."""
+    rows = np.transpose(Calibration()[:3])
+    for target, row in targets.items():
+        rows[cspine.TARGETS.index(target)] = row
+    cspine.write_calibration(weights, Calibration(*rows.T))
+
+
+def test_calibration_saved_with_the_weights_is_used(predict, tmp_path):
     weights = make_weights(tmp_path / "weights")
     plain, _, _ = predict(weights=weights)
-    table = {t: [1.0, 0.0] for t in cspine.TARGETS} | {"C3": [0.5, -1.0]}
-    (weights / "calibration.json").write_text(json.dumps(table))
+    write_calibration(weights, C3=(0.5, -1.0, 0.3))
     moved, _, _ = predict(weights=weights)
     for row, p in plain.items():
         logit = np.log(p / (1 - p))
@@ -756,60 +768,130 @@ def test_calibration_saved_with_the_weights_is_used(predict, tmp_path, monkeypat
         assert moved[row] == pytest.approx(p + share * (broken - whole), abs=1e-6)
 
 
+def test_a_calibration_of_the_identity_answers_as_none(predict, tmp_path):
+    weights = make_weights(tmp_path / "weights")
+    plain, _, _ = predict(weights=weights)
+    write_calibration(weights)
+    same, _, _ = predict(weights=weights)
+    assert (plain == same).all()
+
+
+def test_a_calibration_fitted_to_other_models_is_not_used_and_that_is_said(
+        predict, tmp_path, capsys):
+    weights = make_weights(tmp_path / "weights")
+    plain, _, _ = predict(weights=weights)
+    write_calibration(weights, C3=(0.5, -1.0, 0.3))
+    path = weights / "calibration.json"
+    files = json.loads(path.read_text())
+    files["files"]["vertebra_fold0.pt"] = "0" * 64
+    path.write_text(json.dumps(files))
+    other, _, _ = predict(weights=weights)
+    assert (plain == other).all() and "fitted to other models" in capsys.readouterr().err
+    table = {t: [0.5, -1.0] for t in cspine.TARGETS}  # as older versions wrote it
+    path.write_text(json.dumps(table))
+    other, _, _ = predict(weights=weights)
+    assert (plain == other).all() and "fitted to other models" in capsys.readouterr().err
+
+
+def test_a_vertebra_out_of_view_gets_the_rate_of_such_vertebrae():
+    """Ten studies of the prior's rate and thirty unseen C7, six of them broken."""
+    outputs = {f"u{k}": [(steps(*[0.1] * 6), np.nan)] for k in range(30)}
+    labels = pd.DataFrame(0.0, [*outputs], cspine.TARGETS)
+    labels.loc[[*outputs][:6], "C7"] = 1
+    unseen = cspine.fit_calibration(outputs, labels).unseen
+    prior = cspine.PRIOR[6] / (2 - cspine.PRIOR[6])
+    rate = (6 + 10 * prior) / 40
+    assert unseen[6] == pytest.approx(2 * rate / (1 + rate))
+    assert np.allclose(unseen[:6], cspine.PRIOR[:6])
+    answer = cspine.combine(outputs["u0"], cspine.Answers(), Calibration(unseen=unseen))
+    assert answer[6] == pytest.approx(unseen[6])
+
+
 @pytest.mark.parametrize("text", ("{", '{"C1": [1, 0]}', "null", json.dumps(
-    {t: [1, float("nan")] for t in cspine.TARGETS})))
+    {t: [1, 0, float("nan")] for t in cspine.TARGETS})))
 def test_a_calibration_of_another_form_is_refused(text, predict, tmp_path, capsys):
     weights = make_weights(tmp_path / "weights", patient=False)
     (weights / "calibration.json").write_text(text)
-    submission, _, status = predict(weights=weights)
+    _, _, status = predict(weights=weights)
     assert status == 2 and "calibration.json" in capsys.readouterr().err
-    for uid in UIDS:
-        assert_prior(submission, uid)
 
 
-def test_evaluate_fits_calibration_to_a_submission_and_to_held_out_answers(predict, tmp_path,
-                                                                           studies, capsys):
+def write_held_out(weights, answers, uids):
+    """Answers of a vertebra classifier for the held-out studies of two folds."""
+    table = pd.DataFrame(answers, columns=cspine.TARGETS).assign(**{cspine.STUDY: uids})
+    for fold in (0, 1):
+        table[fold::2].to_csv(weights / f"vertebra_fold{fold}_heldout.csv", index=False)
+
+
+def test_evaluate_prints_the_score_as_it_is_and_calibrated_on_the_other_folds(tmp_path, capsys):
     weights, uids = make_weights(tmp_path / "weights"), [f"u{k}" for k in range(40)]
     answers, labels = draw_answers(40, scale=0.3, seed=5)
-    data = tmp_path / "data"
-    data.mkdir()
     table = pd.DataFrame(labels.astype(int), columns=cspine.TARGETS)
     table.insert(0, cspine.STUDY, uids)
-    table.to_csv(data / "train.csv", index=False)
+    table.to_csv(tmp_path / "train.csv", index=False)
+    write_held_out(weights, answers, uids)
+    evaluate = ["evaluate", "--data", str(tmp_path), "--weights", str(weights)]
+    assert cspine.main([*evaluate, "--folds", "--calibrate"]) == 0
+    said = capsys.readouterr().out
+
+    truth = table.set_index(cspine.STUDY)[[*cspine.TARGETS]].astype(float)
+    outputs = {u: [(row[:7, None], row[7])] for u, row in zip(uids, answers)}
+    plain = cspine.blend(outputs).to_numpy()
+    assert f"better: {cspine.competition_scores(plain, labels)[0]:.4f}" in said
+    half = [{u: outputs[u] for u in uids[k::2]} for k in (0, 1)]
+    parts = [cspine.blend(half[k], cspine.fit_calibration(half[1 - k], truth)) for k in (0, 1)]
+    crossed = pd.concat(parts).loc[uids].to_numpy()
+    assert f"better: {cspine.competition_scores(crossed, labels)[0]:.4f}" in said
+
+    fitted = cspine.read_calibration(weights)
+    assert np.allclose([fitted.scale[:7], fitted.shift[:7]], fit_scale(plain, labels)[:, :7],
+                       atol=1e-4)
+    first = fitted._replace(scale=np.r_[fitted.scale[:7], 1], shift=np.r_[fitted.shift[:7], 0])
+    blended = cspine.blend(outputs, first).to_numpy()  # the patient's: of calibrated vertebrae
+    assert np.allclose([fitted.scale[7], fitted.shift[7]], fit_scale(blended, labels)[:, 7],
+                       atol=1e-4)
+    assert not np.allclose(blended[:, 7], plain[:, 7])
+    assert fitted.unusual == np.inf
+
+
+def test_evaluate_takes_its_labels_from_train_and_test_and_refuses_words(tmp_path, capsys):
+    """Phantoms without training studies have an empty train.csv, and test_labels.csv."""
+    uids = [f"u{k}" for k in range(40)]
+    answers, labels = draw_answers(40, seed=5)
+    table = pd.DataFrame(labels.astype(int), columns=cspine.TARGETS)
+    table.insert(0, cspine.STUDY, uids)
+    table[:0].to_csv(tmp_path / "train.csv", index=False)
+    table.to_csv(tmp_path / "test_labels.csv", index=False)
     rows = [(f"{u}_{t}", answers[i, k]) for i, u in enumerate(uids)
             for k, t in enumerate(cspine.TARGETS)]
     pd.DataFrame(rows, columns=["row_id", "fractured"]).to_csv(tmp_path / "s.csv", index=False)
-    evaluate = ["evaluate", "--data", str(data), "--weights", str(weights), "--calibrate"]
-    assert cspine.main([*evaluate, "--submission", str(tmp_path / "s.csv")]) == 0
-    fitted = json.loads((weights / "calibration.json").read_text())
-    expected = fit_calibration(answers, labels)
-    assert np.allclose([fitted[t] for t in cspine.TARGETS], expected, atol=1e-4)
+    evaluate = ["evaluate", "--data", str(tmp_path), "--weights", str(tmp_path),
+                "--submission", str(tmp_path / "s.csv")]
+    assert cspine.main(evaluate) == 0
+    said = capsys.readouterr().out
     score = cspine.competition_scores(answers, labels)[0]
-    assert f"better: {score:.4f}" in capsys.readouterr().out
-    (weights / "calibration.json").unlink()
-    table.to_csv(data / "test_labels.csv", index=False)  # as of phantoms without training studies
-    table[:0].to_csv(data / "train.csv", index=False)
-    assert cspine.main([*evaluate, "--submission", str(tmp_path / "s.csv")]) == 0
-    assert json.loads((weights / "calibration.json").read_text()) == fitted
-    taken_back = calibrated(answers, expected)
-    rows = [(name, taken_back[i // 8, i % 8]) for i, (name, _) in enumerate(rows)]
-    pd.DataFrame(rows, columns=["row_id", "fractured"]).to_csv(tmp_path / "s2.csv", index=False)
-    assert cspine.main([*evaluate, "--submission", str(tmp_path / "s2.csv")]) == 0  # a second turn
-    second = json.loads((weights / "calibration.json").read_text())
-    assert np.allclose([second[t] for t in cspine.TARGETS], expected, atol=1e-3)
-    table.replace(1, "yes").to_csv(data / "train.csv", index=False)
-    assert cspine.main([*evaluate, "--submission", str(tmp_path / "s.csv")]) == 2
-    assert "no numbers" in capsys.readouterr().err
-    table.to_csv(data / "train.csv", index=False)
-    for fold in (0, 1):
-        held = pd.DataFrame(answers, columns=cspine.TARGETS).assign(**{cspine.STUDY: uids})
-        held[fold::2].to_csv(weights / f"vertebra_fold{fold}_heldout.csv", index=False)
-    assert cspine.main([*evaluate, "--folds"]) == 0
-    again = json.loads((weights / "calibration.json").read_text())
-    assert np.allclose([again[t] for t in cspine.VERTEBRAE], expected[:7], atol=1e-4)
-    calibration = cspine.load_ensemble(weights, torch.device("cpu")).calibration.copy()
-    assert calibration.shape == (2, 8)
-    calibration[:, 7] = 1, 0  # the patient's: fitted to what calibrated vertebrae give
-    blended = held_out_answers(weights, calibration).loc[uids].to_numpy()
-    assert np.allclose(again["patient_overall"], fit_calibration(blended, labels)[7], atol=1e-4)
-    assert not np.allclose(blended[:, 7], held_out_answers(weights).loc[uids].patient_overall)
+    assert f"better: {score:.4f}" in said and "mean answer" in said
+    table.replace(1, "yes").to_csv(tmp_path / "train.csv", index=False)
+    assert cspine.main(evaluate) == 2
+    line = capsys.readouterr().err
+    assert "train.csv: row " in line and "'yes'; must be 0, 1 or nothing" in line
+
+
+def test_answers_of_few_studies_have_no_table_of_reliability(tmp_path, capsys):
+    uids = [f"u{k}" for k in range(19)]
+    answers, labels = draw_answers(19)
+    table = pd.DataFrame(labels.astype(int), columns=cspine.TARGETS)
+    table.insert(0, cspine.STUDY, uids)
+    table.to_csv(tmp_path / "train.csv", index=False)
+    write_held_out(tmp_path, answers, uids)
+    evaluate = ["evaluate", "--folds", "--data", str(tmp_path), "--weights", str(tmp_path)]
+    assert cspine.main(evaluate) == 0
+    assert "mean answer" not in capsys.readouterr().out
+
+
+def test_a_calibration_is_fitted_to_held_out_answers_alone(tmp_path, studies, capsys):
+    (tmp_path / "train.csv").write_text("")
+    evaluate = ["evaluate", "--data", str(tmp_path), "--calibrate"]
+    assert cspine.main([*evaluate, "--weights", str(tmp_path)]) == 2
+    assert "--calibrate needs --folds" in capsys.readouterr().err
+    assert not (tmp_path / "calibration.json").exists()

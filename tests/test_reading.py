@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
-from conftest import BIG, DEFLATED, EXPLICIT, IMPLICIT, JPEG_2000, JPEG_LOSSLESS, RLE
+from dicom_files import BIG, DEFLATED, EXPLICIT, IMPLICIT, JPEG_2000, JPEG_LOSSLESS, RLE
 from pydicom.dataset import Dataset
 
 from cspine import StudyError, Volume, read_volume, segmenter_input

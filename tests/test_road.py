@@ -1,57 +1,22 @@
 """I rely on: the modes work one after another, as the README's road says."""
 
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import torch
 
 import cspine
-from cspine import TARGETS, competition_scores, dice_scores, main
-from evaluation import named_right
+from cspine import TARGETS, competition_scores, dice_scores, named_right
 from limits import at_cells
 from phantoms import make_phantom
-from rooms import MODES
 
-SMALL = ["--fold", "0", "--folds", "2", "--batch-size", "2", "--epochs", "2", "--workers", "2"]
-
-
-def test_from_phantoms_to_a_scored_submission(tmp_path, monkeypatch, capsys):
-    """The README's seven commands, on studies and networks as small as they come."""
-    monkeypatch.chdir(tmp_path)
-    commands = [
-        ["phantom", "data", "--studies", "4", "--test-studies", "2", "--matrix", "64", "--seed", "5"],
-        ["train-seg", "--data", "data", "--weights", "new", "--size", "32", "--backbone",
-         "lcnet_050", "--lr", "0.005", *SMALL],
-        ["extract", "--data", "data", "--weights", "new"],
-        ["train-cls", "--data", "data", "--weights", "new", "--backbone", "lcnet_050", "--size",
-         "32", "--hidden", "8", *SMALL],
-        ["train-patient", "--data", "data", "--weights", "new", "--backbone", "lcnet_050", "--size",
-         "32", "--hidden", "8", *SMALL],
-        ["predict", "--data", "data", "--weights", "new"],
-        ["evaluate", "--data", "data", "--weights", "new"]]
-    for command in commands:
-        assert main(command) == 0, (command, capsys.readouterr().err)
-    printed = capsys.readouterr().out
-    answers = pd.read_csv("submission.csv")
-    asked = pd.read_csv("data/test.csv")
-    assert list(answers.row_id) == list(asked.row_id) and answers.fractured.between(0, 1).all()
-    labels = pd.read_csv("data/test_labels.csv")[list(TARGETS)].to_numpy()
-    score, _ = competition_scores(answers.fractured.to_numpy().reshape(-1, 8), labels)
-    assert f"{score:.4f}" in printed
-    report = pd.read_csv("predict_report.csv")
-    assert len(report) == 2 and set(report.status) <= {"ok", "partial", "nothing seen"}
-    for kind in ("segmenter", "vertebra", "patient"):
-        assert len(pd.read_csv(f"new/{kind}_fold0_log.csv")) == 2
-        assert Path(f"new/{kind}_fold0_heldout.csv").exists()
-        assert Path(f"new/{kind}_fold0_curves.png").exists()
+import modes
 
 
-def test_the_readme_names_every_mode():
-    text = (Path(__file__).parents[1] / "README.md").read_text()
-    for mode in MODES:
-        assert f"`{mode}" in text, mode
-    assert "pip install torch timm pydicom opencv-python numpy pandas tqdm pytest" in text
+
+def main(arguments):
+    """cspine.main, in this process also for the modes that it starts a process for."""
+    tool = arguments[0] in modes.MODES
+    return (modes.main if tool else cspine.main)(arguments)
 
 
 def test_the_shipped_weights_see_and_name_vertebrae(tmp_path, capsys):

@@ -1,6 +1,6 @@
 """Random mutations of every kind of input; none may hang, crash, eat memory or raise oddly.
 
-    python tests/fuzz.py --n 2000 --seed 0
+    python tests/studies/fuzz.py --n 2000 --seed 0
 
 Bit flips, byte bursts, cuts, insertions and spliced headers of small DICOM files of all transfer
 syntaxes, raw JPEG Lossless streams and NIfTI files, given to read_volume, decode_lossless_jpeg
@@ -25,8 +25,10 @@ from types import SimpleNamespace
 
 import cv2
 import numpy as np
+import pydicom
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+TESTS = Path(__file__).parents[1]
+sys.path[:0] = [str(TESTS.parent), str(TESTS / "tools")]
 
 from lossless_jpeg_encoder import dicom_file, encode  # noqa: E402
 
@@ -51,6 +53,18 @@ def dicom_bytes(number, kind):
             "ImageOrientationPatient": [1, 0, 0, 0, 1, 0], "SliceThickness": 1.0,
             "RescaleSlope": 1, "RescaleIntercept": -1024}
     syntax = KINDS[kind]
+    if kind == "look-up table":
+        lut = pydicom.Dataset()
+        lut.add_new("LUTDescriptor", "US", [2000, 0, 16])
+        lut.add_new("LUTData", "US", [*range(2000)])
+        tags["ModalityLUTSequence"] = [lut]
+    elif kind == "padding":
+        tags |= {"PixelPaddingValue": 1900, "PixelPaddingRangeLimit": 1999}
+    elif kind == "jpeg 2000 of signed":  # whose stream says unsigned
+        tags["PixelRepresentation"] = 1
+    elif kind == "passes":
+        tags |= {"AcquisitionNumber": number % 2 + 1, "ContentTime": f"1015{number:02d}"}
+        tags["ImagePositionPatient"] = [0, 0, number // 2 + number % 2 / 100]
     if kind.startswith("jpeg 2000"):
         stream = cv2.imencode(".jp2", pixels, [cv2.IMWRITE_JPEG2000_COMPRESSION_X1000, 1000])[1]
         stream = stream.tobytes()
@@ -58,7 +72,7 @@ def dicom_bytes(number, kind):
     elif kind.startswith("jpeg lossless"):
         frames = [encode(pixels, 12, number % 7 + 1, restart_rows=number % 2 * 4, table="optimal")]
     else:
-        frames = pixels.astype(">u2" if kind == "big endian" else "<u2").tobytes()
+        frames = pixels.astype(">u2" if kind.startswith("big") else "<u2").tobytes()
     if kind == "rle":
         dataset = dicom_file(frames, KINDS["explicit"], (32, 40), **tags)
         dataset.compress(syntax, encoding_plugin="pydicom", generate_instance_uid=False)
@@ -66,6 +80,10 @@ def dicom_bytes(number, kind):
         dataset = dicom_file(frames, syntax, (32, 40), fragments=number % 3 + 1,
                              offset_table=number % 2 == 0, **tags)
     buffer = io.BytesIO()
+    if kind == "big endian without meta":
+        bare = pydicom.Dataset({element.tag: element for element in dataset})
+        pydicom.dcmwrite(buffer, bare, implicit_vr=False, little_endian=False)
+        return buffer.getvalue()
     dataset.save_as(buffer, enforce_file_format=True)
     return buffer.getvalue()
 
@@ -74,17 +92,23 @@ KINDS = {
     "implicit": "1.2.840.10008.1.2",
     "explicit": "1.2.840.10008.1.2.1",
     "big endian": "1.2.840.10008.1.2.2",
+    "big endian without meta": "1.2.840.10008.1.2.2",
+    "look-up table": "1.2.840.10008.1.2.1",
+    "padding": "1.2.840.10008.1.2.1",
+    "passes": "1.2.840.10008.1.2.1",
     "deflated": "1.2.840.10008.1.2.1.99",
     "rle": "1.2.840.10008.1.2.5",
     "jpeg lossless": "1.2.840.10008.1.2.4.70",
     "jpeg lossless 57": "1.2.840.10008.1.2.4.57",
     "jpeg 2000": "1.2.840.10008.1.2.4.90",
+    "jpeg 2000 of signed": "1.2.840.10008.1.2.4.90",
     "jpeg 2000 boxed": "1.2.840.10008.1.2.4.91",
 }
 
 
 def nifti_bytes(number):
-    """A 40x32x16 NIfTI-1 mask of some type and byte order; every other one compressed."""
+    """A 40x32x16 NIfTI-1 mask of some type and byte order; every other one compressed,
+    of these every other one in two members."""
     order = "<>"[number // 2 % 2]
     code, kind = [(2, "u1"), (4, "i2"), (8, "i4"), (16, "f4"), (64, "f8"), (512, "u2")][number % 6]
     header = bytearray(348)
@@ -98,7 +122,10 @@ def nifti_bytes(number):
     header[344:348] = b"n+1\0"
     labels = np.random.default_rng(number).integers(0, 8, 40 * 32 * 16).astype(order + kind)
     data = bytes(header) + bytes(4) + labels.tobytes()
-    return gzip.compress(data, 1, mtime=0) if number % 2 else data
+    if number % 2 == 0:
+        return data
+    cut = len(data) // 2 if number % 4 == 1 else len(data)
+    return gzip.compress(data[:cut], 1, mtime=0) + gzip.compress(data[cut:], 1, mtime=0)
 
 
 def mutate(data, rng, donors):
@@ -148,6 +175,12 @@ def guarded(action):
         signal.alarm(0)
 
 
+def read_and_fit(path, volume):
+    """What a training does with a mask; its share inside and on bone are shares."""
+    shares = cspine.mask_fit(path, volume, cspine.read_mask(path, volume))
+    assert all(0 <= share <= 1 for share in shares), shares
+
+
 def limit_memory(extra):
     """Lets this process grow by `extra` bytes of address space; gives back the old limits."""
     old = resource.getrlimit(resource.RLIMIT_AS)
@@ -190,7 +223,7 @@ def run(n, seed, workplace=None):
                     which = number % len(masks)
                     path = folder / ("mask.nii.gz" if which % 2 else "mask.nii")
                     path.write_bytes(mutate(masks[which], rng, donors))
-                    outcome = guarded(lambda: cspine.read_mask(path, volume))
+                    outcome = guarded(lambda: read_and_fit(path, volume))
                 else:
                     study = folder / "study"
                     shutil.rmtree(study, ignore_errors=True)

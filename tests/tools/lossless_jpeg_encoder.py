@@ -1,4 +1,5 @@
-"""A plain JPEG Lossless (ITU-T T.81 process 14) encoder and DICOM files to put streams in."""
+"""A plain JPEG Lossless (ITU-T T.81 process 14) encoder and DICOM files to put streams
+in."""
 
 import io
 import struct
@@ -22,7 +23,8 @@ FLAT_TABLE = {category: (f"{category:05b}", category) for category in range(17)}
 
 
 def random_table(rng, categories=range(17)):
-    """A random complete prefix code, {category: (bits, category)}, no code longer than 16 bits.
+    """A random complete prefix code, {category: (bits, category)}, no code longer than 16
+    bits.
 
     Repeatedly splits a random leaf; one leaf is left over, since all ones is forbidden.
     """
@@ -37,9 +39,13 @@ def random_table(rng, categories=range(17)):
 
 
 def optimal_table(differences):
-    """The Huffman code of these differences (package of two rarest first), at most 16 bits."""
+    """The Huffman code of these differences (package of two rarest first), at most 16
+    bits."""
     import heapq
-    counts = np.bincount([abs(int(d)).bit_length() for d in differences.ravel()], minlength=17)
+
+    counts = np.bincount(
+        [abs(int(d)).bit_length() for d in differences.ravel()], minlength=17
+    )
     heap = [(int(n) + 1, [category]) for category, n in enumerate(counts)] + [(0, [-1])]
     heapq.heapify(heap)
     depth = dict.fromkeys(range(-1, 17), 0)
@@ -93,23 +99,41 @@ def encode_interval(differences, table):
             bits.append(f"{extra:0{category}b}")
     text = "".join(bits)
     text += "1" * (-len(text) % 8)
-    return int("1" + text, 2).to_bytes(len(text) // 8 + 1, "big")[1:].replace(b"\xff", b"\xff\x00")
+    return (
+        int("1" + text, 2)
+        .to_bytes(len(text) // 8 + 1, "big")[1:]
+        .replace(b"\xff", b"\xff\x00")
+    )
 
 
 def segment(marker, body):
     return struct.pack(">BBH", 0xFF, marker, len(body) + 2) + body
 
 
-def encode(samples, bits=16, predictor=1, shift=0, restart_rows=0, table=None, extra_tables=(),
-           sof=0xC3, components=1, fill=b""):
+def encode(
+    samples,
+    bits=16,
+    predictor=1,
+    shift=0,
+    restart_rows=0,
+    table=None,
+    extra_tables=(),
+    sof=0xC3,
+    components=1,
+    fill=b"",
+):
     """A JPEG Lossless stream of uint16 samples (rows, columns).
 
-    `table` is {category: (bits, category)}, "optimal" or None for five bits a category; `fill`
-    goes before every marker of the scan; `extra_tables` are written under other identifiers.
+    `table` is {category: (bits, category)}, "optimal" or None for five bits a category;
+    `fill` goes before every marker of the scan; `extra_tables` are written under other
+    identifiers.
     """
     rows, columns = samples.shape
     stored = samples.astype(np.int64) >> shift
-    bands = [stored[row:row + (restart_rows or rows)] for row in range(0, rows, restart_rows or rows)]
+    bands = [
+        stored[row : row + (restart_rows or rows)]
+        for row in range(0, rows, restart_rows or rows)
+    ]
     coded = [differences_of(band, predictor, 1 << (bits - shift - 1)) for band in bands]
     if table == "optimal":
         table = optimal_table(np.concatenate([band.ravel() for band in coded]))
@@ -118,21 +142,38 @@ def encode(samples, bits=16, predictor=1, shift=0, restart_rows=0, table=None, e
     for identifier, each in [*enumerate(extra_tables, 1), (0, table)]:
         entries = sorted(each.values(), key=lambda entry: (len(entry[0]), entry[0]))
         counts = np.bincount([len(code) for code, _ in entries], minlength=17)[1:]
-        out += segment(0xC4, bytes([identifier, *counts, *(category for _, category in entries)]))
-    out += segment(sof, struct.pack(">BHHB", bits, rows, columns, components)
-                   + b"".join(bytes([n + 1, 0x11, 0]) for n in range(components)))
+        out += segment(
+            0xC4, bytes([identifier, *counts, *(category for _, category in entries)])
+        )
+    out += segment(
+        sof,
+        struct.pack(">BHHB", bits, rows, columns, components)
+        + b"".join(bytes([n + 1, 0x11, 0]) for n in range(components)),
+    )
     if restart_rows:
         out += segment(0xDD, struct.pack(">H", restart_rows * columns))
     out += segment(0xDA, bytes([1, 1, 0, predictor, 0, shift]))
     for number, band in enumerate(coded):
         out += encode_interval(band, table)
-        out += fill + (bytes([0xFF, 0xD0 + number % 8]) if number + 1 < len(coded) else b"\xff\xd9")
+        out += fill + (
+            bytes([0xFF, 0xD0 + number % 8]) if number + 1 < len(coded) else b"\xff\xd9"
+        )
     return out
 
 
-def dicom_file(frames, syntax, shape, bits=16, signed=False, stored=None, fragments=1,
-               offset_table=True, **tags):
-    """A dataset read back from the bytes of a DICOM file that holds these frames of pixel data.
+def dicom_file(
+    frames,
+    syntax,
+    shape,
+    bits=16,
+    signed=False,
+    stored=None,
+    fragments=1,
+    offset_table=True,
+    **tags,
+):
+    """A dataset read back from the bytes of a DICOM file that holds these frames of pixel
+    data.
 
     `frames` is a list of encoded frames, or one bytes object of uncompressed pixels.
     """
@@ -156,8 +197,9 @@ def dicom_file(frames, syntax, shape, bits=16, signed=False, stored=None, fragme
     if isinstance(frames, bytes):
         dataset.PixelData = frames
     else:
-        dataset.PixelData = encapsulate(frames, fragments_per_frame=fragments,
-                                        has_bot=offset_table)
+        dataset.PixelData = encapsulate(
+            frames, fragments_per_frame=fragments, has_bot=offset_table
+        )
         dataset["PixelData"].is_undefined_length = True
     dataset["PixelData"].VR = "OB" if dataset.BitsAllocated == 8 else "OW"
     buffer = io.BytesIO()

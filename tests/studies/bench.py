@@ -1,6 +1,6 @@
 """How long everything takes, beside the starting solution's way, in one run.
 
-    python tests/bench.py [read|train|predict|scale|gpu|all] [--quick]
+    python tests/studies/bench.py [read|train|predict|scale|gpu|all] [--quick]
 
 Both ways take turns on the same made-up study (512x512, 300 slices; random weights, the true masks
 in place of the untrained segmenter's), the medians are shown and the median of the ratios. --quick
@@ -41,10 +41,11 @@ import torch
 import torch.nn.functional as F
 from pydicom.pixels import get_decoder
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+TESTS = Path(__file__).parents[1]
+sys.path[:0] = [str(TESTS.parent), str(TESTS / "tools")]
 
 import cspine  # noqa: E402
-from conftest import EXPLICIT, JPEG_2000, JPEG_LOSSLESS, dicom_bytes  # noqa: E402
+from dicom_files import EXPLICIT, JPEG_2000, JPEG_LOSSLESS, dicom_bytes  # noqa: E402
 from phantoms import make_phantom, write_mask  # noqa: E402
 
 SYNTAXES = {"uncompressed": EXPLICIT, "JPEG Lossless": JPEG_LOSSLESS, "JPEG 2000": JPEG_2000}
@@ -568,7 +569,7 @@ def gpu_steps(kind, sample, scale, device, layout, half, count):
             stack.enter_context(mock.patch.multiple(torch, **flat))
         if not half:
             stack.enter_context(mock.patch.object(cspine, "half_type", lambda device: None))
-        task = new_task(scale, kind, device, mixup=0.0)
+        task = new_task(scale, kind, device, **{} if kind == "segmenter" else {"mixup": 0.0})
         trainer = cspine.Trainer(task)
         if kind == "segmenter" and layout == "channels_last":  # not what new_model chooses
             trainer.model.to(memory_format=torch.channels_last_3d)

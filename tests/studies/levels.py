@@ -1,0 +1,146 @@
+"""How many levels of real necks the segmenters of a folder name right.
+
+    python tests/studies/levels.py NECKS --weights weights --part test --views 2
+
+A level is named right if the mask that holds most cells within NEAR_MM of its landmark
+has its name; C1 counts by both arches. Views are cut as the competition's studies are, the
+same for all weights; `whole` is the whole CT. T1 is called C7 where C7's mask holds more
+than half of the cells that near to its body, and touched where it holds any.
+"""
+
+import argparse
+import sys
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/necks")]
+
+import cspine  # noqa: E402
+import real_necks  # noqa: E402
+
+NEAR_MM = 5
+LEVELS = real_necks.LEVELS
+SLICE_MM = 0.5, 1.25  # of the neck views
+COLUMNS = 256
+
+
+def whole_volume(neck):
+    """The CT as it is: (Volume, points in mm from the volume's corner)."""
+    volume = cspine.Volume(neck.name, neck.hu, tuple(neck.spacing), np.eye(4))
+    points = {name: at + neck.spacing / 2 for name, at in neck.points.items()}
+    return volume, points
+
+
+def cut_volume(neck, labels, kind, seed):
+    """A view of one of real_necks.KINDS, upright, as a study with thin slices."""
+    rng = np.random.default_rng([seed, *neck.name.encode()])
+    view = real_necks.KINDS[kind](neck, labels, rng)
+    return view_volume(neck, view, rng.uniform(*SLICE_MM))
+
+
+def view_volume(neck, view, slice_mm):
+    """A view as (Volume, points in mm from its corner)."""
+    edges = 2 * view.axes.diagonal()
+    shape = round(edges[0] / slice_mm), COLUMNS, COLUMNS
+    hu = np.rint(real_necks.view_hu(neck, view, shape)).astype(np.int16)
+    volume = cspine.Volume(neck.name, hu, tuple(edges / shape), np.eye(4))
+    corner = view.centre - edges / 2
+    return volume, {name: at - corner for name, at in neck.points.items()}
+
+
+def names_near(probability, volume, points):
+    """{landmark: level whose mask holds most cells nearby, or ""}, of those in view."""
+    edge = probability.shape[-1]
+    extent = np.multiply(volume.hu.shape, volume.spacing)
+    named = np.where(probability.max(0) > 0.5, probability.argmax(0) + 1, 0)
+    centres = [(np.arange(edge) + 0.5) * mm / edge for mm in extent]
+
+    out = {}
+    for name, at in points.items():
+        if (at < NEAR_MM).any() or (at > extent - NEAR_MM).any():
+            continue
+        z, y, x = (np.square(c - a) for c, a in zip(centres, at))
+        near = z[:, None, None] + y[:, None] + x < NEAR_MM**2
+        count = np.bincount(named[near], minlength=8)
+        most = count[1:].argmax()
+        out[name] = LEVELS[most] if count[1:].any() else ""
+        if name == "T1_body" and 2 * count[7] <= count.sum():
+            out[name] = "touched" if count[7] else ""
+    return out
+
+
+def judge(near):
+    """{level: right or not; a body of T1 is wrong if it is called C7} of names_near."""
+    wanted = {f"{level}_body": level for level in LEVELS[1:7]}
+    out = {wanted[at]: name == wanted[at] for at, name in near.items() if at in wanted}
+    ring = [name for point, name in near.items() if "arch" in point]
+    if ring:
+        out["C1"] = all(name == "C1" for name in ring)
+    if "T1_body" in near:
+        out["T1"] = near["T1_body"] != "C7"
+        out["T1 untouched"] = near["T1_body"] == ""
+    return out
+
+
+def measure(folder, models, part, views, most=None):
+    """A row for each patient and view: right or not for each level, NaN out of view."""
+    rows = []
+    for coarse in islice(real_necks.read_necks(folder, part), most):
+        neck = real_necks.finer(coarse)
+        labels = real_necks.make_mask(neck)
+        studies = [("whole", *whole_volume(coarse))]
+        for seed in range(views):
+            studies.append(("neck", *cut_volume(neck, labels, "neck", seed)))
+            studies.append(("partial", *cut_volume(neck, labels, "partial", seed)))
+
+        for kind, volume, points in studies:
+            quiet = [].append
+            probability = cspine.segment(models, volume, torch.device("cpu"), quiet)
+            near = names_near(probability, volume, points)
+            rows.append(dict(patient=neck.name, view=kind, near=near, **judge(near)))
+    return pd.DataFrame(rows)
+
+
+def summary(table):
+    """A row a kind of view: levels named right, studies with all right, T1 called C7."""
+    rows = []
+    for view, part in table.groupby("view"):
+        right = part[[*LEVELS[:7]]].astype(float)
+        rows.append(dict(
+            view=view,
+            studies=len(part),
+            named_right=np.nanmean(right.to_numpy()),
+            all_right=(right.fillna(1) == 1).all(axis=1).mean(),
+            t1_called_c7=1 - part["T1"].astype(float).mean(),
+            t1_touched=1 - part["T1 untouched"].astype(float).mean()))
+    return pd.DataFrame(rows)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("necks", help="folder of <patient>.nii.gz")
+    parser.add_argument("--weights", default=str(ROOT / "weights"))
+    parser.add_argument("--part", default="test", help="test, choice or train")
+    parser.add_argument("--views", type=int, default=2, help="cut ones a patient")
+    parser.add_argument("--out", default="", help="csv of every study")
+    o = parser.parse_args()
+
+    models = [*cspine.load_models(o.weights, "segmenter", "cpu").values()]
+    table = measure(o.necks, models, o.part, o.views)
+    if o.out:
+        table.to_csv(o.out, index=False)
+    print(summary(table).to_string(index=False, float_format=lambda v: f"{100 * v:.1f} %"))
+    for row in table.itertuples():
+        wrong = {k: v for k, v in row.near.items() if not k.startswith((v or "-", "T1"))}
+        wrong = {k: v for k, v in wrong.items() if "spinous" not in k}
+        if wrong or row.T1 is False:
+            print(row.patient, row.view, wrong, "" if row.T1 else "T1 called C7")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,346 @@
+"""I rely on: what real folders hold is read right, or left out and named.
+
+Faults that users of such tools report, rebuilt as small inputs; every expected value
+follows from how its input was made, or is pydicom's own reading.
+"""
+
+import gzip
+import io
+import os
+
+import cv2
+import numpy as np
+import pydicom
+import pytest
+from pydicom.dataset import Dataset
+from test_masks import nifti
+
+import cspine
+from cspine import StudyError, Volume, read_mask, read_volume
+from dicom_files import AXIAL, EXPLICIT, IMPLICIT, dicom_bytes
+from lossless_jpeg_encoder import dicom_file
+
+BIG = "1.2.840.10008.1.2.2"
+SLICES, ROWS, COLUMNS = 20, 6, 8
+
+
+def noise(seed=0, slices=SLICES, low=0, high=2000, shape=(ROWS, COLUMNS)):
+    """Stored values (Z, Y, X)."""
+    rng = np.random.default_rng(seed)
+    return rng.integers(low, high, (slices, *shape)).astype(np.int64)
+
+
+def places(count=SLICES, start=0.0):
+    """Positions of slices 1 mm apart; the first lies nearest to the head."""
+    return [(0.0, 0.0, start - k) for k in range(count)]
+
+
+def item(**tags):
+    """An item of a sequence."""
+    data = Dataset()
+    for name, value in tags.items():
+        setattr(data, name, value)
+    return data
+
+
+# ---- Byte orders ----
+
+
+@pytest.mark.parametrize("implicit, little", [(False, False), (False, True), (True, True)])
+def test_a_file_without_meta_has_the_values_that_pydicom_reads(tmp_path, implicit, little):
+    stored = noise()
+    for k, image in enumerate(stored):
+        data = pydicom.dcmread(io.BytesIO(dicom_bytes(
+            image, places()[k], syntax=EXPLICIT if little else BIG, number=k + 1)))
+        del data.file_meta
+        bare = Dataset({element.tag: element for element in data})
+        path = tmp_path / f"{k}.dcm"
+        pydicom.dcmwrite(path, bare, implicit_vr=implicit, little_endian=little)
+        assert path.read_bytes()[128:132] != b"DICM"  # neither preamble nor meta
+    assert np.array_equal(read_volume(tmp_path).hu, stored - 1024)
+
+
+# ---- Passes ----
+
+PASSES = {
+    "acquisition": [dict(AcquisitionNumber=1), dict(AcquisitionNumber=2)],
+    "kernel": [dict(ConvolutionKernel="BONE"), dict(ConvolutionKernel="SOFT")],
+    "image type": [
+        dict(ImageType=["ORIGINAL", "PRIMARY", "AXIAL", kind]) for kind in ("A", "B")],
+    "time": [dict(ContentTime="101500"), dict(ContentTime="102500")],
+}
+
+
+@pytest.mark.parametrize("apart", [0.0, 0.01])
+@pytest.mark.parametrize("name", PASSES)
+def test_one_of_two_passes_in_one_series_is_taken_whole(write_series, name, apart):
+    """Files named as by uid: those of both passes come in any order."""
+    passes = noise(1), noise(2)
+    names = np.random.default_rng(4).permutation(2 * SLICES) + 100
+    for k, tags in enumerate(PASSES[name]):
+        at = places(start=apart * k)
+        numbers = names[k * SLICES : (k + 1) * SLICES]
+        folder = write_series(passes[k], positions=at, numbers=numbers, **tags)
+    volume = read_volume(folder)
+    assert volume.hu.shape == (SLICES, ROWS, COLUMNS)
+    assert any(np.array_equal(volume.hu, stored - 1024) for stored in passes)
+    assert any("20 images" in problem for problem in volume.problems)
+
+
+def test_the_pass_that_covers_more_places_is_taken(write_series):
+    long, short = noise(1), noise(2, 17)
+    write_series(short, positions=places(17), numbers=range(1, 18), AcquisitionNumber=1)
+    folder = write_series(long, positions=places(), numbers=range(30, 50),
+                          AcquisitionNumber=2)
+    assert np.array_equal(read_volume(folder).hu, long - 1024)
+
+
+def test_two_passes_without_a_word_that_tells_them_apart_are_not_woven(write_series):
+    """The earlier numbers win, at every place."""
+    first, second = noise(1), noise(2)
+    at = places(start=0.01)
+    write_series(second, positions=at, numbers=range(21, 41), name="a{}.dcm")
+    folder = write_series(first, positions=places(), name="b{}.dcm")
+    volume = read_volume(folder)
+    assert np.array_equal(volume.hu, first - 1024)
+
+
+# ---- Series ----
+
+
+@pytest.mark.parametrize("series", ["1.2.3.1", "1.2.3.7"])
+def test_a_bolus_series_of_many_images_at_one_place_loses(write_series, series):
+    """Whether it is a series of its own or part of the neck's."""
+    neck = noise(1)
+    write_series(neck, positions=places(), AcquisitionNumber=2)
+    times = noise(2, 30)
+    folder = write_series(times, positions=[(0.0, 0.0, -5.0)] * 30, numbers=range(101, 131),
+                          series=series, AcquisitionNumber=1)
+    volume = read_volume(folder)
+    assert np.array_equal(volume.hu, neck - 1024)
+    assert any("30 images" in problem for problem in volume.problems)
+
+
+def test_a_perfusion_series_of_few_places_and_many_times_loses(write_series):
+    neck = noise(1)
+    write_series(neck, positions=places())
+    at = places(17) * 3
+    times = noise(2, 51)
+    folder = write_series(times, positions=at, numbers=range(101, 152), series="1.2.3.7")
+    assert np.array_equal(read_volume(folder).hu, neck - 1024)
+
+
+def test_a_dose_beside_the_neck_is_no_ct_image(write_series):
+    neck = noise(1)
+    write_series(neck, positions=places(), Modality="CT")
+    dose = noise(2, 40)  # more images at more places, in one file
+    frames = [item(PlanePositionSequence=[item(ImagePositionPatient=list(at))])
+              for at in places(40)]
+    folder = write_series(dose[None], positions=places(1), numbers=[99], Modality="RTDOSE",
+                          series="1.2.3.7", PerFrameFunctionalGroupsSequence=frames)
+    volume = read_volume(folder)
+    assert np.array_equal(volume.hu, neck - 1024)
+    assert any("RTDOSE" in problem for problem in volume.problems)
+
+
+@pytest.mark.parametrize("what", ["orientation", "spacing"])
+def test_a_header_that_differs_in_its_last_digits_loses_no_slice(tmp_path, what):
+    """Rounding has values on both sides of a border (once 0.01395 and 0.41075 mm)."""
+    stored, rng = noise(), np.random.default_rng(3)
+    turned = np.array([0.999392, 0.034875, 0, -0.034875, 0.999392, 0])
+    for k, image in enumerate(stored):
+        jitter = rng.uniform(-4e-6, 4e-6, 6).round(6)
+        directions = turned + jitter if what == "orientation" else AXIAL
+        spacing = 0.41075 + jitter[:2] if what == "spacing" else (0.4, 0.4)
+        directions, spacing = np.round(directions, 6), np.round(spacing, 6)
+        header = places()[k], list(directions), list(spacing)
+        data = dicom_bytes(image, *header, number=k + 1)
+        (tmp_path / f"{k}.dcm").write_bytes(data)
+    volume = read_volume(tmp_path)
+    assert np.array_equal(volume.hu, stored - 1024) and not volume.problems
+
+
+def test_series_of_clearly_different_spacing_are_not_mixed(write_series):
+    coarse, fine = noise(1), noise(2, 17)
+    write_series(coarse, positions=places(), spacing=(0.5, 0.5))
+    folder = write_series(fine, positions=places(17, -0.5), numbers=range(31, 48),
+                          spacing=(0.25, 0.25))
+    volume = read_volume(folder)
+    assert volume.spacing[1] == 0.5 and np.array_equal(volume.hu, coarse - 1024)
+
+
+# ---- Values ----
+
+
+@pytest.mark.parametrize("syntax", [IMPLICIT, EXPLICIT, BIG])
+def test_padding_at_the_top_of_the_range_is_air(write_series, syntax):
+    stored = noise()
+    stored[:, 0] = 65535
+    folder = write_series(stored.astype(np.uint16), positions=places(), syntax=syntax,
+                          PixelPaddingValue=65535)
+    hu = read_volume(folder).hu
+    assert (hu[:, 0] == cspine.AIR_HU).all()
+    assert np.array_equal(hu[:, 1:], stored[:, 1:] - 1024)
+
+
+@pytest.mark.parametrize("ends", [(65000, 65535), (65535, 65000)])
+def test_a_range_of_padding_is_air_and_its_neighbours_are_not(write_series, ends):
+    stored = noise()
+    stored[:, 0, :4] = 65000, 65300, 65535, 64999
+    folder = write_series(stored.astype(np.uint16), positions=places(), intercept=-34000,
+                          PixelPaddingValue=ends[0], PixelPaddingRangeLimit=ends[1])
+    hu = read_volume(folder).hu
+    assert hu[0, 0, :4].tolist() == [-1024, -1024, -1024, 30999]
+
+
+def test_padding_below_zero_of_signed_values_is_air(write_series):
+    stored = noise(low=-1000, high=1000)
+    stored[:, 0] = -2000
+    folder = write_series(stored.astype(np.int16), positions=places(), signed=True,
+                          intercept=3000, PixelPaddingValue=-2000)
+    hu = read_volume(folder).hu
+    assert (hu[:, 0] == cspine.AIR_HU).all()
+    assert np.array_equal(hu[:, 1:], stored[:, 1:] + 3000)
+
+
+def unsigned_stream(numbers, bits):
+    """A lossless JPEG 2000 codestream that calls two's complement of `bits` unsigned."""
+    unsigned = numbers % 2**bits
+    lifted = unsigned - 2 ** (bits - 1) + 2**15  # as a stream of 16 bits codes it
+    how = [cv2.IMWRITE_JPEG2000_COMPRESSION_X1000, 1000]
+    stream = cv2.imencode(".jp2", lifted.astype(np.uint16), how)[1].tobytes()
+    stream = bytearray(stream[stream.index(b"\xff\x4f\xff\x51") :])
+    stream[42] = bits - 1  # Ssiz: unsigned, of so many bits
+    return bytes(stream)
+
+
+@pytest.mark.parametrize("bits", [12, 13, 16])
+def test_the_sign_of_an_unsigned_jpeg_2000_stream_lies_at_its_own_precision(bits):
+    """The header says: signed, 16 bits stored; the stream: unsigned, of fewer."""
+    values = noise(slices=2, low=-(2**11), high=2**11, shape=(40, 33))
+    streams = [unsigned_stream(image, bits) for image in values]
+    dataset = dicom_file(streams, pydicom.uid.JPEG2000Lossless, values.shape, 16, True)
+    assert np.array_equal(cspine.decode_pixels(dataset), values)
+
+
+def test_an_unsigned_jpeg_2000_stream_of_unsigned_values_keeps_them():
+    values = noise(slices=2, high=2**12, shape=(40, 33))
+    streams = [unsigned_stream(image, 12) for image in values]
+    dataset = dicom_file(streams, pydicom.uid.JPEG2000Lossless, values.shape, 16, False)
+    assert np.array_equal(cspine.decode_pixels(dataset), values)
+
+
+def test_a_frames_own_zero_wins_against_a_left_over_tag(tmp_path):
+    """The intercept of every frame is 0; above them a -1024 was left."""
+    stored = noise()
+    frames = [
+        item(PlanePositionSequence=[item(ImagePositionPatient=list(at))],
+             PixelValueTransformationSequence=[item(RescaleSlope=1, RescaleIntercept=0)])
+        for at in places()]
+    groups = dict(PerFrameFunctionalGroupsSequence=frames)
+    data = dicom_bytes(stored, None, intercept=-1024, **groups)
+    (tmp_path / "all.dcm").write_bytes(data)
+    assert np.array_equal(read_volume(tmp_path).hu, stored)
+
+
+def test_a_modality_lut_gives_the_values(write_series):
+    """Entry k of the table is 3 k + 5, from stored value 10 on; its ends repeat."""
+    table = [3 * k + 5 for k in range(1000)]
+    lut = item(LUTDescriptor=[1000, 10, 16], LUTData=table, ModalityLUTType="HU")
+    lut["LUTDescriptor"].VR = lut["LUTData"].VR = "US"
+    stored = noise()
+    folder = write_series(stored, positions=places(), slope=None, intercept=None,
+                          ModalityLUTSequence=[lut])
+    expected = np.take(table, (stored - 10).clip(0, 999))
+    assert np.array_equal(read_volume(folder).hu, expected)
+
+
+def test_what_needs_a_plug_in_names_one():
+    """JPEG Extended of 12 bits: Pillow says that it decodes this syntax, and does not."""
+    sof = b"\xff\xc1\x00\x0b\x0c" + b"\x00\x08\x00\x08" + b"\x01\x01\x11\x00"
+    stream = b"\xff\xd8" + sof + b"\xff\xd9"
+    dataset = dicom_file([stream], pydicom.uid.JPEGExtended12Bit, (1, 8, 8), 12)
+    with pytest.raises(StudyError, match="pylibjpeg-libjpeg"):
+        cspine.decode_pixels(dataset)
+
+
+def test_a_file_whose_name_is_no_utf_8_is_read_or_named(write_series):
+    stored = noise()
+    folder = write_series(stored, positions=places())
+    (folder / "3.dcm").rename(os.fsdecode(bytes(folder) + b"/\xff3.dcm"))
+    with open(bytes(folder) + b"/\xfe.dcm", "wb") as file:
+        file.write(b"no image")
+    volume = read_volume(folder)
+    assert np.array_equal(volume.hu, stored - 1024)
+    assert len(volume.problems) == 1 and "\udcfe.dcm" in volume.problems[0]
+
+
+# ---- Masks ----
+
+SHAPE = (20, 30, 40)  # Z, Y, X voxels of 1 mm
+AFFINE = np.array([[0, 0, 1, -15], [0, 1, 0, -10], [-1, 0, 0, 105], [0, 0, 0, 1.0]])
+LPS = np.diag([-1.0, -1, 1, 1])
+
+
+def bony_study(mm=(0, 0, 0)):
+    """(Volume, labels): soft tissue with two blocks of bone, moved by LPS mm."""
+    labels = np.zeros(SHAPE, np.uint8)
+    labels[4:8, 10:18, 12:24] = 3
+    labels[10:14, 10:18, 12:24] = 4
+    hu = np.where(labels, 400, 40).astype(np.int16)
+    affine = AFFINE.copy()
+    affine[:3, 3] += mm
+    return Volume("uid", hu, (1.0, 1.0, 1.0), affine), labels
+
+
+def write_mask(path, labels, affine):
+    """A NIfTI mask whose voxels lie at LPS mm = affine @ (z, y, x, 1)."""
+    order = [2, 1, 0, 3]
+    path.write_bytes(nifti(labels.T, sform=(LPS @ affine)[:3, order]))
+    return path
+
+
+def test_a_mask_of_several_gzip_members_is_read_whole(tmp_path):
+    volume, labels = bony_study()
+    raw = write_mask(tmp_path / "mask.nii", labels, volume.affine).read_bytes()
+    parts = [gzip.compress(raw[k : k + 1000]) for k in range(0, len(raw), 1000)]
+    assert len(parts) > 3
+    path = tmp_path / "mask.nii.gz"
+    path.write_bytes(b"".join(parts))
+    assert np.array_equal(read_mask(path, volume), labels)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_mask_too_large_is_refused_by_its_size(tmp_path, compressed):
+    raw = nifti(np.zeros((4, 4, 4)), dim=[3, 2000, 2000, 1000, 1, 1, 1, 1])
+    path = tmp_path / "mask.nii"
+    path.write_bytes(gzip.compress(raw) if compressed else raw)
+    with pytest.raises(StudyError, match="2000, 2000, 1000.*too large"):
+        read_mask(path, bony_study()[0])
+
+
+def test_a_mask_fits_its_own_study_wholly(tmp_path):
+    volume, labels = bony_study()
+    path = write_mask(tmp_path / "mask.nii", labels, volume.affine)
+    inside, on_bone = cspine.mask_fit(path, volume, read_mask(path, volume))
+    assert inside == pytest.approx(1) and on_bone == 1
+
+
+def test_a_mask_beside_the_bone_has_the_share_that_was_moved(tmp_path):
+    """By 3 of the bone's 12 mm to the left: three quarters of it lie on bone."""
+    volume, labels = bony_study()
+    affine = volume.affine.copy()
+    affine[0, 3] += 3
+    path = write_mask(tmp_path / "mask.nii", labels, affine)
+    inside, on_bone = cspine.mask_fit(path, volume, read_mask(path, volume))
+    assert inside == pytest.approx(1) and on_bone == pytest.approx(0.75)
+
+
+def test_a_mask_half_outside_is_half_inside(tmp_path):
+    """Moved by 22 of 40 mm: 6 of each row's 12 labels leave the study's last column."""
+    volume, labels = bony_study()
+    affine = volume.affine.copy()
+    affine[0, 3] += 22
+    path = write_mask(tmp_path / "mask.nii", labels, affine)
+    inside, on_bone = cspine.mask_fit(path, volume, read_mask(path, volume))
+    assert inside == pytest.approx(0.5) and on_bone == 0

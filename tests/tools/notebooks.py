@@ -1,0 +1,77 @@
+"""What `cspine.py notebook` writes: a notebook for Kaggle, and the description that pushes
+it."""
+
+import json
+import re
+from pathlib import Path
+
+from cspine import HERE, KAGGLE_DATA, UserError, write_atomic
+
+RUN = """\
+import glob, os, subprocess, sys, torch
+def mounted(name):  # Kaggle mounts at /kaggle/input, or a level or two below
+    found = [f for k in range(3) for f in glob.glob("/kaggle/input/" + "*/" * k + name)]
+    return (found or ["/kaggle/input/" + name])[0]
+count = max(1, torch.cuda.device_count())
+data = mounted("COMPETITION")
+command = [sys.executable, "cspine.py", "predict", "--data", data, *ARGUMENTS]
+names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+shares = [dict(zip(names, map(str, (k, k, count)))) for k in range(count)]
+running = [subprocess.Popen(command, env={**os.environ, **share}) for share in shares]
+print("exit status of a process on each GPU:", [process.wait() for process in running])"""
+LOOK = """\
+import glob
+import pandas as pd
+submission = pd.read_csv("submission.csv")
+report = pd.concat(map(pd.read_csv, glob.glob("predict_report*.csv")))  # one a process
+report = report.drop_duplicates("StudyInstanceUID", keep="last")
+print(len(submission), "rows;", report.status.value_counts().to_dict())
+submission.head(16)"""
+
+
+def write_json(path, content):
+    """Write plain values."""
+    write_atomic(path, lambda new: new.write_text(json.dumps(content, indent=1)))
+
+
+def code_cell(source):
+    """A cell of a notebook, not yet run."""
+    return dict(
+        cell_type="code", metadata={}, outputs=[], execution_count=None, source=source)
+
+
+def notebook(options):
+    """Write a Kaggle notebook ready to push.
+
+    Writes cspine.ipynb, which holds this very file and predicts with a process a GPU, and
+    kernel-metadata.json to --out. Example: cspine.py notebook --weights-dataset me/weights
+    """
+    weights, out = options.weights_dataset, Path(options.out)
+    if not re.fullmatch(r"([\w-]+/[\w-]+)?", weights):
+        raise UserError(f"--weights-dataset {weights}: expected OWNER/NAME")
+    owner, _, name = weights.partition("/")
+    competition = Path(KAGGLE_DATA).name
+    arguments = f'["--weights", mounted("{name}")]' if name else "[]"
+    run = RUN.replace("ARGUMENTS", arguments).replace("COMPETITION", competition)
+    source = (HERE / "cspine.py").read_text()
+    cells = [f"%%writefile cspine.py\n{source}", run, LOOK]
+    kernel = dict(name="python3", display_name="Python 3")
+
+    write_json(out / "cspine.ipynb", dict(
+        nbformat=4,
+        nbformat_minor=4,
+        cells=[code_cell(text) for text in cells],
+        metadata=dict(kernelspec=kernel)))
+    write_json(out / "kernel-metadata.json", dict(
+        id=f"{owner or 'OWNER'}/cspine",
+        title="cspine",
+        code_file="cspine.ipynb",
+        language="python",
+        kernel_type="notebook",
+        is_private=True,
+        enable_gpu=True,
+        machine_shape="NvidiaTeslaT4",  # else a P100, on which today's torch runs nothing
+        enable_internet=False,
+        dataset_sources=[weights] if weights else [],
+        competition_sources=[competition]))
+    print(f"kaggle kernels push -p {out}")
