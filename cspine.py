@@ -1862,9 +1862,10 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
                         f"{len(task.held_out)} studies held out")
     if size % world:
         raise UserError(f"--batch-size {size}: no multiple of the {world} processes")
-    probe = weights / f".{name}.{rank}"
-    write_atomic(probe, lambda new: new.touch())  # better now than after an epoch
-    probe.unlink()
+    if rank == 0:  # which alone writes; better now than after an epoch
+        probe = weights / f".{name}"
+        write_atomic(probe, lambda new: new.touch())
+        probe.unlink()
     run = Trainer(task, init)
     last = weights / f"{name}_last.pt"
     if go_on and last.exists():
