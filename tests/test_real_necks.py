@@ -21,7 +21,7 @@ import real_necks  # noqa: E402
 NECKS = os.environ.get("CSPINE_NECKS", "")
 LEAST_RIGHT = 0.95  # of the levels of PATIENTS necks kept out of the training
 MOST_T1 = 0.10  # of the bodies of T1 called C7
-PATIENTS = 5
+PATIENTS = 3
 
 
 @pytest.fixture(scope="module")

@@ -101,7 +101,9 @@ def read_landmarks(path=LANDMARKS):
 
 def read_neck(folder, name, entry):
     """The CT of one patient, with its landmarks in mm."""
-    raw = gzip.decompress((Path(folder) / f"{name}.nii.gz").read_bytes())
+    ct = Path(folder) / "ct"  # with the landmarks beside it, or the CTs alone
+    path = (ct if ct.is_dir() else Path(folder)) / f"{name}.nii.gz"
+    raw = gzip.decompress(path.read_bytes())
     shape = struct.unpack_from("<3h", raw, 42)
     start = int(struct.unpack_from("<f", raw, 108)[0])
     stored = np.frombuffer(raw, "<i2", np.prod(shape), start)
