@@ -474,7 +474,9 @@ def eda(options):
     logs = sorted(Path(options.weights).glob("*_fold*_log.csv"))
     for log in logs:
         name = log.name.replace("_log.csv", "_curves.png")
-        draw_curves(out / name, pd.read_csv(log).to_dict("records"))
+        history = pd.read_csv(log)
+        if "epoch" in history:  # else the log of another program, by steps
+            draw_curves(out / name, history.to_dict("records"))
     drawn = f"{len(charts)} charts and the curves of {len(logs)} trainings"
     print(f"{len(table)} studies, {drawn} in {out}/. Unusual:")
     print(*unusual(table), sep="\n")
