@@ -2339,7 +2339,7 @@ def run_training(options, samples, folds, task):
     if not wanted:
         raise UserError(f"--fold {options.fold}: there are folds 0 to {options.folds - 1}")
     if options.init and not Path(options.init).is_file():
-        raise UserError(f"--init {options.init}: no such file")
+        raise UserError(f"--init {options.init}: cannot be read: no such file")
     go_on = options.resume or options.fold == "all"
     if ranks()[1] > 1:
         dist.init_process_group()
