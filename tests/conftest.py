@@ -17,6 +17,15 @@ from dicom_files import AXIAL, dicom_bytes  # noqa: E402
 from phantoms import make_dataset  # noqa: E402
 
 
+@pytest.fixture
+def one_thread():
+    """Two threads that share a busy core wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def make_dicom():
     """dicom_bytes: one CT file as bytes."""

@@ -26,13 +26,7 @@ PLAIN = Calibration()
 SEVERAL = Calibration(np.full(8, 1.3), np.full(8, 0.2), PRIOR)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two threads that share a busy core wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -24,13 +24,7 @@ UIDS = ["1.2.1", "1.2.2"]
 PRIOR = dict(zip(cspine.TARGETS, cspine.PRIOR))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two threads that share a busy core wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
