@@ -545,10 +545,10 @@ def test_half_precision_is_bfloat16_where_native_float16_on_a_t4_else_none(monke
             assert (torch.ones(1, 1) @ torch.ones(1, 1)).dtype == torch.float32
 
 
-@pytest.mark.parametrize("kind, epochs, lr", [("segmenter", 100, 1e-2), ("vertebra", 8, 2e-3),
-                                              ("patient", 20, 2e-3)])
+@pytest.mark.parametrize("kind, epochs, lr", [("segmenter", 50, 1e-2), ("vertebra", 5, 2e-3),
+                                              ("patient", 8, 2e-3)])
 def test_a_training_on_phantoms_shows_a_falling_validation_loss(
-        kind, epochs, lr, arguments, tmp_path, monkeypatch):
+        kind, epochs, lr, arguments, tmp_path, monkeypatch, one_thread):
     """On the studies trained on (one fold), without a connection to anywhere."""
     def refuse(*_):
         raise AssertionError("a training opened a connection")
