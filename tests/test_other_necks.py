@@ -1,7 +1,6 @@
 """I rely on: the other generators' necks carry true labels and masks, from a seed."""
 
 import lofts
-import metaballs
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,7 +9,7 @@ import writers
 
 from cspine import TARGETS, read_mask, read_volume
 
-GENERATORS = (lofts, metaballs, tubes)
+GENERATORS = (lofts, tubes)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -34,7 +34,7 @@ import cspine  # noqa: E402
 import real_necks  # noqa: E402
 
 EDGE = 128  # of a cube
-HANDS = dict(phantoms=109, lofts=36, metaballs=31)  # studies; tubes.py only measures
+HANDS = dict(phantoms=109, lofts=36)  # studies; tubes.py only measures
 HAND_SEED = 7777  # no seed that anything is measured on
 LEVELS = 8  # T1 is taught too: the network answers for it only while it is trained
 UNKNOWN = 255  # label of cells that teach nothing
