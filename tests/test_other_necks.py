@@ -14,10 +14,11 @@ GENERATORS = (lofts, tubes)
 
 @pytest.fixture(scope="module", autouse=True)
 def small():
-    """The lofts on a coarse grid, of a narrower view."""
+    """The lofts on a coarse grid, of a narrower view; tubes in fewer pixels."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lofts, "MATRIX", 96)
         patch.setattr(lofts, "LOCAL_MM", 0.8)
+        patch.setattr(tubes, "MATRIX", 128)
         yield
 
 

@@ -5,7 +5,6 @@ once and forks for each. Backbones are timm's tiny `test_` ones, cubes of 32, cr
 """
 
 import math
-import multiprocessing
 import os
 import random
 import signal
@@ -23,6 +22,8 @@ import torch
 
 import cspine
 from cspine import RECIPES, STUDY, TARGETS, Stop, Stopped, Task, Trainer, UserError
+from limits import at_cells
+from phantoms import make_phantom
 
 HERE = Path(__file__).parent
 MODE = {"segmenter": "train-seg", "vertebra": "train-cls", "patient": "train-patient"}
@@ -89,16 +90,13 @@ def run_main(argv, stderr, cut=0, environment=()):
 
 
 @pytest.fixture(scope="module")
-def launch(tmp_path_factory):
+def launch(fork_server, tmp_path_factory):
     """launch(argv, ...) -> a started process; its stderr goes to the file `process.stderr`."""
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), str(HERE), str(HERE / "tools")])
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cspine", "timm"])
     folder, started = tmp_path_factory.mktemp("stderr"), []
 
     def start(argv, **options):
         stderr = folder / str(len(started))
-        process = context.Process(target=run_main, args=(argv, stderr), kwargs=options)
+        process = fork_server.Process(target=run_main, args=(argv, stderr), kwargs=options)
         process.start()
         process.stderr = stderr
         started.append(process)
@@ -669,12 +667,17 @@ def test_extract_goes_on_with_what_is_missing(extraction, tmp_path, monkeypatch,
         assert crops.any() and np.array_equal(cspine.read_crops(file), crops)
 
 
-def test_torchrun_shares_the_studies_of_extract_out(extraction, tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*torchrun, cspine.__file__, *extraction], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("crops of ") == 2 and done.stderr.count("study damaged: ") == 1
+def test_processes_share_the_studies_of_extract_out(extraction, launch, tmp_path):
+    """Two, told who they are as torchrun tells them."""
+    shared = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), WORLD_SIZE="2")
+    both = [launch(extraction, environment=shared | dict(RANK=str(k), LOCAL_RANK=str(k)))
+            for k in (0, 1)]
+    said = ""
+    for process in both:
+        status, text = finish(process)
+        assert status == 0, text
+        said += text
+    assert said.count("study damaged: ") == 1
     shared = {f.name: f.read_bytes() for f in (tmp_path / "work" / "last").iterdir()}
     assert cspine.main([*extraction, "--work", str(tmp_path / "alone")]) == 0
     alone = {f.name: f.read_bytes() for f in (tmp_path / "alone" / "last").iterdir()}
@@ -682,11 +685,9 @@ def test_torchrun_shares_the_studies_of_extract_out(extraction, tmp_path):
 
 
 def test_the_crops_of_a_study_take_less_than_a_quarter_of_their_bytes(tmp_path):
-    from phantoms import make_dataset
-    make_dataset(tmp_path, 1, 0, 11, 256, 1)
-    folder = next((tmp_path / "train_images").iterdir())
-    volume = cspine.read_volume(folder)
-    labels = cspine.read_mask(next((tmp_path / "segmentations").iterdir()), volume, (64, 64, 64))
+    made = make_phantom([11, 0], 192)
+    volume = cspine.Volume("", made.hu, made.spacing, made.affine)
+    labels = at_cells(made.label, 64)
     truth = np.stack([labels == v for v in range(1, 8)]).astype(np.float32)
     crops = cspine.vertebra_slices(volume, truth, 224)
     cspine.write_crops(tmp_path / "crops.npz", crops)
