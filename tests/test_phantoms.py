@@ -9,7 +9,9 @@ import pandas as pd
 import pydicom
 import phantoms
 import pytest
-from phantoms import TARGETS, make_dataset, make_phantom, write_phantom
+from phantoms import make_dataset, make_phantom, write_phantom
+import writers
+from writers import TARGETS
 
 from cspine import read_mask, read_volume
 from modes import main
@@ -135,8 +137,9 @@ def test_whatever_the_storage_the_hu_come_back(tmp_path, monkeypatch):
     """Every stored form of a phantom is read back as its HU, but for what its bits cannot hold."""
     p = make_phantom([3, 0], 48)
     p = replace(p, hu=p.hu[:20], label=p.label[:20])
-    for k, (signed, bits, intercept, slope) in enumerate(phantoms.STORAGE):
-        monkeypatch.setattr(phantoms, "STORAGE", ((signed, bits, intercept, slope),))
+    for k, (signed, bits, intercept, slope) in enumerate(phantoms.read_storage()):
+        form = writers.Storage(signed, bits, intercept, slope)
+        monkeypatch.setattr(phantoms, "read_storage", lambda: [form])
         write_phantom(p, f"1.2.{k}", tmp_path, tmp_path / "masks", k)
         monkeypatch.undo()
         hu = read_volume(tmp_path / f"1.2.{k}").hu

@@ -15,7 +15,6 @@ import torch
 
 import cspine
 import demo
-import lofts
 import modes
 import tubes
 import writers
@@ -24,7 +23,7 @@ from small_kernel import make_weights
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
 ALL_MODES = cspine.MODES | modes.MODES
-GENERATORS = dict(lofts=lofts, tubes=tubes)
+GENERATORS = dict(tubes=tubes)
 
 # What makes a command of the README small: every pattern is replaced, in this order.
 SMALLER = (

@@ -494,7 +494,7 @@ def dress(hu, extent, rng):
 
 def make_study(neck, labels, rng, kind, columns=256):
     """A study of one view: what phantoms.write_phantom writes; labels with T1 as 8."""
-    from phantoms import Phantom  # of the repository's tools
+    from writers import Phantom  # of the repository's tools
 
     view = draw_view(neck, labels, rng, kind)
     edges = 2 * np.linalg.norm(view.axes, axis=0)
