@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 import cspine
 import demo
@@ -84,6 +83,7 @@ def ran(tmp_path_factory):
         patch.chdir(folder)
         patch.setattr(demo, "MATRIX", 64)
         patch.setattr(tubes, "MATRIX", 64)
+        patch.setattr(cspine.vertebra_slices, "__defaults__", (64, "last"))  # crops
         for command in command_lines(TEXT):
             if not command.startswith(FORM_ONLY):
                 short = smaller(command)

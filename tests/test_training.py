@@ -40,6 +40,7 @@ def same_here_as_in_children(monkeypatch):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setattr(cspine, "CROP", SMALL_CROP)
+    monkeypatch.setattr(cspine.vertebra_slices, "__defaults__", (SMALL_CROP, "last"))
     yield
     torch.set_num_threads(threads)
 
@@ -76,6 +77,7 @@ def run_main(argv, stderr, cut=0, environment=()):
     os.environ.update(environment)
     torch.set_num_threads(1)
     cspine.CROP = SMALL_CROP
+    cspine.vertebra_slices.__defaults__ = SMALL_CROP, "last"
     save, count = torch.save, [0]
 
     def save_half(content, path):
