@@ -24,8 +24,8 @@ import cv2
 import numpy as np
 import pandas as pd
 import pydicom
-from writers import STUDY, VERTEBRAE, Phantom, Storage, dicom_header, label_row, lowest_value
-from writers import stored_values, write_mask, write_slices, write_tables
+from writers import STUDY, VERTEBRAE, Phantom, Storage, dicom_header, label_row
+from writers import lowest_value, stored_values, write_mask, write_slices, write_tables
 
 HERE = Path(__file__).parent
 LEVELS = 13  # C1 to T6
