@@ -74,7 +74,7 @@ def dicom_header(phantom, uid, storage):
         PixelRepresentation=storage.signed,
         PhotometricInterpretation="MONOCHROME2",
         RescaleIntercept=storage.intercept,
-        RescaleSlope=f"{storage.slope:g}",
+        RescaleSlope=storage.slope,
         ImageOrientationPatient=[1, 0, 0, 0, 1, 0],
         PixelSpacing=[round(phantom.spacing[1], 7)] * 2,
         SliceThickness=round(phantom.spacing[0], 4),
