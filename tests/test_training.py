@@ -545,15 +545,15 @@ def test_half_precision_is_bfloat16_where_native_float16_on_a_t4_else_none(monke
             assert (torch.ones(1, 1) @ torch.ones(1, 1)).dtype == torch.float32
 
 
-@pytest.mark.parametrize("kind, epochs, lr", [("segmenter", 100, 1e-2), ("vertebra", 8, 2e-3),
-                                              ("patient", 20, 2e-3)])
+@pytest.mark.parametrize("kind, epochs, lr, ema", [
+    ("segmenter", 100, 1e-2, 0.998), ("vertebra", 8, 2e-3, 0.998), ("patient", 6, 4e-3, 0.5)])
 def test_a_training_on_phantoms_shows_a_falling_validation_loss(
-        kind, epochs, lr, arguments, tmp_path, monkeypatch):
+        kind, epochs, lr, ema, arguments, tmp_path, monkeypatch):
     """On the studies trained on (one fold), without a connection to anywhere."""
     def refuse(*_):
         raise AssertionError("a training opened a connection")
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    more = ["--folds", "1", "--epochs", epochs, "--lr", lr]
+    more = ["--folds", "1", "--epochs", epochs, "--lr", lr, "--ema", ema]
     assert cspine.main(arguments(kind, tmp_path, *more)) == 0
     log = pd.read_csv(tmp_path / f"{kind}_fold0_log.csv")
     assert log.score.iloc[-1] < log.score.iloc[0]
