@@ -1,6 +1,8 @@
 """What every test file shares: the way to cspine.py, DICOM series made to order,
 phantoms."""
 
+import multiprocessing
+import os
 import sys
 from pathlib import Path
 
@@ -24,6 +26,21 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def fork_server():
+    """A context of multiprocessing whose server has imported the file: a child starts at once.
+
+    Whoever starts the real command instead pays 5 s of imports a process.
+    """
+    os.environ["PYTHONPATH"] = os.pathsep.join(map(str, [TESTS, *ROOMS]))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cspine", "timm"])
+    first = context.Process(target=os.getpid)
+    first.start()  # whoever comes first waits for the server, and measures no time
+    first.join()
+    return context
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,6 @@
 import dataclasses
 import math
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pandas as pd
@@ -147,13 +145,14 @@ def test_a_mistyped_command_is_refused(arguments, refused):
     refused(*arguments)
 
 
-def test_a_mode_of_the_repository_runs_in_a_process_of_its_own(tmp_path):
+def test_a_mode_of_the_repository_runs_in_a_process_of_its_own(tmp_path, monkeypatch, capfd):
     """Its exit status and its one line come through."""
-    command = [sys.executable, cspine.__file__, "notebook", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0 and done.stdout.startswith("kaggle kernels push")
-    done = subprocess.run([*command, "--weights-dataset", "../x"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    monkeypatch.chdir(tmp_path)
+    command = ["notebook", "--out", str(tmp_path)]
+    assert cspine.main(command) == 0
+    assert capfd.readouterr().out.startswith("kaggle kernels push")
+    assert cspine.main([*command, "--weights-dataset", "../x"]) == 2
+    assert capfd.readouterr().err.count("\n") == 1
 
 
 def test_without_the_repository_its_modes_are_refused_in_one_line(refused, monkeypatch, tmp_path):

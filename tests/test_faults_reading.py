@@ -319,28 +319,15 @@ def test_a_mask_too_large_is_refused_by_its_size(tmp_path, compressed):
         read_mask(path, bony_study()[0])
 
 
-def test_a_mask_fits_its_own_study_wholly(tmp_path):
-    volume, labels = bony_study()
-    path = write_mask(tmp_path / "mask.nii", labels, volume.affine)
-    inside, on_bone = cspine.mask_fit(path, volume, read_mask(path, volume))
-    assert inside == pytest.approx(1) and on_bone == 1
-
-
-def test_a_mask_beside_the_bone_has_the_share_that_was_moved(tmp_path):
-    """By 3 of the bone's 12 mm to the left: three quarters of it lie on bone."""
+@pytest.mark.parametrize("moved_mm, share_inside, share_on_bone", [
+    (0, 1, 1),
+    (3, 1, 0.75),  # of the bone's 12 mm: three quarters of it lie on bone
+    (22, 0.5, 0)])  # of 40 mm: 6 of each row's 12 labels leave the study's last column
+def test_a_mask_moved_to_the_left_lies_inside_and_on_bone_by_its_share(
+        moved_mm, share_inside, share_on_bone, tmp_path):
     volume, labels = bony_study()
     affine = volume.affine.copy()
-    affine[0, 3] += 3
+    affine[0, 3] += moved_mm
     path = write_mask(tmp_path / "mask.nii", labels, affine)
     inside, on_bone = cspine.mask_fit(path, volume, read_mask(path, volume))
-    assert inside == pytest.approx(1) and on_bone == pytest.approx(0.75)
-
-
-def test_a_mask_half_outside_is_half_inside(tmp_path):
-    """Moved by 22 of 40 mm: 6 of each row's 12 labels leave the study's last column."""
-    volume, labels = bony_study()
-    affine = volume.affine.copy()
-    affine[0, 3] += 22
-    path = write_mask(tmp_path / "mask.nii", labels, affine)
-    inside, on_bone = cspine.mask_fit(path, volume, read_mask(path, volume))
-    assert inside == pytest.approx(0.5) and on_bone == 0
+    assert inside == pytest.approx(share_inside) and on_bone == pytest.approx(share_on_bone)

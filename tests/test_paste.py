@@ -2,10 +2,8 @@
 
 import ast
 import json
-import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -158,8 +156,9 @@ def test_the_kernel_is_ready_to_be_pushed(notebook):
 @pytest.mark.parametrize("data_at, weights_at", (
     ("", ""), ("competitions", "datasets/me")), ids=("flat", "deep"))
 def test_the_notebook_runs_from_its_first_cell_to_its_last(
-        data_at, weights_at, notebook, tmp_path, weights):
-    """Cells as a notebook runs them: %%writefile, a process a GPU, and a look at the answers."""
+        data_at, weights_at, notebook, tmp_path, weights, monkeypatch, capsys):
+    """Cells as a notebook runs them, in one process: %%writefile, a process a GPU, and a look at
+    the answers."""
     write, run, look = (cell["source"] for cell in cells_of(notebook))
     data = make_test_set(tmp_path / "data", ["a", "b"])
     (tmp_path / "cspine.py").write_text(write.partition("\n")[2])
@@ -168,13 +167,14 @@ def test_the_notebook_runs_from_its_first_cell_to_its_last(
         (tmp_path / "input" / place).mkdir(parents=True, exist_ok=True)
         (tmp_path / "input" / place / name).symlink_to(real)
     run = run.replace("/kaggle/input/", f"{tmp_path}/input/")
-    (tmp_path / "run.py").write_text(f"import torch; torch.cuda.device_count = lambda: 2\n{run}")
-    said = subprocess.run([sys.executable, "run.py"], cwd=tmp_path, capture_output=True, text=True,
-                          check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}).stdout
-    assert "[0, 0]" in said and (tmp_path / "predict_report1.csv").exists()
-    (tmp_path / "look.py").write_text(look)
-    seen = subprocess.run([sys.executable, "look.py"], cwd=tmp_path, capture_output=True, text=True,
-                          check=True).stdout
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    kernel = {"__name__": "__main__"}
+    exec(run, kernel)
+    assert "[0, 0]" in capsys.readouterr().out and (tmp_path / "predict_report1.csv").exists()
+    exec(look, kernel)
+    seen = capsys.readouterr().out
     assert "16 rows" in seen and "'ok': 2" in seen
 
 

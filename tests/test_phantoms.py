@@ -1,13 +1,17 @@
 """I rely on: the phantoms are necks in the layout of the competition, with its traps, from a seed."""
 
 import hashlib
+import struct
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pydicom
 import phantoms
 import pytest
-from phantoms import TARGETS, make_dataset, make_phantom, write_phantom
+from phantoms import make_dataset, make_phantom, write_phantom
+import writers
+from writers import TARGETS
 
 from cspine import read_mask, read_volume
 from modes import main
@@ -21,17 +25,17 @@ def digest(folder):
 
 def test_a_seed_gives_the_same_files_whatever_the_number_of_workers(tmp_path):
     """Bit for bit: what a study is depends on (seed, index) alone."""
-    make_dataset(tmp_path / "one", 1, 1, 3, 48, 1)
-    make_dataset(tmp_path / "two", 1, 1, 3, 48, 2)
+    make_dataset(tmp_path / "one", 1, 1, 3, 32, 1)
+    make_dataset(tmp_path / "two", 1, 1, 3, 32, 2)
     assert digest(tmp_path / "one") == digest(tmp_path / "two")
 
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
-    """Fourteen training and one test phantom of 48 x 48, made by the mode."""
+    """Nine training and one test phantom of 48 x 48, made by the mode."""
     out = tmp_path_factory.mktemp("many") / "data"
-    assert main(["phantom", str(out), "--studies", "14", "--test-studies", "1", "--matrix", "48",
-                 "--seed", "10"]) == 0
+    assert main(["phantom", str(out), "--studies", "9", "--test-studies", "1", "--matrix", "48",
+                 "--seed", "66"]) == 0
     return out
 
 
@@ -68,7 +72,8 @@ def test_the_traps_of_real_studies_have_their_share(many):
         hu = first.pixel_array * float(first.RescaleSlope) + float(first.RescaleIntercept)
         padded += hu.min() < -1024
         uneven += first.Rows != first.Columns
-        steps.append(read_volume(folder).spacing[0])
+        mask = (many / "segmentations" / f"{folder.name}.nii").read_bytes()
+        steps.append(struct.unpack_from("<f", mask, 88)[0])  # pixdim[3] of nifti1.h
     assert orders == {"down", "up", "shuffled"} and signs == {0, 1} and len(syntaxes) == 2
     assert len(intercepts) >= 3 and padded >= 2 and uneven >= 1
     assert min(steps) >= 0.4 and max(steps) > 1
@@ -78,7 +83,7 @@ def test_labels_boxes_and_masks_of_a_data_set_agree(many):
     """Overall is any; a box lies on a vertebra that is broken, in the slice that it names."""
     table = pd.read_csv(many / "train.csv").set_index("StudyInstanceUID")
     assert (table.patient_overall == table[list(TARGETS[:7])].max(axis=1)).all()
-    assert 2 <= table.patient_overall.sum() <= 12  # of 14 at the facts' 0.476: p < 0.005 outside
+    assert 1 <= table.patient_overall.sum() <= 8  # of 9 at the facts' 0.476: p < 0.005 outside
     boxes, on_bone = pd.read_csv(many / "train_bounding_boxes.csv"), []
     for uid, mine in boxes.groupby("StudyInstanceUID"):
         volume = read_volume(many / "train_images" / uid)
@@ -124,16 +129,17 @@ def test_spacings_are_those_of_real_studies(matrix):
 
 
 def test_the_share_of_fractures_is_an_option():
-    whole, broken = (sum(make_phantom([2, k], 48, fractures=f).fractured.sum() for k in range(3))
-                     for f in (0, 2.1))
+    whole, broken = (make_phantom([2, 0], 32, fractures=f).fractured.sum() for f in (0, 2.1))
     assert whole == 0 < broken
 
 
 def test_whatever_the_storage_the_hu_come_back(tmp_path, monkeypatch):
     """Every stored form of a phantom is read back as its HU, but for what its bits cannot hold."""
     p = make_phantom([3, 0], 48)
-    for k, (signed, bits, intercept, slope) in enumerate(phantoms.STORAGE):
-        monkeypatch.setattr(phantoms, "STORAGE", ((signed, bits, intercept, slope),))
+    p = replace(p, hu=p.hu[:20], label=p.label[:20])
+    for k, (signed, bits, intercept, slope) in enumerate(phantoms.read_storage()):
+        form = writers.Storage(signed, bits, intercept, slope)
+        monkeypatch.setattr(phantoms, "read_storage", lambda: [form])
         write_phantom(p, f"1.2.{k}", tmp_path, tmp_path / "masks", k)
         monkeypatch.undo()
         hu = read_volume(tmp_path / f"1.2.{k}").hu

@@ -247,22 +247,41 @@ def test_a_card_without_memory_for_many_crops_is_given_few_at_once(weights):
 # -------------------------------------------------------------------- killed, continued, shared
 
 
-def start(folder, data, weights, *options, launcher=(sys.executable,), **environment):
-    command = [*launcher, str(KERNEL), "predict", "--data", str(data), "--weights", str(weights),
-               "--workers", "1", *options]
-    return subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
+def run_main(folder, argv, environment):
+    """main(argv) in a folder, in a child."""
+    os.chdir(folder)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    sys.exit(cspine.main(argv))
+
+
+@pytest.fixture
+def start(fork_server):
+    """start(folder, data, weights, ...) -> a process of its own that predicts."""
+    started = []
+
+    def run(folder, data, weights, *options, **environment):
+        argv = ["predict", "--data", str(data), "--weights", str(weights), "--workers", "1",
+                *options]
+        process = fork_server.Process(target=run_main, args=(folder, argv, environment))
+        process.start()
+        started.append(process)
+        return process
+    yield run
+    for process in started:
+        process.kill()
+        process.join()
 
 
 def wait_for(path, process, lines):
     """Until a file has so many lines, or the process is over."""
-    while process.poll() is None:
+    while process.is_alive():
         if path.exists() and len(path.read_bytes().splitlines()) >= lines:
             return
         time.sleep(0.002)
 
 
-def test_killed_at_any_moment_it_leaves_a_whole_submission_and_resumes(tmp_path, weights):
+def test_killed_at_any_moment_it_leaves_a_whole_submission_and_resumes(tmp_path, weights, start):
     uids = [f"1.2.{k}" for k in range(6)]
     data, out = make_test_set(tmp_path / "data", uids), tmp_path / "run"
     out.mkdir()
@@ -273,9 +292,9 @@ def test_killed_at_any_moment_it_leaves_a_whole_submission_and_resumes(tmp_path,
         submission, _ = read_results(out)  # from the first second
         assert len(submission) == 8 * len(uids)
         wait_for(out / "predict_report.csv", process, lines)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-        process.stderr.close()
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         submission, report = read_results(out)
         assert len(submission) == 8 * len(uids) and submission.index.is_unique
         for uid, row in () if report is None else report.iterrows():
@@ -328,18 +347,18 @@ def test_a_signal_ends_the_run_in_order(kind, predict, studies, tmp_path, monkey
     assert submission[f"{UIDS[0]}_C1"] != PRIOR["C1"]
 
 
-def test_processes_share_the_studies_and_none_is_lost(tmp_path, weights):
+def test_processes_share_the_studies_and_none_is_lost(tmp_path, weights, start):
     data = make_test_set(tmp_path / "data", [f"1.2.{k}" for k in range(3)])
     assert cspine.main(["predict", "--data", str(data), "--weights", str(weights), "--out",
                         str(tmp_path / "submission.csv")]) == 0
     alone, _ = read_results(tmp_path)
     out = tmp_path / "shared"
     out.mkdir()
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone",
-                "--nproc_per_node=2")
-    process = start(out, data, weights, launcher=launcher)
-    errors = process.communicate()[1]
-    assert process.returncode == 0, errors
+    both = [start(out, data, weights, WORLD_SIZE="2", RANK=str(k), LOCAL_RANK=str(k))
+            for k in (0, 1)]  # as torchrun tells them
+    for process in both:
+        process.join()
+        assert process.exitcode == 0
     shared, report = read_results(out)
     assert len(report) == 3 and (report.status == "ok").all()
     assert list(shared.index) == list(alone.index) and np.allclose(shared, alone, atol=1e-6)
@@ -433,7 +452,7 @@ runpy.run_path({str(KERNEL)!r}, run_name="__main__")
 """
     done = subprocess.run(
         [sys.executable, "-c", program, "predict", "--data", studies, "--weights", weights,
-         "--workers", "1", "--time-limit", "0.6"], cwd=tmp_path, capture_output=True, text=True,
+         "--workers", "1", "--time-limit", "0.4"], cwd=tmp_path, capture_output=True, text=True,
         timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     submission, report = read_results(tmp_path)

@@ -11,11 +11,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 import cspine
 import demo
-import lofts
 import modes
 import tubes
 import writers
@@ -24,7 +22,7 @@ from small_kernel import make_weights
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
 ALL_MODES = cspine.MODES | modes.MODES
-GENERATORS = dict(lofts=lofts, tubes=tubes)
+GENERATORS = dict(tubes=tubes)
 
 # What makes a command of the README small: every pattern is replaced, in this order.
 SMALLER = (
@@ -85,6 +83,7 @@ def ran(tmp_path_factory):
         patch.chdir(folder)
         patch.setattr(demo, "MATRIX", 64)
         patch.setattr(tubes, "MATRIX", 64)
+        patch.setattr(cspine.vertebra_slices, "__defaults__", (64, "last"))  # crops
         for command in command_lines(TEXT):
             if not command.startswith(FORM_ONLY):
                 short = smaller(command)

@@ -5,7 +5,6 @@ once and forks for each. Backbones are timm's tiny `test_` ones, cubes of 32, cr
 """
 
 import math
-import multiprocessing
 import os
 import random
 import signal
@@ -23,6 +22,8 @@ import torch
 
 import cspine
 from cspine import RECIPES, STUDY, TARGETS, Stop, Stopped, Task, Trainer, UserError
+from limits import at_cells
+from phantoms import make_phantom
 
 HERE = Path(__file__).parent
 MODE = {"segmenter": "train-seg", "vertebra": "train-cls", "patient": "train-patient"}
@@ -39,6 +40,7 @@ def same_here_as_in_children(monkeypatch):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setattr(cspine, "CROP", SMALL_CROP)
+    monkeypatch.setattr(cspine.vertebra_slices, "__defaults__", (SMALL_CROP, "last"))
     yield
     torch.set_num_threads(threads)
 
@@ -75,6 +77,7 @@ def run_main(argv, stderr, cut=0, environment=()):
     os.environ.update(environment)
     torch.set_num_threads(1)
     cspine.CROP = SMALL_CROP
+    cspine.vertebra_slices.__defaults__ = SMALL_CROP, "last"
     save, count = torch.save, [0]
 
     def save_half(content, path):
@@ -89,16 +92,13 @@ def run_main(argv, stderr, cut=0, environment=()):
 
 
 @pytest.fixture(scope="module")
-def launch(tmp_path_factory):
+def launch(fork_server, tmp_path_factory):
     """launch(argv, ...) -> a started process; its stderr goes to the file `process.stderr`."""
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), str(HERE), str(HERE / "tools")])
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cspine", "timm"])
     folder, started = tmp_path_factory.mktemp("stderr"), []
 
     def start(argv, **options):
         stderr = folder / str(len(started))
-        process = context.Process(target=run_main, args=(argv, stderr), kwargs=options)
+        process = fork_server.Process(target=run_main, args=(argv, stderr), kwargs=options)
         process.start()
         process.stderr = stderr
         started.append(process)
@@ -545,15 +545,15 @@ def test_half_precision_is_bfloat16_where_native_float16_on_a_t4_else_none(monke
             assert (torch.ones(1, 1) @ torch.ones(1, 1)).dtype == torch.float32
 
 
-@pytest.mark.parametrize("kind, epochs, lr", [("segmenter", 50, 1e-2), ("vertebra", 5, 2e-3),
-                                              ("patient", 8, 2e-3)])
+@pytest.mark.parametrize("kind, epochs, lr, ema", [
+    ("segmenter", 50, 1e-2, 0.998), ("vertebra", 5, 2e-3, 0.998), ("patient", 6, 4e-3, 0.5)])
 def test_a_training_on_phantoms_shows_a_falling_validation_loss(
-        kind, epochs, lr, arguments, tmp_path, monkeypatch, one_thread):
+        kind, epochs, lr, ema, arguments, tmp_path, monkeypatch, one_thread):
     """On the studies trained on (one fold), without a connection to anywhere."""
     def refuse(*_):
         raise AssertionError("a training opened a connection")
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    more = ["--folds", "1", "--epochs", epochs, "--lr", lr]
+    more = ["--folds", "1", "--epochs", epochs, "--lr", lr, "--ema", ema]
     assert cspine.main(arguments(kind, tmp_path, *more)) == 0
     log = pd.read_csv(tmp_path / f"{kind}_fold0_log.csv")
     assert log.score.iloc[-1] < log.score.iloc[0]
@@ -669,12 +669,17 @@ def test_extract_goes_on_with_what_is_missing(extraction, tmp_path, monkeypatch,
         assert crops.any() and np.array_equal(cspine.read_crops(file), crops)
 
 
-def test_torchrun_shares_the_studies_of_extract_out(extraction, tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*torchrun, cspine.__file__, *extraction], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("crops of ") == 2 and done.stderr.count("study damaged: ") == 1
+def test_processes_share_the_studies_of_extract_out(extraction, launch, tmp_path):
+    """Two, told who they are as torchrun tells them."""
+    shared = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), WORLD_SIZE="2")
+    both = [launch(extraction, environment=shared | dict(RANK=str(k), LOCAL_RANK=str(k)))
+            for k in (0, 1)]
+    said = ""
+    for process in both:
+        status, text = finish(process)
+        assert status == 0, text
+        said += text
+    assert said.count("study damaged: ") == 1
     shared = {f.name: f.read_bytes() for f in (tmp_path / "work" / "last").iterdir()}
     assert cspine.main([*extraction, "--work", str(tmp_path / "alone")]) == 0
     alone = {f.name: f.read_bytes() for f in (tmp_path / "alone" / "last").iterdir()}
@@ -682,11 +687,9 @@ def test_torchrun_shares_the_studies_of_extract_out(extraction, tmp_path):
 
 
 def test_the_crops_of_a_study_take_less_than_a_quarter_of_their_bytes(tmp_path):
-    from phantoms import make_dataset
-    make_dataset(tmp_path, 1, 0, 11, 256, 1)
-    folder = next((tmp_path / "train_images").iterdir())
-    volume = cspine.read_volume(folder)
-    labels = cspine.read_mask(next((tmp_path / "segmentations").iterdir()), volume, (64, 64, 64))
+    made = make_phantom([11, 0], 192)
+    volume = cspine.Volume("", made.hu, made.spacing, made.affine)
+    labels = at_cells(made.label, 64)
     truth = np.stack([labels == v for v in range(1, 8)]).astype(np.float32)
     crops = cspine.vertebra_slices(volume, truth, 224)
     cspine.write_crops(tmp_path / "crops.npz", crops)

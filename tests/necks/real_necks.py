@@ -154,6 +154,17 @@ def finer(neck, mm=FINE_MM):
 # ==== Masks ====
 # All surfaces stand upright on the sagittal plane: a height z for every depth y.
 
+def axes_mm(shape, spacing):
+    """Coordinates z, y, x (mm from the centre of the first voxel) of the voxels."""
+    return [np.arange(n) * mm for n, mm in zip(shape, spacing)]
+
+
+def off_midline(neck):
+    """mm of every voxel from the spinal cord, (Z, X)."""
+    x = axes_mm(neck.hu.shape, neck.spacing)[2]
+    return abs(x - neck.midline[:, None])
+
+
 def landmark_rows(points):
     """Bodies C2 to T2 and spinous points C2 to T2, each (8, 2) of (z, y); T2 is guessed."""
     bodies = [points[f"{level}_body"][:2] for level in LEVELS[1:]]
@@ -197,7 +208,7 @@ def disc_height(y, bodies, spines):
 
 def level_map(shape, spacing, points):
     """uint8 (Z, Y): 1 to 8 for C1 to T1, 9 below, 0 above C1; the dens is not yet cut."""
-    z, y = (np.arange(n) * mm for n, mm in zip(shape[:2], spacing))
+    z, y = axes_mm(shape[:2], spacing)
     bodies, spines = landmark_rows(points)
     front, back = arches(points)
 
@@ -216,7 +227,7 @@ def level_map(shape, spacing, points):
 
 def tube(neck):
     """bool (Z, Y, X): near enough to the spine to be a vertebra."""
-    z, y, x = (np.arange(n) * mm for n, mm in zip(neck.hu.shape, neck.spacing))
+    z, y, _ = axes_mm(neck.hu.shape, neck.spacing)
     bodies, spines = landmark_rows(neck.points)
     front, back = arches(neck.points)
 
@@ -233,33 +244,37 @@ def tube(neck):
     side = np.where(atlas, ATLAS_SIDE_MM, side)
 
     deep = (behind > -FRONT_MM) & (beyond < BACK_MM)
-    off = abs(x - neck.midline[:, None])  # (Z, X)
-    return deep[:, :, None] & (off[:, None] < side[:, :, None])
+    near = off_midline(neck)[:, None] < side[:, :, None]
+    return deep[:, :, None] & near
 
 
 def dens(neck):
     """bool (Z, Y, X): where bone at the height of C1 belongs to C2."""
-    z, y, x = (np.arange(n) * mm for n, mm in zip(neck.hu.shape, neck.spacing))
+    y = axes_mm(neck.hu.shape, neck.spacing)[1]
     front, _ = arches(neck.points)
     low, high = front[1] + np.array(DENS_BEHIND_MM)
-    near = abs(x - neck.midline[:, None]) < DENS_SIDE_MM  # (Z, X)
-    return ((y > low) & (y < high))[:, None] & near[:, None]
+    deep = (y > low) & (y < high)
+    near = off_midline(neck) < DENS_SIDE_MM  # (Z, X)
+    return deep[:, None] & near[:, None]
 
 
 def body_cores(neck):
     """uint8 (Z, Y, X): 2 to 8 surely inside the bodies of C2 to T1, else 0."""
     shape, spacing = neck.hu.shape, neck.spacing
-    z, y, x = (np.arange(n) * mm for n, mm in zip(shape, spacing))
+    z, y, _ = axes_mm(shape, spacing)
     bodies, _ = landmark_rows(neck.points)
     behind = y - np.interp(z, *bodies.T)[:, None]  # (Z, Y)
 
     level = level_map(shape, spacing, neck.points)
     step = round(CORE_FROM_DISC_MM / spacing[0])
-    above, below = np.roll(level, step, 0), np.roll(level, -step, 0)
-    inside = (level == above) & (level == below) & (level > 1) & (level < 9)
-    inside &= (behind > CORE_DEPTH_MM[0]) & (behind < CORE_DEPTH_MM[1])
+    above = np.roll(level, step, 0)
+    below = np.roll(level, -step, 0)
+    front, back = CORE_DEPTH_MM
+    inside = (level > 1) & (level < 9)
+    inside &= (level == above) & (level == below)
+    inside &= (behind > front) & (behind < back)
 
-    near = abs(x - neck.midline[:, None]) < CORE_SIDE_MM  # (Z, X)
+    near = off_midline(neck) < CORE_SIDE_MM  # (Z, X)
     core = inside[:, :, None] & near[:, None] & (neck.hu > MARROW_HU)
     return np.where(core, level[:, :, None], 0).astype(np.uint8)
 
@@ -352,7 +367,8 @@ def box_view(low, high):
 
 def whole_view(neck, labels, rng=None):
     """The whole volume."""
-    return box_view(-neck.spacing / 2, extent_mm(neck) - neck.spacing / 2)
+    half = neck.spacing / 2
+    return box_view(-half, extent_mm(neck) - half)
 
 
 def in_plane(neck, labels, rng):
@@ -370,13 +386,14 @@ def in_plane(neck, labels, rng):
 def neck_view(neck, labels, rng):
     """As the competition's studies are cut: C1 to C7 in view."""
     ends = vertebrae_ends(neck, labels)[:, 0]
+    least = np.ptp(ends)
     most = extent_mm(neck)[0]
     length = rng.uniform(*LENGTH_MM)
-    length = min(max(length, np.ptp(ends) + 12), most)
-    above = rng.uniform(0.1, 0.9) * (length - np.ptp(ends))
+    length = min(max(length, least + 12), most)
+    above = rng.uniform(0.1, 0.9) * (length - least)
     top = np.clip(ends[0] - above, 0, max(most - length, 0))
-    plane = in_plane(neck, labels, rng)
-    return box_view(np.r_[top, plane[0]], np.r_[top + length, plane[1]])
+    low, high = in_plane(neck, labels, rng)
+    return box_view(np.r_[top, low], np.r_[top + length, high])
 
 
 def partial_view(neck, labels, rng):
@@ -385,14 +402,15 @@ def partial_view(neck, labels, rng):
     length = rng.uniform(*PARTIAL_MM)
     middle = rng.uniform(*ends)
     top = np.clip(middle - length / 2, 0, extent_mm(neck)[0] - length)
-    plane = in_plane(neck, labels, rng)
-    return box_view(np.r_[top, plane[0]], np.r_[top + length, plane[1]])
+    low, high = in_plane(neck, labels, rng)
+    return box_view(np.r_[top, low], np.r_[top + length, high])
 
 
 def closer_view(neck, labels, rng):
     """What `segment` looks at the second time: a box around what it found, inaccurate."""
-    whole = whole_view(neck, labels)
-    parent = whole if rng.random() < 0.4 else neck_view(neck, labels, rng)
+    parent = whole_view(neck, labels)
+    if rng.random() >= 0.4:
+        parent = neck_view(neck, labels, rng)
     low, high = parent.centre + np.outer([-1, 1], parent.axes.sum(1))
     first, last = vertebrae_ends(neck, labels) + rng.normal(0, (7, 5, 5), (2, 3))
     missed = rng.random(2) < 0.12  # C1 or C7 not found
@@ -424,8 +442,10 @@ def sample(array, spacing, view, shape, window=((-1, -1, -1), (1, 1, 1)), neares
 
     reach = abs(axes).sum(1)
     last = np.array(array.shape) - 1
-    start = ((centre - reach) // spacing - 1).clip(0, last).astype(int)
-    stop = ((centre + reach) // spacing + 3).clip(start + 1, last + 1).astype(int)
+    start = (centre - reach) // spacing - 1
+    start = start.clip(0, last).astype(int)
+    stop = (centre + reach) // spacing + 3
+    stop = stop.clip(start + 1, last + 1).astype(int)
     part = array[tuple(map(slice, start, stop))]
 
     half = np.array(part.shape) * spacing / 2  # mm
@@ -441,7 +461,8 @@ def sample(array, spacing, view, shape, window=((-1, -1, -1), (1, 1, 1)), neares
 
 def view_hu(neck, view, shape, **others):
     """float32 HU of a view; air where there is no CT."""
-    return sample(neck.hu + np.int16(-AIR_HU), neck.spacing, view, shape, **others) + AIR_HU
+    above_air = neck.hu + np.int16(-AIR_HU)
+    return sample(above_air, neck.spacing, view, shape, **others) + AIR_HU
 
 
 def view_labels(neck, labels, view, shape, **others):
@@ -452,9 +473,15 @@ def view_labels(neck, labels, view, shape, **others):
 
 # ==== Studies ====
 
+def cells(count):
+    """Centres of `count` cells of equal size, from 0 to 1."""
+    return (np.arange(count) + 0.5) / count
+
+
 def harder_kernel(hu, share):
     """Edges sharpened by a share of what a mean over 3 x 3 x 3 voxels takes away."""
-    soft = F.avg_pool3d(torch.from_numpy(hu)[None, None], 3, 1, 1)[0, 0].numpy()
+    volume = torch.from_numpy(hu)[None, None]
+    soft = F.avg_pool3d(volume, 3, 1, 1)[0, 0].numpy()
     return hu + np.float32(share) * (hu - soft)
 
 
@@ -465,19 +492,20 @@ def add_couch(hu, extent, rng):
     rows = np.flatnonzero(body > 0.03)
     if not len(rows) or rows[-1] > height - 4:
         return
-    y = (np.arange(height) + 0.5)[:, None] / height
-    x = (np.arange(width) + 0.5) / width - 0.5
+    y = cells(height)[:, None]
+    x = cells(width) - 0.5
     middle = y[rows[-1]] + rng.uniform(2, 12) / extent[1]
     thick = rng.uniform(2, 7) / extent[1]
-    board = abs(y + rng.uniform(0, 0.3) * x**2 - middle) < thick / 2
+    bend = rng.uniform(0, 0.3) * x**2
+    board = abs(y + bend - middle) < thick / 2
     hu[:, board] = np.maximum(hu[:, board], rng.uniform(-450, 300))
 
 
 def cut_circle(hu, share):
     """Air outside the scanner's circle, a share of the width across; in place."""
     depth, height, width = hu.shape
-    y = (np.arange(height) + 0.5)[:, None] / height - 0.5
-    x = (np.arange(width) + 0.5) / width - 0.5
+    y = cells(height)[:, None] - 0.5
+    x = cells(width) - 0.5
     hu[:, np.hypot(y, x) > share / 2] = AIR_HU
 
 
@@ -494,7 +522,7 @@ def dress(hu, extent, rng):
 
 def make_study(neck, labels, rng, kind, columns=256):
     """A study of one view: what phantoms.write_phantom writes; labels with T1 as 8."""
-    from phantoms import Phantom  # of the repository's tools
+    from writers import Phantom  # of the repository's tools
 
     view = draw_view(neck, labels, rng, kind)
     edges = 2 * np.linalg.norm(view.axes, axis=0)

@@ -9,6 +9,7 @@ the patient's left, y to the back, z up.
 """
 
 import functools
+import sys
 from collections import namedtuple
 from itertools import combinations
 from pathlib import Path
@@ -16,10 +17,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pandas as pd
-from texture import noise
-from writers import Grid, main
 
 HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent / "tools"))
+
+from writers import Grid, main  # noqa: E402
+
 UID_ROOT = "1.2.3.8"
 MATRIX = 256  # pixels, edge of a slice
 FAR = 6.0  # mm, the distance where nothing is drawn
@@ -29,6 +32,7 @@ CELL = 0.25  # mm, pixel of a silhouette
 EDGE = 224  # pixels of a silhouette
 LEVELS = 9  # C1 to T2 turn; T3 follows
 NEVER = -99  # mm, inside everything
+TILE = 96  # voxels, beyond which noise repeats: fresh noise is slow
 THIN_MM = 0.85  # a slice is the mean of slices that are thinner than this
 CRUSHED = -3  # mm down: this shift stands for bone that is crushed, not moved
 
@@ -51,55 +55,57 @@ Bone = namedtuple("Bone", "box axes distance cortex label look")
 Body = namedtuple("Body", "half_width half_depth height uncus sagittal swell")
 Row = namedtuple("Row", "knots widths heights marks")  # of a table of tubes
 Break = namedtuple("Break", "point normal centre shift reach")
-Course = namedtuple(
-    "Course", "x y turn level"
-)  # of the spine, a value a slice
+Course = namedtuple("Course", "x y turn level")  # of the spine, a value a slice
 Oval = namedtuple("Oval", "value centre half degrees")  # a row a slice
 World = namedtuple("World", "z y x")  # mm of the voxels
 
+# ---- Noise ----
+
+def blur(volume, in_plane, across):
+    """Gaussian blur of a (z, y, x) volume; both deviations in voxels."""
+    planes = [cv2.GaussianBlur(plane, (0, 0), in_plane) for plane in volume]
+    flat = np.stack(planes).reshape(len(volume), -1)
+    blurred = cv2.GaussianBlur(flat, (1, 0), 1, sigmaY=across)
+    return blurred.reshape(volume.shape)
+
+def noise(rng, shape, in_plane, across):
+    """Correlated noise of unit variance; its grain in voxels, as that of `blur`."""
+    white = rng.standard_normal(np.minimum(shape, TILE), np.float32)
+    out = blur(white, in_plane, across)
+    repeats = np.ceil(np.divide(shape, out.shape)).astype(int)
+    out = np.tile(out / out.std(), repeats)
+    return out[tuple(map(slice, shape))]
 
 # ---- Tables ----
-
 
 @functools.cache
 def read_table(name):
     """The csv file tubes_<name>.csv."""
     return pd.read_csv(HERE / f"tubes_{name}.csv", keep_default_na=False)
 
-
 def numbers(cell):
     """The numbers of a cell "1 2 3"."""
     return [float(word) for word in str(cell).split()]
-
 
 def make_row(knots, widths, heights, marks=""):
     """A row of a table of tubes; a single half width holds for all knots."""
     knots = np.array(knots, float)
     widths = np.broadcast_to(widths, len(knots))
-    return Row(
-        knots, widths, np.broadcast_to(heights, len(knots)), marks.split()
-    )
-
+    return Row(knots, widths, np.broadcast_to(heights, len(knots)), marks.split())
 
 def bone_rows(bone):
     """The tubes of a bone in tubes_bones.csv."""
     table = read_table("bones")
     rows = []
-    for _, knots, widths, heights, marks in table[
-        table.bone == bone
-    ].to_numpy():
+    for _, knots, widths, heights, marks in table[table.bone == bone].to_numpy():
         points = [numbers(point) for point in knots.split(";")]
-        rows.append(
-            make_row(points, numbers(widths), numbers(heights), marks)
-        )
+        rows.append(make_row(points, numbers(widths), numbers(heights), marks))
     return rows
-
 
 def silhouette(view):
     """The outline (N, 2) of one view, in half axes of the body."""
     table = read_table("silhouettes")
     return table[table.view == view][["first", "second"]].to_numpy()
-
 
 def breaks_of(level):
     """The ways in which the vertebra 0..6 breaks."""
@@ -108,9 +114,7 @@ def breaks_of(level):
     rows = table[table.vertebra == group].to_numpy()
     return [Break(*map(numbers, row[1:5]), float(row[5])) for row in rows]
 
-
 # ---- Tubes ----
-
 
 def make_tubes(rows, rng=None):
     """Tubes of a table's rows, varied as bones are; what cuts is never varied."""
@@ -130,11 +134,8 @@ def make_tubes(rows, rng=None):
                 shift = rng.normal(0, 0.35, knots.shape)
                 grow = np.exp(rng.normal(0, 0.07))
             moved = knots * (side, 1, 1) + shift
-            tubes.append(
-                Tube(moved, widths * grow, heights, up, edge, plane, cuts)
-            )
+            tubes.append(Tube(moved, widths * grow, heights, up, edge, plane, cuts))
     return tubes
-
 
 def placed(tubes, pose):
     """Tubes in the world."""
@@ -152,7 +153,6 @@ def placed(tubes, pose):
         )
     return out
 
-
 def local(axes, pose):
     """Coordinates x, y, z of the voxels of some axes (z, y, x) in a pose's frame."""
     centred = []
@@ -164,7 +164,6 @@ def local(axes, pose):
         out.append(across * x + back * y + up * z)
     return out
 
-
 def window(axes, points, span):
     """The voxels of some axes (z, y, x) within a span (mm) of points (x, y, z)."""
     box = []
@@ -174,11 +173,9 @@ def window(axes, points, span):
         box.append(slice(*np.searchsorted(axes[k], ends)))
     return tuple(box)
 
-
 def part_of(axes, box):
     """The axes of a box of voxels."""
     return [axis[inside] for axis, inside in zip(axes, box)]
-
 
 def smooth_curve(rows):
     """Rows of a tube with a row between each two, on a smooth curve through them."""
@@ -189,7 +186,6 @@ def smooth_curve(rows):
     middles = (near - ends[:-3] - ends[3:]) / 16
     places = np.arange(1, len(rows))
     return np.insert(rows, places, middles, 0)
-
 
 def sweep(field, axes, tube):
     """Join the distance to a swept tube to a field, or cut the tube out of it."""
@@ -212,7 +208,6 @@ def sweep(field, axes, tube):
         overlap = np.maximum(BLEND - np.abs(field - own), 0) ** 2
         field[:] = np.minimum(field, own) - overlap / (4 * BLEND)
 
-
 def frame_of(line, tube):
     """Axes aside, up and along (3, 3) of a tube's link."""
     along = tube.plane or line
@@ -221,10 +216,8 @@ def frame_of(line, tube):
     up /= np.linalg.norm(up) + 1e-9
     return np.column_stack([np.cross(up, along), up, along])
 
-
 def link(axes, start, end, tube):
-    """Distance to a straight link of a tube, between two rows x, y, z, half width, half
-    height."""
+    """Distance to a straight link of a tube, between rows x, y, z and two half widths."""
     line = end - start
     turn = frame_of(line[:3], tube)
     along = (line[:3] @ turn + 1e-6).astype(np.float32)
@@ -243,14 +236,11 @@ def link(axes, start, end, tube):
     square = np.maximum(aside, 0) ** 2 + np.maximum(above, 0) ** 2 + beyond**2
     return np.sqrt(square) + deep - round_mm
 
-
 # ---- Vertebral bodies ----
-
 
 def mirrored(outline):
     """A whole outline of its half, which begins and ends on the midline."""
     return np.vstack([outline, outline[-2:0:-1] * (-1, 1)])
-
 
 def outline_distance(outline, scale):
     """Image of the signed distance (mm) to an outline, CELL a pixel."""
@@ -262,10 +252,8 @@ def outline_distance(outline, scale):
     inside = cv2.distanceTransform(image, cv2.DIST_L2, 5)
     return (outside - inside) * np.float32(CELL)
 
-
 def hull(xyz, body):
-    """Signed distance of a vertebral body: three silhouettes, the sides lifted to the
-    uncus."""
+    """Signed distance of a body: three silhouettes, the sides lifted to the uncus."""
     x, y, z = xyz
     wide = body.half_width * body.swell
     deep = body.half_depth * body.swell
@@ -292,15 +280,12 @@ def hull(xyz, body):
         out = np.maximum(out, found) + blend
     return out - np.float32(0.5)
 
-
 def forks(row):
     """Whether a spinous process has two tips."""
     return row.fork > 1
 
-
 def typical(row, pitch):
-    """Rows of C3 to C7 and T1 to T3: process, pedicles, pillars, laminae, transverse
-    processes."""
+    """Rows of C3 to T3: process, pedicles, pillars, laminae, transverse processes."""
     neck = row.slope < 1.45
     back = row.half_depth + row.canal
     tip_y, tip_z = row.spinous_y, row.spinous_z
@@ -316,7 +301,6 @@ def typical(row, pitch):
         fork = [(1, tip_y - 6, tip_z * 0.8), (row.fork, tip_y, tip_z)]
         rows.append(make_row(fork, 2.2, 2.4, "mirrored"))
     return rows + (cervical_sides(row) if neck else thoracic_sides(row))
-
 
 def arch(row, pitch, back, neck):
     """Pedicles, articular pillars and laminae."""
@@ -339,7 +323,6 @@ def arch(row, pitch, back, neck):
         make_row(lamina, [2.4, 1.9, 2.4], [5.8, 5.6, 5], "mirrored leaning"),
     ]
 
-
 def thoracic_sides(row):
     """Transverse processes without a foramen."""
     deep, pillar, tip = row.half_depth, row.pillar_x, row.transverse_x
@@ -349,7 +332,6 @@ def thoracic_sides(row):
         (tip - 4, deep + 15, 3),
     ]
     return [make_row(knots, [3.6, 3.4, 4.2], [3.6, 3.4, 4.2], "mirrored")]
-
 
 def cervical_sides(row):
     """Transverse processes of two roots, and the foramen of the vertebral artery."""
@@ -380,10 +362,8 @@ def cervical_sides(row):
         make_row(hole, radius, radius, "mirrored upright cutting"),
     ]
 
-
 def vessels(row, rng):
-    """The vein that leaves a body at its back; now and then a channel that mimics a
-    crack."""
+    """The vein that leaves a body at its back; at times a channel like a crack."""
     height = rng.normal(0, 0.7)
     depth = row.half_depth * rng.uniform(0.45, 0.8)
     vein = [(0, row.half_depth + 1, 0), (height, depth, 0.3)]
@@ -392,7 +372,6 @@ def vessels(row, rng):
     if rng.random() < 0.2:
         rows.append(make_row(channel, 0.5, 0.5, "cutting"))
     return rows
-
 
 def worn_body(row, worn, rng):
     """The body of C2 to T3 with lips of its end plates."""
@@ -404,9 +383,7 @@ def worn_body(row, worn, rng):
         Body, row.half_width, row.half_depth, row.height, row.uncus, outline
     )
 
-
 # ---- Bones ----
-
 
 def draw_bone(world, tubes, look, pose, label=0, body=None, box=None):
     """A bone of tubes, and perhaps of a vertebral body, on a box of the world."""
@@ -426,7 +403,6 @@ def draw_bone(world, tubes, look, pose, label=0, body=None, box=None):
         sweep(distance, axes, tube)
     return Bone(box, axes, distance, distance.copy(), label, look)
 
-
 def make_vertebra(rng, world, level, row, pitch, worn, look):
     """A function of a pose that draws a vertebra (level 1 = C1)."""
     rows = (
@@ -439,10 +415,7 @@ def make_vertebra(rng, world, level, row, pitch, worn, look):
     shaped = worn_body(row, worn, rng)
     body = None if level == 1 else shaped(rng.normal(1 + 0.05 * worn, 0.02))
     tubes = make_tubes(rows, rng)
-    return functools.partial(
-        draw_bone, world, tubes, look, label=level, body=body
-    )
-
+    return functools.partial(draw_bone, world, tubes, look, label=level, body=body)
 
 def surface(xyz, point, normal, waves):
     """Signed distance to a plane that waves."""
@@ -452,12 +425,10 @@ def surface(xyz, point, normal, waves):
         out = out + ((c - p) * n + 0.35 * np.sin(swing))
     return out
 
-
 def sphere(xyz, centre, radius):
     """Signed distance to a sphere."""
     square = sum((c - np.float32(m)) ** 2 for c, m in zip(xyz, centre))
     return np.sqrt(square) - radius
-
 
 def part(rng, bone, redraw, pose, way, old=False):
     """Break a bone along a rough surface: what it cuts off moves.
@@ -488,11 +459,8 @@ def part(rng, bone, redraw, pose, way, old=False):
         else:
             away = np.minimum(beyond + gap / 2, -ball)
         np.maximum(piece.distance, pose.size * away, out=piece.distance)
-        np.maximum(
-            piece.cortex, piece.distance if old else NEVER, out=piece.cortex
-        )
+        np.maximum(piece.cortex, piece.distance if old else NEVER, out=piece.cortex)
     join(bone, chip, crush)
-
 
 def join(bone, chip, crush):
     """Put the two pieces of a broken bone together, in place of the first."""
@@ -503,7 +471,6 @@ def join(bone, chip, crush):
     thick = np.maximum(bone.cortex, -1.1)
     bone.cortex[:] = np.where(dense, thick, nearer)
     np.minimum(bone.distance, chip.distance, out=bone.distance)
-
 
 def overlap(one, two):
     """The slices of two bones' own boxes that both hold, or None."""
@@ -517,10 +484,8 @@ def overlap(one, two):
         far.append(slice(start - q.start, stop - q.start))
     return tuple(near), tuple(far)
 
-
 def separate(bones, gap):
-    """Carve joints with a cortex: no bone passes the middle between itself and a
-    neighbour."""
+    """Carve joints with a cortex: no bone passes the middle between it and another."""
     half = np.float32(gap / 2)
     for one, two in combinations(bones, 2):
         shared = overlap(one, two) if one.label + two.label else None
@@ -532,7 +497,6 @@ def separate(bones, gap):
             np.maximum(field, middle + half, out=field)
         for field in (two.distance[far], two.cortex[far]):
             np.maximum(field, -middle + half, out=field)
-
 
 def render(rng, ct, labels, bone, pixel):
     """Paint a bone, cortex around a texture, and its label."""
@@ -548,14 +512,11 @@ def render(rng, ct, labels, bone, pixel):
     ct[bone.box] += cover * (hu - ct[bone.box])
     labels[bone.box][bone.distance < 0] = bone.label
 
-
 # ---- The spine ----
-
 
 def rotation(radians):
     """Rotation matrix of a rotation vector."""
     return cv2.Rodrigues(radians)[0]
-
 
 def draw_angles(rng):
     """Rotation vectors (degrees) of C2 to T3: lordosis, scoliosis, a turned neck."""
@@ -569,10 +530,8 @@ def draw_angles(rng):
     turned = np.linspace(rng.normal(0, 6), 0, LEVELS)
     return zip(tilt, roll, turned + rng.normal(0, 0.7, LEVELS))
 
-
 def chain(rng, rows, discs, size):
-    """Poses of the skull, and of C1 to T3: a chain from C2 down, C1 and the skull on
-    top."""
+    """Poses of the skull, and of C1 to T3: a chain from C2 down, the others on top."""
     poses, at, last = [], np.zeros(3), 0
     for k, angles in enumerate(draw_angles(rng)):
         turn = rotation(np.radians(angles))
@@ -592,7 +551,6 @@ def chain(rng, rows, discs, size):
     nod = rotation(rng.normal((0.1, 0, 0), (0.09, 0.03, 0.04)))
     atlas = Pose(turn, at, size)
     return Pose(turn @ nod, at, size), [atlas, *poses]
-
 
 def make_spine(rng, world, rows, worn, poses, look, whole):
     """The vertebrae, and the indices of the broken ones, out of those whole in the scan."""
@@ -625,14 +583,12 @@ def make_spine(rng, world, rows, worn, poses, look, whole):
             part(rng, bones[k], redraws[k], poses[k], ways[way], k in old)
     return bones, sorted(hurt)
 
-
 def filling_of(tooth):
     """The filling of a tooth."""
     ends = tooth.knots[:1] + [(0, 0, 0), (1, 0, 2)]
     return tooth._replace(
         knots=ends, widths=tooth.widths * 0.5, heights=tooth.heights * 0.5
     )
-
 
 def other_bones(rng, world, skull, poses, look, lost):
     """Skull, jaw, larynx, ribs, girdle, teeth and fillings; where there is metal."""
@@ -651,25 +607,15 @@ def other_bones(rng, world, skull, poses, look, lost):
         ("third rib", poses[9], look),
         ("girdle", upright, look),
     ):
-        bones.append(
-            draw_bone(world, make_tubes(bone_rows(bone), rng), looks, pose)
-        )
+        bones.append(draw_bone(world, make_tubes(bone_rows(bone), rng), looks, pose))
 
-    teeth = [
-        tooth
-        for tooth in make_tubes(bone_rows("teeth"))
-        if rng.random() > lost
-    ]
+    teeth = [tooth for tooth in make_tubes(bone_rows("teeth")) if rng.random() > lost]
     metal = [filling_of(tooth) for tooth in teeth if rng.random() < 0.08]
     bones.append(draw_bone(world, teeth, TOOTH, skull))
-    bones += [
-        draw_bone(world, [filling], FILLING, skull) for filling in metal
-    ]
+    bones += [draw_bone(world, [filling], FILLING, skull) for filling in metal]
     return bones, [filling.knots[0] for filling in placed(metal, skull)]
 
-
 # ---- Soft tissue ----
-
 
 def ovals(rng, layer, course, size, muscle=1.0):
     """The ovals of a layer of tubes_ovals.csv, an ellipse a slice (half axes 0: absent)."""
@@ -700,11 +646,8 @@ def ovals(rng, layer, course, size, muscle=1.0):
             across = course.x + cosine * side * x - sine * y
             back = course.y + sine * side * x + cosine * y
             degrees = side * tilt + np.degrees(course.turn)
-            out.append(
-                Oval(value, np.column_stack([across, back]), half, degrees)
-            )
+            out.append(Oval(value, np.column_stack([across, back]), half, degrees))
     return out
-
 
 def couch_behind(world, skin):
     """An empty slice with a couch below the skin."""
@@ -716,7 +659,6 @@ def couch_behind(world, skin):
     shell = np.where(offset > 0.38, -250, -930)
     couch = np.where(offset < 0.5, shell, -1000)
     return couch.astype(np.float32)
-
 
 def draw_oval(image, oval, k, value, corner, pixel):
     """Draw the ellipse of slice k, if it is there."""
@@ -730,7 +672,6 @@ def draw_oval(image, oval, k, value, corner, pixel):
         cv2.ellipse(
             image, at, half, oval.degrees[k], 0, 360, value, -1, cv2.LINE_8, 4
         )
-
 
 def soft_tissue(rng, world, course, size):
     """Slices of all but bone (the vault of the skull is painted here), with a couch."""
@@ -755,9 +696,7 @@ def soft_tissue(rng, world, course, size):
     ct = np.array(slices)
     return ct + 14 * noise(rng, ct.shape, 1.5, 1.2) * (ct > -300)
 
-
 # ---- The scanner ----
-
 
 def add_streaks(image, spot, k, pixel):
     """Streaks from metal at (x, y, z) voxels over slice k."""
@@ -770,10 +709,8 @@ def add_streaks(image, spot, k, pixel):
     fade = level * near
     image += 900 * fade * np.sin(7 * ray + x) * np.sin(3 * ray + y)
 
-
 def scan(rng, ct, level, pixel, metal):
-    """Add what a scanner adds: its kernel, noise, streaks through shoulders and from
-    metal."""
+    """Add a scanner's kernel, noise, and streaks of shoulders and metal."""
     sharp = rng.choice([0, 0.7], p=[0.6, 0.4])
     dose = rng.uniform(20, 110)
     for k, image in enumerate(ct):
@@ -787,11 +724,8 @@ def scan(rng, ct, level, pixel, metal):
         )
         grain = cv2.GaussianBlur(white, (0, 0), 0.5 if sharp else 0.8)
         image += grain * np.float32(dose * (1 + shoulder))
-        lines = cv2.resize(
-            rng.standard_normal((MATRIX, 5), np.float32), image.shape
-        )
+        lines = cv2.resize(rng.standard_normal((MATRIX, 5), np.float32), image.shape)
         image += lines * np.float32(0.5 * dose * shoulder)
-
 
 def course_of(skull, poses, heights, size):
     """Place, turn and level of the spine at the heights (mm) of slices."""
@@ -807,7 +741,6 @@ def course_of(skull, poses, heights, size):
         *(np.interp(-heights, -z, values) for values in (x, y, turns, levels))
     )
 
-
 def varied_rows(rng):
     """The measures of C1 (as C2) to T3, varied."""
     table = read_table("bodies").iloc[:, 1:]
@@ -816,7 +749,6 @@ def varied_rows(rng):
     varied = bodies * np.exp(rng.normal(0, 0.035, bodies.shape))
     Measures = namedtuple("Measures", table.columns)
     return [Measures(*row) for row in varied]
-
 
 def draw_scan(rng, heights, middle):
     """(Grid, World, slices, thinner slices a slice) of a scan around the spine."""
@@ -841,16 +773,13 @@ def draw_scan(rng, heights, middle):
         fold,
     )
 
-
 def draw_look(rng, age):
     """HU inside a bone, of its shell, and mm of the shell."""
     inside = rng.uniform(170, 330) * (1.2 - 0.5 * age)
     return inside, rng.uniform(850, 1400), rng.uniform(0.55, 0.95)
 
-
 def make_study(rng):
-    """One study: CT (z ascending, HU), labels (1..7 = C1..C7), Grid, indices of the
-    broken."""
+    """One study: CT (z ascending, HU), labels (1 = C1), Grid, indices of the broken."""
     size = rng.normal(1, 0.07)
     rows = varied_rows(rng)
     age = rng.beta(1.6, 1.6)
@@ -881,7 +810,6 @@ def make_study(rng):
     scan(rng, ct, course.level, pixel, spots)
     labels = labels[fold // 2 :: fold].copy()
     return np.rint(ct.clip(-1024, 3071)), labels, grid, hurt
-
 
 if __name__ == "__main__":
     main(make_study, UID_ROOT, __doc__)

@@ -87,7 +87,7 @@ def judge(near):
     return out
 
 
-def measure(folder, models, part, views, most=None):
+def measure(folder, models, part, views, most=None, cuts=("neck", "partial")):
     """A row for each patient and view: right or not for each level, NaN out of view."""
     rows = []
     for coarse in islice(real_necks.read_necks(folder, part), most):
@@ -95,8 +95,8 @@ def measure(folder, models, part, views, most=None):
         labels = real_necks.make_mask(neck)
         studies = [("whole", *whole_volume(coarse))]
         for seed in range(views):
-            studies.append(("neck", *cut_volume(neck, labels, "neck", seed)))
-            studies.append(("partial", *cut_volume(neck, labels, "partial", seed)))
+            for kind in cuts:
+                studies.append((kind, *cut_volume(neck, labels, kind, seed)))
 
         for kind, volume, points in studies:
             quiet = [].append

@@ -1,4 +1,4 @@
-"""The segmenter that ships, made from real necks and drawn hands, on two CPU cores.
+"""A segmenter like the one that ships, of real necks and drawn ones, on two CPU cores.
 
     python tests/studies/train_weights.py hands --work WORK
     python tests/studies/train_weights.py necks --work WORK --necks NECKS
@@ -13,7 +13,6 @@ each), `first` and `second` train (8 s a step) and write `segmenter_fold0.pt`. N
 
 import argparse
 import copy
-import importlib
 import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -31,10 +30,11 @@ FOLDERS = ".", "tests", "tests/tools", "tests/necks"
 sys.path[:0] = [str(ROOT / folder) for folder in FOLDERS]
 
 import cspine  # noqa: E402
+import phantoms  # noqa: E402
 import real_necks  # noqa: E402
 
 EDGE = 128  # of a cube
-HANDS = dict(phantoms=109, lofts=36, metaballs=31)  # studies; tubes.py only measures
+DRAWN = 176  # studies of phantoms.py; tubes.py only measures
 HAND_SEED = 7777  # no seed that anything is measured on
 LEVELS = 8  # T1 is taught too: the network answers for it only while it is trained
 UNKNOWN = 255  # label of cells that teach nothing
@@ -55,7 +55,7 @@ SAY_EVERY = 20
 
 @dataclass(frozen=True)
 class Stage:
-    """What a step is made of: real necks, studies of the first hand, of others."""
+    """What a step is made of: real necks and drawn studies."""
 
     steps: int
     lr: float  # peak of AdamW
@@ -68,49 +68,40 @@ class Stage:
 STAGES = dict(
     first=Stage(
         steps=500, lr=5e-4, seed=1,
-        batch=("neck", "first", "neck", "other"),
+        batch=("neck", "drawn", "neck", "drawn"),
         whole_share=0.25,
-        whole_batches=(("neck", "first"), ("neck", "other"))),
+        whole_batches=(("neck", "drawn"), ("neck", "drawn"))),
     second=Stage(  # back to the drawn edges
         steps=85, lr=2.5e-4, seed=2,
-        batch=("neck", "first", "first", "other"),
+        batch=("neck", "drawn", "drawn", "drawn"),
         whole_share=0.35,
-        whole_batches=(("neck", "first"), ("first", "other"))))
+        whole_batches=(("neck", "drawn"), ("drawn", "drawn"))))
 
 
 # ==== What is trained on ====
 
-def draw_hand(hand, number):
-    """(HU, labels, spacing) of one drawn study, head first."""
-    module = importlib.import_module(hand)
-    if hand == "phantoms":
-        share = np.random.default_rng([HAND_SEED, number, 2]).random()
-        variety = 1 + 0.3 * share * (number % 2)
-        study = module.make_phantom([HAND_SEED, number], 256, variety, 2.0)
-        return study.hu, study.label, study.spacing
-
-    rng = np.random.default_rng([HAND_SEED, number])
-    hu, label, grid, _ = module.make_study(rng)  # foot first
-    hu = np.ascontiguousarray(hu[::-1]).astype(np.int16)
-    return hu, label[::-1], tuple(grid.step[::-1])
+def draw_study(number):
+    """One drawn study."""
+    share = np.random.default_rng([HAND_SEED, number, 2]).random()
+    variety = 1 + 0.3 * share * (number % 2)
+    return phantoms.make_phantom([HAND_SEED, number], 256, variety, 2.0)
 
 
 def make_hands(work):
     """Cubes of all drawn studies under `work`/hands."""
     folder = work / "hands"
     folder.mkdir(parents=True, exist_ok=True)
-    for hand, count in HANDS.items():
-        for number in range(count):
-            path = folder / f"{hand}_{number:03}.npz"
-            if path.exists():
-                continue
-            hu, label, spacing = draw_hand(hand, number)
-            volume = cspine.Volume("", hu, spacing, np.eye(4))
-            cube = cspine.segmenter_input(volume)[0] * 255
-            cells = (np.arange(EDGE) + 0.5) / EDGE
-            nearest = np.ix_(*[(cells * n).astype(int) for n in label.shape])
-            save(path, cube=cube.round().byte().numpy(), label=label[nearest])
-            print(path, flush=True)
+    for number in range(DRAWN):
+        path = folder / f"phantoms_{number:03}.npz"
+        if path.exists():
+            continue
+        study = draw_study(number)
+        volume = cspine.Volume("", study.hu, study.spacing, np.eye(4))
+        cube = cspine.segmenter_input(volume)[0] * 255
+        cells = (np.arange(EDGE) + 0.5) / EDGE
+        nearest = np.ix_(*[(cells * n).astype(int) for n in study.label.shape])
+        save(path, cube=cube.round().byte().numpy(), label=study.label[nearest])
+        print(path, flush=True)
 
 
 def make_necks(work, necks):
@@ -206,16 +197,13 @@ def make_batch(stage, step, necks, hands):
     rng = np.random.default_rng([stage.seed, step])
     whole = rng.random() < stage.whole_share
     shape = (EDGE,) * 3 if whole else WINDOW
-    sources = dict(
-        first={name: a for name, a in hands.items() if name.startswith("phantoms")},
-        other={name: a for name, a in hands.items() if not name.startswith("phantoms")})
 
     cubes, labels = [], []
     for kind in stage.whole_batches[step % 2] if whole else stage.batch:
         if kind == "neck":
             cube, label = neck_sample(necks, rng, shape)
         else:
-            cube, label = hand_sample(sources[kind], rng, shape)
+            cube, label = hand_sample(hands, rng, shape)
         cube = torch.from_numpy(cube.copy())[None, None]
         cspine.grey_levels(cube, rng, cspine.VOLUME_RANGES)
         cubes.append(cube[0])

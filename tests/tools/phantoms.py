@@ -4,14 +4,17 @@ Every organ is made of blobs and rods in a local frame: x left, y back, z up, mm
 in phantoms.csv, in painting order: material, frame (head, neck, chest, lying; of a vertebra
 the levels that it is for), on how many sides, radii, and the points that the rods join. In
 the frame "neck" z counts levels down from C1. Body and skull are painted as shells in
-shells.
+shells. phantoms_measures.csv holds an adult's sizes by eye, in mm: of a body height, half
+width, half depth and the disc below it; pillars from the midline; half the span of the
+transverse processes; the spinous process behind the canal, and its tip's drop below the
+body. phantoms_tissues.csv holds the range of each tissue's HU ("grain": of
+spongy bone), phantoms_storage.csv the forms that pixels have in the competition's files,
+and odder ones.
 """
 
 import functools
-import struct
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -21,103 +24,39 @@ import cv2
 import numpy as np
 import pandas as pd
 import pydicom
+from writers import STUDY, VERTEBRAE, Phantom, Storage, dicom_header, label_row
+from writers import lowest_value, stored_values, write_mask, write_slices, write_tables
 
-VERTEBRAE = ("C1", "C2", "C3", "C4", "C5", "C6", "C7")
-TARGETS = VERTEBRAE + ("patient_overall",)
+HERE = Path(__file__).parent
 LEVELS = 13  # C1 to T6
 FIRST_TEST = 50_000  # index of the first test study
 
-# Adult sizes in mm of C3, C5, C7, T1 and T6, by eye; levels between are interpolated.
+# Levels of the sizes in phantoms_measures.csv; those between are interpolated.
 ANCHORS = (2, 4, 6, 7, 12)
-MEASURES = dict(
-    height=(13.5, 13, 14.5, 16.5, 19),  # of the body
-    width=(9, 10, 12.5, 14, 14),  # half of it
-    depth=(7.8, 8, 8.5, 8.5, 11),  # half of it
-    pillar=(18, 19, 19, 17, 15),  # from the midline
-    disc=(5, 5, 5, 4.5, 4),
-    span=(27, 28, 34, 37, 32),  # of the transverse processes, half
-    spine=(12, 15, 29, 32, 30),  # spinous process behind the canal
-    drop=(4, 6, 9, 15, 32),  # and its tip below the body
-)
-HU = dict(  # lowest, highest
-    air=(-1000, -1000),
-    skin=(-20, 60),
-    fat=(-120, -75),
-    fascia=(-70, 0),
-    muscle=(35, 80),
-    gland=(40, 160),
-    vessel=(35, 330),
-    brain=(25, 42),
-    fluid=(0, 20),
-    lung=(-900, -780),
-    cartilage=(70, 260),
-    bone=(650, 1300),
-    diploe=(250, 600),
-    table=(600, 1200),
-    tooth=(1300, 2600),
-    disc=(60, 130),
-    metal=(2900, 3071),
-    cloth=(-250, 100),
-    foam=(-990, -900),
-    spongy=(150, 420),
-    grain=(20, 80),  # of spongy bone
-    blood=(20, 110),
-)
 FRACTURED_PATIENTS = 0.476  # share of the training patients (facts)
-FRACTURE_RATES = (  # with it they give the facts' prevalences of C1 to C7
-    0.091,
-    0.178,
-    0.046,
-    0.067,
-    0.101,
-    0.173,
-    0.245,
-)
+# Of C1 to C7 of such a patient: with the share above they give the facts' prevalences.
+FRACTURE_RATES = 0.091, 0.178, 0.046, 0.067, 0.101, 0.173, 0.245
 GAP_MM = (0.5, 2.0)  # width of a fracture
 GAP_MM2 = 60  # least area of a vertebra's fractures
-IN_VIEW_MM = (
-    13  # of a vertebra's centre from the scan's end, else its label is 0
-)
+IN_VIEW_MM = 13  # of a vertebra's centre from the scan's end, else its label is 0
 JOINT_MM = 0.8  # between bones
 SOFT_MM = 1.6  # voxel of the grid on which soft tissue is painted
 FAR_MM = 9  # distances are not computed beyond
 SLICE_MM = 1.3  # a thicker slice is the mean of finer ones
 
-Storage = namedtuple("Storage", "signed bits intercept slope")
-STORAGE = (  # the forms that pixels have in the competition's files, and odder ones
-    Storage(1, 16, -1024, 1),
-    Storage(1, 16, 0, 1),
-    Storage(1, 12, 0, 1),
-    Storage(0, 12, -1024, 1),
-    Storage(0, 16, -8192, 1),
-    Storage(0, 13, -1000, 1),
-    Storage(1, 16, -1024, 0.5),
-)
 Part = namedtuple("Part", "material ends radii")  # two ends (equal: a blob); mm
-
-
-@dataclass(frozen=True)
-class Phantom:
-    """A study: hu and label (Z, Y, X), head first; affine LPS; boxes (N, 5): x y w h
-    slice."""
-
-    hu: np.ndarray
-    label: np.ndarray
-    spacing: tuple
-    affine: np.ndarray
-    fractured: np.ndarray
-    boxes: np.ndarray
-
 
 # ---- Parts ----
 
+@functools.cache
+def read_rows(name):
+    """Rows of phantoms_<name>.csv: a name, then numbers."""
+    return pd.read_csv(HERE / f"phantoms_{name}.csv").to_numpy().tolist()
 
 @functools.cache
 def read_table(name):
     """Rows (material, frame, sides, radii, points) of a table in phantoms.csv."""
-    table = pd.read_csv(
-        Path(__file__).with_name("phantoms.csv"), dtype={"radii_mm": str}
-    )
+    table = pd.read_csv(HERE / "phantoms.csv", dtype={"radii_mm": str})
     rows = []
     for row in table[table.table == name].itertuples():
         radii = np.array(row.radii_mm.split(), float)
@@ -127,10 +66,8 @@ def read_table(name):
         )
     return rows
 
-
 def draw_parts(rng, name, line=None):
-    """(frame, Part) of each rod of a table, varied; `line`: where the levels of the neck
-    are."""
+    """(frame, Part) of each rod of a table, varied; `line`: the places of the levels."""
     for material, frame, sides, radii, points in read_table(name):
         radii = radii * rng.normal(1, 0.07) * np.ones(3)
         if frame == "neck":
@@ -143,10 +80,8 @@ def draw_parts(rng, name, line=None):
             for ends in zip(chain, following):
                 yield frame, Part(material, np.array(ends), radii.copy())
 
-
 def region(local, shape, parts, margin):
-    """Slices of the voxels near the parts, and local coordinates from voxels (4x4) of that
-    box."""
+    """Slices of the voxels near the parts, and local from those voxels (4x4)."""
     low = np.min([part.ends.min(0) - part.radii for part in parts], 0)
     high = np.max([part.ends.max(0) + part.radii for part in parts], 0)
     limits = zip(low - margin, high + margin)
@@ -160,10 +95,8 @@ def region(local, shape, parts, margin):
     origin = local @ [*start, 1]
     return tuple(map(slice, start, stop)), np.c_[local[:, :3], origin]
 
-
 def part_distance(part, at):
-    """Distance (mm, about) of points to a part, and to none: its radii stretch the
-    space."""
+    """Distance (mm, about) of points to a part: its radii stretch the space."""
     least = min(part.radii)
     scale = np.float32(least / part.radii)
     axis = np.float32(part.ends[1] - part.ends[0]) * scale
@@ -178,10 +111,8 @@ def part_distance(part, at):
         square = np.sqrt(np.sqrt((x + y) ** 4 + z**4))
     return np.sqrt(square) - np.float32(least)
 
-
 def distance(parts, at, local, blend_mm=1.5):
-    """Distance (mm, negative inside) of the points to the smooth union of parts less
-    holes."""
+    """Distance (mm, negative inside) to the smooth union of parts less holes."""
     out = np.full(at[0].shape, FAR_MM, np.float32)
     for part in sorted(parts, key=lambda part: part.material == "hole"):
         box, _ = region(local, out.shape, [part], 4)
@@ -194,9 +125,7 @@ def distance(parts, at, local, blend_mm=1.5):
         out[box] = np.minimum(old, new) - overlap / (4 * blend_mm)
     return out
 
-
 # ---- Noise ----
-
 
 def upsample(coarse, shape):
     """Linear interpolation of a coarse grid over the same space, float32."""
@@ -211,25 +140,20 @@ def upsample(coarse, shape):
         planes.append(cv2.resize(plane, shape[:0:-1]))
     return np.stack(planes)
 
-
 def lumps(rng, shape, cell):
     """Smooth noise of about unit size whose lumps span `cell` voxels, float32."""
     nodes = [int(n / cell) + 3 for n in shape]
     return upsample(rng.standard_normal(nodes, np.float32), shape)
 
-
 # ---- Painting ----
-
 
 def voxel_coordinates(shape, local):
     """Local coordinates x, y, z (mm, float32) of the voxels of a box."""
     k, j, i = np.ogrid[tuple(map(slice, np.float32(shape)))]
     return [a * k + b * j + (c * i + d) for a, b, c, d in np.float32(local[:3])]
 
-
 def paint(scene, rng, parts, frame, tissue, grow=0, label=0, broken=False):
-    """Fill parts grown by mm; a labelled bone keeps clear of others. Boxes of fracture
-    gaps."""
+    """Fill parts grown by mm; a labelled bone keeps off others. Boxes of its gaps."""
     local = np.linalg.inv(frame) @ scene.affine
     box, local = region(local, scene.hu.shape, parts, grow + 3)
     old, mm = scene.hu[box], scene.mm
@@ -263,10 +187,8 @@ def paint(scene, rng, parts, frame, tissue, grow=0, label=0, broken=False):
     scene.hu[box] += cover * (look - old)
     return boxes
 
-
 def gap_boxes(gap, corner):
-    """(x, y, width, height, slice) around a gap in every slice that shows more than a
-    speck."""
+    """(x, y, width, height, slice) around a gap in every slice that shows it."""
     boxes = []
     for k in np.flatnonzero(gap.sum((1, 2)) > 3):
         x, y, width, height = cv2.boundingRect(np.uint8(gap[k]))
@@ -274,7 +196,6 @@ def gap_boxes(gap, corner):
             (x + corner[2], y + corner[1], width, height, k + corner[0])
         )
     return boxes
-
 
 def break_bone(rng, scene, parts, at, local):
     """Share of gap in each voxel; the coordinates `at` of what is broken off jump."""
@@ -286,9 +207,7 @@ def break_bone(rng, scene, parts, at, local):
     shift = np.float32(rng.normal(0, 1, 3) * rng.choice([0, 0.5, 1.5]))
     solid = [part for part in parts if part.material != "hole"]
     while area < GAP_MM2:
-        chosen = rng.integers(len(solid)) * (
-            rng.random() < 0.75
-        )  # the first is the body
+        chosen = rng.integers(len(solid)) * (rng.random() < 0.75)  # the first is the body
         centre, normal, reach = draw_plane(rng, solid[chosen])
         offset = [a - c for a, c in zip(at, centre)]
         plane = sum(o * n for o, n in zip(offset, normal)) + rough
@@ -303,7 +222,6 @@ def break_bone(rng, scene, parts, at, local):
             a -= s * (plane > 0) * weight
     return gap
 
-
 def draw_plane(rng, part):
     """Centre, normal and reach (mm) of a break of a part, mostly across a rod."""
     along = part.ends[1] - part.ends[0]
@@ -316,9 +234,7 @@ def draw_plane(rng, part):
         reach = 11
     return centre, np.float32(normal / np.linalg.norm(normal)), reach
 
-
 # ---- The spine ----
-
 
 def stretch(ends, size):
     """Points of C5 moved in place to where another level has them."""
@@ -332,19 +248,11 @@ def stretch(ends, size):
     ends[:, 1] = np.interp(y, (-8, 8, 25, 40), behind)
     ends[:, 2] = z * size.height / 13 - size.drop * np.clip((y - 25) / 15, 0, 1)
 
-
 def vertebra(rng, level, size, broken):
-    """Parts of one vertebra: wear, a nutrient canal and, if broken, now and then
-    compression."""
-    own = (
-        VERTEBRAE[level]
-        if level < 2
-        else "cervical" if level < 7 else "thoracic"
-    )
+    """Parts of a vertebra: wear, a nutrient canal, compression if broken."""
+    own = (VERTEBRAE[level] if level < 2 else "cervical" if level < 7 else "thoracic")
     frames = {own} if level < 2 else {own, "any"}
-    parts = [
-        part for frame, part in draw_parts(rng, "spine") if frame in frames
-    ]
+    parts = [part for frame, part in draw_parts(rng, "spine") if frame in frames]
     if level > 1:
         for part in parts:
             stretch(part.ends, size)
@@ -363,17 +271,14 @@ def vertebra(rng, level, size, broken):
     hole = Part("hole", canal, np.full(3, rng.uniform(0.4, 0.9)))
     return parts + [hole] * has_canal
 
-
 def rotation(degrees):
     """Rotation (4x4) of a rotation vector."""
     out = np.eye(4)
     out[:3, :3] = cv2.Rodrigues(np.radians(degrees))[0]
     return out
 
-
 def draw_spine(rng, measures, variety):
-    """Frames of C1 to T6 (LEVELS, 4, 4) on a lordotic, straight or kyphotic curve around
-    C4."""
+    """Frames of C1 to T6 (LEVELS, 4, 4) on a curve around C4."""
     base, top = rng.normal((24, -2), (7 * variety, 9 * variety))
     lean = np.interp(
         range(LEVELS), (0, 1, 7, 12), (top - 4, top, base, base + 6)
@@ -392,7 +297,6 @@ def draw_spine(rng, measures, variety):
     frames[:, :3, 3] -= frames[3, :3, 3].copy()
     return frames
 
-
 def paint_ribs(rng, scene, frames):
     """The ribs of T1 to T6."""
     for level in range(7, LEVELS):
@@ -401,15 +305,12 @@ def paint_ribs(rng, scene, frames):
             rib = Part("bone", part.ends * size, part.radii)
             paint(scene, rng, [rib], frames[level], "bone")
 
-
 def paint_spine(rng, scene, frames, measures, fractured):
     """Ribs, then discs and vertebrae; boxes of the fractures."""
     paint_ribs(rng, scene, frames)
     boxes = []
     for level, frame in enumerate(frames):
-        size = SimpleNamespace(
-            **{name: values[level] for name, values in measures.items()}
-        )
+        size = SimpleNamespace(**{name: values[level] for name, values in measures.items()})
         if level:
             middle = np.array([(0, 0, -(size.height + size.disc) / 2)] * 2)
             disc = Part(
@@ -421,9 +322,7 @@ def paint_spine(rng, scene, frames, measures, fractured):
         boxes += paint(scene, rng, parts, frame, "bone", 0, level + 1, broken)
     return boxes
 
-
 # ---- Soft tissue ----
-
 
 def shells_of(rng, variety):
     """{material: its shells (tissue, mm grown)} of body and skull."""
@@ -441,7 +340,6 @@ def shells_of(rng, variety):
         ],
     )
 
-
 def paint_soft(rng, scene, shape, frames, line, variety):
     """HU without bones, float32: painted on a grid of SOFT_MM, then brought to `shape`."""
     voxel = np.linalg.norm(scene.affine[:3, :3], axis=0)
@@ -449,9 +347,7 @@ def paint_soft(rng, scene, shape, frames, line, variety):
     affine = scene.affine @ np.diag([*(shape / coarse), 1])
     affine[:, 3] = scene.affine @ [*(shape / coarse / 2 - 0.5), 1]
     empty = np.full(coarse, -1000, np.float32)
-    soft = SimpleNamespace(
-        hu=empty, affine=affine, mm=SOFT_MM, tissue=scene.tissue
-    )
+    soft = SimpleNamespace(hu=empty, affine=affine, mm=SOFT_MM, tissue=scene.tissue)
 
     shells = shells_of(rng, variety)
     drawn = draw_parts(rng, "soft", line)
@@ -464,9 +360,7 @@ def paint_soft(rng, scene, shape, frames, line, variety):
     soft.hu += texture * (soft.hu > -300)
     return upsample(soft.hu, shape)
 
-
 # ---- The scan ----
-
 
 def draw_ends(rng, level, variety):
     """Top and bottom (mm) of a scan; some lack C1 or C7, some hold the head."""
@@ -480,7 +374,6 @@ def draw_ends(rng, level, variety):
     elif cover < 0.22 + 0.2 * (variety - 1):
         top += rng.uniform(40, 120)
     return top, bottom
-
 
 def draw_grid(rng, level, matrix, variety):
     """Shape, spacing and LPS affine of a scan; level (LEVELS, 3): where C1 to T6 are."""
@@ -507,7 +400,6 @@ def draw_grid(rng, level, matrix, variety):
     affine[:3, 3] = (*corner, top)
     return shape, spacing, affine
 
-
 def streaks_of(metal, k, rays, spacing, shape):
     """The star of streaks that metal (z, y, x) draws over slice k, or 0."""
     if metal is None or abs(k - metal[0]) * spacing[0] >= 6:
@@ -522,10 +414,8 @@ def streaks_of(metal, k, rays, spacing, shape):
     near = np.exp(-np.hypot(y, x) / (0.2 * width))
     return np.float32(star * near)
 
-
 def add_artefacts(rng, scene, spacing, shoulder, metal, variety):
-    """Motion, blur, noise, streaks of the shoulders and of metal (z, y, x), slice by
-    slice."""
+    """Motion, blur, noise, streaks of shoulders and metal (z, y, x), slice by slice."""
     slices, rows, columns = scene.hu.shape
     sigma = np.exp(rng.uniform(np.log(5), np.log(60))) * rng.uniform(1, variety)
     blur = rng.uniform(0.2, 0.7) * rng.uniform(1, variety) / spacing[1]
@@ -550,26 +440,22 @@ def add_artefacts(rng, scene, spacing, shoulder, metal, variety):
             3.5 * grain * sigma * (1 + low)
         )  # 3.5: blur weakens noise
         plane += cv2.resize(lines, (columns, rows)) * np.float32(streaks * low)
-        scene.hu[k] = plane + streaks_of(
-            metal, k, rays, spacing, scene.hu.shape
-        )
-
+        scene.hu[k] = plane + streaks_of(metal, k, rays, spacing, scene.hu.shape)
 
 def draw_tissue(rng, variety):
     """{tissue: HU} of a patient, the scanner and the contrast medium."""
     tissue = {}
-    for name, hu in HU.items():
+    for name, *hu in read_rows("tissues"):
         odd = 0.35 * (variety - 1) * (np.ptp(hu) + 40)
         tissue[name] = rng.uniform(*hu) + rng.normal(0, odd)
     tissue["bone"] = max(tissue["bone"], 300)
     tissue["spongy"] = max(tissue["spongy"], 60)
     return tissue
 
-
 def draw_measures(rng, variety):
     """{measure: mm of C1 to T6}."""
     measures = {}
-    for name, mm in MEASURES.items():
+    for name, *mm in read_rows("measures"):
         typical = np.interp(range(LEVELS), ANCHORS, mm)
         measures[name] = typical * rng.normal(1, 0.06 * variety)
     measures["height"][:2] = 20, 21
@@ -577,17 +463,13 @@ def draw_measures(rng, variety):
     measures["disc"][0] = -2  # the dens stands inside C1
     return measures
 
-
 def draw_fractured(rng, in_view, fractures):
     """Which of C1 to C7 are broken, of those in view."""
     fractured = np.zeros(7, np.uint8)
     patient = in_view.any() and rng.random() < FRACTURED_PATIENTS * fractures
     while patient and not fractured.any():
-        fractured[:] = (
-            rng.random(7) < np.multiply(FRACTURE_RATES, fractures) * in_view
-        )
+        fractured[:] = (rng.random(7) < np.multiply(FRACTURE_RATES, fractures) * in_view)
     return fractured
-
 
 def empty_scene(painted, fine, spacing, affine, tissue, gap_mm):
     """What is painted into: the slices of a scan, each in `fine` thinner ones."""
@@ -602,7 +484,6 @@ def empty_scene(painted, fine, spacing, affine, tissue, gap_mm):
     scene.affine[:, 3] -= affine[:, 0] * (fine - 1) / (2 * fine)
     return scene
 
-
 def paint_filling(rng, scene, frame, affine):
     """A filling in a tooth; its voxel (z, y, x, 1) in the scan."""
     side = rng.choice([-25, 25])
@@ -612,7 +493,6 @@ def paint_filling(rng, scene, frame, affine):
     filling = Part("metal", ends, np.array((3, 4, 3)))
     paint(scene, rng, [filling], frame, "metal")
     return np.linalg.inv(affine) @ frame @ [*at, 1]
-
 
 def make_phantom(seed, matrix=512, variety=1.0, fractures=1.0, gap_mm=GAP_MM):
     """A neck CT drawn from `seed` (a number or several); `variety` widens every range.
@@ -657,23 +537,7 @@ def make_phantom(seed, matrix=512, variety=1.0, fractures=1.0, gap_mm=GAP_MM):
     boxes = np.array(boxes, int).reshape(-1, 5) // (1, 1, 1, 1, fine)
     return Phantom(hu, scene.label, spacing, affine, fractured, boxes)
 
-
 # ---- Files ----
-
-
-def stored_values(hu, storage):
-    """HU as the whole numbers of a form of storage, cut off at its bits."""
-    lowest = lowest_value(storage)
-    highest = lowest + (1 << storage.bits) - 1
-    values = (hu - np.float32(storage.intercept)) / storage.slope
-    values = np.rint(values).clip(lowest, highest)
-    return values.astype("<i2" if storage.signed else "<u2")
-
-
-def lowest_value(storage):
-    """The least whole number that a form of storage holds."""
-    return -(1 << storage.bits - 1) if storage.signed else 0
-
 
 def add_padding(rng, stored, storage, data):
     """What lies outside the scanner's circle; its value is named in half of the studies."""
@@ -683,43 +547,12 @@ def add_padding(rng, stored, storage, data):
     radius = np.hypot(j - rows / 2, i - columns / 2)
     stored[:, radius > max(rows, columns) / 2] = padding
     if rng.random() < 0.5:
-        data.add_new(
-            "PixelPaddingValue", "SS" if storage.signed else "US", padding
-        )
+        kind = "SS" if storage.signed else "US"
+        data.add_new("PixelPaddingValue", kind, padding)
 
-
-def dicom_header(rng, phantom, uid, storage, data):
-    """Fill what is the same in all slices of a study."""
-    if rng.random() < 0.5:
-        data.Modality, data.PatientSex = "CT", str(rng.choice(["M", "F", "O"]))
-    data.file_meta = pydicom.dataset.FileMetaDataset()
-    implicit = rng.random() < 0.3
-    data.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2" + (
-        "" if implicit else ".1"
-    )
-    thickness = phantom.spacing[0] * rng.uniform(1, 1.6)
-    values = dict(
-        SOPClassUID=pydicom.uid.CTImageStorage,
-        StudyInstanceUID=uid,
-        Rows=phantom.hu.shape[1],
-        Columns=phantom.hu.shape[2],
-        SeriesInstanceUID=uid + ".1",
-        FrameOfReferenceUID=uid + ".2",
-        SamplesPerPixel=1,
-        BitsAllocated=16,
-        BitsStored=storage.bits,
-        HighBit=storage.bits - 1,
-        PixelRepresentation=storage.signed,
-        PhotometricInterpretation="MONOCHROME2",
-        RescaleIntercept=storage.intercept,
-        RescaleSlope=storage.slope,
-        ImageOrientationPatient=[1, 0, 0, 0, 1, 0],
-        PixelSpacing=[round(phantom.spacing[1], 7)] * 2,
-        SliceThickness=round(thickness, 4),
-    )
-    for name, value in values.items():
-        setattr(data, name, value)
-
+def read_storage():
+    """Every Storage of phantoms_storage.csv."""
+    return [Storage(*form) for _, *form in read_rows("storage")]
 
 def draw_numbers(rng, slices):
     """The file number of each slice: mostly from the head down."""
@@ -729,106 +562,38 @@ def draw_numbers(rng, slices):
         return numbers[::-1]
     return rng.permutation(numbers) if order < 0.25 else numbers
 
-
 def write_phantom(phantom, uid, images, masks, seed):
-    """Slices images/<uid>/<n>.dcm and the mask masks/<uid>.nii; the file number of each
-    slice."""
+    """Slices images/<uid>/<n>.dcm, mask masks/<uid>.nii; each slice's file number."""
     rng = np.random.default_rng(seed)
     numbers = draw_numbers(rng, len(phantom.hu))
-    storage = Storage(*STORAGE[rng.integers(len(STORAGE))])
+    forms = read_storage()
+    storage = forms[rng.integers(len(forms))]
     stored = stored_values(phantom.hu, storage)
-    data = pydicom.Dataset()
+    data = dicom_header(phantom, uid, storage)
     if rng.random() < 0.35:
         add_padding(rng, stored, storage, data)
-    dicom_header(rng, phantom, uid, storage, data)
-    (images / uid).mkdir(parents=True, exist_ok=True)
-    for k, number in enumerate(numbers.tolist()):
-        position = (phantom.affine @ (k, 0, 0, 1))[:3]
-        data.SOPInstanceUID = f"{uid}.3.{number}"
-        data.InstanceNumber = number
-        data.ImagePositionPatient = position.round(6).tolist()
-        data.PixelData = stored[k].tobytes()
-        data.save_as(images / uid / f"{number}.dcm", enforce_file_format=True)
+    if rng.random() < 0.5:
+        data.Modality, data.PatientSex = "CT", str(rng.choice(["M", "F", "O"]))
+    if rng.random() < 0.3:
+        data.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
+    data.SliceThickness = round(phantom.spacing[0] * rng.uniform(1, 1.6), 4)
+    write_slices(images / uid, data, stored, phantom.affine, numbers.tolist())
     write_mask(phantom, masks / f"{uid}.nii")
     return numbers
-
-
-def write_mask(phantom, path):
-    """NIfTI-1 whose array has the axes L, A, S; RAS+ mm in the sform."""
-    z, y, x = phantom.label.shape
-    voxel_from_stored = [
-        [0, 0, -1, z - 1],
-        [0, -1, 0, y - 1],
-        [1, 0, 0, 0],
-        [0, 0, 0, 1],
-    ]
-    ras = (np.diag([-1, -1, 1, 1]) @ phantom.affine @ voxel_from_stored)[:3]
-    header = bytearray(352)
-    for offset, kind, *values in (  # of nifti1.h
-        (0, "i", 348),  # bytes of the header proper
-        (40, "8h", 3, x, y, z, 1, 1, 1, 1),
-        (70, "2h", 2, 8),  # uint8
-        (108, "2f", 352, 1),  # where voxels begin, and their slope
-        (76, "4f", 1, *phantom.spacing[::-1]),
-        (123, "B", 2),  # mm
-        (254, "h", 1),  # the affine leads to the scanner's coordinates
-        (280, "12f", *ras.flat),
-        (344, "4s", b"n+1"),
-    ):
-        struct.pack_into("<" + kind, header, offset, *values)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(header + phantom.label[::-1, ::-1].tobytes())
-
 
 def make_study(out, seed, matrix, variety, fractures, index):
     """One study on disk; its row of labels and its rows of boxes."""
     uid = f"1.2.826.0.1.3680043.9999.{seed}.{index}"
     images = out / ("train_images" if index < FIRST_TEST else "test_images")
-    share = np.random.default_rng(
-        [seed, index, 2]
-    ).random()  # from realistic to `variety`
-    phantom = make_phantom(
-        [seed, index], matrix, 1 + (variety - 1) * share, fractures
-    )
-    masks = out / "segmentations"
-    numbers = write_phantom(phantom, uid, images, masks, [seed, index, 1])
+    share = np.random.default_rng([seed, index, 2]).random()
+    own = 1 + (variety - 1) * share  # from realistic to `variety`
+    phantom = make_phantom([seed, index], matrix, own, fractures)
+    numbers = write_phantom(phantom, uid, images, out / "segmentations", [seed, index, 1])
     boxes = [(uid, *box[:4], numbers[box[4]]) for box in phantom.boxes.tolist()]
-    return (
-        uid,
-        int(phantom.fractured.any()),
-        *phantom.fractured.tolist(),
-    ), boxes
-
-
-def write_tables(out, train, test):
-    """The csv files of rows (uid, patient_overall, C1, ..., C7), and the truth of the
-    test."""
-    labels = ["StudyInstanceUID", "patient_overall", *VERTEBRAE]
-    asked = ["row_id", "StudyInstanceUID", "prediction_type"]
-    tests = [
-        (f"{row[0]}_{kind}", row[0], kind) for row in test for kind in TARGETS
-    ]
-    answers = [(row_id, 0.5) for row_id, _, _ in tests]
-    for name, table, columns in (
-        ("train", train, labels),
-        ("test_labels", test, labels),
-        ("test", tests, asked),
-        ("sample_submission", answers, ["row_id", "fractured"]),
-    ):
-        pd.DataFrame(table, columns=columns).to_csv(
-            out / f"{name}.csv", index=False
-        )
-
+    return label_row(uid, phantom.fractured), boxes
 
 def make_dataset(
-    out,
-    studies,
-    test_studies,
-    seed,
-    matrix,
-    workers,
-    variety=1.0,
-    fractures=1.0,
+    out, studies, test_studies, seed, matrix, workers, variety=1.0, fractures=1.0
 ):
     """A data set in the RSNA layout under `out`, with the truth of the test studies."""
     out.mkdir(parents=True, exist_ok=True)
@@ -839,6 +604,6 @@ def make_dataset(
     rows = [row for row, _ in made]
     write_tables(out, rows[:studies], rows[studies:])
     boxes = sum((found for _, found in made[:studies]), [])
-    corners = ["StudyInstanceUID", "x", "y", "width", "height", "slice_number"]
+    corners = [STUDY, "x", "y", "width", "height", "slice_number"]
     table = pd.DataFrame(boxes, columns=corners)
     table.to_csv(out / "train_bounding_boxes.csv", index=False)
