@@ -81,6 +81,8 @@ def run_tests(python, report, arguments):
     command = [python, "-m", "pytest", "-q", f"--junitxml={report}", *arguments]
     subprocess.run(command, cwd=ROOT)
     seconds = time.monotonic() - started
+    if not report.exists():
+        sys.exit("pytest ended without a report")
 
     suite = ElementTree.parse(report).getroot().find("testsuite")
     failures, errors, skipped = (int(suite.get(count)) for count in COUNTS)
