@@ -295,9 +295,8 @@ def test_predict_on_a_card_that_fails_answers_as_the_cpu_does(
     command = ["predict", "--data", data, "--weights", weights, "--workers", 1]
     said([*command, "--device", "cpu", "--out", tmp_path / "cpu.csv"])
 
-    def load_ensemble(weights, device, calibration):
-        return broken_ensemble(weights, good)
-    monkeypatch.setattr(cspine, "load_ensemble", load_ensemble)
+    broken = broken_ensemble(weights, good)
+    monkeypatch.setattr(cspine, "load_ensemble", lambda *_: broken)
     out, errors = said([*command, "--out", tmp_path / "card.csv"])
 
     assert sum("no kernel image" in line for line in errors.splitlines()) == lines
