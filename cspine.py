@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.10", "timm>=1.0.26", "pydicom>=3.0.2", "opencv-python>=4.13",
-#                 "numpy>=2.0.2", "pandas>=2.2.2", "tqdm>=4.64"]
+# dependencies = ["torch>=2.5.0", "timm>=1.0.12", "pydicom>=3.0.1", "numpy>=2.0.0",
+#                 "opencv-python>=4.13.0.90", "pandas>=2.2.2", "tqdm>=4.64.0"]
 # ///
 """cspine: neck CT studies in, fracture probabilities of C1..C7 and the patient out.
 

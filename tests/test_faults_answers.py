@@ -287,6 +287,24 @@ def test_a_device_that_fails_later_costs_no_study_its_answer(weights, tmp_path, 
     assert "done on the CPU" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("good, lines", [(0, 1), (2, 2)])
+def test_predict_on_a_card_that_fails_answers_as_the_cpu_does(
+        said, weights, tmp_path, monkeypatch, good, lines):
+    """At every launch: one line in all. After the trial at the start: one a study."""
+    data = make_test_set(tmp_path / "data", ["a", "b"])
+    command = ["predict", "--data", data, "--weights", weights, "--workers", 1]
+    said([*command, "--device", "cpu", "--out", tmp_path / "cpu.csv"])
+
+    broken = broken_ensemble(weights, good)
+    monkeypatch.setattr(cspine, "load_ensemble", lambda *_: broken)
+    out, errors = said([*command, "--out", tmp_path / "card.csv"])
+
+    assert sum("no kernel image" in line for line in errors.splitlines()) == lines
+    assert "0 fell back to a prior" in out
+    here, there = (pd.read_csv(tmp_path / f"{name}.csv") for name in ("cpu", "card"))
+    assert here.equals(there) and len(here) == 16
+
+
 @pytest.mark.parametrize("missing, status", [(1, 0), (2, 3)])
 def test_most_studies_at_the_prior_end_with_a_status_and_a_last_line(
         said, weights, tmp_path, missing, status):

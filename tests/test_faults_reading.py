@@ -5,6 +5,7 @@ follows from how its input was made, or is pydicom's own reading.
 """
 
 import gzip
+import importlib.util
 import io
 import os
 
@@ -255,13 +256,52 @@ def test_a_modality_lut_gives_the_values(write_series):
     assert np.array_equal(read_volume(folder).hu, expected)
 
 
+def extended_jpeg(values):
+    """JPEG Extended of 12 bits: 8 x 8 blocks beside each other, each of one value."""
+    bits, before = "", 2048  # a block's constant is coded as its step from the last one's
+    for value in values:
+        step = value - before
+        size = abs(step).bit_length()
+        extra = step if step > 0 else step + (1 << size) - 1
+        extra = f"{extra:0{size}b}" if size else ""
+        bits += f"{size:04b}" + extra + "0"  # no other frequency
+        before = value
+    bits += "1" * (-len(bits) % 8)
+    scan = int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\0")
+    columns = bytes([0, 8 * len(values)])
+    parts = [
+        (0xDB, b"\0" + b"\x08" * 64),  # all steps 8: a constant is its value's own
+        (0xC1, b"\x0c\0\x08" + columns + b"\x01\x01\x11\0"),
+        (0xC4, b"\0" + bytes([0, 0, 0, 13] + [0] * 12) + bytes(range(13))),
+        (0xC4, b"\x10" + bytes([1] + [0] * 15) + b"\0"),
+        (0xDA, b"\x01\x01\0\0\x3f\0"),
+    ]
+    head = b"".join(
+        bytes([0xFF, kind, 0, len(content) + 2]) + content for kind, content in parts)
+    return b"\xff\xd8" + head + scan + b"\xff\xd9"
+
+
+def extended_dataset(values=(3000, 100)):
+    """A dataset of such a stream."""
+    shape = (1, 8, 8 * len(values))
+    stream = extended_jpeg(values)
+    return dicom_file([stream], pydicom.uid.JPEGExtended12Bit, shape, 16, stored=12)
+
+
 def test_what_needs_a_plug_in_names_one():
     """JPEG Extended of 12 bits: Pillow says that it decodes this syntax, and does not."""
-    sof = b"\xff\xc1\x00\x0b\x0c" + b"\x00\x08\x00\x08" + b"\x01\x01\x11\x00"
-    stream = b"\xff\xd8" + sof + b"\xff\xd9"
-    dataset = dicom_file([stream], pydicom.uid.JPEGExtended12Bit, (1, 8, 8), 12)
-    with pytest.raises(StudyError, match="pylibjpeg-libjpeg"):
-        cspine.decode_pixels(dataset)
+    if importlib.util.find_spec("libjpeg"):
+        pytest.skip("the plug-in is installed")
+    with pytest.raises(StudyError, match="pip install pylibjpeg pylibjpeg-libjpeg"):
+        cspine.decode_pixels(extended_dataset())
+
+
+def test_with_the_plug_in_that_is_named_the_values_are_right():
+    pytest.importorskip("pylibjpeg")
+    pytest.importorskip("libjpeg")
+    words = cspine.decode_pixels(extended_dataset())
+    assert words.dtype == np.uint16
+    assert np.array_equal(words[0], np.repeat([[3000, 100]], 8, 0).repeat(8, 1))
 
 
 def test_a_file_whose_name_is_no_utf_8_is_read_or_named(write_series):

@@ -147,5 +147,5 @@ def test_whatever_the_storage_the_hu_come_back(tmp_path, monkeypatch):
         inner = np.hypot(j - hu.shape[1] / 2, i - hu.shape[2] / 2) < min(hu.shape[1:]) / 2 - 1
         low = intercept - slope * (2 ** (bits - 1) if signed else 0)
         high = low + slope * (2**bits - 1)
-        expected = p.hu.clip(max(low, -1024), high).astype(int)
+        expected = p.hu.astype(int).clip(max(low, -1024), high)
         assert np.array_equal(hu[:, inner], expected[:, inner]), k
