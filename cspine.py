@@ -955,12 +955,20 @@ def classifier_loss(outputs, labels):
         logits, truth.nan_to_num(), weight * ~truth.isnan(), reduction="sum")
     return loss / len(labels) / TARGET_WEIGHTS[:targets].sum()
 
+class Output(NamedTuple):
+    """What one model says of a study; NaN: not in view, or nothing to say."""
+    steps: Any  # (7, T) probability of a fracture
+    patient: float  # its probability
+    name: str = ""  # of the model's files, before _fold: its folds share it
+
 class Calibration(NamedTuple):
-    """How the logits of the eight targets are moved; as it stands here, not at all."""
+    """How outputs are blended, and how the logits of the eight targets are moved."""
     scale: Any = (1.0,) * 8
     shift: Any = (0.0,) * 8
     unseen: Any = PRIOR  # the answer of a target that is not in view
     unusual: float = math.inf  # median logit of C1..C7 above which a study is foreign
+    answers: Answers = Answers()
+    weights: dict = {}  # {model name: its weight in the blend}; else 1
 
 class Ensemble(NamedTuple):
     """The models that answer a study, and how their outputs become answers."""
@@ -972,7 +980,7 @@ class Ensemble(NamedTuple):
 
 @torch.inference_mode()
 def classify(ensemble, crops, folds=100):
-    """[((7, 15) steps' probability, patient's)] of the first `folds` models of each kind.
+    """[Output], T = 15, of the first `folds` models of each kind.
     `crops` is uint8 (7, 15, 6, S, S). NaN stands for a vertebra that is not seen, and for
     the patient where a vertebra classifier has no answer. Model i sees dihedral view i mod
     8 (first place), so that their errors differ."""
@@ -994,7 +1002,8 @@ def classify(ensemble, crops, folds=100):
                 logits, head = model(shown.flatten(0, 1)[None])  # (1, 105, 6, S, S)
         steps = logits.sigmoid().view(7, STEPS).cpu().numpy()
         steps[absent] = np.nan
-        outputs.append((steps, float(head.sigmoid())))
+        name = model.settings.get("name", "")
+        outputs.append(Output(steps, float(head.sigmoid()), name))
     return outputs
 
 
@@ -1003,35 +1012,55 @@ def classify(ensemble, crops, folds=100):
 # The trap: a positive weighs double in the metric: the best answer lies above the chance.
 
 def vertebra_answers(steps, top_k):
-    """(7,): the mean of each vertebra's top_k largest step probabilities (7, 15)."""
-    return np.sort(steps, 1)[:, -top_k:].mean(1)
+    """(..., 7): the mean of each vertebra's top_k largest steps (..., 7, T)."""
+    return np.sort(steps)[..., -top_k:].mean(-1)
 
-def combine(outputs, answers, calibration=Calibration()):
-    """(8,) probabilities of classify's outputs: the mean logits, calibrated.
+def mean_logits(outputs, top_k, weights):
+    """(8,): the mean logits of a study's outputs; NaN: in no model's view.
+    A model name counts by its weight, else 1, however many models (folds) share it."""
+    outputs = [Output(*one) for one in outputs]
+    names = [one.name for one in outputs]
+    steps = np.array([one.steps for one in outputs])  # (M, 7, T)
+    vertebrae = vertebra_answers(steps, top_k)  # (M, 7)
+    patient = [one.patient for one in outputs]
+    rows = np.column_stack([vertebrae, patient])  # (M, 8)
+
+    share = np.array([weights.get(name, 1) / names.count(name) for name in names])
+    share = share[:, None] * ~np.isnan(rows)
+    chance = rows.clip(LEAST_ANSWER, 1 - LEAST_ANSWER)
+    logits = np.nan_to_num(np.log(chance / (1 - chance)))
+    with np.errstate(invalid="ignore"):
+        return (logits * share).sum(0) / share.sum(0)
+
+def calibrated(raw, noisy_or, calibration):
+    """(N, 8) probabilities of mean logits (N, 8).
     The patient's is a blend of its own and of the vertebrae's noisy-or, P(at least one).
     What is not in view gets calibration.unseen. Where a calibration says what is unusual, a
     study whose vertebrae seem mostly broken is foreign to it, and leans to the prior."""
-    rows = [[*vertebra_answers(steps, answers.top_k), head] for steps, head in outputs]
-    rows = torch.tensor(np.array(rows))
-    raw = rows.logit(LEAST_ANSWER).nanmean(0)  # (8,)
     scale, shift, unseen = map(torch.tensor, calibration[:3])
     logits = raw * scale + shift
-    median = logits[:7].nan_to_num(-9).median()
-    excess = (median - calibration.unusual).clamp(0)
+    median = logits[:, :7].nan_to_num(-9).median(1, keepdim=True).values
+    excess = (median - calibration.unusual).clamp(0)  # (N, 1)
     logits = logits - excess
 
-    whole = 1 - logits[:7].sigmoid()
-    either = float(1 - whole.nan_to_num(1).prod()) or math.nan  # not in view: not broken
-    own = raw[7].sigmoid().nan_to_num(either)  # without a patient classifier
-    share = answers.noisy_or
-    patient = share * either + (1 - share) * own
-    logits[7] = patient.logit(LEAST_ANSWER) * scale[7] + shift[7]
+    whole = 1 - logits[:, :7].sigmoid()
+    either = 1 - whole.nan_to_num(1).prod(1)  # not in view: not broken
+    either = torch.where(either > 0, either, math.nan)
+    own = raw[:, 7].sigmoid()
+    own = torch.where(own.isnan(), either, own)  # without a patient classifier
+    patient = noisy_or * either + (1 - noisy_or) * own
+    logits[:, 7] = patient.logit(LEAST_ANSWER) * scale[7] + shift[7]
 
     trust = (-excess / 2).exp()
     prior = torch.tensor(PRIOR).logit()
-    answer = prior.lerp(logits, trust).sigmoid()
-    answer = torch.where(answer.isnan(), unseen, answer)
-    return answer.clamp(LEAST_ANSWER, 1 - LEAST_ANSWER).numpy()
+    answers = prior.lerp(logits, trust).sigmoid()
+    answers = torch.where(answers.isnan(), unseen, answers)
+    return answers.clamp(LEAST_ANSWER, 1 - LEAST_ANSWER)
+
+def combine(outputs, answers, calibration=Calibration()):
+    """(8,) probabilities of classify's outputs: the mean logits, calibrated."""
+    raw = mean_logits(outputs, answers.top_k, calibration.weights)
+    return calibrated(torch.tensor(raw)[None], answers.noisy_or, calibration)[0].numpy()
 
 
 # ==== Prediction ====
@@ -1189,29 +1218,51 @@ def predict_studies(images, task, ensemble, stop, workers, resume=False):
 # The trap: whatever is fitted to a fold must not be scored on it.
 
 RELIABILITY_BINS = (0, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1)
-LEAST_STUDIES = 20  # studies; fewer say nothing about reliability
+LEAST_STUDIES = 20  # studies; fewer say nothing about reliability, nor about a blend
+RESAMPLES = 1000  # bootstrap samples of the patients
+INTERVAL = (2.5, 97.5)  # percentiles of these: a 95 % interval
+FITTED_STEPS = (1, 2, 3, 5, 7, 10, 15)  # tried as top_k
+FITTED_SHARES = tuple(k / 10 for k in range(11))  # tried as noisy_or
+FITTED_WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)  # tried for every model name
+LEAST_GAIN = 0.001  # of the score, or a choice stays: less is chance
 UNSEEN_PULL = 10.0  # studies that the prior counts for, in the rate of unseen vertebrae
 CALIBRATION_PULL = 2.0  # towards the identity: a spread of 0.5 in log scale and in shift
+
+# The columns of a classifier's held-out answers: every step of C1..C7, and the patient.
+STEP_TARGETS = [f"{name}_{step}" for name in VERTEBRAE for step in range(1, STEPS + 1)]
+STEP_TARGETS += TARGETS[7:]
 
 def element_losses(answers, labels):
     """Log loss of each answer, clipped at 1e-15 as the metric's."""
     right = np.where(np.asarray(labels) > 0, answers, 1 - np.asarray(answers))
     return -np.log(np.clip(right, 1e-15, 1))
 
+def element_weights(labels):
+    """1 of each label, POSITIVE_FACTOR of a positive, 0 of one that is unknown (NaN)."""
+    labels = np.asarray(labels, float)
+    return np.where(labels > 0, POSITIVE_FACTOR, 1.0) * ~np.isnan(labels)
+
+def study_scores(answers, labels):
+    """(N,): the competition's score of each study; NaN where no label is known.
+    An element weighs TARGET_WEIGHTS, a positive POSITIVE_FACTOR times that."""
+    weight = element_weights(labels) * TARGET_WEIGHTS
+    with np.errstate(invalid="ignore"):
+        return (element_losses(answers, labels) * weight).sum(1) / weight.sum(1)
+
 def competition_scores(answers, labels):
     """The competition's score of (N, 8) answers, lower is better: (per study, per column).
-    An element weighs TARGET_WEIGHTS, a positive POSITIVE_FACTOR times that, an unknown
-    label (NaN) nothing. The page defines it per study; some normalise every column."""
-    labels = np.asarray(labels, float)
-    known = ~np.isnan(labels)
-    loss = np.where(known, element_losses(answers, labels), 0)
-    factor = np.where(labels > 0, POSITIVE_FACTOR, 1.0) * known
-    weight = factor * TARGET_WEIGHTS
-    with np.errstate(invalid="ignore"):  # nothing known: NaN, and left out
-        studies = (loss * weight).sum(1) / weight.sum(1)
-        columns = (loss * factor).sum(0) / factor.sum(0)
-    there = ~np.isnan(columns)
-    return np.nanmean(studies), np.average(columns[there], weights=TARGET_WEIGHTS[there])
+    The page defines it per study; some normalise every column."""
+    weight = element_weights(labels)
+    known = weight.any(0)
+    columns = (element_losses(answers, labels) * weight).sum(0) / weight.sum(0).clip(1e-9)
+    column = np.average(columns[known], weights=TARGET_WEIGHTS[known])
+    return np.nanmean(study_scores(answers, labels)), column
+
+def interval(scores):
+    """(low, high): the 95 % interval of the mean of the studies' scores, by bootstrap."""
+    known = scores[~np.isnan(scores)]
+    drawn = np.random.default_rng(0).choice(known, (RESAMPLES, len(known)))
+    return np.percentile(drawn.mean(1), INTERVAL)
 
 def auc(answers, labels):
     """Area under the ROC curve, by ranks, of known labels; NaN if all of them are alike."""
@@ -1222,6 +1273,18 @@ def auc(answers, labels):
     m = len(positive) - n
     rank = pd.Series(np.asarray(answers)[known], dtype=float).rank()[positive].sum()
     return (rank - n * (n + 1) / 2) / (n * m) if n and m else math.nan
+
+def equal_point(answers, labels):
+    """(threshold, sensitivity, specificity) where the latter two differ least.
+    The radiology papers' operating point; answers from the threshold on say: fractured."""
+    broken, whole = (np.sort(answers[labels == k]) for k in (1, 0))
+    if not len(broken) or not len(whole):
+        return (math.nan,) * 3
+    thresholds = np.unique(answers)
+    sensitivity = 1 - np.searchsorted(broken, thresholds) / len(broken)
+    specificity = np.searchsorted(whole, thresholds) / len(whole)
+    best = np.abs(sensitivity - specificity).argmin()
+    return thresholds[best], sensitivity[best], specificity[best]
 
 def dice_scores(probability, labels):
     """(7,) Dice of masks (7, D, D, D) at 0.5 with labels (D, D, D); NaN: not in view."""
@@ -1278,56 +1341,66 @@ def read_answers(path):
     return table.pivot_table("fractured", "uid", "target").reindex(columns=TARGETS)
 
 def read_held_out(weights):
-    """({uid: outputs as classify's}, {uid: fold}) of the folds' held-out answers."""
-    files = sorted(weights.glob("vertebra_fold*_heldout.csv"))
-    files += sorted(weights.glob("patient_fold*_heldout.csv"))
-    if not files:
-        raise UserError(f"no vertebra_fold*_heldout.csv in {weights}: run train-cls first")
+    """({uid: outputs as classify's}, {uid: fold}) of the folds' held-out answers.
+    Older versions wrote the mean of the largest steps, which here stands for each step."""
     outputs, folds = {}, {}
-    for path in files:
-        fold = int(re.search(r"_fold(\d+)", path.name)[1])
-        table = read_csv(path, (STUDY, *TARGETS)).set_index(STUDY)[[*TARGETS]]
+    for path in sorted(weights.glob("*_heldout.csv")):
+        named = re.fullmatch(r"((?:vertebra|patient)\w*)_fold(\d+)_heldout", path.stem)
+        if not named:
+            continue  # a segmenter's
+        name, fold = named.groups()
+        old = VERTEBRAE[0] in read_csv(path, (STUDY,))
+        if old:
+            say(f"{path}: of an older version, without steps: top_k cannot be fitted to it")
+        columns = [*TARGETS] if old else STEP_TARGETS
+        table = read_csv(path, (STUDY, *columns)).set_index(STUDY)[columns]
         for uid, row in zip(table.index, table.to_numpy(float)):
-            outputs.setdefault(uid, []).append((row[:7, None], row[7]))
-            folds[uid] = fold
+            steps = row[:-1].reshape(7, -1)
+            steps = np.broadcast_to(steps, (7, STEPS))
+            outputs.setdefault(uid, []).append(Output(steps, row[-1], name))
+            folds[uid] = int(fold)
+    if not outputs:
+        raise UserError(f"no vertebra_fold*_heldout.csv in {weights}: run train-cls first")
     return outputs, folds
 
 def blend(outputs, calibration=Calibration()):
-    """The answers to {uid: outputs}, a study a row, blended over kinds as predict does."""
-    rows = {uid: combine(one, Answers(), calibration) for uid, one in outputs.items()}
+    """The answers to {uid: outputs}, a study a row, blended over models as predict does."""
+    how = calibration.answers, calibration
+    rows = {uid: combine(one, *how) for uid, one in outputs.items()}
     return pd.DataFrame.from_dict(rows, orient="index", columns=TARGETS)
 
 def print_scores(answers, labels):
-    """Print the score of (N, 8) answers, by study and column, and the best constants'."""
+    """Print the score of (N, 8) answers, its interval, AUC, and the best constants'."""
     study, column = competition_scores(answers, labels)
-    constants = competition_scores(np.broadcast_to(PRIOR, answers.shape), labels)
+    best, of_columns = competition_scores(np.broadcast_to(PRIOR, answers.shape), labels)
+    low, high = interval(study_scores(answers, labels))
     print(f"{len(labels)} studies; weighted log loss, lower is better: "
           f"{study:.4f} per study, {column:.4f} per column; the best constants: "
-          f"{constants[0]:.4f}, {constants[1]:.4f}")
+          f"{best:.4f}, {of_columns:.4f}")
+    print(f"95 % interval per study, by bootstrap over patients: {low:.4f} to {high:.4f}")
 
 def score_table(answers, labels):
-    """Log loss and AUC of every target, and of C1 to C7 together, of (N, 8) answers."""
+    """What (N, 8) answers are worth for every target, and for C1 to C7 together."""
     parts = {name: [k] for k, name in enumerate(TARGETS)} | {"C1 to C7": [*range(7)]}
     rows = []
     for columns in parts.values():
         p = answers[:, columns].ravel()
         y = labels[:, columns].ravel()
-        losses = element_losses(p, y)
-        loss = losses[~np.isnan(y)].mean()
-        rows.append((np.nansum(y), loss, auc(p, y)))
-    return pd.DataFrame(rows, [*parts], ["fractured", "log loss", "AUC"])
+        known = ~np.isnan(y)
+        loss = element_losses(p, y)[known].mean()
+        rows.append((y[known].sum(), loss, auc(p, y), *equal_point(p, y)))
+    names = ["fractured", "log loss", "AUC", "threshold", "sensitivity", "specificity"]
+    return pd.DataFrame(rows, [*parts], names)
 
 def reliability(answers, labels):
     """How often answers of about a size are right, of C1 to C7 and of the patient."""
-    rows = []
-    for name, part in (("C1 to C7", slice(7)), ("patient_overall", slice(7, 8))):
-        p = answers[:, part].ravel()
-        table = pd.DataFrame({"mean answer": p, "fractured": labels[:, part].ravel()})
-        groups = table.groupby(pd.cut(p, RELIABILITY_BINS), observed=True)
-        means = groups.mean()
-        means.insert(0, "answers", groups.size())
-        rows.append(means.set_axis([f"{name} {answers}" for answers in means.index]))
-    return pd.concat(rows)
+    table = pd.DataFrame({"mean answer": answers.ravel(), "fractured": labels.ravel()})
+    part = np.tile(["C1 to C7"] * 7 + ["patient_overall"], len(answers))
+    size = pd.cut(table["mean answer"], RELIABILITY_BINS)
+    groups = table.groupby([part, size.rename("")], observed=True)
+    means = groups.mean()
+    means.insert(0, "answers", groups.size())
+    return means
 
 def mask_table(data, uids, models, workers):
     """Dice of every vertebra, and the share named right, of the studies that have masks."""
@@ -1353,8 +1426,7 @@ def mask_table(data, uids, models, workers):
 def fit_scale(answers, labels):
     """(2, 8) scale and shift in logit space that lower the score of (N, 8) answers.
     The score's weights, and a pull towards the identity; of one class alone it stays."""
-    known = ~np.isnan(labels)
-    weight = np.where(labels > 0, POSITIVE_FACTOR, 1.0) * known
+    weight = element_weights(labels)
     weight /= (weight * TARGET_WEIGHTS).sum(1, keepdims=True).clip(1e-9)
     both = (np.nansum(labels, 0) > 0) & (np.nansum(1 - labels, 0) > 0)
     weight *= both / weight.mean(0).clip(1e-9)
@@ -1375,32 +1447,67 @@ def fit_scale(answers, labels):
     scale, shift = fit.detach().numpy()
     return np.stack([np.exp(scale), shift])
 
-def fit_calibration(outputs, labels):
-    """The Calibration of {uid: outputs} and labels (N, 8), a table by uid.
-    The patient's answer blends calibrated vertebrae, and is fitted after them. What is not
-    in view is answered by how often it was broken, and UNSEEN_PULL studies of the prior."""
-    truth = labels.loc[[*outputs]].to_numpy()
+def unseen_answers(outputs, truth):
+    """((8,) answers to what is not in view, (N, 8) labels with NaN in the place of these).
+    By how often they were broken, and UNSEEN_PULL studies of the prior."""
     unseen = np.zeros(truth.shape, bool)
     for row, one in zip(unseen, outputs.values()):
-        absent = [np.isnan(steps).all(1) for steps, _ in one]
+        absent = [np.isnan(steps).all(1) for steps, *_ in one]
         row[:7] = np.all(absent, 0)  # to every model
     broken = np.nansum(truth * unseen, 0)
     known = unseen & ~np.isnan(truth)
     rate = PRIOR / (2 - PRIOR)  # whose best answer is the prior: 2 p / (1 + p)
     rate = (broken + UNSEEN_PULL * rate) / (known.sum(0) + UNSEEN_PULL)
-    found = Calibration(unseen=2 * rate / (1 + rate))
+    return 2 * rate / (1 + rate), np.where(unseen, np.nan, truth)
 
-    seen = np.where(unseen, np.nan, truth)
-    answers = blend(outputs, found).to_numpy()
-    fit = fit_scale(answers, seen)
-    fit[:, 7] = (1, 0)
-    found = found._replace(scale=fit[0], shift=fit[1])
-    answers = blend(outputs, found).to_numpy()
-    fit[:, 7] = fit_scale(answers, seen)[:, 7]
-    return found._replace(scale=fit[0], shift=fit[1])
+def other_blends(found, names):
+    """The Calibrations that differ from `found` in one choice of the blend."""
+    top_k, share = found.answers.top_k, found.answers.noisy_or
+    answers = [Answers(other, share) for other in FITTED_STEPS]
+    answers += [Answers(top_k, other) for other in FITTED_SHARES]
+    yield from (found._replace(answers=other) for other in answers)
+    for name in names if len(names) > 1 else ():
+        for weight in FITTED_WEIGHTS:
+            yield found._replace(weights=found.weights | {name: weight})
+
+def fit_moves(outputs, found, labels):
+    """(score, Calibration): `found` with the scale and shift that suit its blend.
+    The patient's answer blends calibrated vertebrae, and is fitted after them."""
+    top_k = found.answers.top_k
+    rows = [mean_logits(one, top_k, found.weights) for one in outputs.values()]
+    raw = torch.tensor(np.array(rows))  # (N, 8)
+
+    def answers(moves):
+        scale, shift = moves
+        moved = found._replace(scale=scale, shift=shift)
+        return calibrated(raw, found.answers.noisy_or, moved).numpy()
+
+    moves = np.array(Calibration()[:2])  # (2, 8): no scale, no shift
+    for part in (slice(7), slice(7, 8)):
+        moves[:, part] = fit_scale(answers(moves), labels)[:, part]
+    score = np.nanmean(study_scores(answers(moves), labels))
+    scale, shift = moves
+    return score, found._replace(scale=scale, shift=shift)
+
+def fit_calibration(outputs, labels):
+    """The Calibration of {uid: outputs} and labels (N, 8), a table by uid.
+    Scale and shift are fitted to every blend that is tried; the one choice that lowers the
+    score most is changed, as long as it gains LEAST_GAIN."""
+    truth = labels.loc[[*outputs]].to_numpy()
+    unseen, truth = unseen_answers(outputs, truth)
+    names = {Output(*output).name for one in outputs.values() for output in one}
+    score, found = fit_moves(outputs, Calibration(unseen=unseen), truth)
+    while len(truth) >= LEAST_STUDIES:
+        blends = other_blends(found, sorted(names))
+        tried = [fit_moves(outputs, other, truth) for other in blends]
+        best, other = min(tried, key=lambda pair: pair[0])
+        if best > score - LEAST_GAIN:
+            break
+        score, found = best, other
+    return found
 
 def cross_fitted(outputs, folds, labels):
-    """The answers to {uid: outputs}, each calibrated by a fit to the other folds alone."""
+    """The answers to {uid: outputs}, blended and calibrated by a fit to the other folds."""
     parts = []
     for fold in sorted({folds[uid] for uid in outputs}):
         here = {uid: one for uid, one in outputs.items() if folds[uid] == fold}
@@ -1419,14 +1526,16 @@ def model_hashes(weights):
     return hashes
 
 def write_calibration(weights, found):
-    """Write calibration.json: scale, shift, unseen of each target; for what models."""
+    """Write calibration.json: scale, shift, unseen of each target; blend; the models."""
     columns = zip(*(np.float64(part).tolist() for part in found[:3]))
     content = dict(zip(TARGETS, columns), files=model_hashes(weights))
+    content |= dict(answers=asdict(found.answers), weights=found.weights)
     if found.unusual < math.inf:
         content["unusual"] = found.unusual
     path = Path(weights) / "calibration.json"
     write_atomic(path, lambda new: new.write_text(json.dumps(content, indent=1)))
-    print(f"{path} is written: predict uses it from now on, with these models alone")
+    print(f"{path} is written: predict uses it from now on, with these models alone\n"
+          f"Blended by {found.answers}, weights {found.weights or 'alike'}")
 
 def read_calibration(weights):
     """The Calibration of a folder of models; none, said aloud, if fitted to others."""
@@ -1439,8 +1548,9 @@ def read_calibration(weights):
         if content.get("files") != model_hashes(weights):
             say(f"{path} was fitted to other models: not used")
             return Calibration()
-        scale, shift, unseen = rows.T
-        return Calibration(scale, shift, unseen, float(content.get("unusual", math.inf)))
+        answers = Answers(**content.get("answers", {}))
+        unusual = float(content.get("unusual", math.inf))
+        return Calibration(*rows.T, unusual, answers, content.get("weights", {}))
 
 
 # ==== Batches and augmentation ====
@@ -1611,6 +1721,7 @@ def load_model(path, kind, device="cpu"):
     with errors_as(UserError, f"{path}: a {content.get('kind')}, no {kind} that fits"):
         model = new_model(kind, content["settings"], device)
         model.load_state_dict(content["tensors"])
+        model.settings["name"] = Path(path).stem.rpartition("_fold")[0]
         return fuse_norms(model).to(device)
 
 def load_models(weights, kind, device):
@@ -1704,6 +1815,7 @@ class Task(NamedTuple):
     train: tuple = ()  # samples
     held_out: tuple = ()  # uids
     made_of: dict = {}  # {what: hash} of labels, data and weights to start from
+    columns: Any = TARGETS  # what score gives
 
 @dataclass
 class Progress:
@@ -1813,7 +1925,7 @@ class Trainer:
             rows = [(uid, *task.score(self.averaged, uid)) for uid in mine]
         rows = sum(over_ranks(rows), [])
         losses = sum(over_ranks(now.losses), [])
-        table = pd.DataFrame(rows, columns=[STUDY, *TARGETS][: len(rows[0])])
+        table = pd.DataFrame(rows, columns=[STUDY, *task.columns][: len(rows[0])])
         scores = task.judge(table.set_index(STUDY))
         line = dict(epoch=len(now.history) + 1, **scores)
         line["train_loss"] = float(np.mean(losses or math.nan))
@@ -1950,19 +2062,24 @@ def classifier_task(kind, recipe, device, folder, truth):
 
     def score(model, uid):
         models = dict.fromkeys(KINDS, []) | {kind: [model]}
-        outputs = classify(Ensemble(models, device), read_crops(folder / f"{uid}.npz"))
-        steps, patient = outputs[0]
-        return [*vertebra_answers(steps, Answers().top_k), patient]
+        crops = read_crops(folder / f"{uid}.npz")
+        only = classify(Ensemble(models, device), crops)[0]
+        return [*only.steps.ravel(), only.patient]
 
     def judge(table):  # the prior where nothing was asked or in view
-        answers = table.astype(float).fillna(PRIOR_ANSWERS).to_numpy()
+        values = table.to_numpy(float)
+        steps = values[:, :-1].reshape(-1, 7, STEPS)
+        vertebrae = vertebra_answers(steps, Answers().top_k)
+        answers = np.column_stack([vertebrae, values[:, -1]])
+        answers = np.where(np.isnan(answers), PRIOR, answers)
         right = np.array([truth[uid] for uid in table.index])
         score, _ = competition_scores(answers, right)
         table = score_table(answers, right)
         columns = dict(vertebra_auc="C1 to C7", patient_auc="patient_overall")
         return dict(score=score, **{name: table.AUC[row] for name, row in columns.items()})
 
-    return Task(kind, recipe, device, load, classifier_batch, score, judge)
+    return Task(
+        kind, recipe, device, load, classifier_batch, score, judge, columns=STEP_TARGETS)
 
 
 # ==== Tools ====
@@ -2372,8 +2489,9 @@ def train_segmenters(options):
 def extract(options):
     """Write the crops of all studies, for the classifiers.
     Reads train_images of --data and the segmenters of --weights; writes one file a study
-    under --work. A study is masked by its own fold's segmenter, else by all."""
-    truth, folds, _ = training_data(options)
+    under --work. A study with a mask file is masked by its own fold's segmenters, which
+    did not train on it; any other by the mean of all, as predict does."""
+    truth, folds, masks = training_data(options)
     device = pick_device(options.device)
     models = load_models(options.weights, "segmenter", device)
     if not models:
@@ -2388,10 +2506,10 @@ def extract(options):
             if stop.reason():
                 message = f"extract: stopped by {stop.reason()}; the same command goes on"
                 raise Stopped(message, stop.status())
-            own = [models[folds[uid]]] if folds[uid] in models else [*models.values()]
+            own = [model for k, model in models.items() if k == folds[uid] and uid in masks]
             try:
                 volume = future.result()
-                probability = segment(own, volume, device, say)
+                probability = segment(own or [*models.values()], volume, device, say)
                 crops = vertebra_slices(volume, probability, mask_of=options.mask_of)
                 write_crops(out / f"{uid}.npz", crops)
             except StudyError as error:
@@ -2426,6 +2544,14 @@ def train_classifiers(options):
     task = task._replace(made_of={"labels": hash_of(labels), "crops": hash_of(sums)})
     run_training(options, samples, folds, task)
 
+def answers_asked(options, fitted):
+    """The Answers that the options say, else the fitted ones; which, is said."""
+    asked = {name: getattr(options, name) for name in asdict(fitted)}
+    given = {name: value for name, value in asked.items() if value is not None}
+    if given and fitted != Answers():
+        say(f"{given} as asked for; calibration.json was fitted with {fitted}")
+    return Answers(**asdict(fitted) | given)
+
 def predict(options):
     """Answer every row of test.csv.
     Reads test.csv and test_images of --data and the models of --weights; writes the
@@ -2441,8 +2567,8 @@ def predict(options):
                 path.unlink(missing_ok=True)
         if not options.resume:
             write_submission(task)  # the prior, whatever fails from here on
-        answers = Answers(options.top_k, options.noisy_or)
         calibration = read_calibration(options.weights)
+        answers = answers_asked(options, calibration.answers)
         made_by = hash_of(model_hashes(options.weights), calibration, answers)
         task = task._replace(made_by=made_by)
         write_submission(task)
@@ -2462,13 +2588,14 @@ def predict(options):
 class Evaluation:
     """Options of evaluate."""
     folds: bool = setting(False, "score the held-out answers of the folds in --weights")
-    calibrate: bool = setting(False, "with --folds: fit calibration.json in --weights")
+    calibrate: bool = setting(False, "with --folds: fit calibration.json, and the blend")
 
 def evaluate(options):
     """Score a submission, or the folds' held-out answers.
     Reads train.csv (and test_labels.csv of phantoms) of --data, and --submission or, with
-    --folds, the *_heldout.csv of --weights; prints the score, each target's log loss, AUC,
-    the Dice where there are masks, and how far answers can be believed."""
+    --folds, the *_heldout.csv of --weights; prints the score with its 95 % interval, each
+    target's log loss, AUC, sensitivity and specificity at the threshold where they are
+    equal, the Dice where there are masks, and how far answers can be believed."""
     data, weights = data_folder(options, "train.csv"), Path(options.weights)
     if options.calibrate and not options.folds:
         raise UserError("--calibrate needs --folds: it is fitted to held-out answers")
@@ -2480,12 +2607,12 @@ def evaluate(options):
     else:
         found = read_answers(options.submission)
     found = found[found.index.isin(table.index)].fillna(PRIOR_ANSWERS)
-    if not len(found):
-        raise UserError(f"nothing to score: no answered study has labels in {data}/")
     labels = table.loc[found.index].to_numpy()
+    if np.isnan(labels).all():
+        raise UserError(f"nothing to score: no answered study has labels in {data}/")
     print_scores(found.to_numpy(), labels)
     if options.calibrate:
-        print("The same, each fold calibrated by a fit to the others:")
+        print("The same, each fold blended and calibrated by a fit to the others:")
         found = cross_fitted(outputs, folds, table).loc[found.index]
         print_scores(found.to_numpy(), labels)
         write_calibration(weights, fit_calibration(outputs, table))
@@ -2517,7 +2644,7 @@ MODES |= {
     "train-cls": Mode(train_classifiers, TRAINING, RECIPES["vertebra"]),
     "train-patient": Mode(train_classifiers, TRAINING, RECIPES["patient"])}
 MODES |= {
-    "predict": Mode(predict, PREDICTION, Answers()),
+    "predict": Mode(predict, PREDICTION, Answers(None, None)),
     "evaluate": Mode(evaluate, EVALUATION, Evaluation())}
 
 class Parser(argparse.ArgumentParser):
@@ -2554,9 +2681,11 @@ def add_option(parser, one, default):
     else:
         if limits["choices"]:
             meaning += ": " + ", ".join(map(str, limits["choices"]))
-        if default != "":
+        if default is None:
+            meaning += f" (default: as calibration.json says, else {one.default})"
+        elif default != "":
             meaning += f" (default: {default})"
-        read = reader_of(limits, type(default))
+        read = reader_of(limits, type(one.default))
         name = one.name.upper()
         parser.add_argument(flag, type=read, default=default, help=meaning, metavar=name)
 

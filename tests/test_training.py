@@ -235,7 +235,7 @@ def test_finished_folds_are_not_repeated_and_the_unfinished_one_goes_on(
     assert cspine.main(["evaluate", "--folds", "--data", data, "--weights", str(tmp_path)]) == 0
     assert capsys.readouterr().out.startswith("4 studies")
     tables = [pd.read_csv(tmp_path / f"vertebra_fold{k}_heldout.csv") for k in (0, 1)]
-    assert list(tables[0]) == [STUDY, *TARGETS]
+    assert list(tables[0]) == [STUDY, *cspine.STEP_TARGETS]  # 15 steps of each vertebra
     assert pd.concat(tables)[STUDY].nunique() == sum(map(len, tables)) == 4
 
 
