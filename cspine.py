@@ -1221,12 +1221,14 @@ RELIABILITY_BINS = (0, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1)
 LEAST_STUDIES = 20  # studies; fewer say nothing about reliability, nor about a blend
 RESAMPLES = 1000  # bootstrap samples of the patients
 INTERVAL = (2.5, 97.5)  # percentiles of these: a 95 % interval
-FITTED_STEPS = (1, 2, 3, 5, 7, 10, 15)  # tried as top_k
-FITTED_SHARES = tuple(k / 10 for k in range(11))  # tried as noisy_or
+FITTED_STEPS = (1, 3, 5, 10, 15)  # tried as top_k
+FITTED_SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # tried as noisy_or
 FITTED_WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)  # tried for every model name
 LEAST_GAIN = 0.001  # of the score, or a choice stays: less is chance
 UNSEEN_PULL = 10.0  # studies that the prior counts for, in the rate of unseen vertebrae
 CALIBRATION_PULL = 2.0  # towards the identity: a spread of 0.5 in log scale and in shift
+FIT_ROUNDS = 100  # of Newton's method at most; five to twenty are usual
+LEAST_STEP, LARGEST_STEP = 1e-7, 0.5  # of log scale and shift, in a round
 
 # The columns of a classifier's held-out answers: every step of C1..C7, and the patient.
 STEP_TARGETS = [f"{name}_{step}" for name in VERTEBRAE for step in range(1, STEPS + 1)]
@@ -1397,10 +1399,10 @@ def reliability(answers, labels):
     table = pd.DataFrame({"mean answer": answers.ravel(), "fractured": labels.ravel()})
     part = np.tile(["C1 to C7"] * 7 + ["patient_overall"], len(answers))
     size = pd.cut(table["mean answer"], RELIABILITY_BINS)
-    groups = table.groupby([part, size.rename("")], observed=True)
+    groups = table.groupby([part, size], observed=True)
     means = groups.mean()
     means.insert(0, "answers", groups.size())
-    return means
+    return means.set_axis([f"{name} {answers}" for name, answers in means.index])
 
 def mask_table(data, uids, models, workers):
     """Dice of every vertebra, and the share named right, of the studies that have masks."""
@@ -1430,22 +1432,25 @@ def fit_scale(answers, labels):
     weight /= (weight * TARGET_WEIGHTS).sum(1, keepdims=True).clip(1e-9)
     both = (np.nansum(labels, 0) > 0) & (np.nansum(1 - labels, 0) > 0)
     weight *= both / weight.mean(0).clip(1e-9)
-    weight, truth = torch.tensor(weight), torch.tensor(labels).double().nan_to_num()
-    logits = torch.tensor(answers).logit(LEAST_ANSWER)
-    fit = torch.zeros(2, 8, dtype=torch.float64, requires_grad=True)  # log scale, shift
-    optimizer = torch.optim.LBFGS([fit], max_iter=200, line_search_fn="strong_wolfe")
+    chance = answers.clip(LEAST_ANSWER, 1 - LEAST_ANSWER)
+    logits = np.log(chance / (1 - chance))
 
-    def loss():
-        optimizer.zero_grad()
-        moved = logits * fit[0].exp() + fit[1]
-        entropy = F.binary_cross_entropy_with_logits(moved, truth, weight, reduction="sum")
-        total = CALIBRATION_PULL * fit.square().sum() + entropy
-        total.backward()
-        return total
-
-    optimizer.step(loss)
-    scale, shift = fit.detach().numpy()
-    return np.stack([np.exp(scale), shift])
+    fit = np.zeros((2, 8))  # log scale, shift
+    for _ in range(FIT_ROUNDS):  # of Newton's method
+        scaled = logits * np.exp(fit[0])
+        moved = 1 / (1 + np.exp(-scaled - fit[1]))
+        error = weight * (moved - np.nan_to_num(labels))
+        slopes = np.stack([scaled, np.ones_like(scaled)])  # (2, N, 8)
+        gradient = (slopes * error).sum(1) + 2 * CALIBRATION_PULL * fit
+        bend = weight * moved * (1 - moved)
+        curve = np.einsum("inv,jnv,nv->vij", slopes, slopes, bend)  # (8, 2, 2)
+        curve += 2 * CALIBRATION_PULL * np.eye(2)
+        curve[:, 0, 0] += (scaled * error).sum(0).clip(0)  # below 0: not convex there
+        step = np.linalg.solve(curve, gradient.T[..., None])[..., 0].T
+        fit -= step.clip(-LARGEST_STEP, LARGEST_STEP)
+        if np.abs(step).max() < LEAST_STEP:
+            break
+    return np.stack([np.exp(fit[0]), fit[1]])
 
 def unseen_answers(outputs, truth):
     """((8,) answers to what is not in view, (N, 8) labels with NaN in the place of these).
@@ -1550,7 +1555,9 @@ def read_calibration(weights):
             return Calibration()
         answers = Answers(**content.get("answers", {}))
         unusual = float(content.get("unusual", math.inf))
-        return Calibration(*rows.T, unusual, answers, content.get("weights", {}))
+        weights = content.get("weights", {})
+        weights = {name: float(weight) for name, weight in weights.items()}
+        return Calibration(*rows.T, unusual, answers, weights)
 
 
 # ==== Batches and augmentation ====

@@ -158,9 +158,9 @@ def test_the_reliability_table_counts_every_answer_in_its_bin():
     labels = np.zeros((4, 8))
     labels[0], labels[1, 7], labels[2, 0] = 1, 1, 1
     table = reliability(answers, labels)
-    assert list(table.loc["C1 to C7", 0.3]) == pytest.approx([7, 0.3, 1])
-    assert list(table.loc["C1 to C7", 0.1]) == pytest.approx([21, 0.1, 1 / 21])
-    assert list(table.loc["patient_overall", 0.9]) == pytest.approx([1, 0.9, 1])
+    assert list(table.loc["C1 to C7 (0.2, 0.4]"]) == pytest.approx([7, 0.3, 1])
+    assert list(table.loc["C1 to C7 (0.05, 0.1]"]) == pytest.approx([21, 0.1, 1 / 21])
+    assert list(table.loc["patient_overall (0.8, 1.0]"]) == pytest.approx([1, 0.9, 1])
     assert table.answers.sum() == 32
 
 
