@@ -156,6 +156,7 @@ class Shared:
     time_limit: float = setting(0.0, "minutes until a run ends, saved; 0: none", least=0)
     init: str = setting("", "file of weights to start from, ours or timm's; none if empty")
     mask_of: str = setting("last", "which slice of a step the mask is of", MASKED_SLICES)
+    z_margin: float = setting(BOX_MARGIN, "cells above and below a mask in crops", least=0)
 
 @dataclass(frozen=True)
 class Recipe:
@@ -182,6 +183,7 @@ class ClassifierRecipe(Recipe):
     hidden: int = setting(256, "width of the LSTMs", least=1)
     thin: int = setting(1, "3: a third of the steps at a time, in turns", (1, 3, 5, 15))
     mask_of: str = setting("last", "which slice of a step the mask is of", MASKED_SLICES)
+    z_margin: float = setting(BOX_MARGIN, "cells above and below a mask in crops", least=0)
 
 # Rates and epochs are ours; dropout is Tan and Le's (2021), mixup first place's.
 RECIPES = dict(
@@ -799,10 +801,10 @@ def crop_plane(plane, box, size):
 
 def slice_indices(first_cell, last_cell, edge, count):
     """(15, 5): the native slices of every step, of `count`; a border slice repeats.
-    The steps' centres lie evenly from the first to the last slice that the vertebra's cells
-    cover, of a cube with `edge` cells."""
-    first = first_cell * count / edge
-    last = (last_cell + 1) * count / edge - 1
+    The steps' centres lie evenly from the first to the last slice that these cells cover,
+    of a cube with `edge` cells."""
+    first = max(first_cell, 0) * count / edge
+    last = min(last_cell + 1, edge) * count / edge - 1
     centres = np.rint(np.linspace(first, last, STEPS)).astype(int)
     neighbours = np.arange(SLICES_PER_STEP) - SLICES_PER_STEP // 2
     return (centres[:, None] + neighbours).clip(0, count - 1)
@@ -820,19 +822,19 @@ def interleave(images, masks):
     steps = images.reshape(STEPS, -1, *masks.shape[1:])  # (75, S, S) -> (15, 5, S, S)
     return np.concatenate([steps, masks[:, None]], 1)
 
-def vertebra_slices(volume, probability, size=CROP, mask_of="last"):
+def vertebra_slices(volume, probability, size=CROP, mask_of="last", z_margin=BOX_MARGIN):
     """The ninety images of every vertebra: uint8 (7, 15, 6, S, S), a mask after 5 slices.
     `probability` (7, D, D, D) covers the whole study. `mask_of` says of which of a step's
-    slices the mask is, the "last" or the "center". A vertebra that is not seen is all 0;
-    the mask of one that is seen is nowhere 0."""
+    slices the mask is, the "last" or the "center". The steps reach `z_margin` cells beyond
+    it. A vertebra that is not seen is all 0; the mask of one that is seen is nowhere 0."""
     out = np.zeros((7, STEPS, CHANNELS, size, size), np.uint8)
     for v, cells in enumerate(probability):
         found = vertebra_box(cells)
         if found is not None:
-            out[v] = ninety_images(volume, cells, found, size, mask_of)
+            out[v] = ninety_images(volume, cells, found, size, mask_of, z_margin)
     return out
 
-def ninety_images(volume, cells, found, size, mask_of):
+def ninety_images(volume, cells, found, size, mask_of, z_margin):
     """uint8 (15, 6, S, S) in BONE_WINDOW of a vertebra's mask (D, D, D) and vertebra_box.
     The crop is square in mm, BOX_MARGIN cells wider than the mask."""
     edge, count = len(cells), len(volume.hu)
@@ -845,7 +847,8 @@ def ninety_images(volume, cells, found, size, mask_of):
     step_mm = np.full(2, side_mm / size)
     box = np.array([corner_mm, step_mm]) / extent_mm
 
-    index = slice_indices(*found[0], edge, count)  # (15, 5)
+    first, last = found[0]
+    index = slice_indices(first - z_margin, last + z_margin, edge, count)  # (15, 5)
     shown, which = np.unique(index, return_inverse=True)  # steps share slices
     grey = [apply_window(volume.hu[z], BONE_WINDOW) for z in shown]
     images = np.array([crop_plane(plane, box, size) for plane in grey])
@@ -904,12 +907,14 @@ class StepEncoder(nn.Module):
 
 class VertebraClassifier(nn.Module):
     """(B, 15, 6, S, S), uint8 or 0..1 -> (B, 15) logits: a fracture of this vertebra.
-    `size` and `mask_of` say for what crops it was trained."""
+    `size`, `mask_of` and `z_margin` (older versions had none) say for what crops it was
+    trained."""
     def __init__(
-            self, backbone="tf_efficientnetv2_s", size=CROP, mask_of="last", hidden=256,
-            drop_path=0, dropout=0, **_):  # a recipe holds more
+            self, backbone="tf_efficientnetv2_s", size=CROP, mask_of="last", z_margin=0.0,
+            hidden=256, drop_path=0, dropout=0, **_):  # a recipe holds more
         super().__init__()
         self.settings = dict(backbone=backbone, size=size, mask_of=mask_of, hidden=hidden)
+        self.settings["z_margin"] = z_margin
         self.encoder = StepEncoder(backbone, hidden, drop_path, dropout)
         self.head = logit_head(2 * hidden, hidden, dropout)
 
@@ -1091,7 +1096,8 @@ def answer_study(volume, read_s, ensemble, folds):
     probability = segment(segmenters, volume, ensemble.device, problems.append)
     found = monotonic()
     first = (models["vertebra"] + models["patient"])[0]
-    crops = vertebra_slices(volume, probability, mask_of=first.settings["mask_of"])
+    wanted = {name: first.settings[name] for name in ("mask_of", "z_margin")}
+    crops = vertebra_slices(volume, probability, **wanted)
     cut = monotonic()
     outputs = classify(ensemble, crops, folds)
     answers = combine(outputs, ensemble.answers, ensemble.calibration)
@@ -2517,7 +2523,8 @@ def extract(options):
             try:
                 volume = future.result()
                 probability = segment(own or [*models.values()], volume, device, say)
-                crops = vertebra_slices(volume, probability, mask_of=options.mask_of)
+                how = dict(mask_of=options.mask_of, z_margin=options.z_margin)
+                crops = vertebra_slices(volume, probability, **how)
                 write_crops(out / f"{uid}.npz", crops)
             except StudyError as error:
                 say(f"study {uid}: {error}; left out")
@@ -2642,7 +2649,7 @@ class Mode(NamedTuple):
 READING = "data weights device workers"
 EVALUATION = f"{READING} submission"
 PREDICTION = f"{READING} out resume time_limit"
-EXTRACTION = f"{READING} work folds mask_of time_limit"
+EXTRACTION = f"{READING} work folds mask_of z_margin time_limit"
 TRAINING = f"{READING} work fold folds resume time_limit init"
 MODES = {
     "train-seg": Mode(train_segmenters, TRAINING, RECIPES["segmenter"]),

@@ -61,7 +61,8 @@ def answer(ensemble, volume, labels):
     truth = at_cells(labels, probability.shape[-1])
     dice = dice_scores(probability, truth)
     named = named_right(probability, truth)
-    crops = vertebra_slices(volume, probability)
+    z_margin = ensemble.models["vertebra"][0].settings["z_margin"]
+    crops = vertebra_slices(volume, probability, z_margin=z_margin)
     fitted = ensemble.calibration
     answers = combine(classify(ensemble, crops), fitted.answers, fitted)[:7]
     missing = np.isnan(dice)

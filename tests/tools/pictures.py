@@ -320,8 +320,8 @@ def show(options):
     models = ensemble.models["vertebra"] + ensemble.models["patient"]
     volume = read_volume(folder)
     probability = segment(ensemble.models["segmenter"], volume, ensemble.device)
-    mask_of = models[0].settings["mask_of"]
-    crops = vertebra_slices(volume, probability, mask_of=mask_of)
+    wanted = {name: models[0].settings[name] for name in ("mask_of", "z_margin")}
+    crops = vertebra_slices(volume, probability, **wanted)
     outputs = classify(ensemble, crops)
     answers = combine(outputs, ensemble.calibration.answers, ensemble.calibration)
     truth, dice = true_mask(folder, volume, probability)
