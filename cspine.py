@@ -805,7 +805,8 @@ def slice_indices(first_cell, last_cell, edge, count):
     of a cube with `edge` cells."""
     first = max(first_cell, 0) * count / edge
     last = min(last_cell + 1, edge) * count / edge - 1
-    centres = np.rint(np.linspace(first, last, STEPS)).astype(int)
+    places = np.linspace(first, last, STEPS)
+    centres = np.rint(places).astype(int)
     neighbours = np.arange(SLICES_PER_STEP) - SLICES_PER_STEP // 2
     return (centres[:, None] + neighbours).clip(0, count - 1)
 
@@ -1043,7 +1044,7 @@ def calibrated(raw, noisy_or, calibration):
     What is not in view gets calibration.unseen. Where a calibration says what is unusual, a
     study whose vertebrae seem mostly broken is foreign to it, and leans to the prior."""
     scale, shift, unseen = map(torch.tensor, calibration[:3])
-    logits = raw * scale + shift
+    logits = torch.tensor(raw) * scale + shift
     median = logits[:, :7].nan_to_num(-9).median(1, keepdim=True).values
     excess = (median - calibration.unusual).clamp(0)  # (N, 1)
     logits = logits - excess
@@ -1051,7 +1052,7 @@ def calibrated(raw, noisy_or, calibration):
     whole = 1 - logits[:, :7].sigmoid()
     either = 1 - whole.nan_to_num(1).prod(1)  # not in view: not broken
     either = torch.where(either > 0, either, math.nan)
-    own = raw[:, 7].sigmoid()
+    own = torch.tensor(raw[:, 7]).sigmoid()
     own = torch.where(own.isnan(), either, own)  # without a patient classifier
     patient = noisy_or * either + (1 - noisy_or) * own
     logits[:, 7] = patient.logit(LEAST_ANSWER) * scale[7] + shift[7]
@@ -1060,12 +1061,12 @@ def calibrated(raw, noisy_or, calibration):
     prior = torch.tensor(PRIOR).logit()
     answers = prior.lerp(logits, trust).sigmoid()
     answers = torch.where(answers.isnan(), unseen, answers)
-    return answers.clamp(LEAST_ANSWER, 1 - LEAST_ANSWER)
+    return answers.clamp(LEAST_ANSWER, 1 - LEAST_ANSWER).numpy()
 
 def combine(outputs, answers, calibration=Calibration()):
     """(8,) probabilities of classify's outputs: the mean logits, calibrated."""
     raw = mean_logits(outputs, answers.top_k, calibration.weights)
-    return calibrated(torch.tensor(raw)[None], answers.noisy_or, calibration)[0].numpy()
+    return calibrated(raw[None], answers.noisy_or, calibration)[0]
 
 
 # ==== Prediction ====
@@ -1371,11 +1372,17 @@ def read_held_out(weights):
         raise UserError(f"no vertebra_fold*_heldout.csv in {weights}: run train-cls first")
     return outputs, folds
 
+def raw_logits(outputs, calibration):
+    """(N, 8) mean logits of {uid: outputs}, blended but not calibrated."""
+    how = calibration.answers.top_k, calibration.weights
+    rows = [mean_logits(one, *how) for one in outputs.values()]
+    return np.array(rows)
+
 def blend(outputs, calibration=Calibration()):
     """The answers to {uid: outputs}, a study a row, blended over models as predict does."""
-    how = calibration.answers, calibration
-    rows = {uid: combine(one, *how) for uid, one in outputs.items()}
-    return pd.DataFrame.from_dict(rows, orient="index", columns=TARGETS)
+    raw = raw_logits(outputs, calibration)
+    answers = calibrated(raw, calibration.answers.noisy_or, calibration)
+    return pd.DataFrame(answers, [*outputs], TARGETS)
 
 def print_scores(answers, labels):
     """Print the score of (N, 8) answers, its interval, AUC, and the best constants'."""
@@ -1458,19 +1465,6 @@ def fit_scale(answers, labels):
             break
     return np.stack([np.exp(fit[0]), fit[1]])
 
-def unseen_answers(outputs, truth):
-    """((8,) answers to what is not in view, (N, 8) labels with NaN in the place of these).
-    By how often they were broken, and UNSEEN_PULL studies of the prior."""
-    unseen = np.zeros(truth.shape, bool)
-    for row, one in zip(unseen, outputs.values()):
-        absent = [np.isnan(steps).all(1) for steps, *_ in one]
-        row[:7] = np.all(absent, 0)  # to every model
-    broken = np.nansum(truth * unseen, 0)
-    known = unseen & ~np.isnan(truth)
-    rate = PRIOR / (2 - PRIOR)  # whose best answer is the prior: 2 p / (1 + p)
-    rate = (broken + UNSEEN_PULL * rate) / (known.sum(0) + UNSEEN_PULL)
-    return 2 * rate / (1 + rate), np.where(unseen, np.nan, truth)
-
 def other_blends(found, names):
     """The Calibrations that differ from `found` in one choice of the blend."""
     top_k, share = found.answers.top_k, found.answers.noisy_or
@@ -1484,33 +1478,40 @@ def other_blends(found, names):
 def fit_moves(outputs, found, labels):
     """(score, Calibration): `found` with the scale and shift that suit its blend.
     The patient's answer blends calibrated vertebrae, and is fitted after them."""
-    top_k = found.answers.top_k
-    rows = [mean_logits(one, top_k, found.weights) for one in outputs.values()]
-    raw = torch.tensor(np.array(rows))  # (N, 8)
+    raw = raw_logits(outputs, found)
 
     def answers(moves):
         scale, shift = moves
         moved = found._replace(scale=scale, shift=shift)
-        return calibrated(raw, found.answers.noisy_or, moved).numpy()
+        return calibrated(raw, found.answers.noisy_or, moved)
 
     moves = np.array(Calibration()[:2])  # (2, 8): no scale, no shift
     for part in (slice(7), slice(7, 8)):
         moves[:, part] = fit_scale(answers(moves), labels)[:, part]
-    score = np.nanmean(study_scores(answers(moves), labels))
+    scores = study_scores(answers(moves), labels)
     scale, shift = moves
-    return score, found._replace(scale=scale, shift=shift)
+    return np.nanmean(scores), found._replace(scale=scale, shift=shift)
 
 def fit_calibration(outputs, labels):
     """The Calibration of {uid: outputs} and labels (N, 8), a table by uid.
-    Scale and shift are fitted to every blend that is tried; the one choice that lowers the
-    score most is changed, as long as it gains LEAST_GAIN."""
+    What is not in view is answered by how often it was broken, and UNSEEN_PULL studies of
+    the prior. Scale and shift are fitted to every blend that is tried; the one choice that
+    lowers the score most is changed, as long as it gains LEAST_GAIN."""
     truth = labels.loc[[*outputs]].to_numpy()
-    unseen, truth = unseen_answers(outputs, truth)
+    unseen = np.isnan(raw_logits(outputs, Calibration()))  # by every model
+    unseen[:, 7] = False
+    broken = (truth > 0) & unseen
+    known = unseen & ~np.isnan(truth)
+    rate = PRIOR / (2 - PRIOR)  # whose best answer is the prior: 2 p / (1 + p)
+    rate = (broken.sum(0) + UNSEEN_PULL * rate) / (known.sum(0) + UNSEEN_PULL)
+    found = Calibration(unseen=2 * rate / (1 + rate))
+
+    seen = np.where(unseen, np.nan, truth)
+    score, found = fit_moves(outputs, found, seen)
     names = {Output(*output).name for one in outputs.values() for output in one}
-    score, found = fit_moves(outputs, Calibration(unseen=unseen), truth)
     while len(truth) >= LEAST_STUDIES:
         blends = other_blends(found, sorted(names))
-        tried = [fit_moves(outputs, other, truth) for other in blends]
+        tried = [fit_moves(outputs, other, seen) for other in blends]
         best, other = min(tried, key=lambda pair: pair[0])
         if best > score - LEAST_GAIN:
             break
