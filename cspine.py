@@ -1255,15 +1255,17 @@ def study_scores(answers, labels):
     """(N,): the competition's score of each study; NaN where no label is known.
     An element weighs TARGET_WEIGHTS, a positive POSITIVE_FACTOR times that."""
     weight = element_weights(labels) * TARGET_WEIGHTS
+    loss = element_losses(answers, labels) * weight
     with np.errstate(invalid="ignore"):
-        return (element_losses(answers, labels) * weight).sum(1) / weight.sum(1)
+        return loss.sum(1) / weight.sum(1)
 
 def competition_scores(answers, labels):
     """The competition's score of (N, 8) answers, lower is better: (per study, per column).
     The page defines it per study; some normalise every column."""
     weight = element_weights(labels)
     known = weight.any(0)
-    columns = (element_losses(answers, labels) * weight).sum(0) / weight.sum(0).clip(1e-9)
+    loss = element_losses(answers, labels) * weight
+    columns = loss.sum(0) / weight.sum(0).clip(1e-9)
     column = np.average(columns[known], weights=TARGET_WEIGHTS[known])
     return np.nanmean(study_scores(answers, labels)), column
 
@@ -1396,16 +1398,15 @@ def print_scores(answers, labels):
 
 def score_table(answers, labels):
     """What (N, 8) answers are worth for every target, and for C1 to C7 together."""
-    parts = {name: [k] for k, name in enumerate(TARGETS)} | {"C1 to C7": [*range(7)]}
     rows = []
-    for columns in parts.values():
+    for columns in [*range(8), slice(7)]:
         p = answers[:, columns].ravel()
         y = labels[:, columns].ravel()
         known = ~np.isnan(y)
         loss = element_losses(p, y)[known].mean()
         rows.append((y[known].sum(), loss, auc(p, y), *equal_point(p, y)))
     names = ["fractured", "log loss", "AUC", "threshold", "sensitivity", "specificity"]
-    return pd.DataFrame(rows, [*parts], names)
+    return pd.DataFrame(rows, [*TARGETS, "C1 to C7"], names)
 
 def reliability(answers, labels):
     """How often answers of about a size are right, of C1 to C7 and of the patient."""
@@ -1459,7 +1460,8 @@ def fit_scale(answers, labels):
         curve = np.einsum("inv,jnv,nv->vij", slopes, slopes, bend)  # (8, 2, 2)
         curve += 2 * CALIBRATION_PULL * np.eye(2)
         curve[:, 0, 0] += (scaled * error).sum(0).clip(0)  # below 0: not convex there
-        step = np.linalg.solve(curve, gradient.T[..., None])[..., 0].T
+        step = np.linalg.solve(curve, gradient.T[..., None])  # (8, 2, 1)
+        step = step[..., 0].T
         fit -= step.clip(-LARGEST_STEP, LARGEST_STEP)
         if np.abs(step).max() < LEAST_STEP:
             break
