@@ -196,9 +196,10 @@ RECIPES = dict(
 class Answers:
     """How logits become answers; its fields are options of predict."""
     top_k: int = setting(
-        5, "largest steps averaged to a vertebra's answer", least=1, most=STEPS)
+        5, "largest steps averaged to an answer; not given: as fitted", least=1, most=STEPS)
     noisy_or: float = setting(
-        0.8, "share of 1 - prod(1 - P(Ck)) in patient_overall", least=0, most=1)
+        0.8, "share of 1 - prod(1 - P(Ck)) in patient_overall; not given: as fitted",
+        least=0, most=1)
 
 
 # ==== Reading ====
@@ -981,7 +982,6 @@ class Ensemble(NamedTuple):
     models: dict  # {kind: [model of a fold, ...]}
     device: torch.device
     calibration: Calibration = Calibration()
-    answers: Answers = Answers()
     on_cpu: Any = None  # the same Ensemble, for when the device fails
 
 @torch.inference_mode()
@@ -1101,7 +1101,7 @@ def answer_study(volume, read_s, ensemble, folds):
     crops = vertebra_slices(volume, probability, **wanted)
     cut = monotonic()
     outputs = classify(ensemble, crops, folds)
-    answers = combine(outputs, ensemble.answers, ensemble.calibration)
+    answers = combine(outputs, ensemble.calibration.answers, ensemble.calibration)
 
     seen = [name for name, crop in zip(VERTEBRAE, crops) if crop.any()]
     status = "ok" if len(seen) == 7 else "partial" if seen else "nothing seen"
@@ -2562,11 +2562,11 @@ def train_classifiers(options):
     run_training(options, samples, folds, task)
 
 def answers_asked(options, fitted):
-    """The Answers that the options say, else the fitted ones; which, is said."""
-    asked = {name: getattr(options, name) for name in asdict(fitted)}
-    given = {name: value for name, value in asked.items() if value is not None}
+    """The Answers that options which were given say, else the fitted ones."""
+    names = [name for name in asdict(fitted) if name in options.given]
+    given = {name: getattr(options, name) for name in names}
     if given and fitted != Answers():
-        say(f"{given} as asked for; calibration.json was fitted with {fitted}")
+        say(f"{given} as asked for, in place of the fitted {fitted}")
     return Answers(**asdict(fitted) | given)
 
 def predict(options):
@@ -2586,12 +2586,12 @@ def predict(options):
             write_submission(task)  # the prior, whatever fails from here on
         calibration = read_calibration(options.weights)
         answers = answers_asked(options, calibration.answers)
-        made_by = hash_of(model_hashes(options.weights), calibration, answers)
+        calibration = calibration._replace(answers=answers)
+        made_by = hash_of(model_hashes(options.weights), calibration)
         task = task._replace(made_by=made_by)
         write_submission(task)
         device = pick_device(options.device)
-        ensemble = load_ensemble(options.weights, device, calibration)
-        ensemble = working(ensemble._replace(answers=answers))
+        ensemble = working(load_ensemble(options.weights, device, calibration))
         images = data / "test_images"
         predict_studies(images, task, ensemble, stop, options.workers, options.resume)
     good = sum(row["status"] != "nothing seen" for row in read_reports(task).values())
@@ -2661,7 +2661,7 @@ MODES |= {
     "train-cls": Mode(train_classifiers, TRAINING, RECIPES["vertebra"]),
     "train-patient": Mode(train_classifiers, TRAINING, RECIPES["patient"])}
 MODES |= {
-    "predict": Mode(predict, PREDICTION, Answers(None, None)),
+    "predict": Mode(predict, PREDICTION, Answers()),
     "evaluate": Mode(evaluate, EVALUATION, Evaluation())}
 
 class Parser(argparse.ArgumentParser):
@@ -2686,6 +2686,12 @@ def reader_of(limits, kind):
     read.__name__ = kind.__name__  # for argparse's "invalid float value"
     return read
 
+class Given(argparse.Action):
+    """Stores an option's value, and its name among those that were given."""
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, values)
+        namespace.given = (*namespace.given, self.dest)
+
 def add_option(parser, one, default):
     """Give a parser the option of a setting, with its meaning, limits and default."""
     flag = "--" + one.name.replace("_", "-")
@@ -2698,13 +2704,11 @@ def add_option(parser, one, default):
     else:
         if limits["choices"]:
             meaning += ": " + ", ".join(map(str, limits["choices"]))
-        if default is None:
-            meaning += f" (default: as calibration.json says, else {one.default})"
-        elif default != "":
+        if default != "":
             meaning += f" (default: {default})"
-        read = reader_of(limits, type(one.default))
-        name = one.name.upper()
-        parser.add_argument(flag, type=read, default=default, help=meaning, metavar=name)
+        read = reader_of(limits, type(default))
+        how = dict(type=read, default=default, metavar=one.name.upper())
+        parser.add_argument(flag, action=Given, help=meaning, **how)
 
 def build_parser(modes, others=()):
     """The parser of {name: Mode}; the others, {name: text}, are told in --help alone."""
@@ -2713,6 +2717,7 @@ def build_parser(modes, others=()):
     for name, mode in modes.items():
         text = mode.run.__doc__
         one = parsers.add_parser(name, help=text.splitlines()[0], description=text)
+        one.set_defaults(given=())
         for shared in fields(Shared):
             if shared.name in mode.shared.split():
                 add_option(one, shared, shared.default)

@@ -171,7 +171,7 @@ def test_predict_blends_as_fitted_unless_it_is_told_otherwise(tmp_path, capsys):
     cspine.write_calibration(weights, Calibration(answers=Answers(1, 0.0)))
     told, said = predict("--top-k", 5, "--noisy-or", 0.8)
     assert np.allclose(told, plain, atol=1e-6)
-    assert "as asked for; calibration.json was fitted with" in said
+    assert "as asked for, in place of the fitted" in said
 
 
 def test_a_calibration_file_carries_the_blend_and_refuses_what_it_does_not_know(tmp_path):
