@@ -1378,7 +1378,7 @@ def raw_logits(outputs, calibration):
     """(N, 8) mean logits of {uid: outputs}, blended but not calibrated."""
     how = calibration.answers.top_k, calibration.weights
     rows = [mean_logits(one, *how) for one in outputs.values()]
-    return np.array(rows)
+    return np.reshape(rows, (-1, 8))  # also of none
 
 def blend(outputs, calibration=Calibration()):
     """The answers to {uid: outputs}, a study a row, blended over models as predict does."""
@@ -1481,18 +1481,16 @@ def fit_moves(outputs, found, labels):
     """(score, Calibration): `found` with the scale and shift that suit its blend.
     The patient's answer blends calibrated vertebrae, and is fitted after them."""
     raw = raw_logits(outputs, found)
-
-    def answers(moves):
-        scale, shift = moves
-        moved = found._replace(scale=scale, shift=shift)
-        return calibrated(raw, found.answers.noisy_or, moved)
-
-    moves = np.array(Calibration()[:2])  # (2, 8): no scale, no shift
+    share = found.answers.noisy_or
+    found = found._replace(scale=np.ones(8), shift=np.zeros(8))
     for part in (slice(7), slice(7, 8)):
-        moves[:, part] = fit_scale(answers(moves), labels)[:, part]
-    scores = study_scores(answers(moves), labels)
-    scale, shift = moves
-    return np.nanmean(scores), found._replace(scale=scale, shift=shift)
+        answers = calibrated(raw, share, found)
+        scale, shift = fit_scale(answers, labels)
+        found.scale[part] = scale[part]
+        found.shift[part] = shift[part]
+    answers = calibrated(raw, share, found)
+    scores = study_scores(answers, labels)
+    return np.nanmean(scores), found
 
 def fit_calibration(outputs, labels):
     """The Calibration of {uid: outputs} and labels (N, 8), a table by uid.
