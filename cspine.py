@@ -1243,7 +1243,8 @@ STEP_TARGETS += TARGETS[7:]
 
 def element_losses(answers, labels):
     """Log loss of each answer, clipped at 1e-15 as the metric's."""
-    right = np.where(np.asarray(labels) > 0, answers, 1 - np.asarray(answers))
+    answers = np.asarray(answers)
+    right = np.where(np.asarray(labels) > 0, answers, 1 - answers)
     return -np.log(np.clip(right, 1e-15, 1))
 
 def element_weights(labels):
@@ -1282,7 +1283,8 @@ def auc(answers, labels):
     positive = labels[known] > 0
     n = positive.sum()
     m = len(positive) - n
-    rank = pd.Series(np.asarray(answers)[known], dtype=float).rank()[positive].sum()
+    ranked = pd.Series(np.asarray(answers)[known], dtype=float).rank()
+    rank = ranked[positive].sum()
     return (rank - n * (n + 1) / 2) / (n * m) if n and m else math.nan
 
 def equal_point(answers, labels):
@@ -1404,7 +1406,8 @@ def score_table(answers, labels):
         y = labels[:, columns].ravel()
         known = ~np.isnan(y)
         loss = element_losses(p, y)[known].mean()
-        rows.append((y[known].sum(), loss, auc(p, y), *equal_point(p, y)))
+        point = equal_point(p, y)
+        rows.append((y[known].sum(), loss, auc(p, y), *point))
     names = ["fractured", "log loss", "AUC", "threshold", "sensitivity", "specificity"]
     return pd.DataFrame(rows, [*TARGETS, "C1 to C7"], names)
 
@@ -1444,7 +1447,7 @@ def fit_scale(answers, labels):
     The score's weights, and a pull towards the identity; of one class alone it stays."""
     weight = element_weights(labels)
     weight /= (weight * TARGET_WEIGHTS).sum(1, keepdims=True).clip(1e-9)
-    both = (np.nansum(labels, 0) > 0) & (np.nansum(1 - labels, 0) > 0)
+    both = (labels == 1).any(0) & (labels == 0).any(0)
     weight *= both / weight.mean(0).clip(1e-9)
     chance = answers.clip(LEAST_ANSWER, 1 - LEAST_ANSWER)
     logits = np.log(chance / (1 - chance))
