@@ -156,6 +156,7 @@ class Shared:
     time_limit: float = setting(0.0, "minutes until a run ends, saved; 0: none", least=0)
     init: str = setting("", "file of weights to start from, ours or timm's; none if empty")
     mask_of: str = setting("last", "which slice of a step the mask is of", MASKED_SLICES)
+    z_margin: float = setting(BOX_MARGIN, "cells above and below a mask in crops", least=0)
 
 @dataclass(frozen=True)
 class Recipe:
@@ -182,6 +183,7 @@ class ClassifierRecipe(Recipe):
     hidden: int = setting(256, "width of the LSTMs", least=1)
     thin: int = setting(1, "3: a third of the steps at a time, in turns", (1, 3, 5, 15))
     mask_of: str = setting("last", "which slice of a step the mask is of", MASKED_SLICES)
+    z_margin: float = setting(BOX_MARGIN, "cells above and below a mask in crops", least=0)
 
 # Rates and epochs are ours; dropout is Tan and Le's (2021), mixup first place's.
 RECIPES = dict(
@@ -194,9 +196,10 @@ RECIPES = dict(
 class Answers:
     """How logits become answers; its fields are options of predict."""
     top_k: int = setting(
-        5, "largest steps averaged to a vertebra's answer", least=1, most=STEPS)
+        5, "largest steps averaged to an answer; not given: as fitted", least=1, most=STEPS)
     noisy_or: float = setting(
-        0.8, "share of 1 - prod(1 - P(Ck)) in patient_overall", least=0, most=1)
+        0.8, "share of 1 - prod(1 - P(Ck)) in patient_overall; not given: as fitted",
+        least=0, most=1)
 
 
 # ==== Reading ====
@@ -799,11 +802,12 @@ def crop_plane(plane, box, size):
 
 def slice_indices(first_cell, last_cell, edge, count):
     """(15, 5): the native slices of every step, of `count`; a border slice repeats.
-    The steps' centres lie evenly from the first to the last slice that the vertebra's cells
-    cover, of a cube with `edge` cells."""
-    first = first_cell * count / edge
-    last = (last_cell + 1) * count / edge - 1
-    centres = np.rint(np.linspace(first, last, STEPS)).astype(int)
+    The steps' centres lie evenly from the first to the last slice that these cells cover,
+    of a cube with `edge` cells."""
+    first = max(first_cell, 0) * count / edge
+    last = min(last_cell + 1, edge) * count / edge - 1
+    places = np.linspace(first, last, STEPS)
+    centres = np.rint(places).astype(int)
     neighbours = np.arange(SLICES_PER_STEP) - SLICES_PER_STEP // 2
     return (centres[:, None] + neighbours).clip(0, count - 1)
 
@@ -820,19 +824,19 @@ def interleave(images, masks):
     steps = images.reshape(STEPS, -1, *masks.shape[1:])  # (75, S, S) -> (15, 5, S, S)
     return np.concatenate([steps, masks[:, None]], 1)
 
-def vertebra_slices(volume, probability, size=CROP, mask_of="last"):
+def vertebra_slices(volume, probability, size=CROP, mask_of="last", z_margin=BOX_MARGIN):
     """The ninety images of every vertebra: uint8 (7, 15, 6, S, S), a mask after 5 slices.
     `probability` (7, D, D, D) covers the whole study. `mask_of` says of which of a step's
-    slices the mask is, the "last" or the "center". A vertebra that is not seen is all 0;
-    the mask of one that is seen is nowhere 0."""
+    slices the mask is, the "last" or the "center". The steps reach `z_margin` cells beyond
+    it. A vertebra that is not seen is all 0; the mask of one that is seen is nowhere 0."""
     out = np.zeros((7, STEPS, CHANNELS, size, size), np.uint8)
     for v, cells in enumerate(probability):
         found = vertebra_box(cells)
         if found is not None:
-            out[v] = ninety_images(volume, cells, found, size, mask_of)
+            out[v] = ninety_images(volume, cells, found, size, mask_of, z_margin)
     return out
 
-def ninety_images(volume, cells, found, size, mask_of):
+def ninety_images(volume, cells, found, size, mask_of, z_margin):
     """uint8 (15, 6, S, S) in BONE_WINDOW of a vertebra's mask (D, D, D) and vertebra_box.
     The crop is square in mm, BOX_MARGIN cells wider than the mask."""
     edge, count = len(cells), len(volume.hu)
@@ -845,7 +849,8 @@ def ninety_images(volume, cells, found, size, mask_of):
     step_mm = np.full(2, side_mm / size)
     box = np.array([corner_mm, step_mm]) / extent_mm
 
-    index = slice_indices(*found[0], edge, count)  # (15, 5)
+    first, last = found[0]
+    index = slice_indices(first - z_margin, last + z_margin, edge, count)  # (15, 5)
     shown, which = np.unique(index, return_inverse=True)  # steps share slices
     grey = [apply_window(volume.hu[z], BONE_WINDOW) for z in shown]
     images = np.array([crop_plane(plane, box, size) for plane in grey])
@@ -904,12 +909,14 @@ class StepEncoder(nn.Module):
 
 class VertebraClassifier(nn.Module):
     """(B, 15, 6, S, S), uint8 or 0..1 -> (B, 15) logits: a fracture of this vertebra.
-    `size` and `mask_of` say for what crops it was trained."""
+    `size`, `mask_of` and `z_margin` (older versions had none) say for what crops it was
+    trained."""
     def __init__(
-            self, backbone="tf_efficientnetv2_s", size=CROP, mask_of="last", hidden=256,
-            drop_path=0, dropout=0, **_):  # a recipe holds more
+            self, backbone="tf_efficientnetv2_s", size=CROP, mask_of="last", z_margin=0.0,
+            hidden=256, drop_path=0, dropout=0, **_):  # a recipe holds more
         super().__init__()
         self.settings = dict(backbone=backbone, size=size, mask_of=mask_of, hidden=hidden)
+        self.settings["z_margin"] = z_margin
         self.encoder = StepEncoder(backbone, hidden, drop_path, dropout)
         self.head = logit_head(2 * hidden, hidden, dropout)
 
@@ -955,24 +962,31 @@ def classifier_loss(outputs, labels):
         logits, truth.nan_to_num(), weight * ~truth.isnan(), reduction="sum")
     return loss / len(labels) / TARGET_WEIGHTS[:targets].sum()
 
+class Output(NamedTuple):
+    """What one model says of a study; NaN: not in view, or nothing to say."""
+    steps: Any  # (7, T) probability of a fracture
+    patient: float  # its probability
+    name: str = ""  # of the model's files, before _fold: its folds share it
+
 class Calibration(NamedTuple):
-    """How the logits of the eight targets are moved; as it stands here, not at all."""
+    """How outputs are blended, and how the logits of the eight targets are moved."""
     scale: Any = (1.0,) * 8
     shift: Any = (0.0,) * 8
     unseen: Any = PRIOR  # the answer of a target that is not in view
     unusual: float = math.inf  # median logit of C1..C7 above which a study is foreign
+    answers: Answers = Answers()
+    weights: dict = {}  # {model name: its weight in the blend}; else 1
 
 class Ensemble(NamedTuple):
     """The models that answer a study, and how their outputs become answers."""
     models: dict  # {kind: [model of a fold, ...]}
     device: torch.device
     calibration: Calibration = Calibration()
-    answers: Answers = Answers()
     on_cpu: Any = None  # the same Ensemble, for when the device fails
 
 @torch.inference_mode()
 def classify(ensemble, crops, folds=100):
-    """[((7, 15) steps' probability, patient's)] of the first `folds` models of each kind.
+    """[Output], T = 15, of the first `folds` models of each kind.
     `crops` is uint8 (7, 15, 6, S, S). NaN stands for a vertebra that is not seen, and for
     the patient where a vertebra classifier has no answer. Model i sees dihedral view i mod
     8 (first place), so that their errors differ."""
@@ -994,7 +1008,8 @@ def classify(ensemble, crops, folds=100):
                 logits, head = model(shown.flatten(0, 1)[None])  # (1, 105, 6, S, S)
         steps = logits.sigmoid().view(7, STEPS).cpu().numpy()
         steps[absent] = np.nan
-        outputs.append((steps, float(head.sigmoid())))
+        name = model.settings.get("name", "")
+        outputs.append(Output(steps, float(head.sigmoid()), name))
     return outputs
 
 
@@ -1003,35 +1018,55 @@ def classify(ensemble, crops, folds=100):
 # The trap: a positive weighs double in the metric: the best answer lies above the chance.
 
 def vertebra_answers(steps, top_k):
-    """(7,): the mean of each vertebra's top_k largest step probabilities (7, 15)."""
-    return np.sort(steps, 1)[:, -top_k:].mean(1)
+    """(..., 7): the mean of each vertebra's top_k largest steps (..., 7, T)."""
+    return np.sort(steps)[..., -top_k:].mean(-1)
 
-def combine(outputs, answers, calibration=Calibration()):
-    """(8,) probabilities of classify's outputs: the mean logits, calibrated.
+def mean_logits(outputs, top_k, weights):
+    """(8,): the mean logits of a study's outputs; NaN: in no model's view.
+    A model name counts by its weight, else 1, however many models (folds) share it."""
+    outputs = [Output(*one) for one in outputs]
+    names = [one.name for one in outputs]
+    steps = np.array([one.steps for one in outputs])  # (M, 7, T)
+    vertebrae = vertebra_answers(steps, top_k)  # (M, 7)
+    patient = [one.patient for one in outputs]
+    rows = np.column_stack([vertebrae, patient])  # (M, 8)
+
+    share = np.array([weights.get(name, 1) / names.count(name) for name in names])
+    share = share[:, None] * ~np.isnan(rows)
+    chance = rows.clip(LEAST_ANSWER, 1 - LEAST_ANSWER)
+    logits = np.nan_to_num(np.log(chance / (1 - chance)))
+    with np.errstate(invalid="ignore"):
+        return (logits * share).sum(0) / share.sum(0)
+
+def calibrated(raw, noisy_or, calibration):
+    """(N, 8) probabilities of mean logits (N, 8).
     The patient's is a blend of its own and of the vertebrae's noisy-or, P(at least one).
     What is not in view gets calibration.unseen. Where a calibration says what is unusual, a
     study whose vertebrae seem mostly broken is foreign to it, and leans to the prior."""
-    rows = [[*vertebra_answers(steps, answers.top_k), head] for steps, head in outputs]
-    rows = torch.tensor(np.array(rows))
-    raw = rows.logit(LEAST_ANSWER).nanmean(0)  # (8,)
     scale, shift, unseen = map(torch.tensor, calibration[:3])
-    logits = raw * scale + shift
-    median = logits[:7].nan_to_num(-9).median()
-    excess = (median - calibration.unusual).clamp(0)
+    logits = torch.tensor(raw) * scale + shift
+    median = logits[:, :7].nan_to_num(-9).median(1, keepdim=True).values
+    excess = (median - calibration.unusual).clamp(0)  # (N, 1)
     logits = logits - excess
 
-    whole = 1 - logits[:7].sigmoid()
-    either = float(1 - whole.nan_to_num(1).prod()) or math.nan  # not in view: not broken
-    own = raw[7].sigmoid().nan_to_num(either)  # without a patient classifier
-    share = answers.noisy_or
-    patient = share * either + (1 - share) * own
-    logits[7] = patient.logit(LEAST_ANSWER) * scale[7] + shift[7]
+    whole = 1 - logits[:, :7].sigmoid()
+    either = 1 - whole.nan_to_num(1).prod(1)  # not in view: not broken
+    either = torch.where(either > 0, either, math.nan)
+    own = torch.tensor(raw[:, 7]).sigmoid()
+    own = torch.where(own.isnan(), either, own)  # without a patient classifier
+    patient = noisy_or * either + (1 - noisy_or) * own
+    logits[:, 7] = patient.logit(LEAST_ANSWER) * scale[7] + shift[7]
 
     trust = (-excess / 2).exp()
     prior = torch.tensor(PRIOR).logit()
-    answer = prior.lerp(logits, trust).sigmoid()
-    answer = torch.where(answer.isnan(), unseen, answer)
-    return answer.clamp(LEAST_ANSWER, 1 - LEAST_ANSWER).numpy()
+    answers = prior.lerp(logits, trust).sigmoid()
+    answers = torch.where(answers.isnan(), unseen, answers)
+    return answers.clamp(LEAST_ANSWER, 1 - LEAST_ANSWER).numpy()
+
+def combine(outputs, answers, calibration=Calibration()):
+    """(8,) probabilities of classify's outputs: the mean logits, calibrated."""
+    raw = mean_logits(outputs, answers.top_k, calibration.weights)
+    return calibrated(raw[None], answers.noisy_or, calibration)[0]
 
 
 # ==== Prediction ====
@@ -1062,10 +1097,11 @@ def answer_study(volume, read_s, ensemble, folds):
     probability = segment(segmenters, volume, ensemble.device, problems.append)
     found = monotonic()
     first = (models["vertebra"] + models["patient"])[0]
-    crops = vertebra_slices(volume, probability, mask_of=first.settings["mask_of"])
+    wanted = {name: first.settings[name] for name in ("mask_of", "z_margin")}
+    crops = vertebra_slices(volume, probability, **wanted)
     cut = monotonic()
     outputs = classify(ensemble, crops, folds)
-    answers = combine(outputs, ensemble.answers, ensemble.calibration)
+    answers = combine(outputs, ensemble.calibration.answers, ensemble.calibration)
 
     seen = [name for name, crop in zip(VERTEBRAE, crops) if crop.any()]
     status = "ok" if len(seen) == 7 else "partial" if seen else "nothing seen"
@@ -1189,29 +1225,56 @@ def predict_studies(images, task, ensemble, stop, workers, resume=False):
 # The trap: whatever is fitted to a fold must not be scored on it.
 
 RELIABILITY_BINS = (0, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1)
-LEAST_STUDIES = 20  # studies; fewer say nothing about reliability
+LEAST_STUDIES = 20  # studies; fewer say nothing about reliability, nor about a blend
+RESAMPLES = 1000  # bootstrap samples of the patients
+INTERVAL = (2.5, 97.5)  # percentiles of these: a 95 % interval
+FITTED_STEPS = (1, 3, 5, 10, 15)  # tried as top_k
+FITTED_SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # tried as noisy_or
+FITTED_WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)  # tried for every model name
+LEAST_GAIN = 0.001  # of the score, or a choice stays: less is chance
 UNSEEN_PULL = 10.0  # studies that the prior counts for, in the rate of unseen vertebrae
 CALIBRATION_PULL = 2.0  # towards the identity: a spread of 0.5 in log scale and in shift
+FIT_ROUNDS = 100  # of Newton's method at most; five to twenty are usual
+LEAST_STEP, LARGEST_STEP = 1e-7, 0.5  # of log scale and shift, in a round
+
+# The columns of a classifier's held-out answers: every step of C1..C7, and the patient.
+STEP_TARGETS = [f"{name}_{step}" for name in VERTEBRAE for step in range(1, STEPS + 1)]
+STEP_TARGETS += TARGETS[7:]
 
 def element_losses(answers, labels):
     """Log loss of each answer, clipped at 1e-15 as the metric's."""
-    right = np.where(np.asarray(labels) > 0, answers, 1 - np.asarray(answers))
+    answers = np.asarray(answers)
+    right = np.where(np.asarray(labels) > 0, answers, 1 - answers)
     return -np.log(np.clip(right, 1e-15, 1))
+
+def element_weights(labels):
+    """1 of each label, POSITIVE_FACTOR of a positive, 0 of one that is unknown (NaN)."""
+    labels = np.asarray(labels, float)
+    return np.where(labels > 0, POSITIVE_FACTOR, 1.0) * ~np.isnan(labels)
+
+def study_scores(answers, labels):
+    """(N,): the competition's score of each study; NaN where no label is known.
+    An element weighs TARGET_WEIGHTS, a positive POSITIVE_FACTOR times that."""
+    weight = element_weights(labels) * TARGET_WEIGHTS
+    loss = element_losses(answers, labels) * weight
+    with np.errstate(invalid="ignore"):
+        return loss.sum(1) / weight.sum(1)
 
 def competition_scores(answers, labels):
     """The competition's score of (N, 8) answers, lower is better: (per study, per column).
-    An element weighs TARGET_WEIGHTS, a positive POSITIVE_FACTOR times that, an unknown
-    label (NaN) nothing. The page defines it per study; some normalise every column."""
-    labels = np.asarray(labels, float)
-    known = ~np.isnan(labels)
-    loss = np.where(known, element_losses(answers, labels), 0)
-    factor = np.where(labels > 0, POSITIVE_FACTOR, 1.0) * known
-    weight = factor * TARGET_WEIGHTS
-    with np.errstate(invalid="ignore"):  # nothing known: NaN, and left out
-        studies = (loss * weight).sum(1) / weight.sum(1)
-        columns = (loss * factor).sum(0) / factor.sum(0)
-    there = ~np.isnan(columns)
-    return np.nanmean(studies), np.average(columns[there], weights=TARGET_WEIGHTS[there])
+    The page defines it per study; some normalise every column."""
+    weight = element_weights(labels)
+    known = weight.any(0)
+    loss = element_losses(answers, labels) * weight
+    columns = loss.sum(0) / weight.sum(0).clip(1e-9)
+    column = np.average(columns[known], weights=TARGET_WEIGHTS[known])
+    return np.nanmean(study_scores(answers, labels)), column
+
+def interval(scores):
+    """(low, high): the 95 % interval of the mean of the studies' scores, by bootstrap."""
+    known = scores[~np.isnan(scores)]
+    drawn = np.random.default_rng(0).choice(known, (RESAMPLES, len(known)))
+    return np.percentile(drawn.mean(1), INTERVAL)
 
 def auc(answers, labels):
     """Area under the ROC curve, by ranks, of known labels; NaN if all of them are alike."""
@@ -1220,8 +1283,21 @@ def auc(answers, labels):
     positive = labels[known] > 0
     n = positive.sum()
     m = len(positive) - n
-    rank = pd.Series(np.asarray(answers)[known], dtype=float).rank()[positive].sum()
+    ranked = pd.Series(np.asarray(answers)[known], dtype=float).rank()
+    rank = ranked[positive].sum()
     return (rank - n * (n + 1) / 2) / (n * m) if n and m else math.nan
+
+def equal_point(answers, labels):
+    """(threshold, sensitivity, specificity) where the latter two differ least.
+    The radiology papers' operating point; answers from the threshold on say: fractured."""
+    broken, whole = (np.sort(answers[labels == k]) for k in (1, 0))
+    if not len(broken) or not len(whole):
+        return (math.nan,) * 3
+    thresholds = np.unique(answers)
+    sensitivity = 1 - np.searchsorted(broken, thresholds) / len(broken)
+    specificity = np.searchsorted(whole, thresholds) / len(whole)
+    best = np.abs(sensitivity - specificity).argmin()
+    return thresholds[best], sensitivity[best], specificity[best]
 
 def dice_scores(probability, labels):
     """(7,) Dice of masks (7, D, D, D) at 0.5 with labels (D, D, D); NaN: not in view."""
@@ -1278,56 +1354,72 @@ def read_answers(path):
     return table.pivot_table("fractured", "uid", "target").reindex(columns=TARGETS)
 
 def read_held_out(weights):
-    """({uid: outputs as classify's}, {uid: fold}) of the folds' held-out answers."""
-    files = sorted(weights.glob("vertebra_fold*_heldout.csv"))
-    files += sorted(weights.glob("patient_fold*_heldout.csv"))
-    if not files:
-        raise UserError(f"no vertebra_fold*_heldout.csv in {weights}: run train-cls first")
+    """({uid: outputs as classify's}, {uid: fold}) of the folds' held-out answers.
+    Older versions wrote the mean of the largest steps, which here stands for each step."""
     outputs, folds = {}, {}
-    for path in files:
-        fold = int(re.search(r"_fold(\d+)", path.name)[1])
-        table = read_csv(path, (STUDY, *TARGETS)).set_index(STUDY)[[*TARGETS]]
+    for path in sorted(weights.glob("*_heldout.csv")):
+        named = re.fullmatch(r"((?:vertebra|patient)\w*)_fold(\d+)_heldout", path.stem)
+        if not named:
+            continue  # a segmenter's
+        name, fold = named.groups()
+        old = VERTEBRAE[0] in read_csv(path, (STUDY,))
+        if old:
+            say(f"{path}: of an older version, without steps: top_k cannot be fitted to it")
+        columns = [*TARGETS] if old else STEP_TARGETS
+        table = read_csv(path, (STUDY, *columns)).set_index(STUDY)[columns]
         for uid, row in zip(table.index, table.to_numpy(float)):
-            outputs.setdefault(uid, []).append((row[:7, None], row[7]))
-            folds[uid] = fold
+            steps = row[:-1].reshape(7, -1)
+            steps = np.broadcast_to(steps, (7, STEPS))
+            outputs.setdefault(uid, []).append(Output(steps, row[-1], name))
+            folds[uid] = int(fold)
+    if not outputs:
+        raise UserError(f"no vertebra_fold*_heldout.csv in {weights}: run train-cls first")
     return outputs, folds
 
+def raw_logits(outputs, calibration):
+    """(N, 8) mean logits of {uid: outputs}, blended but not calibrated."""
+    how = calibration.answers.top_k, calibration.weights
+    rows = [mean_logits(one, *how) for one in outputs.values()]
+    return np.reshape(rows, (-1, 8))  # also of none
+
 def blend(outputs, calibration=Calibration()):
-    """The answers to {uid: outputs}, a study a row, blended over kinds as predict does."""
-    rows = {uid: combine(one, Answers(), calibration) for uid, one in outputs.items()}
-    return pd.DataFrame.from_dict(rows, orient="index", columns=TARGETS)
+    """The answers to {uid: outputs}, a study a row, blended over models as predict does."""
+    raw = raw_logits(outputs, calibration)
+    answers = calibrated(raw, calibration.answers.noisy_or, calibration)
+    return pd.DataFrame(answers, [*outputs], TARGETS)
 
 def print_scores(answers, labels):
-    """Print the score of (N, 8) answers, by study and column, and the best constants'."""
+    """Print the score of (N, 8) answers, its interval, AUC, and the best constants'."""
     study, column = competition_scores(answers, labels)
-    constants = competition_scores(np.broadcast_to(PRIOR, answers.shape), labels)
+    best, of_columns = competition_scores(np.broadcast_to(PRIOR, answers.shape), labels)
+    low, high = interval(study_scores(answers, labels))
     print(f"{len(labels)} studies; weighted log loss, lower is better: "
           f"{study:.4f} per study, {column:.4f} per column; the best constants: "
-          f"{constants[0]:.4f}, {constants[1]:.4f}")
+          f"{best:.4f}, {of_columns:.4f}")
+    print(f"95 % interval per study, by bootstrap over patients: {low:.4f} to {high:.4f}")
 
 def score_table(answers, labels):
-    """Log loss and AUC of every target, and of C1 to C7 together, of (N, 8) answers."""
-    parts = {name: [k] for k, name in enumerate(TARGETS)} | {"C1 to C7": [*range(7)]}
+    """What (N, 8) answers are worth for every target, and for C1 to C7 together."""
     rows = []
-    for columns in parts.values():
+    for columns in [*range(8), slice(7)]:
         p = answers[:, columns].ravel()
         y = labels[:, columns].ravel()
-        losses = element_losses(p, y)
-        loss = losses[~np.isnan(y)].mean()
-        rows.append((np.nansum(y), loss, auc(p, y)))
-    return pd.DataFrame(rows, [*parts], ["fractured", "log loss", "AUC"])
+        known = ~np.isnan(y)
+        loss = element_losses(p, y)[known].mean()
+        point = equal_point(p, y)
+        rows.append((y[known].sum(), loss, auc(p, y), *point))
+    names = ["fractured", "log loss", "AUC", "threshold", "sensitivity", "specificity"]
+    return pd.DataFrame(rows, [*TARGETS, "C1 to C7"], names)
 
 def reliability(answers, labels):
     """How often answers of about a size are right, of C1 to C7 and of the patient."""
-    rows = []
-    for name, part in (("C1 to C7", slice(7)), ("patient_overall", slice(7, 8))):
-        p = answers[:, part].ravel()
-        table = pd.DataFrame({"mean answer": p, "fractured": labels[:, part].ravel()})
-        groups = table.groupby(pd.cut(p, RELIABILITY_BINS), observed=True)
-        means = groups.mean()
-        means.insert(0, "answers", groups.size())
-        rows.append(means.set_axis([f"{name} {answers}" for answers in means.index]))
-    return pd.concat(rows)
+    table = pd.DataFrame({"mean answer": answers.ravel(), "fractured": labels.ravel()})
+    part = np.tile(["C1 to C7"] * 7 + ["patient_overall"], len(answers))
+    size = pd.cut(table["mean answer"], RELIABILITY_BINS)
+    groups = table.groupby([part, size], observed=True)
+    means = groups.mean()
+    means.insert(0, "answers", groups.size())
+    return means.set_axis([f"{name} {answers}" for name, answers in means.index])
 
 def mask_table(data, uids, models, workers):
     """Dice of every vertebra, and the share named right, of the studies that have masks."""
@@ -1353,54 +1445,84 @@ def mask_table(data, uids, models, workers):
 def fit_scale(answers, labels):
     """(2, 8) scale and shift in logit space that lower the score of (N, 8) answers.
     The score's weights, and a pull towards the identity; of one class alone it stays."""
-    known = ~np.isnan(labels)
-    weight = np.where(labels > 0, POSITIVE_FACTOR, 1.0) * known
+    weight = element_weights(labels)
     weight /= (weight * TARGET_WEIGHTS).sum(1, keepdims=True).clip(1e-9)
-    both = (np.nansum(labels, 0) > 0) & (np.nansum(1 - labels, 0) > 0)
+    both = (labels == 1).any(0) & (labels == 0).any(0)
     weight *= both / weight.mean(0).clip(1e-9)
-    weight, truth = torch.tensor(weight), torch.tensor(labels).double().nan_to_num()
-    logits = torch.tensor(answers).logit(LEAST_ANSWER)
-    fit = torch.zeros(2, 8, dtype=torch.float64, requires_grad=True)  # log scale, shift
-    optimizer = torch.optim.LBFGS([fit], max_iter=200, line_search_fn="strong_wolfe")
+    chance = answers.clip(LEAST_ANSWER, 1 - LEAST_ANSWER)
+    logits = np.log(chance / (1 - chance))
 
-    def loss():
-        optimizer.zero_grad()
-        moved = logits * fit[0].exp() + fit[1]
-        entropy = F.binary_cross_entropy_with_logits(moved, truth, weight, reduction="sum")
-        total = CALIBRATION_PULL * fit.square().sum() + entropy
-        total.backward()
-        return total
+    fit = np.zeros((2, 8))  # log scale, shift
+    for _ in range(FIT_ROUNDS):  # of Newton's method
+        scaled = logits * np.exp(fit[0])
+        moved = 1 / (1 + np.exp(-scaled - fit[1]))
+        error = weight * (moved - np.nan_to_num(labels))
+        slopes = np.stack([scaled, np.ones_like(scaled)])  # (2, N, 8)
+        gradient = (slopes * error).sum(1) + 2 * CALIBRATION_PULL * fit
+        bend = weight * moved * (1 - moved)
+        curve = np.einsum("inv,jnv,nv->vij", slopes, slopes, bend)  # (8, 2, 2)
+        curve += 2 * CALIBRATION_PULL * np.eye(2)
+        curve[:, 0, 0] += (scaled * error).sum(0).clip(0)  # below 0: not convex there
+        step = np.linalg.solve(curve, gradient.T[..., None])  # (8, 2, 1)
+        step = step[..., 0].T
+        fit -= step.clip(-LARGEST_STEP, LARGEST_STEP)
+        if np.abs(step).max() < LEAST_STEP:
+            break
+    return np.stack([np.exp(fit[0]), fit[1]])
 
-    optimizer.step(loss)
-    scale, shift = fit.detach().numpy()
-    return np.stack([np.exp(scale), shift])
+def other_blends(found, names):
+    """The Calibrations that differ from `found` in one choice of the blend."""
+    top_k, share = found.answers.top_k, found.answers.noisy_or
+    answers = [Answers(other, share) for other in FITTED_STEPS]
+    answers += [Answers(top_k, other) for other in FITTED_SHARES]
+    yield from (found._replace(answers=other) for other in answers)
+    for name in names if len(names) > 1 else ():
+        for weight in FITTED_WEIGHTS:
+            yield found._replace(weights=found.weights | {name: weight})
+
+def fit_moves(outputs, found, labels):
+    """(score, Calibration): `found` with the scale and shift that suit its blend.
+    The patient's answer blends calibrated vertebrae, and is fitted after them."""
+    raw = raw_logits(outputs, found)
+    share = found.answers.noisy_or
+    found = found._replace(scale=np.ones(8), shift=np.zeros(8))
+    for part in (slice(7), slice(7, 8)):
+        answers = calibrated(raw, share, found)
+        scale, shift = fit_scale(answers, labels)
+        found.scale[part] = scale[part]
+        found.shift[part] = shift[part]
+    answers = calibrated(raw, share, found)
+    scores = study_scores(answers, labels)
+    return np.nanmean(scores), found
 
 def fit_calibration(outputs, labels):
     """The Calibration of {uid: outputs} and labels (N, 8), a table by uid.
-    The patient's answer blends calibrated vertebrae, and is fitted after them. What is not
-    in view is answered by how often it was broken, and UNSEEN_PULL studies of the prior."""
+    What is not in view is answered by how often it was broken, and UNSEEN_PULL studies of
+    the prior. Scale and shift are fitted to every blend that is tried; the one choice that
+    lowers the score most is changed, as long as it gains LEAST_GAIN."""
     truth = labels.loc[[*outputs]].to_numpy()
-    unseen = np.zeros(truth.shape, bool)
-    for row, one in zip(unseen, outputs.values()):
-        absent = [np.isnan(steps).all(1) for steps, _ in one]
-        row[:7] = np.all(absent, 0)  # to every model
-    broken = np.nansum(truth * unseen, 0)
+    unseen = np.isnan(raw_logits(outputs, Calibration()))  # by every model
+    unseen[:, 7] = False
+    broken = (truth > 0) & unseen
     known = unseen & ~np.isnan(truth)
     rate = PRIOR / (2 - PRIOR)  # whose best answer is the prior: 2 p / (1 + p)
-    rate = (broken + UNSEEN_PULL * rate) / (known.sum(0) + UNSEEN_PULL)
+    rate = (broken.sum(0) + UNSEEN_PULL * rate) / (known.sum(0) + UNSEEN_PULL)
     found = Calibration(unseen=2 * rate / (1 + rate))
 
     seen = np.where(unseen, np.nan, truth)
-    answers = blend(outputs, found).to_numpy()
-    fit = fit_scale(answers, seen)
-    fit[:, 7] = (1, 0)
-    found = found._replace(scale=fit[0], shift=fit[1])
-    answers = blend(outputs, found).to_numpy()
-    fit[:, 7] = fit_scale(answers, seen)[:, 7]
-    return found._replace(scale=fit[0], shift=fit[1])
+    score, found = fit_moves(outputs, found, seen)
+    names = {Output(*output).name for one in outputs.values() for output in one}
+    while len(truth) >= LEAST_STUDIES:
+        blends = other_blends(found, sorted(names))
+        tried = [fit_moves(outputs, other, seen) for other in blends]
+        best, other = min(tried, key=lambda pair: pair[0])
+        if best > score - LEAST_GAIN:
+            break
+        score, found = best, other
+    return found
 
 def cross_fitted(outputs, folds, labels):
-    """The answers to {uid: outputs}, each calibrated by a fit to the other folds alone."""
+    """The answers to {uid: outputs}, blended and calibrated by a fit to the other folds."""
     parts = []
     for fold in sorted({folds[uid] for uid in outputs}):
         here = {uid: one for uid, one in outputs.items() if folds[uid] == fold}
@@ -1419,14 +1541,16 @@ def model_hashes(weights):
     return hashes
 
 def write_calibration(weights, found):
-    """Write calibration.json: scale, shift, unseen of each target; for what models."""
+    """Write calibration.json: scale, shift, unseen of each target; blend; the models."""
     columns = zip(*(np.float64(part).tolist() for part in found[:3]))
     content = dict(zip(TARGETS, columns), files=model_hashes(weights))
+    content |= dict(answers=asdict(found.answers), weights=found.weights)
     if found.unusual < math.inf:
         content["unusual"] = found.unusual
     path = Path(weights) / "calibration.json"
     write_atomic(path, lambda new: new.write_text(json.dumps(content, indent=1)))
-    print(f"{path} is written: predict uses it from now on, with these models alone")
+    print(f"{path} is written: predict uses it from now on, with these models alone\n"
+          f"Blended by {found.answers}, weights {found.weights or 'alike'}")
 
 def read_calibration(weights):
     """The Calibration of a folder of models; none, said aloud, if fitted to others."""
@@ -1439,8 +1563,11 @@ def read_calibration(weights):
         if content.get("files") != model_hashes(weights):
             say(f"{path} was fitted to other models: not used")
             return Calibration()
-        scale, shift, unseen = rows.T
-        return Calibration(scale, shift, unseen, float(content.get("unusual", math.inf)))
+        answers = Answers(**content.get("answers", {}))
+        unusual = float(content.get("unusual", math.inf))
+        weights = content.get("weights", {})
+        weights = {name: float(weight) for name, weight in weights.items()}
+        return Calibration(*rows.T, unusual, answers, weights)
 
 
 # ==== Batches and augmentation ====
@@ -1611,6 +1738,7 @@ def load_model(path, kind, device="cpu"):
     with errors_as(UserError, f"{path}: a {content.get('kind')}, no {kind} that fits"):
         model = new_model(kind, content["settings"], device)
         model.load_state_dict(content["tensors"])
+        model.settings["name"] = Path(path).stem.rpartition("_fold")[0]
         return fuse_norms(model).to(device)
 
 def load_models(weights, kind, device):
@@ -1704,6 +1832,7 @@ class Task(NamedTuple):
     train: tuple = ()  # samples
     held_out: tuple = ()  # uids
     made_of: dict = {}  # {what: hash} of labels, data and weights to start from
+    columns: Any = TARGETS  # what score gives
 
 @dataclass
 class Progress:
@@ -1813,7 +1942,7 @@ class Trainer:
             rows = [(uid, *task.score(self.averaged, uid)) for uid in mine]
         rows = sum(over_ranks(rows), [])
         losses = sum(over_ranks(now.losses), [])
-        table = pd.DataFrame(rows, columns=[STUDY, *TARGETS][: len(rows[0])])
+        table = pd.DataFrame(rows, columns=[STUDY, *task.columns][: len(rows[0])])
         scores = task.judge(table.set_index(STUDY))
         line = dict(epoch=len(now.history) + 1, **scores)
         line["train_loss"] = float(np.mean(losses or math.nan))
@@ -1950,19 +2079,24 @@ def classifier_task(kind, recipe, device, folder, truth):
 
     def score(model, uid):
         models = dict.fromkeys(KINDS, []) | {kind: [model]}
-        outputs = classify(Ensemble(models, device), read_crops(folder / f"{uid}.npz"))
-        steps, patient = outputs[0]
-        return [*vertebra_answers(steps, Answers().top_k), patient]
+        crops = read_crops(folder / f"{uid}.npz")
+        only = classify(Ensemble(models, device), crops)[0]
+        return [*only.steps.ravel(), only.patient]
 
     def judge(table):  # the prior where nothing was asked or in view
-        answers = table.astype(float).fillna(PRIOR_ANSWERS).to_numpy()
+        values = table.to_numpy(float)
+        steps = values[:, :-1].reshape(-1, 7, STEPS)
+        vertebrae = vertebra_answers(steps, Answers().top_k)
+        answers = np.column_stack([vertebrae, values[:, -1]])
+        answers = np.where(np.isnan(answers), PRIOR, answers)
         right = np.array([truth[uid] for uid in table.index])
         score, _ = competition_scores(answers, right)
         table = score_table(answers, right)
         columns = dict(vertebra_auc="C1 to C7", patient_auc="patient_overall")
         return dict(score=score, **{name: table.AUC[row] for name, row in columns.items()})
 
-    return Task(kind, recipe, device, load, classifier_batch, score, judge)
+    return Task(
+        kind, recipe, device, load, classifier_batch, score, judge, columns=STEP_TARGETS)
 
 
 # ==== Tools ====
@@ -2372,8 +2506,9 @@ def train_segmenters(options):
 def extract(options):
     """Write the crops of all studies, for the classifiers.
     Reads train_images of --data and the segmenters of --weights; writes one file a study
-    under --work. A study is masked by its own fold's segmenter, else by all."""
-    truth, folds, _ = training_data(options)
+    under --work. A study with a mask file is masked by its own fold's segmenters, which
+    did not train on it; any other by the mean of all, as predict does."""
+    truth, folds, masks = training_data(options)
     device = pick_device(options.device)
     models = load_models(options.weights, "segmenter", device)
     if not models:
@@ -2388,11 +2523,12 @@ def extract(options):
             if stop.reason():
                 message = f"extract: stopped by {stop.reason()}; the same command goes on"
                 raise Stopped(message, stop.status())
-            own = [models[folds[uid]]] if folds[uid] in models else [*models.values()]
+            own = [model for k, model in models.items() if k == folds[uid] and uid in masks]
             try:
                 volume = future.result()
-                probability = segment(own, volume, device, say)
-                crops = vertebra_slices(volume, probability, mask_of=options.mask_of)
+                probability = segment(own or [*models.values()], volume, device, say)
+                how = dict(mask_of=options.mask_of, z_margin=options.z_margin)
+                crops = vertebra_slices(volume, probability, **how)
                 write_crops(out / f"{uid}.npz", crops)
             except StudyError as error:
                 say(f"study {uid}: {error}; left out")
@@ -2426,6 +2562,14 @@ def train_classifiers(options):
     task = task._replace(made_of={"labels": hash_of(labels), "crops": hash_of(sums)})
     run_training(options, samples, folds, task)
 
+def answers_asked(options, fitted):
+    """The Answers that options which were given say, else the fitted ones."""
+    names = [name for name in asdict(fitted) if name in options.given]
+    given = {name: getattr(options, name) for name in names}
+    if given and fitted != Answers():
+        say(f"{given} as asked for, in place of the fitted {fitted}")
+    return Answers(**asdict(fitted) | given)
+
 def predict(options):
     """Answer every row of test.csv.
     Reads test.csv and test_images of --data and the models of --weights; writes the
@@ -2441,14 +2585,14 @@ def predict(options):
                 path.unlink(missing_ok=True)
         if not options.resume:
             write_submission(task)  # the prior, whatever fails from here on
-        answers = Answers(options.top_k, options.noisy_or)
         calibration = read_calibration(options.weights)
-        made_by = hash_of(model_hashes(options.weights), calibration, answers)
+        answers = answers_asked(options, calibration.answers)
+        calibration = calibration._replace(answers=answers)
+        made_by = hash_of(model_hashes(options.weights), calibration)
         task = task._replace(made_by=made_by)
         write_submission(task)
         device = pick_device(options.device)
-        ensemble = load_ensemble(options.weights, device, calibration)
-        ensemble = working(ensemble._replace(answers=answers))
+        ensemble = working(load_ensemble(options.weights, device, calibration))
         images = data / "test_images"
         predict_studies(images, task, ensemble, stop, options.workers, options.resume)
     good = sum(row["status"] != "nothing seen" for row in read_reports(task).values())
@@ -2462,13 +2606,14 @@ def predict(options):
 class Evaluation:
     """Options of evaluate."""
     folds: bool = setting(False, "score the held-out answers of the folds in --weights")
-    calibrate: bool = setting(False, "with --folds: fit calibration.json in --weights")
+    calibrate: bool = setting(False, "with --folds: fit calibration.json, and the blend")
 
 def evaluate(options):
     """Score a submission, or the folds' held-out answers.
     Reads train.csv (and test_labels.csv of phantoms) of --data, and --submission or, with
-    --folds, the *_heldout.csv of --weights; prints the score, each target's log loss, AUC,
-    the Dice where there are masks, and how far answers can be believed."""
+    --folds, the *_heldout.csv of --weights; prints the score with its 95 % interval, each
+    target's log loss, AUC, sensitivity and specificity at the threshold where they are
+    equal, the Dice where there are masks, and how far answers can be believed."""
     data, weights = data_folder(options, "train.csv"), Path(options.weights)
     if options.calibrate and not options.folds:
         raise UserError("--calibrate needs --folds: it is fitted to held-out answers")
@@ -2480,12 +2625,12 @@ def evaluate(options):
     else:
         found = read_answers(options.submission)
     found = found[found.index.isin(table.index)].fillna(PRIOR_ANSWERS)
-    if not len(found):
-        raise UserError(f"nothing to score: no answered study has labels in {data}/")
     labels = table.loc[found.index].to_numpy()
+    if np.isnan(labels).all():
+        raise UserError(f"nothing to score: no answered study has labels in {data}/")
     print_scores(found.to_numpy(), labels)
     if options.calibrate:
-        print("The same, each fold calibrated by a fit to the others:")
+        print("The same, each fold blended and calibrated by a fit to the others:")
         found = cross_fitted(outputs, folds, table).loc[found.index]
         print_scores(found.to_numpy(), labels)
         write_calibration(weights, fit_calibration(outputs, table))
@@ -2508,7 +2653,7 @@ class Mode(NamedTuple):
 READING = "data weights device workers"
 EVALUATION = f"{READING} submission"
 PREDICTION = f"{READING} out resume time_limit"
-EXTRACTION = f"{READING} work folds mask_of time_limit"
+EXTRACTION = f"{READING} work folds mask_of z_margin time_limit"
 TRAINING = f"{READING} work fold folds resume time_limit init"
 MODES = {
     "train-seg": Mode(train_segmenters, TRAINING, RECIPES["segmenter"]),
@@ -2542,6 +2687,12 @@ def reader_of(limits, kind):
     read.__name__ = kind.__name__  # for argparse's "invalid float value"
     return read
 
+class Given(argparse.Action):
+    """Stores an option's value, and its name among those that were given."""
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, values)
+        namespace.given = (*namespace.given, self.dest)
+
 def add_option(parser, one, default):
     """Give a parser the option of a setting, with its meaning, limits and default."""
     flag = "--" + one.name.replace("_", "-")
@@ -2557,8 +2708,8 @@ def add_option(parser, one, default):
         if default != "":
             meaning += f" (default: {default})"
         read = reader_of(limits, type(default))
-        name = one.name.upper()
-        parser.add_argument(flag, type=read, default=default, help=meaning, metavar=name)
+        how = dict(type=read, default=default, metavar=one.name.upper())
+        parser.add_argument(flag, action=Given, help=meaning, **how)
 
 def build_parser(modes, others=()):
     """The parser of {name: Mode}; the others, {name: text}, are told in --help alone."""
@@ -2567,6 +2718,7 @@ def build_parser(modes, others=()):
     for name, mode in modes.items():
         text = mode.run.__doc__
         one = parsers.add_parser(name, help=text.splitlines()[0], description=text)
+        one.set_defaults(given=())
         for shared in fields(Shared):
             if shared.name in mode.shared.split():
                 add_option(one, shared, shared.default)

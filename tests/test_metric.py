@@ -16,7 +16,8 @@ import pandas as pd
 import pytest
 
 from cspine import (PRIOR, STUDY, TARGETS, VERTEBRAE, assign_folds, auc, competition_scores,
-                    dice_scores, element_losses, reliability)
+                    dice_scores, element_losses, equal_point, interval, reliability, score_table,
+                    study_scores)
 
 NEGATIVE = [0, 0, 0, 0, 0, 0, 0, 0]
 C1_BROKEN = [1, 0, 0, 0, 0, 0, 0, 1]
@@ -161,3 +162,34 @@ def test_the_reliability_table_counts_every_answer_in_its_bin():
     assert list(table.loc["C1 to C7 (0.05, 0.1]"]) == pytest.approx([21, 0.1, 1 / 21])
     assert list(table.loc["patient_overall (0.8, 1.0]"]) == pytest.approx([1, 0.9, 1])
     assert table.answers.sum() == 32
+
+
+def test_sensitivity_and_specificity_are_read_where_they_are_equal():
+    """Two of three broken from 0.6 on, two of three whole below it; by hand."""
+    answers = np.array([0.1, 0.2, 0.7, 0.3, 0.6, 0.9])
+    labels = np.array([0, 0, 0, 1, 1, 1.0])
+    assert equal_point(answers, labels) == pytest.approx((0.6, 2 / 3, 2 / 3))
+    apart = np.array([0.1, 0.2, 0.3, 0.7, 0.8, 0.9])
+    assert equal_point(apart, labels) == pytest.approx((0.7, 1, 1))
+    unknown = np.append(labels, [np.nan] * 2)  # counts nothing, whatever is answered
+    assert equal_point(np.append(answers, [0.99, 0.01]), unknown) == pytest.approx((0.6, 2 / 3, 2 / 3))
+    assert np.isnan(equal_point(answers, np.zeros(6))).all()
+    table = score_table(np.tile(answers[:, None], 8), np.tile(labels[:, None], 8))
+    assert np.allclose(table[["threshold", "sensitivity", "specificity"]], (0.6, 2 / 3, 2 / 3))
+
+
+def test_the_interval_of_constants_is_a_point_and_that_of_draws_two_standard_errors():
+    assert interval(np.full(7, 0.25)) == pytest.approx([0.25, 0.25])
+    scores = np.random.default_rng(3).normal(0.5, 0.2, 400)
+    low, high = interval(np.append(scores, np.nan))  # a study of unknown labels
+    assert high - low == pytest.approx(2 * 1.96 * 0.2 / 20, rel=0.15)
+    assert (low + high) / 2 == pytest.approx(scores.mean(), abs=0.003)
+    assert np.array_equal(interval(scores), interval(scores))
+
+
+def test_the_score_is_the_mean_of_the_studies_with_known_labels():
+    answers = np.full((3, 8), 0.1)
+    scores = study_scores(answers, [NEGATIVE, [math.nan] * 8, C1_BROKEN])
+    assert np.isnan(scores[1]) and scores[0] == pytest.approx(-math.log(0.9))
+    both = competition_scores(answers, [NEGATIVE, [math.nan] * 8, C1_BROKEN])
+    assert both[0] == pytest.approx((scores[0] + scores[2]) / 2)

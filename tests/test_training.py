@@ -235,7 +235,7 @@ def test_finished_folds_are_not_repeated_and_the_unfinished_one_goes_on(
     assert cspine.main(["evaluate", "--folds", "--data", data, "--weights", str(tmp_path)]) == 0
     assert capsys.readouterr().out.startswith("4 studies")
     tables = [pd.read_csv(tmp_path / f"vertebra_fold{k}_heldout.csv") for k in (0, 1)]
-    assert list(tables[0]) == [STUDY, *TARGETS]
+    assert list(tables[0]) == [STUDY, *cspine.STEP_TARGETS]  # 15 steps of each vertebra
     assert pd.concat(tables)[STUDY].nunique() == sum(map(len, tables)) == 4
 
 
@@ -625,8 +625,12 @@ def test_a_study_keeps_its_fold_when_images_of_others_are_missing(phantom_data, 
 
 @pytest.fixture
 def extraction(phantom_data, tmp_path):
-    """Options of `extract` with two segmenters that mark something, and a study that is damaged."""
+    """Options of `extract` with two segmenters that mark something, a study that is damaged, and
+    one of four without a mask."""
     data = tmp_path / "data"
+    (data / "segmentations").mkdir(parents=True)
+    for mask in sorted((phantom_data / "segmentations").iterdir())[1:]:
+        (data / "segmentations" / mask.name).symlink_to(mask)
     (data / "train_images" / "damaged").mkdir(parents=True)
     (data / "train_images" / "damaged" / "1.dcm").write_bytes(b"nothing")
     for folder in (phantom_data / "train_images").iterdir():
@@ -647,7 +651,8 @@ def extraction(phantom_data, tmp_path):
 
 
 def test_extract_goes_on_with_what_is_missing(extraction, tmp_path, monkeypatch, capsys):
-    """Each study masked by the segmenter that did not train on it; a damaged one is named."""
+    """A study with a mask is masked by the segmenter that did not train on it, one without by the
+    mean of both; a damaged one is named."""
     assert cspine.main([*extraction, "--time-limit", "1e-6"]) == 0
     assert "the same command goes on" in capsys.readouterr().err
     assert cspine.main(extraction) == 0
@@ -660,11 +665,14 @@ def test_extract_goes_on_with_what_is_missing(extraction, tmp_path, monkeypatch,
     assert cspine.main(extraction) == 0
     after = [(f.read_bytes(), f.stat().st_mtime_ns) for f in files]
     assert [a == b for a, b in zip(before, after)] == [True, False, True, True]
-    _, folds, _ = cspine.training_data(cspine.build_parser(cspine.MODES).parse_args(extraction))
+    options = cspine.build_parser(cspine.MODES).parse_args(extraction)
+    _, folds, masks = cspine.training_data(options)
     models = cspine.load_models(tmp_path / "weights", "segmenter", CPU)
+    assert [file.stem in masks for file in files] == [False, True, True, True]
     for file in files[:2]:
         volume = cspine.read_volume(tmp_path / "data" / "train_images" / file.stem)
-        probability = cspine.segment([models[folds[file.stem]]], volume, CPU)
+        own = [models[folds[file.stem]]] if file.stem in masks else [*models.values()]
+        probability = cspine.segment(own, volume, CPU)
         crops = cspine.vertebra_slices(volume, probability)
         assert crops.any() and np.array_equal(cspine.read_crops(file), crops)
 

@@ -150,8 +150,7 @@ def vertebra_task(options, device, truth):
     def score(model, k):
         models = dict.fromkeys(cspine.KINDS, []) | {"vertebra": [model]}
         outputs = cspine.classify(cspine.Ensemble(models, device), crops_of(k, slice(7)))
-        steps, _ = outputs[0]
-        largest = np.sort(steps, 1)[:, -cspine.Answers().top_k :]
+        largest = np.sort(outputs[0].steps, 1)[:, -cspine.Answers().top_k :]
         return [*largest.mean(1), np.nan]
 
     def judge(table):

@@ -40,8 +40,9 @@ def outputs_of(ensemble, folder):
     """{mask: what classify gives} of a study, with its own and with other masks."""
     volume = read_volume(folder)
     probability = segment(ensemble.models["segmenter"], volume, ensemble.device)
-    crops = vertebra_slices(volume, probability)
-    centre = vertebra_slices(volume, probability, mask_of="center")
+    z_margin = ensemble.models["vertebra"][0].settings["z_margin"]
+    crops = vertebra_slices(volume, probability, z_margin=z_margin)
+    centre = vertebra_slices(volume, probability, mask_of="center", z_margin=z_margin)
     even = crops.copy()
     even[:, :, -1] = np.where(crops[:, :, -1] > 0, 128, 0)
     shown = dict(last=crops, centre=centre, even=even)

@@ -22,7 +22,6 @@ sys.path[:0] = [str(TESTS.parent), str(TESTS / "tools")]
 import phantoms  # noqa: E402
 from cspine import (  # noqa: E402
     HERE,
-    Answers,
     Volume,
     auc,
     classify,
@@ -62,8 +61,10 @@ def answer(ensemble, volume, labels):
     truth = at_cells(labels, probability.shape[-1])
     dice = dice_scores(probability, truth)
     named = named_right(probability, truth)
-    crops = vertebra_slices(volume, probability)
-    answers = combine(classify(ensemble, crops), Answers(), ensemble.calibration)[:7]
+    z_margin = ensemble.models["vertebra"][0].settings["z_margin"]
+    crops = vertebra_slices(volume, probability, z_margin=z_margin)
+    fitted = ensemble.calibration
+    answers = combine(classify(ensemble, crops), fitted.answers, fitted)[:7]
     missing = np.isnan(dice)
     return dice, np.where(missing, np.nan, named), np.where(missing, np.nan, answers)
 

@@ -320,14 +320,14 @@ def show(options):
     models = ensemble.models["vertebra"] + ensemble.models["patient"]
     volume = read_volume(folder)
     probability = segment(ensemble.models["segmenter"], volume, ensemble.device)
-    mask_of = models[0].settings["mask_of"]
-    crops = vertebra_slices(volume, probability, mask_of=mask_of)
+    wanted = {name: models[0].settings[name] for name in ("mask_of", "z_margin")}
+    crops = vertebra_slices(volume, probability, **wanted)
     outputs = classify(ensemble, crops)
-    answers = combine(outputs, Answers(), ensemble.calibration)
+    answers = combine(outputs, ensemble.calibration.answers, ensemble.calibration)
     truth, dice = true_mask(folder, volume, probability)
     overview(out / "overview.png", volume, probability, answers, truth, dice)
 
-    steps = np.mean([steps for steps, _ in outputs], 0)
+    steps = np.mean([one.steps for one in outputs], 0)
     cell_mm = np.multiply(volume.hu.shape, volume.spacing) / probability.shape[1:]
     for v, name in enumerate(VERTEBRAE):
         image, words = chart(f"{name}: not seen", {}, ("", "")), "not seen"
