@@ -435,8 +435,11 @@ def axial_axes(affine):
 def flip_affine(affine, shape, flip):
     """The affine (4, 4) of an array of a shape, some of whose axes are turned round."""
     flip = np.array(flip)
-    start = affine[:, 3] + affine[:, :3] @ (flip * np.subtract(shape, 1))
-    return np.c_[affine[:, :3] * (1 - 2 * flip), start]
+    columns = affine[:, :3]
+    last = np.subtract(shape, 1)
+    start = affine[:, 3] + columns @ (flip * last)
+    columns = columns * (1 - 2 * flip)
+    return np.c_[columns, start]
 
 def is_nifti(path):
     """Whether a path is a file named .nii or .nii.gz."""
@@ -490,7 +493,10 @@ NIFTI_HEADER = np.dtype([tuple(one.split()) for one in NIFTI_FIELDS.split(",")])
 NIFTI_TYPES = {  # of NumPy, by the header's datatype
     2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8",
     256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
-WRITTEN_BY = b"cspine: C1..C7, for research"  # descrip of our masks
+WRITTEN_BY = b"cspine: C1..C7, for research"
+MASK_HEADER = dict(  # of our masks: uint8, mm, both transforms to the scanner's axes
+    sizeof_hdr=348, magic=b"n+1", datatype=2, bitpix=8, vox_offset=352, scl_slope=1,
+    xyzt_units=2, descrip=WRITTEN_BY, qform_code=1, sform_code=1)
 
 def nifti_affine(header):
     """RAS mm from voxel (4, 4): the sform, else the qform, else the zooms about the centre.
@@ -544,8 +550,10 @@ def quaternion(turn):
     product[0] = [1 + trace, skew[2, 1], skew[0, 2], skew[1, 0]]
     product[:, 0] = product[0]
     product[1:, 1:] = turn + turn.T + (1 - trace) * np.eye(3)
-    row = product[np.argmax(np.diag(product))]  # each is the quaternion, times one of it
-    return row[1:] / np.linalg.norm(row) * np.copysign(1, row[0])
+    best = np.diag(product).argmax()
+    row = product[best]  # each is the quaternion, times one of its numbers
+    row = row / np.linalg.norm(row)
+    return row[1:] * np.copysign(1, row[0])
 
 def write_nifti(path, labels, volume):
     """Write uint8 labels (Z, Y, X) on a Volume's grid as NIfTI-1, gzipped.
@@ -560,12 +568,11 @@ def write_nifti(path, labels, volume):
     left, _, right = np.linalg.svd(affine[:, :3] / zooms)
     turn = left @ right
     mirror = np.sign(np.linalg.det(turn))
+    values = dict(MASK_HEADER, qoffset=affine[:, 3], srow=affine.ravel())
+    values["dim"] = [3, *stored.shape[::-1], 1, 1, 1, 1]
+    values["pixdim"] = [mirror, *zooms, 1, 1, 1, 1]
+    values["quatern"] = quaternion(turn * [1, 1, mirror])
     header = np.zeros((), NIFTI_HEADER.newbyteorder("<"))
-    values = dict(
-        sizeof_hdr=348, dim=[3, *stored.shape[::-1], 1, 1, 1, 1], datatype=2, bitpix=8,
-        pixdim=[mirror, *zooms, 1, 1, 1, 1], vox_offset=352, scl_slope=1, xyzt_units=2,
-        descrip=WRITTEN_BY, qform_code=1, sform_code=1, srow=affine.ravel(), magic=b"n+1",
-        quatern=quaternion(turn * [1, 1, mirror]), qoffset=affine[:, 3])
     for name, value in values.items():
         header[name] = value
 
@@ -1331,6 +1338,7 @@ OWN_ANSWERS = "answers"  # folder of answers, if --out names none
 MASK_FROM = 0.5  # probability from which a voxel is a vertebra's
 SLAB_MM = 3.0  # mm to either side of a vertebra's middle, where its canal is open
 BODY_MM = 30.0  # mm; a deeper part of a mask is no vertebral body alone
+LEAST_ROWS = 5  # voxels from front to back of a body, to fit a line to
 PLATE = (0.2, 0.8)  # shares of a body's depth between which its endplate is straight
 FROM_MASKS = "angle between lines fitted to the lower ends of the masks of C2 and C7"
 
@@ -1416,18 +1424,20 @@ def lower_end(voxels, volume):
     `voxels` (N, 3) are its mask's. In the middle, the body ends where the canal begins;
     None if it does not, or is too small."""
     x = voxels[:, 2].mean()
-    middle = abs(voxels[:, 2] - x) * volume.spacing[2] < SLAB_MM
-    z, y = voxels[middle, :2].T
-    depth = np.unique(y)
-    body = np.split(depth, np.flatnonzero(np.diff(depth) > 1) + 1)[0]
-    if len(body) < 5 or len(body) * volume.spacing[1] > BODY_MM:
+    aside = abs(voxels[:, 2] - x) * volume.spacing[2]
+    z, y = voxels[aside < SLAB_MM, :2].T
+    rows = np.unique(y)
+    gaps = np.flatnonzero(np.diff(rows) > 1)
+    body = np.split(rows, gaps + 1)[0]
+    depth_mm = len(body) * volume.spacing[1]
+    if len(body) < LEAST_ROWS or depth_mm > BODY_MM:
         return None
     first, last = np.quantile(body, PLATE)
-    plate = body[(body >= first) & (body <= last)]
-    lowest = [z[y == row].max() for row in plate]
-    ends = np.c_[lowest, plate, np.full(len(plate), x), np.ones(len(plate))]
-    _, back, up, _ = volume.affine @ ends.T
-    return math.degrees(math.atan(np.polyfit(back, -up, 1)[0]))
+    plate = [row for row in body if first <= row <= last]
+    ends = [(z[y == row].max(), row, x, 1) for row in plate]
+    _, back, up, _ = volume.affine @ np.transpose(ends)
+    slope, _ = np.polyfit(back, -up, 1)
+    return math.degrees(math.atan(slope))
 
 def measure(labels, volume, places):
     """Add volume, extent and centroid of every mask to its `places`: the lordosis, or None.
