@@ -1391,7 +1391,7 @@ def largest_piece(mask):
         np.minimum.at(lowest, above, least)
         np.minimum.at(lowest, below, least)
     ids = lowest[ids]
-    sizes = np.bincount(ids.ravel())
+    sizes = np.bincount(ids.ravel(), minlength=1)
     sizes[0] = 0
     return ids == sizes.argmax()
 

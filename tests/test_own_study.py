@@ -42,7 +42,7 @@ def two_boxes():
 # ----------------------------------------------------------------------------------------- masks
 
 
-@pytest.mark.parametrize("axes", permutations(range(3)))
+@pytest.mark.parametrize("axes", [*permutations(range(3))])
 @pytest.mark.parametrize("degrees", ((0, 0), (20, -10)))
 def test_a_mask_reads_back_as_it_was_by_sform_and_by_qform(axes, degrees, tmp_path):
     path, labels = tmp_path / "m.nii.gz", two_boxes()
