@@ -1467,18 +1467,23 @@ def write_answers(out, rows, note, with_json):
         line = dict(row)
         lines.append(line | as_columns(line.pop("vertebrae", {})) | dict(note=note))
     write_csv(out / "answers.csv", pd.DataFrame(lines))
-    content = dict(note=note, lordosis=FROM_MASKS, studies=rows)
-    text = json.dumps(content, indent=1, default=str)
     if with_json:
+        content = dict(note=note, lordosis=FROM_MASKS, studies=rows)
+        text = json.dumps(content, indent=1, default=str)
         write_atomic(out / "answers.json", lambda new: new.write_text(text))
 
 def print_own(rows):
     """Print the answers, a line a study, and the slice where each looks worst."""
-    columns = ["study", "status", "slices", "seen", *TARGETS]
-    table = pd.DataFrame(rows).reindex(columns=columns).convert_dtypes()
-    table["seen"] = table.seen.fillna("").str.replace("+C", " ")
-    table = table.rename(columns={"patient_overall": "overall"}).round(2)
-    print(table.to_string(index=False, na_rep="-", float_format="{:.2f}".format))
+    lines = []
+    for row in rows:
+        line = {name: row.get(name, "-") for name in ("study", "status", "slices", "seen")}
+        line["seen"] = line["seen"].replace("+C", " ")
+        given = {name: row.get(name) for name in TARGETS}
+        for name, value in given.items():
+            line[name] = "-" if value is None else f"{value:.2f}"
+        lines.append(line)
+    table = pd.DataFrame(lines).rename(columns={"patient_overall": "overall"})
+    print(table.to_string(index=False))
     for row in rows:
         places = row.get("vertebrae")
         if places:
