@@ -1368,8 +1368,8 @@ def research_note(weights):
     path = Path(weights) / "calibration.json"
     hashes = model_hashes(weights)
     known = json.loads(path.read_text()) if path.exists() else {}
-    of_these = known.get("files") == hashes
-    trained_on = known.get("trained_on", "unknown") if of_these else "unknown"
+    known = known if known.get("files") == hashes else {}
+    trained_on = known.get("trained_on", "unknown")
     name = f"weights {hash_of(hashes)}, trained on: {trained_on}"
     return f"For research, not for diagnosis; {name}"
 
@@ -1538,8 +1538,8 @@ def predict_own(options):
             if len(studies) == 1:
                 raise
             say(f"study {name}: {error}; no answer")
-            failed = dict(study=name, path=str(path), status="failed", warnings=str(error))
-            rows.append(failed)
+            reason = dict(status="failed", warnings=str(error))
+            rows.append(dict(study=name, path=str(path)) | reason)
         write_answers(out, rows, note, options.json)
     print(note)
     print_own(rows)
