@@ -96,9 +96,9 @@ def blank_chart(title, axes, width, base):
     return image
 
 
-def chart(title, values, axes, peak=0, colours=(BLUE,)):
-    """Bars of {label: number}; wider than PANEL if the labels ask for it."""
-    letters = max([len(str(label)) for label in values], default=1)
+def chart(title, values, axes, peak=0, colours=(BLUE,), letters=0):
+    """Bars of {label: number}; wider than PANEL if the labels, or `letters`, ask for it."""
+    letters = letters or max([len(str(label)) for label in values], default=1)
     slot = max((PANEL - MARGIN) / max(1, len(values)), 9 * letters + 8)
     base = PANEL - 56
     scale = (base - 84) / (peak or max([*values.values(), 1e-9]))
@@ -260,7 +260,7 @@ def overview(path, volume, probability, answers, truth=None, dice=None, places=N
         panels.append(panel(volume, probability, *plane, names, truth, marked))
     bars = dict(zip((*VERTEBRAE, "patient"), np.round(answers, 2)))
     study = (f"study {volume.uid}"[-54:], "")
-    panels.insert(2, chart("Probability of a fracture", bars, study, 1, COLOURS))
+    panels.insert(2, chart("Probability of a fracture", bars, study, 1, COLOURS, 3))
     write_png(path, np.vstack([np.hstack(panels[:3]), np.hstack(panels[3:])]))
 
 
