@@ -89,6 +89,10 @@ WHOLE_PASS = 0.9  # share of a series' places that one pass over them covers at 
 SAME_STEP = 0.01  # share of a pixel by which the pixels of slices of one series may differ
 UNEVEN = 0.25  # share of a step by which a slice may miss its even place
 STRAIGHT = 0.999  # least cosine of a stack's axis and its normal; below: a tilted gantry
+AIR_BELOW = -200  # HU; a neck has air, which labels, grey values and MR have not
+BONE_ABOVE = 300  # HU; and bone
+SOFT_TISSUE = 200  # HU on either side of water
+LEAST_TISSUE = 0.02  # share of a CT that is soft tissue, or its values are no HU
 
 # Masks and crops; a cell is a voxel of the segmenter's cube.
 SEGMENTER_WINDOW = (300, 1600)  # level, width; HU
@@ -136,9 +140,9 @@ def setting(default, meaning, choices=(), least=-math.inf, most=math.inf):
     limits = dict(help=meaning, choices=choices, least=least, most=most)
     return field(default=default, metadata=limits)
 
-def argument(meaning):
-    """A field of settings that is no option but must be given."""
-    return field(default="", metadata=dict(help=meaning, positional=True))
+def argument(meaning, count=None):
+    """A field of settings that is no option but must be given; "*": any number of times."""
+    return field(default="", metadata=dict(help=meaning, positional=True, count=count))
 
 @dataclass(frozen=True)
 class Shared:
@@ -147,6 +151,7 @@ class Shared:
     weights: str = setting(str(HERE / "weights"), "folder of the models")
     work: str = setting("work", "folder of the crops")
     out: str = setting("submission.csv", "file or folder to write")
+    masks: str = setting("", "folder to write the vertebrae's masks to, as NIfTI")
     submission: str = setting("submission.csv", "file to score")
     device: str = setting("auto", "cpu, cuda:0, ...; auto takes a GPU where there is one")
     workers: int = setting(os.cpu_count() or 1, "threads that read files", least=0)
@@ -201,6 +206,12 @@ class Answers:
         0.8, "share of 1 - prod(1 - P(Ck)) in patient_overall; not given: as fitted",
         least=0, most=1)
 
+@dataclass(frozen=True)
+class Asked(Answers):
+    """What else predict may be given."""
+    path: tuple = argument("a CT: DICOM or NIfTI, a folder of it, or of such folders", "*")
+    json: bool = setting(False, "with PATH: write answers.json, all that is known")
+
 
 # ==== Reading ====
 # In: a folder of DICOM files. Out: a Volume; nothing behind this room knows of DICOM.
@@ -210,12 +221,16 @@ class Volume(NamedTuple):
     """A CT study, head first.
     `hu` is int16 (Z, Y, X) in Hounsfield units, Z from head to foot, Y from front to
     back, X from right to left; `spacing` is in mm, in the order of the axes; `affine`
-    (4, 4) gives LPS mm (DICOM's axes) from (z, y, x, 1). `problems` says what was odd."""
+    (4, 4) gives LPS mm (DICOM's axes) from (z, y, x, 1). `problems` says what was odd.
+    `sources` holds the file and SOPInstanceUID of each slice, where slices are axial;
+    `grid` the stored axes that became Z, Y, X, and which ran backwards."""
     uid: str
     hu: np.ndarray
     spacing: tuple
     affine: np.ndarray
     problems: tuple = ()
+    sources: tuple = ()
+    grid: tuple = ((0, 1, 2), (True, False, False))  # a series' masks go foot to head
 
 class Slice(NamedTuple):
     """A decoded image, and where its pixels lie in LPS mm."""
@@ -225,6 +240,7 @@ class Slice(NamedTuple):
     right: np.ndarray  # (3,) from a pixel to the one in the next column
     of_pass: tuple  # what PASS_TAGS say of it
     number: int  # InstanceNumber
+    source: tuple = ("", "")  # file, SOPInstanceUID
 
 PASS_TAGS = (  # what tells two scans of the same places in one series apart
     "AcquisitionNumber", "ConvolutionKernel", "ImageType", "TemporalPositionIdentifier",
@@ -239,7 +255,13 @@ def read_slices(path):
         raise StudyError(f"no CT image but {data.Modality}")
     series = (str(data.get("SeriesInstanceUID")), data.get("Rows"), data.get("Columns"))
     frames = decode_pixels(data)
-    return [(series, place_frame(stored, data, k)) for k, stored in enumerate(frames)]
+    found = []
+    for k, stored in enumerate(frames):
+        frame = f", frame {k + 1}" if len(frames) > 1 else ""
+        source = (path.name + frame, str(data.get("SOPInstanceUID", "")))
+        one = place_frame(stored, data, k)
+        found.append((series, one._replace(source=source)))
+    return found
 
 def place_frame(stored, data, number):
     """The Slice of a frame's stored values (Y, X): in HU, placed (DICOM PS3.3 C.7.6.2)."""
@@ -281,7 +303,9 @@ def read_files(folder, workers, give_up):
     """([slices of one series and geometry, ...] of a folder, [what was left out, why])."""
     stacks = []
     problems = []
-    files = sorted(Path(folder).iterdir(), key=lambda path: (len(path.name), path))
+    folder = Path(folder)
+    files = [folder] if folder.is_file() else folder.iterdir()  # a file: of many frames
+    files = sorted(files, key=lambda path: (len(path.name), path))
     for path, future in prefetch(read_slices, files, workers, 4 * workers + 1):
         if give_up():
             raise StudyError("out of time")
@@ -353,8 +377,8 @@ def even_steps(mm):
     return np.interp(even, mm, index)
 
 def read_series(folder, workers, give_up):
-    """The series of a folder that covers most places: planes, even_steps, affine, problems.
-    The affine (4, 4) gives LPS mm from (step, row, column, 1)."""
+    """The series of a folder that covers most places: planes, even_steps, affine, problems,
+    and the planes' sources. The affine (4, 4) gives LPS mm from (step, row, column, 1)."""
     stacks, problems = read_files(folder, workers, give_up)
     stack, run = [], []
     count = sum(map(len, stacks))
@@ -380,7 +404,26 @@ def read_series(folder, workers, give_up):
         problems.append(f"gantry tilted by {math.degrees(math.acos(cosine)):.0f} degrees")
     affine = np.eye(4)
     affine[:3] = np.c_[way / (len(steps) - 1), first.down, first.right, first.origin]
-    return [stack[k].hu for k in run], steps, affine, problems
+    sources = [stack[k].source for k in run]
+    return [stack[k].hu for k in run], steps, affine, problems, sources
+
+def read_ct(path):
+    """What read_series gives, of a CT as NIfTI-1; it has no sources.
+    StudyError if its values are no Hounsfield units of a body: labels, MR, another unit."""
+    stored, slope, intercept, voxel_from_lps = read_nifti(path)
+    if min(stored.shape) < MIN_SLICES:
+        raise StudyError(f"{stored.shape} voxels, not {MIN_SLICES} an axis")
+    planes = []
+    for plane in stored.T:  # (K, J, I)
+        hu = np.nan_to_num(plane * slope + intercept, nan=AIR_HU)
+        planes.append(np.rint(hu).clip(AIR_HU, MAX_HU).astype(np.int16))
+    low, high = min(map(np.min, planes)), max(map(np.max, planes))
+    tissue = np.mean([(abs(hu[::2, ::2]) < SOFT_TISSUE).mean() for hu in planes])
+    if low > AIR_BELOW or high < BONE_ABOVE or tissue < LEAST_TISSUE:
+        found = f"values {low} to {high}, {tissue:.0%} soft tissue"
+        raise StudyError(f"no CT in HU: {found}")
+    affine = np.linalg.inv(voxel_from_lps)[:, [2, 1, 0, 3]]
+    return planes, np.arange(len(planes)), affine, [], []
 
 def axial_axes(affine):
     """(axes, flip): the stored axes that become Z, Y, X, and which run backwards."""
@@ -392,14 +435,30 @@ def axial_axes(affine):
     axes = max(orders, key=lambda stored: abs(share[wanted, stored]).sum())
     return axes, share[wanted, axes] < 0
 
+def flip_affine(affine, shape, flip):
+    """The affine (4, 4) of an array of a shape, some of whose axes are turned round."""
+    flip = np.array(flip)
+    columns = affine[:, :3]
+    last = np.subtract(shape, 1)
+    start = affine[:, 3] + columns @ (flip * last)
+    columns = columns * (1 - 2 * flip)
+    return np.c_[columns, start]
+
+def is_nifti(path):
+    """Whether a path is a file named .nii or .nii.gz."""
+    return path.is_file() and path.name.lower().endswith((".nii", ".nii.gz"))
+
 def read_volume(folder, workers=2, give_up=lambda: False):
     """One CT study, head first, in Hounsfield units: a Volume.
+    `folder` is one of DICOM files, a DICOM file of many frames, or a CT as NIfTI.
     Slices are ordered by their position along the slice normal, never by file name; the
     largest series of the folder counts, gaps are filled by position, sagittal and coronal
     slices are turned. Raises StudyError, and nothing else, if fewer than MIN_SLICES can be
     read, or if give_up() becomes true."""
     with errors_as(StudyError, folder):
-        planes, steps, affine, problems = read_series(folder, workers, give_up)
+        nifti = is_nifti(Path(folder))
+        found = read_ct(folder) if nifti else read_series(folder, workers, give_up)
+        planes, steps, affine, problems, sources = found
         shape = (len(steps), *planes[0].shape)
         if math.prod(shape) > MAX_VOXELS:
             raise StudyError(f"{shape} voxels")
@@ -414,12 +473,14 @@ def read_volume(folder, workers=2, give_up=lambda: False):
             stored[k] = cv2.addWeighted(
                 planes[low], low + 1 - at, planes[low + 1], at - low, 0)
 
-        last = np.subtract(hu.shape, 1)
-        affine = affine[:, [*axes, 3]]
-        affine[:, 3] += affine[:, :3] @ (flip * last)
-        affine[:, :3] *= 1 - 2 * flip
+        affine = flip_affine(affine[:, [*axes, 3]], hu.shape, flip)
         spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    return Volume(Path(folder).name, hu, tuple(spacing.tolist()), affine, tuple(problems))
+        by_slice = [sources[round(at)] for at in steps] if sources and axes[0] == 0 else []
+        sources = by_slice[::-1] if flip[0] else by_slice
+    volume = Volume(
+        Path(folder).name, hu, tuple(spacing.tolist()), affine, tuple(problems),
+        tuple(sources))
+    return volume._replace(grid=(axes, tuple(flip.tolist()))) if nifti else volume
 
 
 # ==== Masks ====
@@ -428,13 +489,17 @@ def read_volume(folder, workers=2, give_up=lambda: False):
 
 NIFTI_FIELDS = """
     sizeof_hdr i4, skipped_1 V36, dim 8i2, skipped_2 V14, datatype i2, bitpix i2,
-    skipped_3 V2, pixdim 8f4, vox_offset f4, scl_slope f4, scl_inter f4, skipped_4 V132,
-    qform_code i2, sform_code i2, quatern 3f4, qoffset 3f4, srow 12f4, skipped_5 V16,
-    magic S4"""
+    skipped_3 V2, pixdim 8f4, vox_offset f4, scl_slope f4, scl_inter f4, skipped_4 V3,
+    xyzt_units u1, skipped_5 V24, descrip S80, skipped_6 V24, qform_code i2, sform_code i2,
+    quatern 3f4, qoffset 3f4, srow 12f4, skipped_7 V16, magic S4"""
 NIFTI_HEADER = np.dtype([tuple(one.split()) for one in NIFTI_FIELDS.split(",")])  # nifti1.h
 NIFTI_TYPES = {  # of NumPy, by the header's datatype
     2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8",
     256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
+WRITTEN_BY = b"cspine: C1..C7, for research"
+MASK_HEADER = dict(  # of our masks: uint8, mm, both transforms to the scanner's axes
+    sizeof_hdr=348, magic=b"n+1", datatype=2, bitpix=8, vox_offset=352, scl_slope=1,
+    xyzt_units=2, descrip=WRITTEN_BY, qform_code=1, sform_code=1)
 
 def nifti_affine(header):
     """RAS mm from voxel (4, 4): the sform, else the qform, else the zooms about the centre.
@@ -479,6 +544,53 @@ def read_nifti(path):
     if not 0 < abs(slope) < math.inf:  # 0 means: as stored
         slope, intercept = 1, 0
     return stored, slope, intercept, voxel_from_lps
+
+def quaternion(turn):
+    """(3,) b, c, d of the quaternion of a rotation (3, 3); a is not negative."""
+    trace = np.trace(turn)
+    skew = turn - turn.T
+    product = np.zeros((4, 4))  # of the quaternion with itself, fourfold
+    product[0] = [1 + trace, skew[2, 1], skew[0, 2], skew[1, 0]]
+    product[:, 0] = product[0]
+    product[1:, 1:] = turn + turn.T + (1 - trace) * np.eye(3)
+    best = np.diag(product).argmax()
+    row = product[best]  # each is the quaternion, times one of its numbers
+    row = row / np.linalg.norm(row)
+    return row[1:] * np.copysign(1, row[0])
+
+def write_nifti(path, labels, volume):
+    """Write uint8 labels (Z, Y, X) on a Volume's grid as NIfTI-1, gzipped.
+    The voxels are stored as the study's were. Both sform and qform place them; a qform
+    cannot shear, and is the nearest rotation. UserError if a file of others is there."""
+    axes, flip = volume.grid
+    order = [*np.argsort(axes)]
+    stored = np.flip(labels, np.flatnonzero(flip).tolist()).transpose(order)  # (K, J, I)
+    affine = flip_affine(volume.affine, labels.shape, flip)[:3, [*order[::-1], 3]]
+    affine *= [[-1], [-1], [1]]  # LPS -> RAS
+    zooms = np.linalg.norm(affine[:, :3], axis=0)
+    left, _, right = np.linalg.svd(affine[:, :3] / zooms)
+    turn = left @ right
+    mirror = np.sign(np.linalg.det(turn))
+    values = dict(MASK_HEADER, qoffset=affine[:, 3], srow=affine.ravel())
+    values["dim"] = [3, *stored.shape[::-1], 1, 1, 1, 1]
+    values["pixdim"] = [mirror, *zooms, 1, 1, 1, 1]
+    values["quatern"] = quaternion(turn * [1, 1, mirror])
+    header = np.zeros((), NIFTI_HEADER.newbyteorder("<"))
+    for name, value in values.items():
+        header[name] = value
+
+    if path.exists():
+        with errors_as(UserError, f"{path}: not a mask of ours, and not overwritten"):
+            if WRITTEN_BY not in gzip.open(path).read(348):
+                raise ValueError("it is of another program")
+
+    def write(new):
+        with open(new, "wb") as raw, gzip.GzipFile("", "wb", 1, raw, 0) as file:
+            file.write(header.tobytes() + bytes(4))
+            for plane in stored:
+                file.write(np.ascontiguousarray(plane))
+
+    write_atomic(path, write)
 
 def read_mask(path, volume, shape=None):
     """uint8 (Z, Y, X), or a coarser `shape`: the nearest label, 1-7 = C1-C7, or 0 outside.
@@ -1088,8 +1200,39 @@ def rows_asked(path):
     target = target.fillna(table.prediction_type)
     return [*zip(table.row_id, table[STUDY], target)]
 
-def answer_study(volume, read_s, ensemble, folds):
-    """A study's row of the report: its answers, what was seen, seconds of every stage."""
+def strongest_steps(volume, probability, outputs):
+    """{C1: values} of every vertebra in view: where its strongest step lies.
+    `slice` counts from 1 at the head; `lps_mm` is the centre of the crop in that slice;
+    `steps` are the probabilities of all 15, the mean of the models that answer."""
+    steps = torch.tensor(np.array([steps for steps, _ in outputs])).nanmean(0)  # (7, 15)
+    places = {}
+    for v, cells in enumerate(probability):
+        found = vertebra_box(cells)
+        if found is None:
+            continue
+        index = slice_indices(*found[0], len(cells), len(volume.hu))
+        z = int(index[int(steps[v].argmax()), SLICES_PER_STEP // 2])
+        _, y, x = (found.sum(1) + 1) / 2 / len(cells) * volume.hu.shape - 0.5
+        file, uid = volume.sources[z] if volume.sources else ("", "")
+        place = (volume.affine @ [z, y, x, 1])[:3].tolist()
+        places[VERTEBRAE[v]] = dict(
+            slice=z + 1, file=file, sop_instance_uid=uid, lps_mm=place,
+            steps=steps[v].tolist())
+    return places
+
+def as_columns(places):
+    """{C1_slice: 57, ...} of what is known of every vertebra; lists as words."""
+    columns = {}
+    for name, values in places.items():
+        for key, value in values.items():
+            if isinstance(value, list):
+                value = " ".join(f"{number:.4g}" for number in value)
+            columns[f"{name}_{key}"] = value
+    return columns
+
+def answer_study(volume, read_s, ensemble, folds, further=None):
+    """A study's row of the report: its answers, what was seen, seconds of every stage.
+    `further`(volume, probability, strongest steps) gives what else a row shall hold."""
     models = ensemble.models
     problems = [*volume.problems]
     start = monotonic()
@@ -1109,19 +1252,25 @@ def answer_study(volume, read_s, ensemble, folds):
     seconds["classify_s"] = monotonic() - cut
     row = dict(zip(TARGETS, answers), status=status, slices=len(volume.hu))
     row["seen"] = "+".join(seen)
-    return row | seconds | dict(device=ensemble.device, warnings="; ".join(problems))
+    row |= seconds | dict(device=ensemble.device, warnings="; ".join(problems))
+    places = strongest_steps(volume, probability, outputs)
+    return row | (further(volume, probability, places) if further else as_columns(places))
+
+def answer_somewhere(uid, future, ensemble, folds, seconds, *further):
+    """answer_study of the study that `future` reads; on the CPU where the device fails."""
+    volume, read_s = future.result(seconds)  # a file may hang
+    try:
+        return answer_study(volume, read_s, ensemble, folds, *further)
+    except RuntimeError as error:  # a lack of memory, or a fault of the device
+        if not ensemble.on_cpu:
+            raise
+        say(f"study {uid}: {ensemble.device}: {error!r:.200}; done on the CPU")
+        return answer_study(volume, read_s, ensemble.on_cpu, folds, *further)
 
 def answer_or_prior(uid, future, ensemble, folds, seconds):
-    """answer_study of the study that `future` reads, or the prior with the reason."""
+    """answer_somewhere, or the prior with the reason."""
     try:
-        volume, read_s = future.result(seconds)  # a file may hang
-        try:
-            return answer_study(volume, read_s, ensemble, folds)
-        except RuntimeError as error:  # a lack of memory, or a fault of the device
-            if not ensemble.on_cpu:
-                raise
-            say(f"study {uid}: {ensemble.device}: {error!r:.200}; done on the CPU")
-            return answer_study(volume, read_s, ensemble.on_cpu, folds)
+        return answer_somewhere(uid, future, ensemble, folds, seconds)
     except Exception as error:  # damaged data raises nearly every kind
         reason = f"{error!r:.300}"
         say(f"study {uid}: {reason}; answered with the prior")
@@ -1215,6 +1364,224 @@ def predict_studies(images, task, ensemble, stop, workers, resume=False):
             raise Stopped(message, 130)
         used = (stop.clock() - start) / folds
         seconds = max(used, 0.8 * seconds)
+
+
+# ==== One's own study ====
+# In: paths of CTs, an Ensemble. Out: answers.csv, masks, and where to look.
+# The trap: what is not in view has an answer too, the prior; here it stays empty.
+
+OWN_ANSWERS = "answers"  # folder of answers, if --out names none
+MASK_FROM = 0.5  # probability from which a voxel is a vertebra's
+SLAB_MM = 3.0  # mm to either side of a vertebra's middle, where its canal is open
+BODY_MM = 30.0  # mm; a deeper part of a mask is no vertebral body alone
+LEAST_ROWS = 5  # voxels from front to back of a body, to fit a line to
+PLATE = (0.2, 0.8)  # shares of a body's depth between which its endplate is straight
+FROM_MASKS = "angle between lines fitted to the lower ends of the masks of C2 and C7"
+
+def studies_in(path):
+    """The studies of a path: itself, or those of a folder of folders and NIfTI files."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    inside = sorted(path.iterdir()) if path.is_dir() else []
+    inner = [one for one in inside if one.is_dir() or is_nifti(one)]
+    if not inner or len(inside) - len(inner) >= MIN_SLICES:
+        return [path]
+    return sum(map(studies_in, inner), [])
+
+def named_studies(paths):
+    """{name: path} of all studies: the last parts of their paths that tell them apart."""
+    paths = [Path(path).absolute() for path in paths]
+    found = [*dict.fromkeys(sum(map(studies_in, paths), []))]
+    for count in range(1, 9):
+        names = ["_".join(path.parts[-count:]) for path in found]
+        names = [re.sub(r"(?i)\.(nii|nii\.gz|dcm)$", "", name) for name in names]
+        if len(set(names)) == len(found):
+            return dict(zip(names, found))
+    raise UserError(f"{found[0]}: two studies of one name")
+
+def research_note(weights):
+    """What stands with every answer: of what weights it is, and what it is not."""
+    path = Path(weights) / "calibration.json"
+    hashes = model_hashes(weights)
+    known = json.loads(path.read_text()) if path.exists() else {}
+    known = known if known.get("files") == hashes else {}
+    trained_on = known.get("trained_on", "unknown")
+    name = f"weights {hash_of(hashes)}, trained on: {trained_on}"
+    return f"For research, not for diagnosis; {name}"
+
+def largest_piece(mask):
+    """The largest part of a mask (Z, Y, X) whose cells touch by their faces.
+    The parts of each plane are numbered; those that meet take the lower number."""
+    ids = np.zeros(mask.shape, int)
+    count = 0
+    for plane, own in zip(mask, ids):
+        found, parts = cv2.connectedComponents(np.uint8(plane), connectivity=4)
+        own[:] = np.where(plane, parts + count, 0)
+        count += found - 1
+    both = mask[1:] & mask[:-1]
+    above, below = ids[:-1][both], ids[1:][both]
+    lowest, before = np.arange(count + 1), None
+    while not np.array_equal(lowest, before):
+        before = lowest.copy()
+        least = np.minimum(lowest[above], lowest[below])
+        np.minimum.at(lowest, above, least)
+        np.minimum.at(lowest, below, least)
+    ids = lowest[ids]
+    sizes = np.bincount(ids.ravel(), minlength=1)
+    sizes[0] = 0
+    return ids == sizes.argmax()
+
+def vertebra_labels(volume, probability):
+    """uint8 (Z, Y, X), 1-7 = C1-C7, on the study's grid, of a probability (7, D, D, D).
+    A voxel is that vertebra's which is likeliest there, of each the largest piece."""
+    out = np.zeros(volume.hu.shape, np.uint8)
+    count, rows, columns = out.shape
+    edge = probability.shape[-1]
+    whole, spans = [], []
+    for cells in probability:
+        inside = cells > MASK_FROM
+        z = np.flatnonzero(inside.any((1, 2)))
+        span = slice(z[0], z[-1] + 1) if len(z) else slice(0)
+        inside[span] &= ~largest_piece(inside[span])  # the strays
+        whole.append(np.where(inside, 0, cells))
+        spans.append((span.start or 0, span.stop))
+    for z, labels in enumerate(out):
+        cell = (z + 0.5) * edge / count - 0.5
+        highest = np.full((rows, columns), MASK_FROM, np.float32)
+        for v, (first, end) in enumerate(spans):
+            if first - 1 < cell < end:
+                plane = cv2.resize(mask_at(whole[v], z, count), (columns, rows))
+                labels[plane > highest] = v + 1
+                np.maximum(highest, plane, out=highest)
+    return out
+
+def lower_end(voxels, volume):
+    """Degrees by which the lower end of a vertebra's body falls from front to back.
+    `voxels` (N, 3) are its mask's. In the middle, the body ends where the canal begins;
+    None if it does not, or is too small."""
+    x = voxels[:, 2].mean()
+    aside = abs(voxels[:, 2] - x) * volume.spacing[2]
+    z, y = voxels[aside < SLAB_MM, :2].T
+    rows = np.unique(y)
+    gaps = np.flatnonzero(np.diff(rows) > 1)
+    body = np.split(rows, gaps + 1)[0]
+    depth_mm = len(body) * volume.spacing[1]
+    if len(body) < LEAST_ROWS or depth_mm > BODY_MM:
+        return None
+    first, last = np.quantile(body, PLATE)
+    plate = [row for row in body if first <= row <= last]
+    ends = [(z[y == row].max(), row, x, 1) for row in plate]
+    _, back, up, _ = volume.affine @ np.transpose(ends)
+    slope, _ = np.polyfit(back, -up, 1)
+    return math.degrees(math.atan(slope))
+
+def measure(labels, volume, places):
+    """Add volume, extent and centroid of every mask to its `places`: the lordosis, or None.
+    Height, depth and width are along the study's axes."""
+    at = np.flatnonzero(labels)
+    voxels = np.stack(np.unravel_index(at, labels.shape), 1)  # (N, 3)
+    which = labels.ravel()[at]
+    voxel_mm3 = abs(np.linalg.det(volume.affine[:3, :3]))
+    ends = {}
+    for v, name in enumerate(VERTEBRAE, 1):
+        mine = voxels[which == v]
+        if not len(mine) or name not in places:
+            continue
+        height, depth, width = (np.ptp(mine, 0) + 1) * volume.spacing
+        centre = (volume.affine @ [*mine.mean(0), 1])[:3].tolist()
+        places[name] |= dict(
+            cm3=len(mine) * voxel_mm3 / 1000, height_mm=height, depth_mm=depth,
+            width_mm=width, centroid_lps_mm=centre)
+        ends[name] = lower_end(mine, volume)
+    upper, lower = ends.get("C2"), ends.get("C7")
+    return None if None in (upper, lower) else upper - lower
+
+def write_answers(out, rows, note, with_json):
+    """Write answers.csv, a row a study, and answers.json if asked for."""
+    lines = []
+    for row in rows:
+        line = dict(row)
+        lines.append(line | as_columns(line.pop("vertebrae", {})) | dict(note=note))
+    write_csv(out / "answers.csv", pd.DataFrame(lines))
+    if with_json:
+        content = dict(note=note, lordosis=FROM_MASKS, studies=rows)
+        text = json.dumps(content, indent=1, default=str)
+        write_atomic(out / "answers.json", lambda new: new.write_text(text))
+
+def print_own(rows):
+    """Print the answers, a line a study, and the slice where each looks worst."""
+    lines = []
+    for row in rows:
+        line = {name: row.get(name, "-") for name in ("study", "status", "slices", "seen")}
+        line["seen"] = line["seen"].replace("+C", " ")
+        given = {name: row.get(name) for name in TARGETS}
+        for name, value in given.items():
+            line[name] = "-" if value is None else f"{value:.2f}"
+        lines.append(line)
+    table = pd.DataFrame(lines).rename(columns={"patient_overall": "overall"})
+    print(table.to_string(index=False))
+    for row in rows:
+        places = row.get("vertebrae")
+        if places:
+            name = max(places, key=lambda name: row[name])
+            place = places[name]
+            file = f", {place['file']}" if place["file"] else ""
+            where = f"slice {place['slice']} of {row['slices']} from the head{file}"
+            print(f"{row['study']}: look at {where}: {name}, {row[name]:.2f}")
+
+def answer_own(path, name, future, ensemble, masks):
+    """A study's row of answers.csv; StudyError if it has none.
+    With a folder of masks, the vertebrae's go there."""
+    def further(volume, probability, places):
+        if not places:
+            raise StudyError(f"{path}: no cervical vertebra seen")
+        labels = vertebra_labels(volume, probability)
+        if masks:
+            write_nifti(Path(masks) / f"{name}.nii.gz", labels, volume)
+        lordosis = measure(labels, volume, places)
+        unseen = dict.fromkeys(name for name in VERTEBRAE if name not in places)
+        return unseen | dict(lordosis_degrees=lordosis, vertebrae=places)
+
+    most = max(map(len, ensemble.models.values()))
+    row = answer_somewhere(name, future, ensemble, most, None, further)
+    return dict(study=name, path=str(path)) | row
+
+def predict_own(options):
+    """predict, of the paths given."""
+    out = Path(OWN_ANSWERS if options.out == Shared.out else options.out)
+    studies = named_studies(options.path)
+    for folder in filter(None, (out, options.masks)):
+        probe = Path(folder) / ".cspine"
+        write_atomic(probe, lambda new: new.touch())  # now, not after an hour
+        probe.unlink()
+    calibration = read_calibration(options.weights)
+    note = research_note(options.weights)
+    ensemble = load_ensemble(options.weights, pick_device(options.device), calibration)
+    answers = Answers(options.top_k, options.noisy_or)
+    ensemble = working(ensemble._replace(answers=answers))
+
+    def read(name):
+        start = monotonic()
+        return read_volume(studies[name], options.workers), monotonic() - start
+
+    rows = []
+    futures = prefetch(read, studies, 1)
+    for name, future in progress(futures, "study", len(studies)):
+        path = studies[name]
+        try:
+            rows.append(answer_own(path, name, future, ensemble, options.masks))
+        except StudyError as error:
+            if len(studies) == 1:
+                raise
+            say(f"study {name}: {error}; no answer")
+            reason = dict(status="failed", warnings=str(error))
+            rows.append(dict(study=name, path=str(path)) | reason)
+        write_answers(out, rows, note, options.json)
+    print(note)
+    print_own(rows)
+    print(f"{out / 'answers.csv'}: {len(rows)} studies")
+    if all(row["status"] == "failed" for row in rows):
+        raise Stopped("no study has an answer", 2)
 
 
 # ---- The road ends here; what follows makes the weights. ----
@@ -2507,8 +2874,9 @@ def extract(options):
     """Write the crops of all studies, for the classifiers.
     Reads train_images of --data and the segmenters of --weights; writes one file a study
     under --work. A study with a mask file is masked by its own fold's segmenters, which
-    did not train on it; any other by the mean of all, as predict does."""
-    truth, folds, masks = training_data(options)
+    did not train on it; any other by the mean of all, as predict does. The masks go to
+    --masks as NIfTI; no file that is there is written again."""
+    truth, folds, with_mask = training_data(options)
     device = pick_device(options.device)
     models = load_models(options.weights, "segmenter", device)
     if not models:
@@ -2516,20 +2884,27 @@ def extract(options):
     out = Path(options.work) / options.mask_of
     images = Path(options.data) / "train_images"
     rank, world = ranks()
-    todo = [uid for uid in [*truth][rank::world] if not (out / f"{uid}.npz").exists()]
+    wanted = {uid: [out / f"{uid}.npz"] for uid in [*truth][rank::world]}
+    for uid, paths in wanted.items():
+        paths += [Path(options.masks) / f"{uid}.nii.gz"] * bool(options.masks)
+    todo = [uid for uid in wanted if not all(path.exists() for path in wanted[uid])]
     volumes = prefetch(lambda uid: read_volume(images / uid, options.workers), todo, 1)
     with stop_signals(options.time_limit) as stop:
         for uid, future in progress(volumes, "study", len(todo)):
             if stop.reason():
                 message = f"extract: stopped by {stop.reason()}; the same command goes on"
                 raise Stopped(message, stop.status())
-            own = [model for k, model in models.items() if k == folds[uid] and uid in masks]
+            own = [models[folds[uid]]] if uid in with_mask and folds[uid] in models else []
             try:
                 volume = future.result()
                 probability = segment(own or [*models.values()], volume, device, say)
-                how = dict(mask_of=options.mask_of, z_margin=options.z_margin)
-                crops = vertebra_slices(volume, probability, **how)
-                write_crops(out / f"{uid}.npz", crops)
+                file, *masks = wanted[uid]
+                if not file.exists():
+                    how = dict(mask_of=options.mask_of, z_margin=options.z_margin)
+                    write_crops(file, vertebra_slices(volume, probability, **how))
+                for path in masks:
+                    if not path.exists():
+                        write_nifti(path, vertebra_labels(volume, probability), volume)
             except StudyError as error:
                 say(f"study {uid}: {error}; left out")
     files = [out / f"{uid}.npz" for uid in truth if (out / f"{uid}.npz").exists()]
@@ -2571,10 +2946,16 @@ def answers_asked(options, fitted):
     return Answers(**asdict(fitted) | given)
 
 def predict(options):
-    """Answer every row of test.csv.
+    """Answer every row of test.csv, or one's own studies.
     Reads test.csv and test_images of --data and the models of --weights; writes the
     submission to --out, and predict_report.csv beside it: a row a study, with what was seen
-    and odd."""
+    and odd. With PATH: reads these studies; writes answers.csv to the folder --out (default
+    answers): a row a study, with where to look and how large each vertebra is. For
+    research, not for diagnosis."""
+    if options.path:
+        return predict_own(options)
+    if options.json or options.masks:
+        raise UserError("--json and --masks go with a PATH, as in: predict STUDY --json")
     data = data_folder(options, "test.csv")
     task = Submission(Path(options.out), rows_asked(data / "test.csv"))
     rank, world = ranks()
@@ -2652,8 +3033,8 @@ class Mode(NamedTuple):
 
 READING = "data weights device workers"
 EVALUATION = f"{READING} submission"
-PREDICTION = f"{READING} out resume time_limit"
-EXTRACTION = f"{READING} work folds mask_of z_margin time_limit"
+PREDICTION = f"{READING} out masks resume time_limit"
+EXTRACTION = f"{READING} work masks folds mask_of z_margin time_limit"
 TRAINING = f"{READING} work fold folds resume time_limit init"
 MODES = {
     "train-seg": Mode(train_segmenters, TRAINING, RECIPES["segmenter"]),
@@ -2662,7 +3043,7 @@ MODES |= {
     "train-cls": Mode(train_classifiers, TRAINING, RECIPES["vertebra"]),
     "train-patient": Mode(train_classifiers, TRAINING, RECIPES["patient"])}
 MODES |= {
-    "predict": Mode(predict, PREDICTION, Answers()),
+    "predict": Mode(predict, PREDICTION, Asked()),
     "evaluate": Mode(evaluate, EVALUATION, Evaluation())}
 
 class Parser(argparse.ArgumentParser):
@@ -2699,7 +3080,9 @@ def add_option(parser, one, default):
     limits = one.metadata
     meaning = limits["help"].replace("%", "%%")
     if limits.get("positional"):
-        parser.add_argument(one.name, help=meaning)
+        name = one.name.upper()
+        count = limits["count"]
+        parser.add_argument(one.name, help=meaning, nargs=count, metavar=name)
     elif isinstance(default, bool):
         parser.add_argument(flag, action="store_true", help=meaning)
     else:

@@ -118,6 +118,24 @@ def test_one_vertebra_at_either_end_of_a_study_is_drawn(rows, volume, tmp_path):
     assert cv2.imread(str(tmp_path / "o.png")).std() > 1
 
 
+def test_names_that_crowd_are_moved_apart_and_stay_in_the_picture():
+    moved = pictures.spread([100, 102, 101, 300])
+    assert moved.tolist() == [100, 132, 116, 300]
+    low = pictures.spread([pictures.PANEL - 20] * 7)
+    assert low.max() <= pictures.PANEL - pictures.MARGIN and np.diff(np.sort(low)).min() >= 16
+
+
+def test_the_slice_to_look_at_is_marked_and_the_patient_named(volume, words, tmp_path):
+    probability = np.zeros((7, 32, 32, 32), np.float32)
+    probability[4, 10:14, 10:20, 10:20] = 0.9
+    places = {"C5": {"slice": 24}}
+    pictures.overview(tmp_path / "o.png", volume, probability, np.full(8, 0.3), places=places)
+    marked = [(x, y) for word, x, y in words if word == "C5: slice 24"]
+    scale = (pictures.PANEL - 48) / 128  # of 128 mm from head to foot
+    assert len(marked) == 1 and abs(marked[0][1] + 3 - 24 - 47 * scale) < 2
+    assert "patient" in [word for word, *_ in words]
+
+
 def test_bars_are_as_tall_as_counts(words):
     counts = {"C1": 4, "C2": 0, "C3": 10, "C4": 5}
     image = pictures.chart("Fractures", counts, ("vertebra", "studies"))

@@ -32,7 +32,7 @@ class Eda:
 @dataclass(frozen=True)
 class Show:
     """Options of show."""
-    study: str = argument("a study's folder, or its uid in --data")
+    study: str = argument("a CT as DICOM or NIfTI, its folder, or its uid in --data")
     out: str = setting("pictures", "folder to write")
 
 

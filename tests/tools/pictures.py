@@ -40,6 +40,8 @@ from cspine import (
     read_mask,
     read_volume,
     segment,
+    strongest_steps,
+    studies_in,
     vertebra_box,
     vertebra_slices,
     write_atomic,
@@ -49,6 +51,7 @@ from cspine import (
 PANEL = 465  # pixels, edge of a picture; three are as high as 15 steps
 TILE = 72  # pixels, edge of a crop
 MARGIN = 24  # pixels around what a picture shows
+LETTERS = 16  # pixels from a line of words to the next
 GREYS = 252  # a mask of bits: 64 greys make small files
 COLOURS = (  # of C1 to C7 and the patient: Okabe and Ito's, for the colour-blind
     (0, 159, 230),
@@ -93,9 +96,9 @@ def blank_chart(title, axes, width, base):
     return image
 
 
-def chart(title, values, axes, peak=0, colours=(BLUE,)):
-    """Bars of {label: number}; wider than PANEL if the labels ask for it."""
-    letters = max([len(str(label)) for label in values], default=1)
+def chart(title, values, axes, peak=0, colours=(BLUE,), letters=0):
+    """Bars of {label: number}; wider than PANEL if the labels, or `letters`, ask for it."""
+    letters = letters or max([len(str(label)) for label in values], default=1)
     slot = max((PANEL - MARGIN) / max(1, len(values)), 9 * letters + 8)
     base = PANEL - 56
     scale = (base - 84) / (peak or max([*values.values(), 1e-9]))
@@ -166,9 +169,23 @@ def name_sides(image, rows, columns):
         text(image, word, 6 + x * inner, 6 + y * inner, (x, y), 255, 0.6)
 
 
-def panel(volume, probability, axis, cell, title, names, truth):
+def spread(heights, room=LETTERS):
+    """Heights of labels, moved apart until no two are closer than `room`, in the picture."""
+    order = np.argsort(heights, kind="stable")
+    places = np.array(heights, float)
+    for above, below in zip(order, order[1:]):
+        places[below] = max(places[below], places[above] + room)
+    lowest = PANEL - MARGIN
+    for k in order[::-1]:
+        places[k] = min(places[k], lowest)
+        lowest = places[k] - room
+    return places
+
+
+def panel(volume, probability, axis, cell, title, names, truth, mark=None):
     """(PANEL, PANEL, 3): a plane of the cube, mm to one scale, vertebrae coloured and
-    named."""
+    named; a slice to mark, (number from 0, words), is a line across.
+    """
     rows, columns = (k for k in range(3) if k != axis)
     size_mm = np.multiply(volume.hu.shape, volume.spacing)[[columns, rows]]
     scale = (PANEL - 2 * MARGIN) / size_mm.max()
@@ -182,15 +199,22 @@ def panel(volume, probability, axis, cell, title, names, truth):
     view = image[top : top + height, left : left + width]
     plane = apply_window(volume.hu.take(index, axis), BONE_WINDOW)
     view[:] = cv2.resize(plane, size)[..., None]
+    labels = []  # name, x, y
     for v, mask in enumerate(probability.take(int(cell), axis + 1)):
         y, x = np.nonzero(cv2.resize(mask, size) > 0.5)
         view[y, x] = view[y, x] * 0.55 + np.multiply(COLOURS[v], 0.45)
         if len(x):
-            text(image, names[v], left + x.max() + 6, top + y.mean(), (0, 0.5), 255)
+            labels.append((names[v], left + x.max() + 6, top + y.mean()))
+    for (name, x, _), y in zip(labels, spread([y for *_, y in labels])):
+        text(image, name, x, y, (0, 0.5), 255)
+    if mark:
+        y = int(top + (mark[0] + 0.5) / volume.hu.shape[rows] * height)
+        cv2.line(image, (left, y), (left + width - 1, y), ORANGE)
+        text(image, mark[1], left + 4, y - 3, (0, 1), 255, 0.4)
     if truth is not None:
-        labels = truth.take(index, axis)
-        labels = cv2.resize(labels, size, interpolation=cv2.INTER_NEAREST)
-        edge = cv2.morphologyEx(labels, cv2.MORPH_GRADIENT, np.ones((2, 2)))
+        right = truth.take(index, axis)
+        right = cv2.resize(right, size, interpolation=cv2.INTER_NEAREST)
+        edge = cv2.morphologyEx(right, cv2.MORPH_GRADIENT, np.ones((2, 2)))
         view[edge > 0] = 255
     name_sides(image, rows, columns)
     scale_bar(image, scale)
@@ -215,21 +239,28 @@ def chosen_planes(probability, answers):
     return planes
 
 
-def overview(path, volume, probability, answers, truth=None, dice=None):
+def overview(path, volume, probability, answers, truth=None, dice=None, places=None):
     """PNG: middle planes, the three most suspicious vertebrae, the eight answers.
 
     `probability` (7, D, D, D), `answers` (8,). With a mask: read_mask's labels, outlined
-    white, and Dice (7,).
+    white, and Dice (7,). With strongest_steps' places, the sagittal view marks the slice of
+    the most suspicious vertebra.
     """
     names = VERTEBRAE
     if dice is not None:
         names = [f"{name} Dice {value:.2f}" for name, value in zip(VERTEBRAE, dice)]
+    mark = None
+    if places:
+        worst = max(places, key=dict(zip(VERTEBRAE, answers)).get)
+        number = places[worst]["slice"]
+        mark = number - 1, f"{worst}: slice {number}"
     panels = []
     for plane in chosen_planes(probability, answers):
-        panels.append(panel(volume, probability, *plane, names, truth))
-    bars = dict(zip((*VERTEBRAE, "all"), np.round(answers, 2)))
+        marked = mark if plane[0] == 2 else None
+        panels.append(panel(volume, probability, *plane, names, truth, marked))
+    bars = dict(zip((*VERTEBRAE, "patient"), np.round(answers, 2)))
     study = (f"study {volume.uid}"[-54:], "")
-    panels.insert(2, chart("Probability of a fracture", bars, study, 1, COLOURS))
+    panels.insert(2, chart("Probability of a fracture", bars, study, 1, COLOURS, 3))
     write_png(path, np.vstack([np.hstack(panels[:3]), np.hstack(panels[3:])]))
 
 
@@ -282,14 +313,17 @@ def strip(title, crops, steps, heat):
 
 
 def study_folder(options):
-    """The folder that a study's name stands for; UserError if there is none."""
+    """The path that a study's name stands for; UserError if there is none, or several."""
     data = Path(options.data)
     places = [Path(options.study)]
     places += [data / part / options.study for part in ("train_images", "test_images")]
     for place in places:
-        if place.is_dir():
-            return place.resolve()
-    raise UserError(f"{options.study}: neither a folder nor a study in {options.data}/")
+        if place.exists():
+            studies = studies_in(place)
+            if len(studies) > 1:
+                raise UserError(f"{place}: {len(studies)} studies; name one")
+            return studies[0].resolve()
+    raise UserError(f"{options.study}: neither a CT nor a study in {options.data}/")
 
 
 def true_mask(folder, volume, probability):
@@ -325,7 +359,8 @@ def show(options):
     outputs = classify(ensemble, crops)
     answers = combine(outputs, ensemble.calibration.answers, ensemble.calibration)
     truth, dice = true_mask(folder, volume, probability)
-    overview(out / "overview.png", volume, probability, answers, truth, dice)
+    places = strongest_steps(volume, probability, outputs)
+    overview(out / "overview.png", volume, probability, answers, truth, dice, places)
 
     steps = np.mean([one.steps for one in outputs], 0)
     cell_mm = np.multiply(volume.hu.shape, volume.spacing) / probability.shape[1:]
@@ -333,6 +368,7 @@ def show(options):
         image, words = chart(f"{name}: not seen", {}, ("", "")), "not seen"
         if crops[v].any():
             words = extent_in_words(probability[v], cell_mm)
+            words += f", strongest in slice {places[name]['slice']}"
             heat = heat_map(models[0], crops[v], ensemble.device)
             image = strip(name, crops[v], steps[v], heat)
         write_png(out / f"{name}.png", image)
