@@ -1736,7 +1736,7 @@ class Trainer:
         others = [p for p in self.model.parameters() if p.ndim <= 1]
         groups = [dict(params=matrices), dict(params=others, weight_decay=0)]
         self.optimizer = torch.optim.AdamW(
-            groups, recipe.lr, weight_decay=recipe.weight_decay, fused=True)
+            groups, recipe.lr, weight_decay=recipe.weight_decay)
         in_float16 = half_type(device) is torch.half
         self.scaler = torch.amp.GradScaler(device.type, enabled=in_float16)
         self.progress = Progress()
