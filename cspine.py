@@ -43,9 +43,10 @@ import struct
 import subprocess
 import sys
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import accumulate, permutations
 from pathlib import Path
 from time import monotonic
@@ -2214,6 +2215,7 @@ class Progress:
 
 class Trainer:
     """A model in training: its weights, their average, optimiser, scaler and progress."""
+    SAVED = ("model", "averaged", "optimizer", "scaler")
     def __init__(self, task, init=""):
         recipe, device = task.recipe, task.device
         torch.manual_seed(recipe.seed)
@@ -2221,6 +2223,11 @@ class Trainer:
         if init:
             load_init(self.model, init)
         self.averaged = copy.deepcopy(self.model.to(device)).eval()
+        self.shared = self.model  # in every process, with the mean of all gradients
+        if dist.is_initialized():
+            unused = task.kind != "segmenter"  # weights, with no vertebra in view
+            self.shared = nn.parallel.DistributedDataParallel(
+                self.model, find_unused_parameters=unused)
         matrices = [p for p in self.model.parameters() if p.ndim > 1]
         others = [p for p in self.model.parameters() if p.ndim <= 1]
         groups = [dict(params=matrices), dict(params=others, weight_decay=0)]
@@ -2229,15 +2236,13 @@ class Trainer:
         in_float16 = half_type(device) is torch.half
         self.scaler = torch.amp.GradScaler(device.type, enabled=in_float16)
         self.progress = Progress()
-
-    def parts(self):
-        """{name: what has a state_dict}."""
-        names = ("model", "averaged", "optimizer", "scaler")
-        return dict(zip(names, (self.model, self.averaged, self.optimizer, self.scaler)))
+        both = [part.state_dict().values() for part in (self.averaged, self.model)]
+        self.floats = [[t for t in one if t.is_floating_point()] for one in both]
+        self.counts = [[t for t in one if not t.is_floating_point()] for one in both]
 
     def save(self, path, task):
         """Write the whole state of the training."""
-        state = {name: part.state_dict() for name, part in self.parts().items()}
+        state = {name: getattr(self, name).state_dict() for name in self.SAVED}
         state["progress"] = asdict(self.progress)
         content = dict(made_of=task.made_of, state=state)
         save_checkpoint(path, task.kind, task.recipe, **content)
@@ -2252,8 +2257,8 @@ class Trainer:
             names = ", ".join(other)
             raise UserError(f"{path}: made with other {names}; delete it to go on")
         with errors_as(UserError, f"{path}: made with another version; delete it"):
-            for name, part in self.parts().items():
-                part.load_state_dict(saved["state"][name])
+            for name in self.SAVED:
+                getattr(self, name).load_state_dict(saved["state"][name])
             self.progress = Progress(**saved["state"]["progress"])
 
     def gradient(self, task, batch):
@@ -2262,9 +2267,12 @@ class Trainer:
         mean = 0
         for k in range(parts):
             samples, rngs = zip(*batch[k::parts])
-            tensors = [torch.from_numpy(np.stack(x)).to(task.device) for x in zip(*samples)]
+            tensors = [torch.from_numpy(np.stack(x)) for x in zip(*samples)]
+            if task.device.type == "cuda":  # copied while the program goes on
+                tensors = [t.pin_memory() for t in tensors]
+            tensors = [t.to(task.device, non_blocking=True) for t in tensors]
             with autocast(task.device, task.recipe.half or task.device.type == "cuda"):
-                loss = task.loss(self.model, tensors, rngs, task.recipe)
+                loss = task.loss(self.shared, tensors, rngs, task.recipe)
                 loss = loss * len(rngs) / len(batch)
             self.scaler.scale(loss).backward()
             mean += loss.item()
@@ -2280,7 +2288,6 @@ class Trainer:
         self.optimizer.zero_grad()
         loss = self.gradient(task, batch)
         self.scaler.unscale_(self.optimizer)
-        share_gradients(model)
         norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         if norm.isfinite():
             now.in_a_row = 0
@@ -2296,9 +2303,9 @@ class Trainer:
         self.scaler.update()
         now.step += 1
         share = 1 - min(recipe.ema, (1 + now.step) / (10 + now.step))
-        weights = (part.state_dict().values() for part in (self.averaged, model))
-        for slow, fast in zip(*weights):
-            slow.lerp_(fast, share) if slow.is_floating_point() else slow.copy_(fast)
+        torch._foreach_lerp_(*self.floats, share)
+        for slow, fast in zip(*self.counts):
+            slow.copy_(fast)
 
     def close_epoch(self, task, weights):
         """Score the averaged weights on the held-out studies; log them, and keep them."""
@@ -2340,18 +2347,15 @@ def learning_rate(recipe, done):
     warm = min(1, (done + 1e-3) / (recipe.warm_up + 1e-3))
     return recipe.lr * warm * (0.505 + 0.495 * math.cos(math.pi * done))
 
-def share_gradients(model):
-    """Every process's gradient becomes the mean of all."""
-    for p in model.parameters() if dist.is_initialized() else ():
-        grad = torch.zeros_like(p) if p.grad is None else p.grad  # nothing in view here
-        p.grad = grad.contiguous() / ranks()[1]
-        dist.all_reduce(p.grad)
-
 def train(task, weights, stop, workers=2, go_on=False, init=""):
     """Train one fold to <name>.pt in `weights`: its history, a dict an epoch.
     Raises Stopped, with all of it saved, if a signal or the time ends the run."""
     rank, world = ranks()
     recipe, name, samples = task.recipe, task.name, len(task.train)
+    if getattr(recipe, "mixup", 0) and recipe.batch_size == world > 1:
+        recipe = replace(recipe, batch_size=2 * world)
+        task = task._replace(recipe=recipe)
+        say(f"{name}: --batch-size {2 * world}: mixup needs two samples a process")
     size = recipe.batch_size
     if not samples or not task.held_out:
         raise UserError(f"{name}: too few studies: {samples} samples to train on, "
@@ -2866,8 +2870,8 @@ def train_segmenters(options):
         raise UserError(f"no study of train.csv has images and a mask in {options.data}")
     task = segmenter_task(recipe, pick_device(options.device), images, masks)
     samples = usable(samples, task.load, options.workers)
-    sizes = [(uid, masks[uid].stat().st_size) for uid, *_ in samples]
-    task = task._replace(made_of={"masks": hash_of(sizes)})
+    sums = [(uid, zlib.crc32(task.load((uid,))[1].tobytes())) for uid, *_ in samples]
+    task = task._replace(made_of={"masks": hash_of(sums)})
     run_training(options, samples, folds, task)
 
 def extract(options):

@@ -471,6 +471,38 @@ def free_port():
         return str(one.getsockname()[1])
 
 
+def test_two_processes_of_one_sample_each_get_a_second_to_mix_with(
+        tmp_path, monkeypatch, capsys):
+    """Mixup has a partner in the process's own part of a batch."""
+    sizes = []
+    task = toy_task(recipe=replace(TOY, batch_size=2, mixup=1.0), held_out=["a", "b"])
+
+    def note(self, task, batch, total):
+        sizes.append((len(batch), task.recipe.batch_size))
+        self.progress.step += 1
+    monkeypatch.setattr(Trainer, "update", note)
+    monkeypatch.setattr(Trainer, "close_epoch", lambda *_: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    cspine.train(task, tmp_path, Stop())
+    assert set(sizes) == {(2, 4)} and len(sizes) == 6
+    assert "--batch-size 4: mixup" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    cspine.train(task, tmp_path / "alone", Stop())
+    assert set(sizes[6:]) == {(2, 2)}
+
+
+def test_the_average_follows_the_weights_and_copies_the_counts():
+    task = toy_task(recipe=replace(TOY, backbone="resnet18d"))
+    trainer = Trainer(task)
+    before = [t.clone() for t in trainer.averaged.state_dict().values()]
+    trainer.update(task, toy_batch(task), 10)
+    share = 1 - 2 / 11  # of step 1, whose average is short
+    after = zip(before, *(m.state_dict().values() for m in (trainer.averaged, trainer.model)))
+    for old, slow, fast in after:
+        wanted = old.lerp(fast, share) if old.is_floating_point() else fast
+        assert torch.allclose(slow, wanted, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", MODE)
 def test_two_processes_train_as_one(kind, arguments, launch, tmp_path):
     """Without what is drawn or measured per process (dropout, BatchNorm's batches) the same."""
