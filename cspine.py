@@ -59,6 +59,7 @@ import torch
 import torch.nn.functional as F
 from torch import distributed as dist
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 
@@ -108,9 +109,12 @@ CHANNELS = SLICES_PER_STEP + 1  # and a mask
 CROP = 224  # pixels an edge
 BOX_MARGIN = 1.0  # cells around the mask (first place)
 
+PRESET_NAMES = ("fast", "standard", "gold", "gold-second")
+
 # The machine.
 HERE = Path(globals().get("__file__", "cspine.py")).resolve().parent
-KAGGLE_DATA = "/kaggle/input/rsna-2022-cervical-spine-fracture-detection"
+KAGGLE = Path(os.environ.get("KAGGLE_ROOT", "/kaggle"))  # elsewhere in the tests
+KAGGLE_DATA = f"{KAGGLE}/input/rsna-2022-cervical-spine-fracture-detection"
 KAGGLE_MINUTES = 510.0  # minutes, of the 540 that a submission has
 MAX_READ_S = 600  # s, or a quarter of the time left, that a file which hangs may cost
 READ_AHEAD = 99  # threads that read studies: each may be stuck in a file that hangs
@@ -121,6 +125,9 @@ BONE_HU = 100  # HU; cancellous bone of a vertebra has about 150 to 350
 LEAST_BONE = 0.25  # share of a mask's labels on bone, or it lies elsewhere
 LEAST_SEEN = 0.5  # share of all vertebrae that the crops must show, to train on them
 MAX_SKIPPED_STEPS = 20  # steps in a row without a finite gradient
+VALIDATION_SHARE = 0.1  # of the studies trained on between two scorings of a segmenter
+INIT_LEVELS = 4  # folders below /kaggle/input: model, framework, variation, version
+CARD_TFLOPS = 4.0  # TFLOP/s that a T4 reaches in training (assumed: bench.py plan)
 
 class UserError(Exception):
     """Something that the user can mend; main prints it in one line, status 2."""
@@ -154,18 +161,20 @@ class Shared:
     folds: int = setting(5, "parts of the cross-validation; 1: train on all", least=1)
     resume: bool = setting(False, "go on where the same command stopped")
     time_limit: float = setting(0.0, "minutes until a run ends, saved; 0: none", least=0)
-    init: str = setting("", "file of weights to start from, ours or timm's; none if empty")
+    init: str = setting(
+        "auto", "file of weights to start from, ours or timm's; none; auto looks for one")
+    name: str = setting("", "of models beside others: vertebra_NAME_fold0.pt")
+    preset: str = setting("", "other defaults, of a whole training", PRESET_NAMES)
     mask_of: str = setting("last", "which slice of a step the mask is of", MASKED_SLICES)
 
 @dataclass(frozen=True)
 class Recipe:
     """How a model is trained; its fields are options of the trainings."""
     backbone: str = setting("tf_efficientnetv2_s", "a convolutional network of timm")
-    epochs: int = setting(60, "passes over the training studies", least=1)
+    epochs: int = setting(240, "passes over the training studies", least=1)
     batch_size: int = setting(4, "samples a step, over all GPUs", least=1)
     lr: float = setting(1e-3, "peak learning rate of AdamW", least=1e-9)
     size: int = setting(CUBE, "edge of the cube or crop, voxels or pixels", least=16)
-    accumulate: int = setting(1, "parts of a batch, in turn: less memory", least=1)
     weight_decay: float = setting(0.01, "of AdamW, on matrices alone", least=0)
     warm_up: float = setting(0.05, "share of the steps in which lr rises", least=0, most=1)
     ema: float = setting(0.998, "decay of the averaged, kept weights", least=0, most=1)
@@ -181,6 +190,7 @@ class ClassifierRecipe(Recipe):
     mixup: float = setting(0.2, "share of batches with mixed losses", least=0, most=1)
     hidden: int = setting(256, "width of the LSTMs", least=1)
     thin: int = setting(1, "3: a third of the steps at a time, in turns", (1, 3, 5, 15))
+    checkpoint: bool = setting(False, "compute blocks twice: less memory, a third slower")
     mask_of: str = setting("last", "which slice of a step the mask is of", MASKED_SLICES)
 
 # Rates and epochs are ours; dropout is Tan and Le's (2021), mixup first place's.
@@ -189,6 +199,26 @@ RECIPES = dict(
     vertebra=ClassifierRecipe(epochs=20, batch_size=8, lr=3e-4, size=CROP, dropout=0.2),
     patient=ClassifierRecipe(
         "convnext_nano", epochs=15, batch_size=2, lr=2e-4, size=CROP, dropout=0.2))
+
+# Other defaults of a mode's options, by --preset; what is not named stays as above.
+PRESETS = dict(
+    fast={  # ours: a fold whose trainings end within an hour on two T4 (bench.py plan)
+        "train-seg": dict(fold="0", epochs=60),  # 1,020 steps
+        "train-cls": dict(fold="0", epochs=8, thin=3),
+        "train-patient": dict(fold="0", epochs=6, thin=3)},
+    standard={},  # five folds; 4,080 steps of the segmenter
+    gold={  # first place: 17,400 steps, 50 to 75 epochs, drop path 0.2 to 0.3, mixup 0.5
+        "train-seg": dict(epochs=480, drop_path=0.2),  # 8,160 steps
+        "extract": dict(size=384),  # first place: 384 to 512
+        "train-cls": dict(size=384, epochs=50, mixup=0.5, drop_path=0.3, thin=3),
+        "train-patient": dict(size=384, epochs=50, mixup=0.5, drop_path=0.3, thin=3)})
+PRESETS["gold"]["train-patient"] |= dict(batch_size=4, checkpoint=True)  # mixup on two T4
+SECOND = {  # backbones of models beside the first: their errors differ
+    "train-seg": "resnet18d", "train-cls": "convnext_nano",
+    "train-patient": "tf_efficientnetv2_s"}
+PRESETS["gold-second"] = {
+    mode: PRESETS["gold"][mode] | dict(backbone=backbone, name="second")
+    for mode, backbone in SECOND.items()}
 
 @dataclass(frozen=True)
 class Answers:
@@ -702,14 +732,20 @@ def fullest_run(profile, gap):
     return fullest[[0, -1]]
 
 def mean_probability(models, volume, device):
-    """float32 (7, D, D, D) on the CPU: the mean of the segmenters' answers."""
-    size, window = (models[0].settings[name] for name in ("size", "window"))
-    cube = segmenter_input(volume, size, window)[None].to(device)
+    """float32 (7, D, D, D) on the CPU: the mean of the segmenters' answers.
+    D is the first one's; those of another size are asked at theirs."""
+    size = models[0].settings["size"]
+    cubes = {}
     total = 0
     with autocast(device):
         for model in models:
-            logits = model.to(device)(cube)[0].float()
-            total = total + logits.sigmoid().nan_to_num()
+            asked = (model.settings["size"], tuple(model.settings["window"]))
+            if asked not in cubes:
+                cubes[asked] = segmenter_input(volume, *asked)[None].to(device)
+            logits = model.to(device)(cubes[asked]).float()
+            if asked[0] != size:
+                logits = F.interpolate(logits, (size,) * 3, mode="trilinear")
+            total = total + logits[0].sigmoid().nan_to_num()
     return (total / len(models)).cpu()
 
 def neck_part(probability, shape):
@@ -868,13 +904,15 @@ def logit_head(width, hidden, dropout):
 
 class StepEncoder(nn.Module):
     """The part of a classifier that turns crops into features, and reads them in order."""
-    def __init__(self, backbone, hidden, drop_path, dropout):
+    def __init__(self, backbone, hidden, drop_path, dropout, checkpoint):
         super().__init__()
         self.backbone = create_backbone(
             backbone, in_chans=CHANNELS, num_classes=0, global_pool="avg",
             drop_path_rate=drop_path)
         probe = torch.zeros(1, CHANNELS, 64, 64)
         width = self.backbone.eval()(probe).shape[1]
+        if checkpoint:  # the blocks run again in the backward pass
+            self.backbone.set_grad_checkpointing()
         self.absent = nn.Parameter(torch.zeros(width))  # features of a step not in view
         self.lstm = nn.LSTM(
             width, hidden, 2, batch_first=True, dropout=dropout, bidirectional=True)
@@ -907,10 +945,10 @@ class VertebraClassifier(nn.Module):
     `size` and `mask_of` say for what crops it was trained."""
     def __init__(
             self, backbone="tf_efficientnetv2_s", size=CROP, mask_of="last", hidden=256,
-            drop_path=0, dropout=0, **_):  # a recipe holds more
+            drop_path=0, dropout=0, checkpoint=False, **_):  # a recipe holds more
         super().__init__()
         self.settings = dict(backbone=backbone, size=size, mask_of=mask_of, hidden=hidden)
-        self.encoder = StepEncoder(backbone, hidden, drop_path, dropout)
+        self.encoder = StepEncoder(backbone, hidden, drop_path, dropout, checkpoint)
         self.head = logit_head(2 * hidden, hidden, dropout)
 
     def forward(self, crops):
@@ -1279,8 +1317,8 @@ def read_answers(path):
 
 def read_held_out(weights):
     """({uid: outputs as classify's}, {uid: fold}) of the folds' held-out answers."""
-    files = sorted(weights.glob("vertebra_fold*_heldout.csv"))
-    files += sorted(weights.glob("patient_fold*_heldout.csv"))
+    files = sorted(weights.glob("vertebra_*fold*_heldout.csv"))
+    files += sorted(weights.glob("patient_*fold*_heldout.csv"))
     if not files:
         raise UserError(f"no vertebra_fold*_heldout.csv in {weights}: run train-cls first")
     outputs, folds = {}, {}
@@ -1411,12 +1449,9 @@ def cross_fitted(outputs, folds, labels):
 
 def model_hashes(weights):
     """{file name: SHA-256} of the models of a folder."""
-    hashes = {}
-    for path in sorted(Path(weights).glob("*_fold*.pt")):
-        kind, _, fold = path.stem.partition("_fold")
-        if kind in KINDS and fold.isdigit():
-            hashes[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return hashes
+    files = sum((model_files(weights, kind) for kind in KINDS), [])
+    whole = {path.name: path.read_bytes() for _, _, path in files}
+    return {name: hashlib.sha256(whole[name]).hexdigest() for name in sorted(whole)}
 
 def write_calibration(weights, found):
     """Write calibration.json: scale, shift, unseen of each target; for what models."""
@@ -1613,10 +1648,19 @@ def load_model(path, kind, device="cpu"):
         model.load_state_dict(content["tensors"])
         return fuse_norms(model).to(device)
 
+def model_files(weights, kind):
+    """[(fold, name, Path)] of all <kind>_fold<k>.pt and <kind>_<name>_fold<k>.pt."""
+    found = []
+    for path in Path(weights).glob(f"{kind}_*.pt"):
+        parts = re.fullmatch(rf"{kind}(?:_(\w+))?_fold(\d+)", path.stem)
+        if parts:
+            found.append((int(parts[2]), parts[1] or "", path))
+    return sorted(found)
+
 def load_models(weights, kind, device):
-    """{fold: model} of all <kind>_fold<k>.pt of a folder."""
-    paths = {k: Path(weights) / f"{kind}_fold{k}.pt" for k in range(100)}
-    return {k: load_model(path, kind, device) for k, path in paths.items() if path.exists()}
+    """{(fold, name): model} of all models of a kind in a folder."""
+    files = model_files(weights, kind)
+    return {(fold, name): load_model(path, kind, device) for fold, name, path in files}
 
 def load_ensemble(weights, device, calibration=Calibration()):
     """The Ensemble of all models of a folder; UserError if a kind is missing."""
@@ -1683,7 +1727,48 @@ def load_init(model, path):
         raise UserError(f"--init {path}: not the architecture of {model.settings}")
     part.load_state_dict(taken, strict=False)
     how = "by name" if named else "in order"
-    say(f"--init: {len(taken)} of {len(source)} tensors {how}")
+    say(f"--init: {len(taken)} of {len(source)} tensors {how} from {path}")
+
+def files_below(folder, levels):
+    """The files in a folder, and some levels of folders down; not the slices."""
+    for path in sorted(folder.glob("*")):
+        if path.is_file():
+            yield path
+        elif levels and not path.name.endswith("_images"):
+            yield from files_below(path, levels - 1)
+
+def imagenet_file(backbone, data):
+    """The Path of timm's file of a backbone, or None; its name, or a folder's, says so.
+    Looks under /kaggle/input, in --data and in weights/pretrained."""
+    places = {KAGGLE / "input": INIT_LEVELS, Path(data): 0}
+    places[HERE / "weights" / "pretrained"] = INIT_LEVELS
+    for folder, levels in places.items():
+        found = []
+        for path in files_below(folder, levels):
+            name = re.sub(r"[-. ]", "_", str(path.relative_to(folder)).lower())
+            named = re.search(rf"(^|/)(timm_)?{re.escape(backbone)}[_/]", name)
+            if named and path.suffix in (".safetensors", ".bin", ".pth"):
+                found.append(path)
+        if found:
+            return min(found, key=lambda path: (len(str(path)), path))
+    return None
+
+def init_file(options, kind, fold):
+    """The Path that a training starts from, by --init, or None.
+    UserError if the file that is named is not there."""
+    if options.init == "none":
+        return None
+    if options.init != "auto":
+        if not Path(options.init).is_file():
+            raise UserError(f"--init {options.init}: cannot be read: no such file")
+        return Path(options.init)
+    files = model_files(options.weights, "vertebra") if kind == "patient" else []
+    for number, _, path in files:
+        made = load_checkpoint(path).get("settings", {})
+        alike = [made.get(name) == getattr(options, name) for name in ("backbone", "hidden")]
+        if number == fold and all(alike):
+            return path
+    return imagenet_file(options.backbone, options.data)
 
 
 # ==== Training ====
@@ -1704,6 +1789,7 @@ class Task(NamedTuple):
     train: tuple = ()  # samples
     held_out: tuple = ()  # uids
     made_of: dict = {}  # {what: hash} of labels, data and weights to start from
+    every: int = 1  # epochs between two scorings
 
 @dataclass
 class Progress:
@@ -1762,17 +1848,12 @@ class Trainer:
 
     def gradient(self, task, batch):
         """Leave the gradient of [(arrays, generator)] in the model; gives the mean loss."""
-        parts = min(task.recipe.accumulate, len(batch))
-        mean = 0
-        for k in range(parts):
-            samples, rngs = zip(*batch[k::parts])
-            tensors = [torch.from_numpy(np.stack(x)).to(task.device) for x in zip(*samples)]
-            with autocast(task.device, task.recipe.half or task.device.type == "cuda"):
-                loss = task.loss(self.model, tensors, rngs, task.recipe)
-                loss = loss * len(rngs) / len(batch)
-            self.scaler.scale(loss).backward()
-            mean += loss.item()
-        return mean
+        samples, rngs = zip(*batch)
+        tensors = [torch.from_numpy(np.stack(x)).to(task.device) for x in zip(*samples)]
+        with autocast(task.device, task.recipe.half or task.device.type == "cuda"):
+            loss = task.loss(self.model, tensors, rngs, task.recipe)
+        self.scaler.scale(loss).backward()
+        return loss.item()
 
     def update(self, task, batch, total):
         """One step of `total`, on a batch of [(arrays, generator)]."""
@@ -1804,7 +1885,7 @@ class Trainer:
         for slow, fast in zip(*weights):
             slow.lerp_(fast, share) if slow.is_floating_point() else slow.copy_(fast)
 
-    def close_epoch(self, task, weights):
+    def close_epoch(self, task, weights, epoch):
         """Score the averaged weights on the held-out studies; log them, and keep them."""
         now = self.progress
         rank, world = ranks()
@@ -1815,7 +1896,7 @@ class Trainer:
         losses = sum(over_ranks(now.losses), [])
         table = pd.DataFrame(rows, columns=[STUDY, *TARGETS][: len(rows[0])])
         scores = task.judge(table.set_index(STUDY))
-        line = dict(epoch=len(now.history) + 1, **scores)
+        line = dict(epoch=epoch, **scores)
         line["train_loss"] = float(np.mean(losses or math.nan))
         line["lr"] = self.optimizer.param_groups[0]["lr"]
         samples = len(now.losses) * task.recipe.batch_size
@@ -1895,8 +1976,8 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
         run.update(task, batch, total)
         now.seconds += stop.clock() - started
         bar.set_postfix(loss=np.mean(now.losses[-20:] or math.nan))
-        if now.step % steps == 0:
-            run.close_epoch(task, weights)
+        if now.step % (steps * task.every) == 0 or now.step == total:
+            run.close_epoch(task, weights, now.step // steps)
             run.save(last, task)
         now.slowest = max(now.slowest, stop.clock() - started)
     return now.history
@@ -2333,25 +2414,76 @@ def recipe_from(options, kind):
     recipe = type(RECIPES[kind])
     return recipe(**{one.name: getattr(options, one.name) for one in fields(recipe)})
 
+def minutes_of(options):
+    """--time-limit, which Kaggle has also where none is given."""
+    return options.time_limit or KAGGLE_MINUTES * KAGGLE.exists()
+
+def say_start(options, starts):
+    """Say what the folds start from, and what it costs if from nothing."""
+    found = {str(path) for path in starts.values() if path}
+    if found:
+        say(f"--init {options.init}: {', '.join(sorted(found))}")
+    elif options.init == "auto":
+        name = options.backbone
+        say(f"NO IMAGENET WEIGHTS of {name}: it trains from scratch. All top teams began "
+            "from them; expect a score of about 0.45 instead of 0.33. Attach timm's file, "
+            f"{name}*.safetensors, .bin or .pth, under {KAGGLE}/input, or put it into --data "
+            "or weights/pretrained; --init none says nothing")
+
+def forward_flops(kind, recipe):
+    """FLOPs of a sample's forward pass, counted on shapes alone."""
+    model = new_model(kind, asdict(recipe)).to("meta").eval()
+    size, parts = recipe.size, 1
+    shape = (1, 1, size, size, size)
+    if kind != "segmenter":
+        model, shape = model.encoder.backbone, (1, CHANNELS, size, size)
+        parts = STEPS * (7 if kind == "patient" else 1) // recipe.thin
+    with FlopCounterMode(display=False) as counted, torch.no_grad():
+        model(torch.empty(shape, device="meta"))
+    return counted.get_total_flops() * parts
+
+def training_hours(kind, recipe, samples, cards=1, tflops=CARD_TFLOPS):
+    """Hours of a fold's training: a backward pass costs two forward passes."""
+    passes = 3 + getattr(recipe, "checkpoint", False)
+    flops = passes * forward_flops(kind, recipe) * samples * recipe.epochs
+    return flops / cards / tflops / 1e12 / 3600
+
+def say_plan(options, task, samples, folds):
+    """With --preset, say what lies before the trainings: steps, and an estimate of hours."""
+    recipe = task.recipe
+    if options.preset:
+        steps = max(1, int(samples) // recipe.batch_size) * recipe.epochs
+        hours = folds * training_hours(task.kind, recipe, samples, ranks()[1])
+        say(f"--preset {options.preset}: {folds} x {steps} steps of {recipe.batch_size} "
+            f"samples, {recipe.epochs} epochs; about {hours:.1f} h on {ranks()[1]} x T4 "
+            f"(assumed: {CARD_TFLOPS:g} TFLOP/s a card)")
+
 def run_training(options, samples, folds, task):
     """Train the folds asked for, of samples (uid, ...)."""
     wanted = [k for k in range(options.folds) if options.fold in ("all", str(k))]
     if not wanted:
         raise UserError(f"--fold {options.fold}: there are folds 0 to {options.folds - 1}")
-    if options.init and not Path(options.init).is_file():
-        raise UserError(f"--init {options.init}: cannot be read: no such file")
+    if not re.fullmatch(r"\w*", options.name):
+        raise UserError(f"--name {options.name}: only letters, digits and _")
     go_on = options.resume or options.fold == "all"
     if ranks()[1] > 1:
         dist.init_process_group()
-    with stop_signals(options.time_limit) as stop:
-        for fold in wanted:
+    starts = {fold: init_file(options, task.kind, fold) for fold in wanted}
+    if ranks()[0] == 0:
+        say_start(options, starts)
+        say_plan(options, task, len(samples) * (1 - 1 / options.folds), len(wanted))
+    stem = f"{task.kind}_{options.name}".rstrip("_")
+    with stop_signals(minutes_of(options)) as stop:
+        for fold, init in starts.items():
             rest = [s for s in samples if folds[s[0]] != fold or options.folds == 1]
             held_out = [*dict.fromkeys(uid for uid, *_ in samples if folds[uid] == fold)]
-            name = f"{task.kind}_fold{fold}"
             made_of = task.made_of | {"studies": hash_of(rest, held_out)}
-            made_of["--init"] = hash_of(Path(options.init)) if options.init else ""
-            one = task._replace(name=name, train=rest, held_out=held_out, made_of=made_of)
-            train(one, Path(options.weights), stop, options.workers, go_on, options.init)
+            made_of["--init"] = hash_of(init) if init else ""
+            seldom = math.ceil(len(held_out) / VALIDATION_SHARE / max(len(rest), 1))
+            one = task._replace(
+                name=f"{stem}_fold{fold}", train=rest, held_out=held_out, made_of=made_of,
+                every=getattr(task.recipe, "thin", seldom))  # thin epochs show a share
+            train(one, Path(options.weights), stop, options.workers, go_on, init)
 
 def train_segmenters(options):
     """Train segmenters on the studies with masks.
@@ -2369,6 +2501,18 @@ def train_segmenters(options):
     task = task._replace(made_of={"masks": hash_of(sizes)})
     run_training(options, samples, folds, task)
 
+@dataclass(frozen=True)
+class Extraction:
+    """Options of extract."""
+    size: int = setting(CROP, "edge of the crops, pixels", least=CROP, most=512)
+
+def crop_edge(folder):
+    """Edge of the crops in a folder, pixels; 0 if there are none."""
+    for path in folder.glob("*.npz"):
+        with errors_as(UserError, f"{path}: no crops"), np.load(path) as file:
+            return int(file["edge"])
+    return 0
+
 def extract(options):
     """Write the crops of all studies, for the classifiers.
     Reads train_images of --data and the segmenters of --weights; writes one file a study
@@ -2382,17 +2526,22 @@ def extract(options):
     images = Path(options.data) / "train_images"
     rank, world = ranks()
     todo = [uid for uid in [*truth][rank::world] if not (out / f"{uid}.npz").exists()]
+    edge = crop_edge(out)
+    if edge not in (0, options.size):
+        raise UserError(f"{out}: has crops of {edge}: --size {options.size} needs another "
+                        "--work")
     volumes = prefetch(lambda uid: read_volume(images / uid, options.workers), todo, 1)
-    with stop_signals(options.time_limit) as stop:
+    with stop_signals(minutes_of(options)) as stop:
         for uid, future in progress(volumes, "study", len(todo)):
             if stop.reason():
                 message = f"extract: stopped by {stop.reason()}; the same command goes on"
                 raise Stopped(message, stop.status())
-            own = [models[folds[uid]]] if folds[uid] in models else [*models.values()]
+            own = [model for (fold, _), model in models.items() if fold == folds[uid]]
+            own = own or [*models.values()]
             try:
                 volume = future.result()
                 probability = segment(own, volume, device, say)
-                crops = vertebra_slices(volume, probability, mask_of=options.mask_of)
+                crops = vertebra_slices(volume, probability, options.size, options.mask_of)
                 write_crops(out / f"{uid}.npz", crops)
             except StudyError as error:
                 say(f"study {uid}: {error}; left out")
@@ -2422,6 +2571,8 @@ def train_classifiers(options):
     labels = [truth[uid].tolist() for uid in uids]
     samples = [(uid, targets) for uid in uids for targets in asked]
     recipe = recipe_from(options, kind)
+    if recipe.size > crop_edge(folder):
+        say(f"--size {recipe.size} enlarges crops of {crop_edge(folder)}: extract has --size")
     task = classifier_task(kind, recipe, pick_device(options.device), folder, truth)
     task = task._replace(made_of={"labels": hash_of(labels), "crops": hash_of(sums)})
     run_training(options, samples, folds, task)
@@ -2434,8 +2585,7 @@ def predict(options):
     data = data_folder(options, "test.csv")
     task = Submission(Path(options.out), rows_asked(data / "test.csv"))
     rank, world = ranks()
-    minutes = options.time_limit or KAGGLE_MINUTES * Path("/kaggle").exists()
-    with stop_signals(minutes) as stop:
+    with stop_signals(minutes_of(options)) as stop:
         for number, path in report_paths(task.out).items():
             if number % world == rank and not options.resume:  # of an earlier run
                 path.unlink(missing_ok=True)
@@ -2508,11 +2658,11 @@ class Mode(NamedTuple):
 READING = "data weights device workers"
 EVALUATION = f"{READING} submission"
 PREDICTION = f"{READING} out resume time_limit"
-EXTRACTION = f"{READING} work folds mask_of time_limit"
-TRAINING = f"{READING} work fold folds resume time_limit init"
+EXTRACTION = f"{READING} work folds mask_of time_limit preset"
+TRAINING = f"{READING} work fold folds resume time_limit init name preset"
 MODES = {
     "train-seg": Mode(train_segmenters, TRAINING, RECIPES["segmenter"]),
-    "extract": Mode(extract, EXTRACTION)}
+    "extract": Mode(extract, EXTRACTION, Extraction())}
 MODES |= {
     "train-cls": Mode(train_classifiers, TRAINING, RECIPES["vertebra"]),
     "train-patient": Mode(train_classifiers, TRAINING, RECIPES["patient"])}
@@ -2550,7 +2700,8 @@ def add_option(parser, one, default):
     if limits.get("positional"):
         parser.add_argument(one.name, help=meaning)
     elif isinstance(default, bool):
-        parser.add_argument(flag, action="store_true", help=meaning)
+        yes_or_no = argparse.BooleanOptionalAction
+        parser.add_argument(flag, action=yes_or_no, default=default, help=meaning)
     else:
         if limits["choices"]:
             meaning += ": " + ", ".join(map(str, limits["choices"]))
@@ -2560,8 +2711,17 @@ def add_option(parser, one, default):
         name = one.name.upper()
         parser.add_argument(flag, type=read, default=default, help=meaning, metavar=name)
 
-def build_parser(modes, others=()):
-    """The parser of {name: Mode}; the others, {name: text}, are told in --help alone."""
+def preset_table(mode):
+    """What the presets of a mode say, in words."""
+    rows = []
+    for preset, values in PRESETS.items():
+        pairs = [f"--{name} {value}" for name, value in values.get(mode, {}).items()]
+        rows.append(f"{preset}: {' '.join(pairs).replace('_', '-') or 'the defaults'}")
+    return "Presets. " + "; ".join(rows)
+
+def build_parser(modes, others=(), preset=""):
+    """The parser of {name: Mode}; the others, {name: text}, are told in --help alone.
+    A preset's values are its defaults, so that options which are given win."""
     parser = Parser("cspine.py", description=__doc__.splitlines()[0])
     parsers = parser.add_subparsers(dest="mode", required=True, metavar="MODE")
     for name, mode in modes.items():
@@ -2572,6 +2732,9 @@ def build_parser(modes, others=()):
                 add_option(one, shared, shared.default)
         for own in fields(mode.own) if mode.own else ():
             add_option(one, own, getattr(mode.own, own.name))
+        if "preset" in mode.shared:
+            one.epilog = preset_table(name)
+        one.set_defaults(**PRESETS.get(preset, {}).get(name, {}))
     for name in others:
         parsers.add_parser(name, help=others[name])
     return parser
@@ -2592,10 +2755,12 @@ def run_mode(modes, argv, others=()):
     cv2.setNumThreads(1)  # the threads of prefetch share the cores
     try:
         options = build_parser(modes, others).parse_args(argv)
+        preset = getattr(options, "preset", "")
+        options = build_parser(modes, others, preset).parse_args(argv)
         modes[options.mode].run(options)
         return 0
     except (torch.OutOfMemoryError, MemoryError):
-        say("cspine: out of memory: lower --batch-size or raise --accumulate")
+        say("cspine: out of memory: lower --batch-size, or take --checkpoint")
         return 2
     except UserError as error:
         say(f"cspine: {error}")
