@@ -60,6 +60,7 @@ import torch
 import torch.nn.functional as F
 from torch import distributed as dist
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 
@@ -115,7 +116,8 @@ BOX_MARGIN = 1.0  # cells around the mask (first place)
 
 # The machine.
 HERE = Path(globals().get("__file__", "cspine.py")).resolve().parent
-KAGGLE_DATA = "/kaggle/input/rsna-2022-cervical-spine-fracture-detection"
+KAGGLE = Path(os.environ.get("KAGGLE_ROOT", "/kaggle"))  # elsewhere in the tests
+KAGGLE_DATA = f"{KAGGLE}/input/rsna-2022-cervical-spine-fracture-detection"
 KAGGLE_MINUTES = 510.0  # minutes, of the 540 that a submission has
 MAX_READ_S = 600  # s, or a quarter of the time left, that a file which hangs may cost
 READ_AHEAD = 99  # threads that read studies: each may be stuck in a file that hangs
@@ -126,6 +128,12 @@ BONE_HU = 100  # HU; cancellous bone of a vertebra has about 150 to 350
 LEAST_BONE = 0.25  # share of a mask's labels on bone, or it lies elsewhere
 LEAST_SEEN = 0.5  # share of all vertebrae that the crops must show, to train on them
 MAX_SKIPPED_STEPS = 20  # steps in a row without a finite gradient
+VALIDATION_SHARE = 0.1  # of the studies trained on between two scorings of a segmenter
+INIT_LEVELS = 4  # folders below /kaggle/input: model, framework, variation, version
+SCRATCH = (  # by the public code and write-ups of the top teams
+    "training from scratch, where a score of 0.43 to 0.52 is expected instead of 0.32 to "
+    "0.35; the third to sixth places and the starting solution began from ImageNet")
+CARD_TFLOPS = 5.0  # TFLOP/s that a T4 is assumed to reach in training (bench.py plan)
 
 class UserError(Exception):
     """Something that the user can mend; main prints it in one line, status 2."""
@@ -145,6 +153,29 @@ def argument(meaning, count=None):
     """A field of settings that is no option but must be given; "*": any number of times."""
     return field(default="", metadata=dict(help=meaning, positional=True, count=count))
 
+# Presets: other defaults of a mode's options; what is not named stays a recipe's. Hours:
+# tests/studies/bench.py plan.
+PRESETS = dict(fast={}, standard={}, gold={})  # standard: the recipes, five folds
+
+# fast is ours: a fold whose trainings end within an hour on two T4.
+PRESETS["fast"]["train-seg"] = dict(fold="0", epochs=60)  # 1,020 steps
+PRESETS["fast"]["train-cls"] = dict(fold="0", epochs=8, thin=3)
+PRESETS["fast"]["train-patient"] = dict(fold="0", epochs=6, thin=3)
+
+# gold: first place's crops of 384 to 512, 50 to 75 epochs, mixup 0.5, drop path 0.2 to 0.3.
+GOLD = dict(size=384, epochs=50, thin=3, mixup=0.5, drop_path=0.3)
+PRESETS["gold"]["train-seg"] = dict(epochs=480, drop_path=0.2)  # 8,160 steps; first: 17,400
+PRESETS["gold"]["extract"] = dict(size=384)
+PRESETS["gold"]["train-cls"] = GOLD
+PRESETS["gold"]["train-patient"] = GOLD | dict(batch_size=4, checkpoint=True)  # for 16 GB
+
+# gold-second: other backbones, kept beside the first (ours): their errors differ.
+PRESETS["gold-second"] = copy.deepcopy(PRESETS["gold"])
+PRESETS["gold-second"]["train-seg"] |= dict(name="second", backbone="resnet18d")
+PRESETS["gold-second"]["train-cls"] |= dict(name="second", backbone="convnext_nano")
+PRESETS["gold-second"]["train-patient"] |= dict(
+    name="second", backbone="tf_efficientnetv2_s")
+
 @dataclass(frozen=True)
 class Shared:
     """Options that several modes have."""
@@ -160,7 +191,10 @@ class Shared:
     folds: int = setting(5, "parts of the cross-validation; 1: train on all", least=1)
     resume: bool = setting(False, "go on where the same command stopped")
     time_limit: float = setting(0.0, "minutes until a run ends, saved; 0: none", least=0)
-    init: str = setting("", "file of weights to start from, ours or timm's; none if empty")
+    init: str = setting(
+        "auto", "file of weights to start from, ours or timm's; none; auto looks for one")
+    name: str = setting("", "of models beside others: vertebra_NAME_fold0.pt")
+    preset: str = setting("", "other defaults, of a whole training", tuple(PRESETS))
     mask_of: str = setting("last", "which slice of a step the mask is of", MASKED_SLICES)
     z_margin: float = setting(BOX_MARGIN, "cells above and below a mask in crops", least=0)
 
@@ -168,11 +202,10 @@ class Shared:
 class Recipe:
     """How a model is trained; its fields are options of the trainings."""
     backbone: str = setting("tf_efficientnetv2_s", "a convolutional network of timm")
-    epochs: int = setting(60, "passes over the training studies", least=1)
+    epochs: int = setting(240, "passes over the training studies", least=1)
     batch_size: int = setting(4, "samples a step, over all GPUs", least=1)
     lr: float = setting(1e-3, "peak learning rate of AdamW", least=1e-9)
     size: int = setting(CUBE, "edge of the cube or crop, voxels or pixels", least=16)
-    accumulate: int = setting(1, "parts of a batch, in turn: less memory", least=1)
     weight_decay: float = setting(0.01, "of AdamW, on matrices alone", least=0)
     warm_up: float = setting(0.05, "share of the steps in which lr rises", least=0, most=1)
     ema: float = setting(0.998, "decay of the averaged, kept weights", least=0, most=1)
@@ -188,6 +221,7 @@ class ClassifierRecipe(Recipe):
     mixup: float = setting(0.2, "share of batches with mixed losses", least=0, most=1)
     hidden: int = setting(256, "width of the LSTMs", least=1)
     thin: int = setting(1, "3: a third of the steps at a time, in turns", (1, 3, 5, 15))
+    checkpoint: bool = setting(False, "compute blocks twice: less memory, a third slower")
     mask_of: str = setting("last", "which slice of a step the mask is of", MASKED_SLICES)
     z_margin: float = setting(BOX_MARGIN, "cells above and below a mask in crops", least=0)
 
@@ -818,14 +852,20 @@ def fullest_run(profile, gap):
     return fullest[[0, -1]]
 
 def mean_probability(models, volume, device):
-    """float32 (7, D, D, D) on the CPU: the mean of the segmenters' answers."""
-    size, window = (models[0].settings[name] for name in ("size", "window"))
-    cube = segmenter_input(volume, size, window)[None].to(device)
+    """float32 (7, D, D, D) on the CPU: the mean of the segmenters' answers.
+    D is the first one's; those of another size are asked at theirs."""
+    size = models[0].settings["size"]
+    cubes = {}
     total = 0
     with autocast(device):
         for model in models:
-            logits = model.to(device)(cube)[0].float()
-            total = total + logits.sigmoid().nan_to_num()
+            asked = (model.settings["size"], tuple(model.settings["window"]))
+            if asked not in cubes:
+                cubes[asked] = segmenter_input(volume, *asked)[None].to(device)
+            logits = model.to(device)(cubes[asked]).float()
+            if asked[0] != size:
+                logits = F.interpolate(logits, (size,) * 3, mode="trilinear")
+            total = total + logits[0].sigmoid().nan_to_num()
     return (total / len(models)).cpu()
 
 def neck_part(probability, shape):
@@ -986,13 +1026,15 @@ def logit_head(width, hidden, dropout):
 
 class StepEncoder(nn.Module):
     """The part of a classifier that turns crops into features, and reads them in order."""
-    def __init__(self, backbone, hidden, drop_path, dropout):
+    def __init__(self, backbone, hidden, drop_path, dropout, checkpoint):
         super().__init__()
         self.backbone = create_backbone(
             backbone, in_chans=CHANNELS, num_classes=0, global_pool="avg",
             drop_path_rate=drop_path)
         probe = torch.zeros(1, CHANNELS, 64, 64)
         width = self.backbone.eval()(probe).shape[1]
+        if checkpoint:  # the blocks run again in the backward pass
+            self.backbone.set_grad_checkpointing()
         self.absent = nn.Parameter(torch.zeros(width))  # features of a step not in view
         self.lstm = nn.LSTM(
             width, hidden, 2, batch_first=True, dropout=dropout, bidirectional=True)
@@ -1026,11 +1068,11 @@ class VertebraClassifier(nn.Module):
     trained."""
     def __init__(
             self, backbone="tf_efficientnetv2_s", size=CROP, mask_of="last", z_margin=0.0,
-            hidden=256, drop_path=0, dropout=0, **_):  # a recipe holds more
+            hidden=256, drop_path=0, dropout=0, checkpoint=False, **_):  # a recipe holds more
         super().__init__()
         self.settings = dict(backbone=backbone, size=size, mask_of=mask_of, hidden=hidden)
         self.settings["z_margin"] = z_margin
-        self.encoder = StepEncoder(backbone, hidden, drop_path, dropout)
+        self.encoder = StepEncoder(backbone, hidden, drop_path, dropout, checkpoint)
         self.head = logit_head(2 * hidden, hidden, dropout)
 
     def forward(self, crops):
@@ -1055,9 +1097,8 @@ class PatientClassifier(VertebraClassifier):
     def answer(self, features):
         """(B, N, F) features -> (B, N) and (B,) logits."""
         steps, _ = self.patient_lstm(features)  # (B, N, 2 * hidden)
-        parts = [steps.amax(1), steps.mean(1)]
-        patient = self.patient_head(torch.cat(parts, 1))  # (B, 4 * hidden) -> (B, 1)
-        return super().answer(features), patient[..., 0]
+        parts = torch.cat([steps.amax(1), steps.mean(1)], 1)  # (B, 4 * hidden)
+        return super().answer(features), self.patient_head(parts)[..., 0]
 
 def classifier_loss(outputs, labels):
     """The competition's weighted log loss, a vertebra's label on each of its steps.
@@ -1902,9 +1943,8 @@ def cross_fitted(outputs, folds, labels):
 def model_hashes(weights):
     """{file name: SHA-256} of the models of a folder."""
     hashes = {}
-    for path in sorted(Path(weights).glob("*_fold*.pt")):
-        kind, _, fold = path.stem.partition("_fold")
-        if kind in KINDS and fold.isdigit():
+    for kind in sorted(KINDS):
+        for *_, path in model_files(weights, kind):
             hashes[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return hashes
 
@@ -2109,10 +2149,19 @@ def load_model(path, kind, device="cpu"):
         model.settings["name"] = Path(path).stem.rpartition("_fold")[0]
         return fuse_norms(model).to(device)
 
+def model_files(weights, kind):
+    """[(fold, name, Path)] of all <kind>_fold<k>.pt and <kind>_<name>_fold<k>.pt."""
+    found = []
+    for path in Path(weights).glob(f"{kind}_*.pt"):
+        parts = re.fullmatch(rf"{kind}(?:_(\w+))?_fold(\d+)", path.stem)
+        if parts:
+            found.append((int(parts[2]), parts[1] or "", path))
+    return sorted(found)
+
 def load_models(weights, kind, device):
-    """{fold: model} of all <kind>_fold<k>.pt of a folder."""
-    paths = {k: Path(weights) / f"{kind}_fold{k}.pt" for k in range(100)}
-    return {k: load_model(path, kind, device) for k, path in paths.items() if path.exists()}
+    """{(fold, name): model} of all models of a kind in a folder."""
+    files = model_files(weights, kind)
+    return {(fold, name): load_model(path, kind, device) for fold, name, path in files}
 
 def load_ensemble(weights, device, calibration=Calibration()):
     """The Ensemble of all models of a folder; UserError if a kind is missing."""
@@ -2179,7 +2228,48 @@ def load_init(model, path):
         raise UserError(f"--init {path}: not the architecture of {model.settings}")
     part.load_state_dict(taken, strict=False)
     how = "by name" if named else "in order"
-    say(f"--init: {len(taken)} of {len(source)} tensors {how}")
+    say(f"--init: {len(taken)} of {len(source)} tensors {how} from {path}")
+
+def files_below(folder, levels):
+    """The files in a folder, and some levels of folders down; not the slices."""
+    for path in sorted(folder.glob("*")):
+        if path.is_file():
+            yield path
+        elif levels and not path.name.endswith("_images"):
+            yield from files_below(path, levels - 1)
+
+def imagenet_file(backbone, data):
+    """The Path of timm's file of a backbone, or None; its name, or a folder's, says so.
+    Looks under /kaggle/input, in --data and in weights/pretrained."""
+    places = {KAGGLE / "input": INIT_LEVELS, Path(data): 0}
+    places[HERE / "weights" / "pretrained"] = INIT_LEVELS
+    for folder, levels in places.items():
+        found = []
+        for path in files_below(folder, levels):
+            name = re.sub(r"[-. ]", "_", str(path.relative_to(folder)).lower())
+            named = re.search(rf"(^|/)(timm_)?{re.escape(backbone)}[_/]", name)
+            if named and path.suffix in (".safetensors", ".bin", ".pth"):
+                found.append(path)
+        if found:
+            return min(found, key=lambda path: (len(str(path)), path))
+    return None
+
+def init_file(options, kind, fold):
+    """The Path that a training starts from, by --init, or None.
+    UserError if the file that is named is not there."""
+    if options.init == "none":
+        return None
+    if options.init != "auto":
+        if not Path(options.init).is_file():
+            raise UserError(f"--init {options.init}: cannot be read: no such file")
+        return Path(options.init)
+    files = model_files(options.weights, "vertebra") if kind == "patient" else []
+    for number, _, path in files:
+        made = load_checkpoint(path).get("settings", {})
+        wanted = dict(backbone=options.backbone, hidden=options.hidden)
+        if number == fold and wanted.items() <= made.items():
+            return path
+    return imagenet_file(options.backbone, options.data)
 
 
 # ==== Training ====
@@ -2201,6 +2291,7 @@ class Task(NamedTuple):
     held_out: tuple = ()  # uids
     made_of: dict = {}  # {what: hash} of labels, data and weights to start from
     columns: Any = TARGETS  # what score gives
+    every: int = 1  # epochs between two scorings
 
 @dataclass
 class Progress:
@@ -2263,20 +2354,15 @@ class Trainer:
 
     def gradient(self, task, batch):
         """Leave the gradient of [(arrays, generator)] in the model; gives the mean loss."""
-        parts = min(task.recipe.accumulate, len(batch))
-        mean = 0
-        for k in range(parts):
-            samples, rngs = zip(*batch[k::parts])
-            tensors = [torch.from_numpy(np.stack(x)) for x in zip(*samples)]
-            if task.device.type == "cuda":  # copied while the program goes on
-                tensors = [t.pin_memory() for t in tensors]
-            tensors = [t.to(task.device, non_blocking=True) for t in tensors]
-            with autocast(task.device, task.recipe.half or task.device.type == "cuda"):
-                loss = task.loss(self.shared, tensors, rngs, task.recipe)
-                loss = loss * len(rngs) / len(batch)
-            self.scaler.scale(loss).backward()
-            mean += loss.item()
-        return mean
+        samples, rngs = zip(*batch)
+        tensors = [torch.from_numpy(np.stack(x)) for x in zip(*samples)]
+        if task.device.type == "cuda":  # copied while the program goes on
+            tensors = [t.pin_memory() for t in tensors]
+        tensors = [t.to(task.device, non_blocking=True) for t in tensors]
+        with autocast(task.device, task.recipe.half or task.device.type == "cuda"):
+            loss = task.loss(self.shared, tensors, rngs, task.recipe)
+        self.scaler.scale(loss).backward()
+        return loss.item()
 
     def update(self, task, batch, total):
         """One step of `total`, on a batch of [(arrays, generator)]."""
@@ -2307,7 +2393,7 @@ class Trainer:
         for slow, fast in zip(*self.counts):
             slow.copy_(fast)
 
-    def close_epoch(self, task, weights):
+    def close_epoch(self, task, weights, epoch):
         """Score the averaged weights on the held-out studies; log them, and keep them."""
         now = self.progress
         rank, world = ranks()
@@ -2318,7 +2404,7 @@ class Trainer:
         losses = sum(over_ranks(now.losses), [])
         table = pd.DataFrame(rows, columns=[STUDY, *task.columns][: len(rows[0])])
         scores = task.judge(table.set_index(STUDY))
-        line = dict(epoch=len(now.history) + 1, **scores)
+        line = dict(epoch=epoch, **scores)
         line["train_loss"] = float(np.mean(losses or math.nan))
         line["lr"] = self.optimizer.param_groups[0]["lr"]
         samples = len(now.losses) * task.recipe.batch_size
@@ -2395,8 +2481,8 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
         run.update(task, batch, total)
         now.seconds += stop.clock() - started
         bar.set_postfix(loss=np.mean(now.losses[-20:] or math.nan))
-        if now.step % steps == 0:
-            run.close_epoch(task, weights)
+        if now.step % (steps * task.every) == 0 or now.step == total:
+            run.close_epoch(task, weights, now.step // steps)
             run.save(last, task)
         now.slowest = max(now.slowest, stop.clock() - started)
     return now.history
@@ -2838,25 +2924,73 @@ def recipe_from(options, kind):
     recipe = type(RECIPES[kind])
     return recipe(**{one.name: getattr(options, one.name) for one in fields(recipe)})
 
+def minutes_of(options):
+    """--time-limit, which Kaggle has also where none is given."""
+    return options.time_limit or KAGGLE_MINUTES * KAGGLE.exists()
+
+def say_start(options, starts):
+    """Say what the folds start from; if from nothing, what that costs."""
+    found = sorted({str(path) for path in starts.values() if path})
+    if found:
+        say(f"--init {options.init}: {', '.join(found)}")
+    elif options.init == "auto":
+        name = options.backbone
+        say(f"NO IMAGENET WEIGHTS of {name}: {SCRATCH}. Attach timm's file of it, {name}*"
+            f".safetensors, .bin or .pth, under {KAGGLE}/input, or put it into --data or "
+            "weights/pretrained; --init none does without")
+
+def training_flops(kind, recipe, samples):
+    """FLOPs of a fold's training, counted on shapes; backward costs two forward passes."""
+    model = new_model(kind, asdict(recipe)).to("meta").eval()
+    size, images = recipe.size, 1
+    shape = (1, 1, size, size, size)
+    if kind != "segmenter":
+        model, shape = model.encoder.backbone, (1, CHANNELS, size, size)
+        vertebrae = 7 if kind == "patient" else 1
+        images = vertebrae * STEPS // recipe.thin
+    with FlopCounterMode(display=False) as counted, torch.no_grad():
+        model(torch.empty(shape, device="meta"))
+    passes = 3 + getattr(recipe, "checkpoint", False)
+    return counted.get_total_flops() * images * samples * recipe.epochs * passes
+
+def say_plan(options, task, samples, folds):
+    """Say before the first step of a preset how much there is to do."""
+    recipe, cards = task.recipe, ranks()[1]
+    steps = max(1, samples // recipe.batch_size) * recipe.epochs
+    flops = folds * training_flops(task.kind, recipe, samples)
+    hours = flops / cards / CARD_TFLOPS / 1e12 / 3600
+    say(f"--preset {options.preset}: {folds} times {recipe.epochs} epochs of {samples} "
+        f"samples, {steps} steps; {flops / 1e15:.3g} PFLOP")
+    say(f"at {CARD_TFLOPS:g} TFLOP/s a card, assumed for a T4: {hours:.1f} h on {cards}")
+
 def run_training(options, samples, folds, task):
     """Train the folds asked for, of samples (uid, ...)."""
     wanted = [k for k in range(options.folds) if options.fold in ("all", str(k))]
     if not wanted:
         raise UserError(f"--fold {options.fold}: there are folds 0 to {options.folds - 1}")
-    if options.init and not Path(options.init).is_file():
-        raise UserError(f"--init {options.init}: cannot be read: no such file")
+    if not re.fullmatch(r"\w*", options.name):
+        raise UserError(f"--name {options.name}: only letters, digits and _")
     go_on = options.resume or options.fold == "all"
     if ranks()[1] > 1:
         dist.init_process_group()
-    with stop_signals(options.time_limit) as stop:
-        for fold in wanted:
+    starts = {fold: init_file(options, task.kind, fold) for fold in wanted}
+    if ranks()[0] == 0:
+        say_start(options, starts)
+        if options.preset:
+            say_plan(options, task, len(samples) * 4 // 5, len(wanted))
+    stem = f"{task.kind}_{options.name}".rstrip("_")
+    with stop_signals(minutes_of(options)) as stop:
+        for fold, init in starts.items():
             rest = [s for s in samples if folds[s[0]] != fold or options.folds == 1]
             held_out = [*dict.fromkeys(uid for uid, *_ in samples if folds[uid] == fold)]
-            name = f"{task.kind}_fold{fold}"
             made_of = task.made_of | {"studies": hash_of(rest, held_out)}
-            made_of["--init"] = hash_of(Path(options.init)) if options.init else ""
+            made_of["--init"] = hash_of(init) if init else ""
+            seldom = math.ceil(len(held_out) / VALIDATION_SHARE / max(len(rest), 1))
+            every = getattr(task.recipe, "thin", seldom)  # thin epochs show a share
+            name = f"{stem}_fold{fold}"
             one = task._replace(name=name, train=rest, held_out=held_out, made_of=made_of)
-            train(one, Path(options.weights), stop, options.workers, go_on, options.init)
+            one = one._replace(every=every)
+            train(one, Path(options.weights), stop, options.workers, go_on, init)
 
 def train_segmenters(options):
     """Train segmenters on the studies with masks.
@@ -2873,6 +3007,18 @@ def train_segmenters(options):
     sums = [(uid, zlib.crc32(task.load((uid,))[1].tobytes())) for uid, *_ in samples]
     task = task._replace(made_of={"masks": hash_of(sums)})
     run_training(options, samples, folds, task)
+
+@dataclass(frozen=True)
+class Extraction:
+    """Options of extract."""
+    size: int = setting(CROP, "edge of the crops, pixels", least=CROP, most=512)
+
+def crop_edge(folder):
+    """Edge of the crops in a folder, pixels; 0 if there are none."""
+    for path in folder.glob("*.npz"):
+        with errors_as(UserError, f"{path}: no crops"), np.load(path) as file:
+            return int(file["edge"])
+    return 0
 
 def extract(options):
     """Write the crops of all studies, for the classifiers.
@@ -2892,20 +3038,24 @@ def extract(options):
     for uid, paths in wanted.items():
         paths += [Path(options.masks) / f"{uid}.nii.gz"] * bool(options.masks)
     todo = [uid for uid in wanted if not all(path.exists() for path in wanted[uid])]
+    edge = crop_edge(out)
+    if edge not in (0, options.size):
+        raise UserError(f"{out}: has crops of {edge}: --size {options.size} needs another "
+                        "--work")
     volumes = prefetch(lambda uid: read_volume(images / uid, options.workers), todo, 1)
-    with stop_signals(options.time_limit) as stop:
+    with stop_signals(minutes_of(options)) as stop:
         for uid, future in progress(volumes, "study", len(todo)):
             if stop.reason():
                 message = f"extract: stopped by {stop.reason()}; the same command goes on"
                 raise Stopped(message, stop.status())
-            own = [models[folds[uid]]] if uid in with_mask and folds[uid] in models else []
+            own = [m for (k, _), m in models.items() if k == folds[uid] and uid in with_mask]
             try:
                 volume = future.result()
                 probability = segment(own or [*models.values()], volume, device, say)
                 file, *masks = wanted[uid]
                 if not file.exists():
-                    how = dict(mask_of=options.mask_of, z_margin=options.z_margin)
-                    write_crops(file, vertebra_slices(volume, probability, **how))
+                    how = (options.size, options.mask_of, options.z_margin)
+                    write_crops(file, vertebra_slices(volume, probability, *how))
                 for path in masks:
                     if not path.exists():
                         write_nifti(path, vertebra_labels(volume, probability), volume)
@@ -2937,6 +3087,9 @@ def train_classifiers(options):
     labels = [truth[uid].tolist() for uid in uids]
     samples = [(uid, targets) for uid in uids for targets in asked]
     recipe = recipe_from(options, kind)
+    edge = crop_edge(folder)
+    if recipe.size > edge:
+        say(f"--size {recipe.size} but enlarges crops of {edge}: extract has --size")
     task = classifier_task(kind, recipe, pick_device(options.device), folder, truth)
     task = task._replace(made_of={"labels": hash_of(labels), "crops": hash_of(sums)})
     run_training(options, samples, folds, task)
@@ -2963,8 +3116,7 @@ def predict(options):
     data = data_folder(options, "test.csv")
     task = Submission(Path(options.out), rows_asked(data / "test.csv"))
     rank, world = ranks()
-    minutes = options.time_limit or KAGGLE_MINUTES * Path("/kaggle").exists()
-    with stop_signals(minutes) as stop:
+    with stop_signals(minutes_of(options)) as stop:
         for number, path in report_paths(task.out).items():
             if number % world == rank and not options.resume:  # of an earlier run
                 path.unlink(missing_ok=True)
@@ -3038,11 +3190,11 @@ class Mode(NamedTuple):
 READING = "data weights device workers"
 EVALUATION = f"{READING} submission"
 PREDICTION = f"{READING} out masks resume time_limit"
-EXTRACTION = f"{READING} work masks folds mask_of z_margin time_limit"
-TRAINING = f"{READING} work fold folds resume time_limit init"
+EXTRACTION = f"{READING} work masks folds mask_of z_margin time_limit preset"
+TRAINING = f"{READING} work fold folds resume time_limit init name preset"
 MODES = {
     "train-seg": Mode(train_segmenters, TRAINING, RECIPES["segmenter"]),
-    "extract": Mode(extract, EXTRACTION)}
+    "extract": Mode(extract, EXTRACTION, Extraction())}
 MODES |= {
     "train-cls": Mode(train_classifiers, TRAINING, RECIPES["vertebra"]),
     "train-patient": Mode(train_classifiers, TRAINING, RECIPES["patient"])}
@@ -3088,7 +3240,8 @@ def add_option(parser, one, default):
         count = limits["count"]
         parser.add_argument(one.name, help=meaning, nargs=count, metavar=name)
     elif isinstance(default, bool):
-        parser.add_argument(flag, action="store_true", help=meaning)
+        yes_or_no = argparse.BooleanOptionalAction
+        parser.add_argument(flag, action=yes_or_no, default=default, help=meaning)
     else:
         if limits["choices"]:
             meaning += ": " + ", ".join(map(str, limits["choices"]))
@@ -3098,8 +3251,17 @@ def add_option(parser, one, default):
         how = dict(type=read, default=default, metavar=one.name.upper())
         parser.add_argument(flag, action=Given, help=meaning, **how)
 
-def build_parser(modes, others=()):
-    """The parser of {name: Mode}; the others, {name: text}, are told in --help alone."""
+def preset_table(mode):
+    """What the presets of a mode say, in words."""
+    rows = []
+    for preset, values in PRESETS.items():
+        pairs = [f"--{name} {value}" for name, value in values.get(mode, {}).items()]
+        rows.append(f"{preset}: {' '.join(pairs).replace('_', '-') or 'the defaults'}")
+    return "Presets. " + "; ".join(rows)
+
+def build_parser(modes, others=(), preset=""):
+    """The parser of {name: Mode}; the others, {name: text}, are told in --help alone.
+    A preset's values are its defaults, so that options which are given win."""
     parser = Parser("cspine.py", description=__doc__.splitlines()[0])
     parsers = parser.add_subparsers(dest="mode", required=True, metavar="MODE")
     for name, mode in modes.items():
@@ -3111,6 +3273,9 @@ def build_parser(modes, others=()):
                 add_option(one, shared, shared.default)
         for own in fields(mode.own) if mode.own else ():
             add_option(one, own, getattr(mode.own, own.name))
+        if "preset" in mode.shared:
+            one.epilog = preset_table(name)
+        one.set_defaults(**PRESETS.get(preset, {}).get(name, {}))
     for name in others:
         parsers.add_parser(name, help=others[name])
     return parser
@@ -3131,10 +3296,12 @@ def run_mode(modes, argv, others=()):
     cv2.setNumThreads(1)  # the threads of prefetch share the cores
     try:
         options = build_parser(modes, others).parse_args(argv)
+        preset = getattr(options, "preset", "")
+        options = build_parser(modes, others, preset).parse_args(argv)
         modes[options.mode].run(options)
         return 0
     except (torch.OutOfMemoryError, MemoryError):
-        say("cspine: out of memory: lower --batch-size or raise --accumulate")
+        say("cspine: out of memory: lower --batch-size, or take --checkpoint")
         return 2
     except UserError as error:
         say(f"cspine: {error}")

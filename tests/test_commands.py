@@ -196,7 +196,8 @@ def test_a_submission_without_its_columns_or_of_other_studies(refused, tmp_path,
 def test_an_unknown_backbone(refused, data, tmp_path):
     crops = np.ones((7, 15, 6, 8, 8), np.uint8)
     cspine.write_crops(tmp_path / "work" / "last" / "a.npz", crops)
-    line = refused("train-cls", "--data", data, "--backbone", "resnet1", "--folds", 1, "--fold", 0)
+    line = refused("train-cls", "--data", data, "--backbone", "resnet1", "--folds", 1, "--fold", 0,
+                   "--init", "none")
     assert "--backbone resnet1" in line
 
 
@@ -275,8 +276,8 @@ def test_files_that_only_look_like_folds_are_left_alone(data, weights, tmp_path,
     shutil.copytree(weights, folder)
     for name in ("vertebra_fold0_last.pt", "vertebra_fold_old1.pt", "segmenter_fold0x2.pt"):
         (folder / name).write_text("no weights")
-    assert list(cspine.load_models(folder, "vertebra", torch.device("cpu"))) == [0]
-    assert list(cspine.load_models(folder, "segmenter", torch.device("cpu"))) == [0]
+    assert list(cspine.load_models(folder, "vertebra", torch.device("cpu"))) == [(0, "")]
+    assert list(cspine.load_models(folder, "segmenter", torch.device("cpu"))) == [(0, "")]
 
 
 def test_an_output_that_cannot_be_written(refused, data, weights, tmp_path):

@@ -295,14 +295,18 @@ def gradients(task, batch):
     return torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
 
 
-def test_a_batch_in_parts_has_the_gradient_of_the_whole():
-    """Also when the fractures, which weigh double, lie in one part only."""
-    task = toy_task()
-    whole = gradients(task, toy_batch(task))
-    for parts in (2, 4):
-        one = gradients(task._replace(recipe=replace(TOY, accumulate=parts)), toy_batch(task))
-        assert torch.allclose(one, whole, atol=1e-5 * whole.norm())  # float32 sums in other order
-    assert whole.norm() > 1e-3
+def test_blocks_computed_twice_have_the_same_loss_and_gradient():
+    """--checkpoint; also where branches are left out at random."""
+    for backbone in ("test_convnext3", "test_efficientnet"):
+        recipe, trainers = replace(TOY, backbone=backbone, drop_path=0.3), []
+        for twice in (False, True):
+            task = toy_task(recipe=replace(recipe, checkpoint=twice))
+            trainers.append((Trainer(task), task))
+            trainers[-1][0].update(task, toy_batch(task), 10)
+        plain, twice = ([p.grad for p in one.model.parameters()] for one, _ in trainers)
+        assert trainers[0][0].progress.losses == trainers[1][0].progress.losses
+        assert all((a is None) == (b is None) for a, b in zip(plain, twice))
+        assert all(torch.equal(a, b) for a, b in zip(plain, twice) if a is not None)
 
 
 def test_gradients_are_clipped_to_the_norm_of_the_recipe():
@@ -552,7 +556,7 @@ def test_out_of_memory_names_the_options_to_lower(error, arguments, tmp_path, mo
     monkeypatch.setattr(cspine, "segmenter_loss", burst)
     assert cspine.main(arguments("segmenter", tmp_path)) == 2
     line, = capsys.readouterr().err.splitlines()[-1:]
-    assert "--batch-size" in line and "--accumulate" in line
+    assert "--batch-size" in line and "--checkpoint" in line
 
 
 def test_out_of_memory_in_extract_is_one_line(extraction, tmp_path, monkeypatch, capsys):
@@ -703,7 +707,8 @@ def test_extract_goes_on_with_what_is_missing(extraction, tmp_path, monkeypatch,
     assert [file.stem in masks for file in files] == [False, True, True, True]
     for file in files[:2]:
         volume = cspine.read_volume(tmp_path / "data" / "train_images" / file.stem)
-        own = [models[folds[file.stem]]] if file.stem in masks else [*models.values()]
+        fold = (folds[file.stem], "")
+        own = [models[fold]] if file.stem in masks else [*models.values()]
         probability = cspine.segment(own, volume, CPU)
         crops = cspine.vertebra_slices(volume, probability)
         assert crops.any() and np.array_equal(cspine.read_crops(file), crops)

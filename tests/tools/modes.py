@@ -55,7 +55,7 @@ MODES = {
     "phantom": Mode(phantom, "workers", Phantoms()),
     "eda": Mode(eda, "data weights workers", Eda()),
     "show": Mode(show, "data weights device", Show()),
-    "notebook": Mode(notebook, "", Notebook()),
+    "notebook": Mode(notebook, "weights", Notebook()),
     "demo": Mode(demo, "weights work out device workers", Demo()),
 }
 

@@ -3,9 +3,10 @@ it."""
 
 import json
 import re
+import shutil
 from pathlib import Path
 
-from cspine import HERE, KAGGLE_DATA, UserError, write_atomic
+from cspine import HERE, KAGGLE_DATA, KINDS, UserError, model_files, write_atomic
 
 RUN = """\
 import glob, os, subprocess, sys, torch
@@ -40,11 +41,25 @@ def code_cell(source):
         cell_type="code", metadata={}, outputs=[], execution_count=None, source=source)
 
 
+def copy_weights(source, out, dataset):
+    """The models and their calibration, without states of trainings, as a data set."""
+    out.mkdir(parents=True, exist_ok=True)
+    for kind in KINDS:
+        for _, _, path in model_files(source, kind):
+            shutil.copy(path, out)
+    if (source / "calibration.json").exists():
+        shutil.copy(source / "calibration.json", out)
+    title = dataset.partition("/")[2]
+    write_json(out / "dataset-metadata.json", dict(
+        id=dataset, title=title, licenses=[dict(name="other")]))
+
+
 def notebook(options):
     """Write a Kaggle notebook ready to push.
 
     Writes cspine.ipynb, which holds this very file and predicts with a process a GPU, and
-    kernel-metadata.json to --out. Example: cspine.py notebook --weights-dataset me/weights
+    kernel-metadata.json to --out; with --weights-dataset also the models of --weights, ready
+    to become that data set. Example: cspine.py notebook --weights-dataset me/weights
     """
     weights, out = options.weights_dataset, Path(options.out)
     if not re.fullmatch(r"([\w-]+/[\w-]+)?", weights):
@@ -74,4 +89,7 @@ def notebook(options):
         enable_internet=False,
         dataset_sources=[weights] if weights else [],
         competition_sources=[competition]))
+    if name:
+        copy_weights(Path(options.weights), out / "weights", weights)
+        print(f"kaggle datasets create -p {out / 'weights'}")
     print(f"kaggle kernels push -p {out}")

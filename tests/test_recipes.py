@@ -1,0 +1,183 @@
+"""I rely on: a training begins from ImageNet by itself, and a preset is a table that I may overrule."""
+
+import dataclasses
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import cspine
+from cspine import MODES, PRESETS, VertebraClassifier, build_parser, imagenet_file
+from small_kernel import make_study, make_weights
+
+TIMM = "tf_efficientnetv2_s"
+
+
+def touch(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"")
+    return path
+
+
+# ---- --init auto ----
+
+
+@pytest.mark.parametrize("place", [
+    f"timm-weights/{TIMM}-eb54923e.pth", "weights/tf-efficientnetv2-s.in21k_ft_in1k/model.safetensors",
+    "tf-efficientnet/pytorch/tf-efficientnetv2-s/1/pytorch_model.bin",
+    f"datasets/me/timm/{TIMM}_21ft1k-d7dafa41.pth"])
+def test_kaggles_layouts_are_searched(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(cspine, "KAGGLE", tmp_path)
+    assert imagenet_file(TIMM, tmp_path / "data") is None
+    path = touch(tmp_path / "input" / place)
+    assert imagenet_file(TIMM, tmp_path / "data") == path
+    assert imagenet_file("convnext_nano", tmp_path / "data") is None
+
+
+@pytest.mark.parametrize("place", [
+    "a/b/c/d/e/tf_efficientnetv2_s.pth", "x/tf_efficientnetv2_small.pth", "x/efficientnetv2_s.pth",
+    "x/tf_efficientnetv2_s.txt", "x/train_images/tf_efficientnetv2_s.pth"])
+def test_what_is_no_such_file_or_lies_too_deep_is_not_taken(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(cspine, "KAGGLE", tmp_path)
+    touch(tmp_path / "input" / place)
+    assert imagenet_file(TIMM, tmp_path / "data") is None
+
+
+def test_a_file_in_data_is_found_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(cspine, "KAGGLE", tmp_path / "none")
+    path = touch(tmp_path / "data" / f"{TIMM}.safetensors")
+    assert imagenet_file(TIMM, tmp_path / "data") == path
+
+
+def test_a_patient_classifier_begins_from_its_folds_vertebra_classifier(tmp_path):
+    make_weights(tmp_path, folds=2, patient=False)
+    options = Namespace(init="auto", weights=tmp_path, data=tmp_path, hidden=8,
+                        backbone="mobilenetv3_small_050")
+    found = [cspine.init_file(options, "patient", fold) for fold in (0, 1, 2)]
+    assert found == [tmp_path / "vertebra_fold0.pt", tmp_path / "vertebra_fold1.pt", None]
+    assert cspine.init_file(options, "vertebra", 0) is None
+    options.hidden = 16
+    assert cspine.init_file(options, "patient", 0) is None
+
+
+def test_from_scratch_is_said_once_and_loudly_but_not_where_it_is_wanted(capsys):
+    for init, lines in (("auto", 1), ("none", 0)):
+        options = Namespace(init=init, backbone=TIMM)
+        cspine.say_start(options, {0: None, 1: None})
+        said = capsys.readouterr().err
+        assert said.count("\n") == lines == said.count(f"NO IMAGENET WEIGHTS of {TIMM}")
+    cspine.say_start(Namespace(init="auto"), {0: Path("a.pth"), 1: Path("a.pth")})
+    assert capsys.readouterr().err == "--init auto: a.pth\n"
+
+
+# ---- Presets ----
+
+
+def parsed(*arguments):
+    """Options as run_mode makes them."""
+    preset = build_parser(MODES).parse_args(arguments).preset
+    return vars(build_parser(MODES, preset=preset).parse_args(arguments))
+
+
+@pytest.mark.parametrize("preset, mode", [(p, m) for p in PRESETS for m in PRESETS[p]])
+def test_a_presets_values_are_options_of_their_modes_and_inside_their_limits(preset, mode):
+    options = parsed(mode, "--preset", preset)
+    assert PRESETS[preset][mode].items() <= options.items()
+    given = []
+    for name, value in PRESETS[preset][mode].items():
+        given += ["--" + name.replace("_", "-"), *([] if value is True else [str(value)])]
+    assert parsed(mode, *given) == options | {"preset": ""}
+
+
+def test_what_is_given_wins_also_if_it_is_the_default():
+    options = parsed("train-cls", "--preset", "gold", "--epochs", "20", "--thin", "1")
+    assert (options["epochs"], options["thin"], options["size"]) == (20, 1, 384)
+    assert not parsed("train-patient", "--preset", "gold", "--no-checkpoint")["checkpoint"]
+    plain = parsed("train-cls")
+    own = dataclasses.asdict(cspine.RECIPES["vertebra"])
+    assert own.items() <= plain.items() and parsed("train-cls", "--preset", "standard") == plain | {
+        "preset": "standard"}
+
+
+def test_gold_is_what_its_sources_ask_for():
+    recipe = parsed("train-seg", "--preset", "gold")
+    assert 87 * 4 // 5 // recipe["batch_size"] * recipe["epochs"] >= 8000
+    for mode in ("train-cls", "train-patient"):
+        recipe = parsed(mode, "--preset", "gold")
+        second = parsed(mode, "--preset", "gold-second")
+        assert recipe["size"] == parsed("extract", "--preset", "gold")["size"] == 384
+        assert recipe["mixup"] == 0.5 and 0.2 <= recipe["drop_path"] <= 0.3
+        assert recipe["backbone"] != second["backbone"] and second["name"] == "second"
+
+
+def test_help_prints_the_table(capsys):
+    with pytest.raises(SystemExit):
+        build_parser(MODES).parse_args(["train-patient", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "fast: --fold 0 --epochs 6 --thin 3" in text and "standard: the defaults" in text
+
+
+def test_the_plan_counts_steps_and_operations(capsys):
+    """A 1 x 1 network would be counted by hand; here twice the samples are twice the work."""
+    recipe = dataclasses.replace(cspine.RECIPES["vertebra"], backbone="test_resnet", size=64)
+    once = cspine.training_flops("vertebra", recipe, 10)
+    thin = dataclasses.replace(recipe, thin=3)
+    assert cspine.training_flops("vertebra", recipe, 20) == 2 * once
+    assert cspine.training_flops("patient", recipe, 10) == 7 * once
+    assert cspine.training_flops("vertebra", thin, 10) * 3 == once
+    task = cspine.Task("vertebra", recipe, None, None, None, None, None)
+    cspine.say_plan(Namespace(preset="fast"), task, 80, 5)
+    said = capsys.readouterr().err
+    assert "5 times 20 epochs of 80 samples, 200 steps" in said and "assumed for a T4" in said
+
+
+def test_crops_of_384_train_on_16_gb_with_their_blocks_computed_twice():
+    """105 crops: what is kept for the backward pass, 2 bytes a value, counted on shapes."""
+    def kept(checkpoint):
+        model = VertebraClassifier(TIMM, 384, hidden=8, checkpoint=checkpoint)
+        backbone, held = model.encoder.backbone.to("meta").train(), {}
+
+        def pack(tensor):
+            held[id(tensor)] = tensor
+            return tensor
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            backbone(torch.empty(1, 6, 384, 384, device="meta"))
+        own = {id(p) for p in backbone.parameters()}
+        return 105 * 2 * sum(t.numel() for k, t in held.items() if k not in own) / 1e9
+    assert kept(False) > 20 and kept(True) < 4
+
+
+# ---- Several models, crops of any size ----
+
+
+def test_models_with_names_are_found_beside_the_others(tmp_path):
+    make_weights(tmp_path, folds=2, patient=False)
+    (tmp_path / "vertebra_fold1.pt").rename(tmp_path / "vertebra_v2s_fold1.pt")
+    (tmp_path / "vertebra_v2s_fold1_last.pt").write_bytes(b"")
+    cpu = torch.device("cpu")
+    assert [*cspine.load_models(tmp_path, "vertebra", cpu)] == [(0, ""), (1, "v2s")]
+    assert len(cspine.load_ensemble(tmp_path, cpu).models["vertebra"]) == 2
+    assert "vertebra_v2s_fold1.pt" in cspine.model_hashes(tmp_path)
+    assert len(cspine.model_hashes(tmp_path)) == 4
+
+
+def test_segmenters_of_other_sizes_answer_together(tmp_path):
+    """Each at its own size; two that say 0.4 everywhere say 0.4 together."""
+    make_study(tmp_path / "study")
+    volume = cspine.read_volume(tmp_path / "study")
+    models = []
+    for size in (32, 48):
+        make_weights(tmp_path / str(size), patient=False, size=size)
+        models += cspine.load_models(tmp_path / str(size), "segmenter", "cpu").values()
+    with torch.inference_mode():
+        mean = cspine.mean_probability(models, volume, torch.device("cpu"))
+    assert mean.shape == (7, 32, 32, 32)
+    assert torch.allclose(mean, torch.tensor(-0.4).sigmoid().expand_as(mean), atol=0.01)
+
+
+def test_crops_of_another_size_are_not_mixed(tmp_path):
+    assert cspine.crop_edge(tmp_path) == 0
+    cspine.write_crops(tmp_path / "a.npz", np.ones((7, 15, 6, 8, 8), np.uint8))
+    assert cspine.crop_edge(tmp_path) == 8
