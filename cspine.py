@@ -1068,7 +1068,7 @@ class VertebraClassifier(nn.Module):
     trained."""
     def __init__(
             self, backbone="tf_efficientnetv2_s", size=CROP, mask_of="last", z_margin=0.0,
-            hidden=256, drop_path=0, dropout=0, checkpoint=False, **_):  # a recipe holds more
+            hidden=256, drop_path=0, dropout=0, checkpoint=False, **_):  # and more
         super().__init__()
         self.settings = dict(backbone=backbone, size=size, mask_of=mask_of, hidden=hidden)
         self.settings["z_margin"] = z_margin
@@ -1097,8 +1097,10 @@ class PatientClassifier(VertebraClassifier):
     def answer(self, features):
         """(B, N, F) features -> (B, N) and (B,) logits."""
         steps, _ = self.patient_lstm(features)  # (B, N, 2 * hidden)
-        parts = torch.cat([steps.amax(1), steps.mean(1)], 1)  # (B, 4 * hidden)
-        return super().answer(features), self.patient_head(parts)[..., 0]
+        parts = [steps.amax(1), steps.mean(1)]
+        both = torch.cat(parts, 1)  # (B, 4 * hidden)
+        logits = super().answer(features)
+        return logits, self.patient_head(both)[..., 0]
 
 def classifier_loss(outputs, labels):
     """The competition's weighted log loss, a vertebra's label on each of its steps.
@@ -3048,7 +3050,8 @@ def extract(options):
             if stop.reason():
                 message = f"extract: stopped by {stop.reason()}; the same command goes on"
                 raise Stopped(message, stop.status())
-            own = [m for (k, _), m in models.items() if k == folds[uid] and uid in with_mask]
+            fold = folds[uid] if uid in with_mask else None
+            own = [model for (k, _), model in models.items() if k == fold]
             try:
                 volume = future.result()
                 probability = segment(own or [*models.values()], volume, device, say)
