@@ -1219,10 +1219,10 @@ def calibrated(raw, noisy_or, calibration):
     answers = torch.where(answers.isnan(), unseen, answers)
     return answers.clamp(LEAST_ANSWER, 1 - LEAST_ANSWER).numpy()
 
-def combine(outputs, answers, calibration=Calibration()):
+def combine(outputs, calibration=Calibration()):
     """(8,) probabilities of classify's outputs: the mean logits, calibrated."""
-    raw = mean_logits(outputs, answers.top_k, calibration.weights)
-    return calibrated(raw[None], answers.noisy_or, calibration)[0]
+    raw = mean_logits(outputs, calibration.answers.top_k, calibration.weights)
+    return calibrated(raw[None], calibration.answers.noisy_or, calibration)[0]
 
 
 # ==== Prediction ====
@@ -1244,17 +1244,18 @@ def rows_asked(path):
     target = target.fillna(table.prediction_type)
     return [*zip(table.row_id, table[STUDY], target)]
 
-def strongest_steps(volume, probability, outputs):
+def strongest_steps(volume, probability, outputs, z_margin):
     """{C1: values} of every vertebra in view: where its strongest step lies.
     `slice` counts from 1 at the head; `lps_mm` is the centre of the crop in that slice;
     `steps` are the probabilities of all 15, the mean of the models that answer."""
-    steps = torch.tensor(np.array([steps for steps, _ in outputs])).nanmean(0)  # (7, 15)
+    steps = torch.tensor(np.array([one.steps for one in outputs])).nanmean(0)  # (7, 15)
     places = {}
     for v, cells in enumerate(probability):
         found = vertebra_box(cells)
         if found is None:
             continue
-        index = slice_indices(*found[0], len(cells), len(volume.hu))
+        first, last = found[0] + [-z_margin, z_margin]
+        index = slice_indices(first, last, len(cells), len(volume.hu))
         z = int(index[int(steps[v].argmax()), SLICES_PER_STEP // 2])
         _, y, x = (found.sum(1) + 1) / 2 / len(cells) * volume.hu.shape - 0.5
         file, uid = volume.sources[z] if volume.sources else ("", "")
@@ -1288,7 +1289,7 @@ def answer_study(volume, read_s, ensemble, folds, further=None):
     crops = vertebra_slices(volume, probability, **wanted)
     cut = monotonic()
     outputs = classify(ensemble, crops, folds)
-    answers = combine(outputs, ensemble.calibration.answers, ensemble.calibration)
+    answers = combine(outputs, ensemble.calibration)
 
     seen = [name for name, crop in zip(VERTEBRAE, crops) if crop.any()]
     status = "ok" if len(seen) == 7 else "partial" if seen else "nothing seen"
@@ -1297,7 +1298,7 @@ def answer_study(volume, read_s, ensemble, folds, further=None):
     row = dict(zip(TARGETS, answers), status=status, slices=len(volume.hu))
     row["seen"] = "+".join(seen)
     row |= seconds | dict(device=ensemble.device, warnings="; ".join(problems))
-    places = strongest_steps(volume, probability, outputs)
+    places = strongest_steps(volume, probability, outputs, wanted["z_margin"])
     return row | (further(volume, probability, places) if further else as_columns(places))
 
 def answer_somewhere(uid, future, ensemble, folds, seconds, *further):
@@ -1598,11 +1599,10 @@ def predict_own(options):
         probe = Path(folder) / ".cspine"
         write_atomic(probe, lambda new: new.touch())  # now, not after an hour
         probe.unlink()
-    calibration = read_calibration(options.weights)
     note = research_note(options.weights)
-    ensemble = load_ensemble(options.weights, pick_device(options.device), calibration)
-    answers = Answers(options.top_k, options.noisy_or)
-    ensemble = working(ensemble._replace(answers=answers))
+    device = pick_device(options.device)
+    ensemble = load_ensemble(options.weights, device, calibration_asked(options))
+    ensemble = working(ensemble)
 
     def read(name):
         start = monotonic()
@@ -3097,13 +3097,14 @@ def train_classifiers(options):
     task = task._replace(made_of={"labels": hash_of(labels), "crops": hash_of(sums)})
     run_training(options, samples, folds, task)
 
-def answers_asked(options, fitted):
-    """The Answers that options which were given say, else the fitted ones."""
-    names = [name for name in asdict(fitted) if name in options.given]
+def calibration_asked(options):
+    """The Calibration of --weights; an option of Answers that was given wins over a fit."""
+    fitted = read_calibration(options.weights)
+    names = [one.name for one in fields(Answers) if one.name in options.given]
     given = {name: getattr(options, name) for name in names}
-    if given and fitted != Answers():
-        say(f"{given} as asked for, in place of the fitted {fitted}")
-    return Answers(**asdict(fitted) | given)
+    if given and fitted.answers != Answers():
+        say(f"{given} as asked for, in place of the fitted {fitted.answers}")
+    return fitted._replace(answers=replace(fitted.answers, **given))
 
 def predict(options):
     """Answer every row of test.csv, or one's own studies.
@@ -3125,9 +3126,7 @@ def predict(options):
                 path.unlink(missing_ok=True)
         if not options.resume:
             write_submission(task)  # the prior, whatever fails from here on
-        calibration = read_calibration(options.weights)
-        answers = answers_asked(options, calibration.answers)
-        calibration = calibration._replace(answers=answers)
+        calibration = calibration_asked(options)
         made_by = hash_of(model_hashes(options.weights), calibration)
         task = task._replace(made_by=made_by)
         write_submission(task)

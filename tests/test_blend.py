@@ -55,9 +55,9 @@ def test_a_weight_is_of_a_name_however_many_folds_it_has():
         return Output(np.full((7, STEPS), sigmoid(logit)), np.nan, name)
     outputs = [one(2, "a"), one(2, "a"), one(-1, "b")]
     found = Calibration(weights={"b": 3})
-    answers = cspine.combine(outputs, Answers(), found)
+    answers = cspine.combine(outputs, found)
     assert answers[:7] == pytest.approx([sigmoid((2 - 3) / 4)] * 7)
-    assert cspine.combine(outputs, Answers())[:7] == pytest.approx([sigmoid(0.5)] * 7)
+    assert cspine.combine(outputs)[:7] == pytest.approx([sigmoid(0.5)] * 7)
 
 
 def test_the_number_of_steps_is_found_where_one_step_alone_knows():

@@ -71,7 +71,7 @@ def test_no_number_of_fractures_changes_another_answer(found):
     patients = []
     for broken in range(8):
         chances = [0.9] * broken + [0.1] * (7 - broken)
-        answers = combine(outputs_of(chances), Answers(), found)
+        answers = combine(outputs_of(chances), found)
         scale, shift = found.scale[0], found.shift[0]
         expected = sigmoid(scale * logit(chances) + shift)
         assert answers[:7] == pytest.approx(expected, abs=1e-9)
@@ -84,21 +84,21 @@ def test_a_calibration_of_the_identitys_numbers_answers_as_none():
     identity = Calibration(np.ones(8), np.zeros(8), PRIOR)
     for _ in range(20):
         outputs = outputs_of(rng.random(7), rng.random())
-        plain = combine(outputs, Answers())
-        assert np.array_equal(plain, combine(outputs, Answers(), identity))
+        plain = combine(outputs)
+        assert np.array_equal(plain, combine(outputs, identity))
 
 
 def test_where_a_calibration_says_what_is_unusual_the_answers_lean_to_the_prior():
     """By hand: four of seven at logit 3 are 2 above 1: all fall by 2, then e^-1 is left."""
     found = PLAIN._replace(unusual=1.0)
     logits = np.array([3.0] * 4 + [-3.0] * 3)
-    answers = combine(outputs_of(sigmoid(logits)), Answers(), found)
+    answers = combine(outputs_of(sigmoid(logits)), found)
     trust = math.exp(-1)
     expected = sigmoid(trust * (logits - 2) + (1 - trust) * logit(PRIOR[:7]))
     assert answers[:7] == pytest.approx(expected, abs=1e-9)
     usual = outputs_of(sigmoid(np.array([3.0] * 3 + [0.9] + [-3.0] * 3)))
-    plain = combine(usual, Answers())
-    assert np.array_equal(combine(usual, Answers(), found), plain)
+    plain = combine(usual)
+    assert np.array_equal(combine(usual, found), plain)
 
 
 def folds_of_answers(weights, count=40, seed=0):
@@ -206,7 +206,7 @@ def test_an_unseen_vertebra_is_answered_by_how_often_unseen_ones_were_broken():
     rate = (3 + pull * prior) / (30 + pull)
     assert found.unseen[6] == pytest.approx(best(rate), abs=3e-4)
     assert found.unseen[0] == pytest.approx(PRIOR[0])  # nothing is known
-    answers = combine(outputs["u0"], Answers(), found)
+    answers = combine(outputs["u0"], found)
     assert answers[6] == pytest.approx(found.unseen[6])
 
 

@@ -215,7 +215,7 @@ def test_show_draws_a_study_and_says_what_it_sees(phantom_data, weights, tmp_pat
         return np.stack([(labels == v) & (v < 7) for v in range(1, 8)]).astype(np.float32)
 
     monkeypatch.setattr(pictures, "segment", segment)
-    monkeypatch.setattr(cspine.vertebra_slices, "__defaults__", (64, "last"))  # crops
+    monkeypatch.setattr(cspine.vertebra_slices, "__defaults__", (64, "last", 1.0))  # crops
     uid = pd.read_csv(phantom_data / "test.csv")[cspine.STUDY][0]
     out = tmp_path / "pictures"
     assert modes.main(["show", uid, "--data", str(phantom_data), "--weights", str(weights),

@@ -576,9 +576,9 @@ def steps(*rows):
 
 def test_a_vertebra_is_the_mean_of_its_largest_steps():
     one = steps(np.r_[[0.9, 0.8, 0.7], np.full(12, 0.1)])
-    answer = cspine.combine([(one, np.nan)], cspine.Answers(top_k=3))
+    answer = cspine.combine([(one, np.nan)], Calibration(answers=cspine.Answers(top_k=3)))
     assert answer[0] == pytest.approx(0.8, abs=1e-9)
-    answer = cspine.combine([(one, np.nan)], cspine.Answers(top_k=15))
+    answer = cspine.combine([(one, np.nan)], Calibration(answers=cspine.Answers(top_k=15)))
     assert answer[0] == pytest.approx((0.9 + 0.8 + 0.7 + 1.2) / 15)
 
 
@@ -586,16 +586,16 @@ def test_the_patient_is_blended_with_noisy_or():
     one = steps(0.5, 0.2)
     either = 1 - 0.5 * 0.8
     for share in (0, 0.3, 1):
-        answer = cspine.combine([(one, 0.9)], cspine.Answers(noisy_or=share))
+        answer = cspine.combine([(one, 0.9)], Calibration(answers=cspine.Answers(noisy_or=share)))
         assert answer[7] == pytest.approx(share * either + (1 - share) * 0.9)
-    assert cspine.combine([(one, np.nan)], cspine.Answers())[7] == pytest.approx(either)
+    assert cspine.combine([(one, np.nan)])[7] == pytest.approx(either)
     assert list(answer[2:7]) == list(cspine.PRIOR[2:7])
 
 
 def test_models_are_averaged_as_logits():
     """Logits of 0.8 and 0.5: their mean has odds of 4 ** 0.5."""
     outputs = [(steps(0.8), np.nan), (steps(0.5), np.nan), (steps(), np.nan)]
-    assert cspine.combine(outputs, cspine.Answers())[0] == pytest.approx(1 / (1 + 0.25**0.5))
+    assert cspine.combine(outputs)[0] == pytest.approx(1 / (1 + 0.25**0.5))
 
 
 UNUSUAL = Calibration(unusual=-2.5)  # a file that says which studies are foreign
@@ -604,8 +604,8 @@ UNUSUAL = Calibration(unusual=-2.5)  # a file that says which studies are foreig
 def test_a_study_unlike_any_that_the_calibration_knows_leans_to_the_prior():
     """By hand: logits of 0.9, less what their median has above the limit, a share of the way."""
     seen = [steps(*[0.9] * 5, 0.2, 0.1)]
-    plain = cspine.combine([(seen[0], 0.9)], cspine.Answers())
-    answer = cspine.combine([(seen[0], 0.9)], cspine.Answers(), UNUSUAL)
+    plain = cspine.combine([(seen[0], 0.9)])
+    answer = cspine.combine([(seen[0], 0.9)], UNUSUAL)
     assert np.allclose(plain[:7], [0.9] * 5 + [0.2, 0.1])
     excess = np.log(9) - UNUSUAL.unusual
     trust, prior = np.exp(-excess / 2), cspine.PRIOR
@@ -618,21 +618,21 @@ def test_a_study_unlike_any_that_the_calibration_knows_leans_to_the_prior():
 @pytest.mark.parametrize("count", range(8))
 def test_without_such_a_limit_no_number_of_fractures_changes_another_answer(count):
     outputs = [(steps(*[0.9] * count, *[0.02] * (7 - count)), 0.9)]
-    answer = cspine.combine(outputs, cspine.Answers(), Calibration(*np.array(Calibration()[:3])))
+    answer = cspine.combine(outputs, Calibration(*np.array(Calibration()[:3])))
     assert np.allclose(answer[:7], [0.9] * count + [0.02] * (7 - count))
-    assert np.array_equal(answer, cspine.combine(outputs, cspine.Answers()))
+    assert np.array_equal(answer, cspine.combine(outputs))
 
 
 @pytest.mark.parametrize("vertebrae", [(0.9, 0.9, 0.9, *[0.02] * 4), (0.9, 0.9)])
 def test_up_to_three_broken_vertebrae_are_believed(vertebrae):
     """Also where only these are in view."""
     outputs = [(steps(*vertebrae), 0.9)]
-    plain = cspine.combine(outputs, cspine.Answers())
-    assert np.allclose(cspine.combine(outputs, cspine.Answers(), UNUSUAL), plain)
+    plain = cspine.combine(outputs)
+    assert np.allclose(cspine.combine(outputs, UNUSUAL), plain)
 
 
 def test_answers_keep_away_from_zero_and_one():
-    answer = cspine.combine([(steps(*range(2)), 1.0)], cspine.Answers())
+    answer = cspine.combine([(steps(*range(2)), 1.0)])
     assert np.allclose([answer.min(), 1 - answer.max()], cspine.LEAST_ANSWER, rtol=1e-6)
 
 
@@ -817,7 +817,7 @@ def test_a_vertebra_out_of_view_gets_the_rate_of_such_vertebrae():
     rate = (6 + 10 * prior) / 40
     assert unseen[6] == pytest.approx(2 * rate / (1 + rate))
     assert np.allclose(unseen[:6], cspine.PRIOR[:6])
-    answer = cspine.combine(outputs["u0"], cspine.Answers(), Calibration(unseen=unseen))
+    answer = cspine.combine(outputs["u0"], Calibration(unseen=unseen))
     assert answer[6] == pytest.approx(unseen[6])
 
 

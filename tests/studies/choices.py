@@ -51,8 +51,8 @@ def outputs_of(ensemble, folder):
 
 def rate(outputs, truth, calibration, mask="last", **options):
     """Log loss per study, AUC of C1 to C7 and of the patient, with one choice changed."""
-    choice = Answers(**options)
-    answers = np.array([combine(study[mask], choice, calibration) for study in outputs])
+    chosen = calibration._replace(answers=Answers(**options))
+    answers = np.array([combine(study[mask], chosen) for study in outputs])
     vertebrae = auc(answers[:, :7].ravel(), truth[:, :7].ravel())
     patient = auc(answers[:, 7], truth[:, 7])
     return competition_scores(answers, truth)[0], vertebrae, patient

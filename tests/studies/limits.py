@@ -64,7 +64,7 @@ def answer(ensemble, volume, labels):
     z_margin = ensemble.models["vertebra"][0].settings["z_margin"]
     crops = vertebra_slices(volume, probability, z_margin=z_margin)
     fitted = ensemble.calibration
-    answers = combine(classify(ensemble, crops), fitted.answers, fitted)[:7]
+    answers = combine(classify(ensemble, crops), fitted)[:7]
     missing = np.isnan(dice)
     return dice, np.where(missing, np.nan, named), np.where(missing, np.nan, answers)
 

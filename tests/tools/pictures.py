@@ -36,6 +36,7 @@ from cspine import (
     pick_device,
     prefetch,
     progress,
+    read_calibration,
     read_csv,
     read_mask,
     read_volume,
@@ -350,16 +351,17 @@ def show(options):
     overview.png and C1.png to C7.png to --out. Example: cspine.py show test_images/1.2.826
     """
     out, folder = Path(options.out), study_folder(options)
-    ensemble = load_ensemble(options.weights, pick_device(options.device))
+    calibration = read_calibration(options.weights)
+    ensemble = load_ensemble(options.weights, pick_device(options.device), calibration)
     models = ensemble.models["vertebra"] + ensemble.models["patient"]
     volume = read_volume(folder)
     probability = segment(ensemble.models["segmenter"], volume, ensemble.device)
     wanted = {name: models[0].settings[name] for name in ("mask_of", "z_margin")}
     crops = vertebra_slices(volume, probability, **wanted)
     outputs = classify(ensemble, crops)
-    answers = combine(outputs, ensemble.calibration.answers, ensemble.calibration)
+    answers = combine(outputs, ensemble.calibration)
     truth, dice = true_mask(folder, volume, probability)
-    places = strongest_steps(volume, probability, outputs)
+    places = strongest_steps(volume, probability, outputs, wanted["z_margin"])
     overview(out / "overview.png", volume, probability, answers, truth, dice, places)
 
     steps = np.mean([one.steps for one in outputs], 0)
