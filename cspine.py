@@ -194,7 +194,7 @@ class Shared:
     init: str = setting(
         "auto", "file of weights to start from, ours or timm's; none; auto looks for one")
     name: str = setting("", "of models beside others: vertebra_NAME_fold0.pt")
-    preset: str = setting("", "other defaults, of a whole training", tuple(PRESETS))
+    preset: str = setting("standard", "defaults of a whole training", tuple(PRESETS))
     mask_of: str = setting("last", "which slice of a step the mask is of", MASKED_SLICES)
     z_margin: float = setting(BOX_MARGIN, "cells above and below a mask in crops", least=0)
 
@@ -2978,7 +2978,7 @@ def run_training(options, samples, folds, task):
     starts = {fold: init_file(options, task.kind, fold) for fold in wanted}
     if ranks()[0] == 0:
         say_start(options, starts)
-        if options.preset:
+        if "preset" in options.given:
             say_plan(options, task, len(samples) * 4 // 5, len(wanted))
     stem = f"{task.kind}_{options.name}".rstrip("_")
     with stop_signals(minutes_of(options)) as stop:
