@@ -3013,7 +3013,7 @@ def train_segmenters(options):
 @dataclass(frozen=True)
 class Extraction:
     """Options of extract."""
-    size: int = setting(CROP, "edge of the crops, pixels", least=CROP, most=512)
+    size: int = setting(CROP, "edge of the crops, pixels", least=32, most=512)
 
 def crop_edge(folder):
     """Edge of the crops in a folder, pixels; 0 if there are none."""

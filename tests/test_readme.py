@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import gzip
 import io
 import json
 import re
@@ -18,6 +19,7 @@ import modes
 import tubes
 import writers
 from small_kernel import make_weights
+from test_masks import nifti
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
@@ -32,13 +34,16 @@ SMALLER = (
     (r"cspine\.py phantom (\w+)", r"cspine.py phantom \1 --matrix 64"),
     (r"cspine\.py demo", "cspine.py demo --test-studies 1 --weights small"),
     (r"--data DIR", "--data data"),
+    (r"--preset \w+ ?", ""),
+    (r"cspine\.py extract", "cspine.py extract --size 32"),
+    (r"predict neck", "predict --weights small neck"),
     (r"--(backbone|size|hidden|epochs) \S+ ?", ""),
     (r"--init weights/", "--init small/"),
     (r"(predict|evaluate) --data (\w+)$", r"\1 --data \2 --weights small"),
     (r"(train-\w+) (.*?)( --fold 0)?$", r"\1 \2 --fold 0 --size 32 --epochs 1"),
     (r"(train-\w+)", r"\1 --backbone mobilenetv3_small_050"),
     (r"(train-cls|train-patient)", r"\1 --hidden 8"))
-FORM_ONLY = ("pip install ", "python -m pytest", "kaggle kernels push ", "torchrun ")
+FORM_ONLY = ("pip install ", "python -m pytest", "kaggle ", "torchrun ")
 
 
 def command_lines(text):
@@ -78,12 +83,14 @@ def ran(tmp_path_factory):
     """({command of the README: what it printed}, the folder); each was run once, in order."""
     folder = tmp_path_factory.mktemp("readme")
     make_weights(folder / "small")
+    noise = np.random.default_rng(0).integers(-900, 900, (32, 32, 40), np.int16)
+    (folder / "neck.nii.gz").write_bytes(gzip.compress(nifti(noise, 4)))
     printed = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(demo, "MATRIX", 64)
         patch.setattr(tubes, "MATRIX", 64)
-        patch.setattr(cspine.vertebra_slices, "__defaults__", (64, "last"))  # crops
+        patch.setattr(cspine.vertebra_slices, "__defaults__", (64, "last", 1.0))  # crops
         for command in command_lines(TEXT):
             if not command.startswith(FORM_ONLY):
                 short = smaller(command)
@@ -142,8 +149,21 @@ def test_what_the_demo_prints_has_the_form_that_the_readme_shows(ran):
 
 def test_the_notebook_is_pushed_from_where_it_is_written(ran):
     printed, folder = ran
-    push = next(line for line in command_lines(TEXT) if line.startswith("kaggle"))
-    assert push in "".join(printed.values()) and (folder / push.split()[-1] / "cspine.ipynb").exists()
+    pushes = [line for line in command_lines(TEXT) if line.startswith("kaggle")]
+    assert len(pushes) == 2 and all(line in "".join(printed.values()) for line in pushes)
+    create, push = (folder / line.split()[-1] for line in pushes)
+    assert (push / "cspine.ipynb").exists() and (create / "dataset-metadata.json").exists()
+
+
+def test_ones_own_ct_gets_the_table_that_the_readme_shows(ran):
+    printed, folder = ran
+    shown = re.search(r"```\n(For research.*?)```", TEXT, re.S)[1].splitlines()
+    command = next(line for line in printed if "predict neck" in line)
+    lines = printed[command].splitlines()
+    assert lines[1].split() == shown[1].split()
+    assert [line.split()[0] for line in lines] == [line.split()[0] for line in shown]
+    assert (folder / "answers" / "answers.json").exists()
+    assert (folder / "masks" / "neck.nii.gz").exists()
 
 
 def parsed(arguments):
@@ -162,7 +182,7 @@ def test_commands_that_are_not_run_have_the_right_form():
     install = next(line for line in lines if line.startswith("pip"))
     head = (ROOT / "cspine.py").read_text().split("# ///")[1]
     packages = re.findall(r'"([\w-]+)>=', head)
-    assert install.split()[2:] == [*packages, "pytest"]
+    assert sorted(install.split()[2:]) == sorted([*packages, "pytest"])
     torchrun = next(line for line in lines if line.startswith("torchrun"))
     assert re.match(r"torchrun --nproc_per_node=\d cspine\.py train", torchrun)
     assert parsed(torchrun.split()[3:])

@@ -40,7 +40,7 @@ def same_here_as_in_children(monkeypatch):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setattr(cspine, "CROP", SMALL_CROP)
-    monkeypatch.setattr(cspine.vertebra_slices, "__defaults__", (SMALL_CROP, "last"))
+    monkeypatch.setattr(cspine.vertebra_slices, "__defaults__", (SMALL_CROP, "last", 1.0))
     yield
     torch.set_num_threads(threads)
 
@@ -77,7 +77,7 @@ def run_main(argv, stderr, cut=0, environment=()):
     os.environ.update(environment)
     torch.set_num_threads(1)
     cspine.CROP = SMALL_CROP
-    cspine.vertebra_slices.__defaults__ = SMALL_CROP, "last"
+    cspine.vertebra_slices.__defaults__ = SMALL_CROP, "last", 1.0
     save, count = torch.save, [0]
 
     def save_half(content, path):
@@ -682,7 +682,7 @@ def extraction(phantom_data, tmp_path):
         cspine.save_checkpoint(tmp_path / "weights" / f"segmenter_fold{fold}.pt", "segmenter",
                                RECIPES["segmenter"], settings=model.settings,
                                tensors=model.state_dict())
-    return ["extract", "--data", str(data), "--weights", str(tmp_path / "weights"), "--work",
+    return ["extract", "--size", str(SMALL_CROP), "--data", str(data), "--weights", str(tmp_path / "weights"), "--work",
             str(tmp_path / "work"), "--folds", "2", "--workers", "1", "--device", "cpu"]
 
 
