@@ -22,8 +22,8 @@ Modes, in the order of the work: phantom, train-seg, extract, train-cls, train-p
 predict, evaluate; eda, show, notebook, demo. `python cspine.py MODE --help` tells what each
 reads and writes. On two GPUs: torchrun --nproc_per_node=2 cspine.py MODE. Pasted into a
 notebook, the file runs nothing; main(["predict", "--weights", "..."]) runs a mode. Exit
-status: 0 done; 2 what you can mend, in one line; 130 interrupted, with what was finished on
-disk; 1 a fault of ours.
+status: 0 done, or ended by --time-limit; 2 what you can mend, in one line; 3 most studies
+got the prior; 130 interrupted, with what was finished on disk; 1 a fault of ours.
 """
 
 import argparse
@@ -188,20 +188,26 @@ class Shared:
     device: str = setting("auto", "cpu, cuda:0, ...; auto takes a GPU where there is one")
     workers: int = setting(os.cpu_count() or 1, "threads that read files", least=0)
     fold: str = setting("all", "the fold to train, from 0 on, or all of them")
-    folds: int = setting(5, "parts of the cross-validation; 1: train on all", least=1)
-    resume: bool = setting(False, "go on where the same command stopped")
-    time_limit: float = setting(0.0, "minutes until a run ends, saved; 0: none", least=0)
+    folds: int = setting(
+        5, "parts of the cross-validation; 1: train and score on all", least=1)
+    resume: bool = setting(
+        False, "go on where the same command stopped; trainings with --fold all always do")
+    time_limit: float = setting(
+        0.0, "minutes until a run ends, saved; 0: none, on Kaggle 510", least=0)
     init: str = setting(
-        "auto", "file of weights to start from, ours or timm's; none; auto looks for one")
-    name: str = setting("", "of models beside others: vertebra_NAME_fold0.pt")
+        "auto", "file of weights to start from, ours or timm's; or none; auto looks for "
+        "timm's under /kaggle/input, in --data and in weights/pretrained")
+    name: str = setting("", "keeps a second set apart, as vertebra_NAME_fold0.pt")
     preset: str = setting("standard", "defaults of a whole training", tuple(PRESETS))
     mask_of: str = setting("last", "which slice of a step the mask is of", MASKED_SLICES)
-    z_margin: float = setting(BOX_MARGIN, "cells above and below a mask in crops", least=0)
+    z_margin: float = setting(
+        BOX_MARGIN, "128ths of a study that crops reach beyond a vertebra", least=0)
 
 @dataclass(frozen=True)
 class Recipe:
     """How a model is trained; its fields are options of the trainings."""
-    backbone: str = setting("tf_efficientnetv2_s", "a convolutional network of timm")
+    backbone: str = setting(
+        "tf_efficientnetv2_s", "network of timm; for train-seg with strides of 2 to 16")
     epochs: int = setting(240, "passes over the training studies", least=1)
     batch_size: int = setting(4, "samples a step, over all GPUs", least=1)
     lr: float = setting(1e-3, "peak learning rate of AdamW", least=1e-9)
@@ -210,9 +216,10 @@ class Recipe:
     warm_up: float = setting(0.05, "share of the steps in which lr rises", least=0, most=1)
     ema: float = setting(0.998, "decay of the averaged, kept weights", least=0, most=1)
     clip: float = setting(1.0, "largest norm of the gradient", least=1e-9)
-    drop_path: float = setting(0.05, "share of branches left out", least=0, most=0.9)
+    drop_path: float = setting(
+        0.05, "share of residual branches left out at random", least=0, most=0.9)
     dropout: float = setting(0.1, "share left out before the last layer", least=0, most=0.9)
-    half: bool = setting(False, "bfloat16 also on a CPU that has it")
+    half: bool = setting(False, "bfloat16 on a CPU that has it; a GPU always halves")
     seed: int = setting(0, "of everything random", least=0)
 
 @dataclass(frozen=True)
@@ -220,10 +227,12 @@ class ClassifierRecipe(Recipe):
     """What the training of a classifier has besides."""
     mixup: float = setting(0.2, "share of batches with mixed losses", least=0, most=1)
     hidden: int = setting(256, "width of the LSTMs", least=1)
-    thin: int = setting(1, "3: a third of the steps at a time, in turns", (1, 3, 5, 15))
+    thin: int = setting(
+        1, "3: a batch sees a third of the steps, from a random one on", (1, 3, 5, 15))
     checkpoint: bool = setting(False, "compute blocks twice: less memory, a third slower")
     mask_of: str = setting("last", "which slice of a step the mask is of", MASKED_SLICES)
-    z_margin: float = setting(BOX_MARGIN, "cells above and below a mask in crops", least=0)
+    z_margin: float = setting(
+        BOX_MARGIN, "128ths of a study that crops reach beyond a vertebra", least=0)
 
 # Rates and epochs are ours; dropout is Tan and Le's (2021), mixup first place's.
 RECIPES = dict(
@@ -595,7 +604,8 @@ def quaternion(turn):
 
 def write_nifti(path, labels, volume):
     """Write uint8 labels (Z, Y, X) on a Volume's grid as NIfTI-1, gzipped.
-    The voxels are stored as the study's were. Both sform and qform place them; a qform
+    The mask of a NIfTI has its very voxels; that of a DICOM series is axial, evenly spaced,
+    foot to head. Both sform and qform place them; a qform
     cannot shear, and is the nearest rotation. UserError if a file of others is there."""
     axes, flip = volume.grid
     order = [*np.argsort(axes)]
@@ -1011,7 +1021,7 @@ def ninety_images(volume, cells, found, size, mask_of, z_margin):
     planes = [mask_at(cells, z, count) for z in index[:, masked]]
     masks = np.array([crop_plane(plane, box, size) for plane in planes])
     masks = np.rint(masks * 255).clip(1)  # 0 means: not seen
-    return interleave(images[which], masks)
+    return interleave(images[which.ravel()], masks)  # 75 slices, 15 masks: ninety images
 
 
 # ==== Classifiers ====
@@ -1197,7 +1207,8 @@ def mean_logits(outputs, top_k, weights):
 def calibrated(raw, noisy_or, calibration):
     """(N, 8) probabilities of mean logits (N, 8).
     The patient's is a blend of its own and of the vertebrae's noisy-or, P(at least one).
-    What is not in view gets calibration.unseen. Where a calibration says what is unusual, a
+    What is not in view gets calibration.unseen; with no vertebra in view the patient does,
+    too. Where a calibration says what is unusual, a
     study whose vertebrae seem mostly broken is foreign to it, and leans to the prior."""
     scale, shift, unseen = map(torch.tensor, calibration[:3])
     logits = torch.tensor(raw) * scale + shift
@@ -1446,11 +1457,12 @@ def named_studies(paths):
 
 def research_note(weights):
     """What stands with every answer: of what weights it is, and what it is not."""
-    path = Path(weights) / "calibration.json"
     hashes = model_hashes(weights)
-    known = json.loads(path.read_text()) if path.exists() else {}
-    known = known if known.get("files") == hashes else {}
-    trained_on = known.get("trained_on", "unknown")
+    path = Path(weights) / "calibration.json"
+    with errors_as(UserError, f"{path}: no calibration"):
+        known = json.loads(path.read_text()) if path.exists() else {}
+        same = known.get("files") == hashes
+        trained_on = known.get("trained_on", "unknown") if same else "unknown"
     name = f"weights {hash_of(hashes)}, trained on: {trained_on}"
     return f"For research, not for diagnosis; {name}"
 
@@ -1593,7 +1605,7 @@ def answer_own(path, name, future, ensemble, masks):
 
 def predict_own(options):
     """predict, of the paths given."""
-    out = Path(OWN_ANSWERS if options.out == Shared.out else options.out)
+    out = Path(options.out if "out" in options.given else OWN_ANSWERS)
     studies = named_studies(options.path)
     for folder in filter(None, (out, options.masks)):
         probe = Path(folder) / ".cspine"
@@ -1614,7 +1626,7 @@ def predict_own(options):
         path = studies[name]
         try:
             rows.append(answer_own(path, name, future, ensemble, options.masks))
-        except StudyError as error:
+        except UserError as error:  # of this study, or of its mask's file
             if len(studies) == 1:
                 raise
             say(f"study {name}: {error}; no answer")
@@ -1995,9 +2007,9 @@ CROP_RANGES = dict(
     blur=0.15, hole=0.3, still=0.2)
 FAST_PNG = (cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, 3)
 
-def write_crops(path, crops):
+def write_crops(path, crops, z_margin=0.0):
     """Write a study's crops, uint8 (7, 15, 6, S, S): each different image once, as PNG.
-    Steps share slices, and much of a crop is empty."""
+    Steps share slices, and much of a crop is empty. `z_margin` says how they were cut."""
     index = np.full(crops.shape[:3], -1, np.int16)
     numbers = {}
     images = [np.zeros(0, np.uint8)]
@@ -2009,8 +2021,8 @@ def write_crops(path, crops):
         index[place] = numbers[pixels]
     ends = np.cumsum([len(image) for image in images])
     content = dict(index=index, ends=ends, data=np.concatenate(images))
-    edge = crops.shape[-1]
-    write_atomic(path, lambda new: np.savez(new, edge=edge, **content))
+    content |= dict(edge=crops.shape[-1], z_margin=z_margin)
+    write_atomic(path, lambda new: np.savez(new, **content))
 
 def read_crops(path, vertebrae=range(7)):
     """uint8 (V, 15, 6, S, S) of some vertebrae of a study. StudyError if damaged."""
@@ -2112,8 +2124,8 @@ def classifier_batch(model, tensors, rngs, recipe):
 
 # ==== Checkpoints ====
 # In: files of weights. Out: models. A checkpoint says what is needed to build its model
-# again: kind, settings, tensors; a training's <name>_last.pt also holds the state of the
-# training. The trap: a pickle can run code; everything is loaded with weights_only.
+# again: kind, settings, tensors; <name>_last.pt holds the state of a training instead, and
+# starts no other. The trap: a pickle can run code; everything is loaded with weights_only.
 
 KINDS = dict(segmenter=Segmenter, vertebra=VertebraClassifier, patient=PatientClassifier)
 
@@ -2170,6 +2182,10 @@ def load_ensemble(weights, device, calibration=Calibration()):
     models = {kind: [*load_models(weights, kind, "cpu").values()] for kind in KINDS}
     if not models["segmenter"] or not models["vertebra"] + models["patient"]:
         raise UserError(f"--weights {weights}: no segmenter or no classifier")
+    made = {(m.settings["mask_of"], m.settings["z_margin"])
+            for m in models["vertebra"] + models["patient"]}
+    if len(made) > 1:
+        raise UserError(f"--weights {weights}: classifiers of unlike --mask-of, --z-margin")
     on_cpu = Ensemble(models, torch.device("cpu"), calibration)
     if device.type == "cpu":
         return on_cpu
@@ -2218,6 +2234,8 @@ def load_init(model, path):
         import timm
         source = timm.models.load_state_dict(str(path), weights_only=True)
         ours = "program" in source
+        if ours and "tensors" not in source:
+            raise ValueError("the state of a training, no finished model")
         source = {name: t for name, t in source.get("tensors", source).items() if t.ndim}
     part = model if ours else getattr(model.encoder, "backbone", model.encoder)
     whole = {name: t for name, t in part.state_dict().items() if t.ndim}
@@ -2266,10 +2284,10 @@ def init_file(options, kind, fold):
             raise UserError(f"--init {options.init}: cannot be read: no such file")
         return Path(options.init)
     files = model_files(options.weights, "vertebra") if kind == "patient" else []
-    for number, _, path in files:
+    for number, name, path in files:
         made = load_checkpoint(path).get("settings", {})
         wanted = dict(backbone=options.backbone, hidden=options.hidden)
-        if number == fold and wanted.items() <= made.items():
+        if (number, name) == (fold, options.name) and wanted.items() <= made.items():
             return path
     return imagenet_file(options.backbone, options.data)
 
@@ -2979,7 +2997,8 @@ def run_training(options, samples, folds, task):
     if ranks()[0] == 0:
         say_start(options, starts)
         if "preset" in options.given:
-            say_plan(options, task, len(samples) * 4 // 5, len(wanted))
+            kept = len(samples) * (options.folds - 1 or 1) // options.folds
+            say_plan(options, task, kept, len(wanted))
     stem = f"{task.kind}_{options.name}".rstrip("_")
     with stop_signals(minutes_of(options)) as stop:
         for fold, init in starts.items():
@@ -2988,7 +3007,7 @@ def run_training(options, samples, folds, task):
             made_of = task.made_of | {"studies": hash_of(rest, held_out)}
             made_of["--init"] = hash_of(init) if init else ""
             seldom = math.ceil(len(held_out) / VALIDATION_SHARE / max(len(rest), 1))
-            every = getattr(task.recipe, "thin", seldom)  # thin epochs show a share
+            every = getattr(task.recipe, "thin", seldom)  # epochs that show all steps
             name = f"{stem}_fold{fold}"
             one = task._replace(name=name, train=rest, held_out=held_out, made_of=made_of)
             one = one._replace(every=every)
@@ -3015,12 +3034,13 @@ class Extraction:
     """Options of extract."""
     size: int = setting(CROP, "edge of the crops, pixels", least=32, most=512)
 
-def crop_edge(folder):
-    """Edge of the crops in a folder, pixels; 0 if there are none."""
+def crops_made(folder):
+    """(edge in pixels, margin in z) of the crops in a folder, or None if there are none."""
     for path in folder.glob("*.npz"):
         with errors_as(UserError, f"{path}: no crops"), np.load(path) as file:
-            return int(file["edge"])
-    return 0
+            z_margin = file["z_margin"] if "z_margin" in file else 0.0  # older versions
+            return int(file["edge"]), float(z_margin)
+    return None
 
 def extract(options):
     """Write the crops of all studies, for the classifiers.
@@ -3040,10 +3060,11 @@ def extract(options):
     for uid, paths in wanted.items():
         paths += [Path(options.masks) / f"{uid}.nii.gz"] * bool(options.masks)
     todo = [uid for uid in wanted if not all(path.exists() for path in wanted[uid])]
-    edge = crop_edge(out)
-    if edge not in (0, options.size):
-        raise UserError(f"{out}: has crops of {edge}: --size {options.size} needs another "
-                        "--work")
+    made = crops_made(out)
+    if made not in (None, (options.size, options.z_margin)):
+        edge, z_margin = made
+        raise UserError(f"{out}: has crops of --size {edge} --z-margin {z_margin}; others "
+                        "need another --work")
     volumes = prefetch(lambda uid: read_volume(images / uid, options.workers), todo, 1)
     with stop_signals(minutes_of(options)) as stop:
         for uid, future in progress(volumes, "study", len(todo)):
@@ -3058,7 +3079,8 @@ def extract(options):
                 file, *masks = wanted[uid]
                 if not file.exists():
                     how = (options.size, options.mask_of, options.z_margin)
-                    write_crops(file, vertebra_slices(volume, probability, *how))
+                    crops = vertebra_slices(volume, probability, *how)
+                    write_crops(file, crops, options.z_margin)
                 for path in masks:
                     if not path.exists():
                         write_nifti(path, vertebra_labels(volume, probability), volume)
@@ -3090,9 +3112,12 @@ def train_classifiers(options):
     labels = [truth[uid].tolist() for uid in uids]
     samples = [(uid, targets) for uid in uids for targets in asked]
     recipe = recipe_from(options, kind)
-    edge = crop_edge(folder)
+    edge, z_margin = crops_made(folder)
     if recipe.size > edge:
         say(f"--size {recipe.size} but enlarges crops of {edge}: extract has --size")
+    if "z_margin" in options.given and options.z_margin != z_margin:
+        raise UserError(f"{folder}: has crops of --z-margin {z_margin}")
+    recipe = replace(recipe, z_margin=z_margin)
     task = classifier_task(kind, recipe, pick_device(options.device), folder, truth)
     task = task._replace(made_of={"labels": hash_of(labels), "crops": hash_of(sums)})
     run_training(options, samples, folds, task)
@@ -3134,8 +3159,10 @@ def predict(options):
         ensemble = working(load_ensemble(options.weights, device, calibration))
         images = data / "test_images"
         predict_studies(images, task, ensemble, stop, options.workers, options.resume)
-    good = sum(row["status"] != "nothing seen" for row in read_reports(task).values())
-    count = len({uid for _, uid, _ in task.rows})
+    asked = {uid for _, uid, _ in task.rows}
+    answered = read_reports(task).items()
+    good = sum(uid in asked and row["status"] != "nothing seen" for uid, row in answered)
+    count = len(asked)
     print(f"{task.out}: {len(task.rows)} rows, {count} studies, "
           f"{count - good} fell back to a prior")
     if 2 * good < count and world == 1:
@@ -3163,7 +3190,11 @@ def evaluate(options):
         found = blend(outputs)
     else:
         found = read_answers(options.submission)
-    found = found[found.index.isin(table.index)].fillna(PRIOR_ANSWERS)
+    found = found[found.index.isin(table.index)]
+    missing = int(found.isna().sum().sum())
+    if missing:
+        say(f"{missing} answers are missing or no numbers: scored as the prior")
+    found = found.fillna(PRIOR_ANSWERS)
     labels = table.loc[found.index].to_numpy()
     if np.isnan(labels).all():
         raise UserError(f"nothing to score: no answered study has labels in {data}/")
@@ -3172,6 +3203,8 @@ def evaluate(options):
         print("The same, each fold blended and calibrated by a fit to the others:")
         found = cross_fitted(outputs, folds, table).loc[found.index]
         print_scores(found.to_numpy(), labels)
+        if read_calibration(weights).unusual < math.inf:
+            say("the threshold of unusual studies was not fitted again, and is dropped")
         write_calibration(weights, fit_calibration(outputs, table))
     table = score_table(found.to_numpy(), labels)
     models = [*load_models(weights, "segmenter", pick_device(options.device)).values()]
@@ -3257,8 +3290,11 @@ def preset_table(mode):
     """What the presets of a mode say, in words."""
     rows = []
     for preset, values in PRESETS.items():
-        pairs = [f"--{name} {value}" for name, value in values.get(mode, {}).items()]
-        rows.append(f"{preset}: {' '.join(pairs).replace('_', '-') or 'the defaults'}")
+        words = []
+        for name, value in values.get(mode, {}).items():
+            flag = "--" + name.replace("_", "-")
+            words.append(flag if value is True else f"{flag} {value}")
+        rows.append(f"{preset}: {' '.join(words) or 'the defaults'}")
     return "Presets. " + "; ".join(rows)
 
 def build_parser(modes, others=(), preset=""):
@@ -3303,7 +3339,9 @@ def run_mode(modes, argv, others=()):
         modes[options.mode].run(options)
         return 0
     except (torch.OutOfMemoryError, MemoryError):
-        say("cspine: out of memory: lower --batch-size, or take --checkpoint")
+        ways = [way for way in ("batch_size", "checkpoint") if hasattr(options, way)]
+        advice = " or ".join("--" + way.replace("_", "-") for way in ways) or "--device cpu"
+        say(f"cspine: out of memory: try {advice}")
         return 2
     except UserError as error:
         say(f"cspine: {error}")

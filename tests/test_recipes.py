@@ -53,7 +53,7 @@ def test_a_file_in_data_is_found_too(tmp_path, monkeypatch):
 
 def test_a_patient_classifier_begins_from_its_folds_vertebra_classifier(tmp_path):
     make_weights(tmp_path, folds=2, patient=False)
-    options = Namespace(init="auto", weights=tmp_path, data=tmp_path, hidden=8,
+    options = Namespace(init="auto", name="", weights=tmp_path, data=tmp_path, hidden=8,
                         backbone="mobilenetv3_small_050")
     found = [cspine.init_file(options, "patient", fold) for fold in (0, 1, 2)]
     assert found == [tmp_path / "vertebra_fold0.pt", tmp_path / "vertebra_fold1.pt", None]
@@ -179,6 +179,6 @@ def test_segmenters_of_other_sizes_answer_together(tmp_path):
 
 
 def test_crops_of_another_size_are_not_mixed(tmp_path):
-    assert cspine.crop_edge(tmp_path) == 0
-    cspine.write_crops(tmp_path / "a.npz", np.ones((7, 15, 6, 8, 8), np.uint8))
-    assert cspine.crop_edge(tmp_path) == 8
+    assert cspine.crops_made(tmp_path) is None
+    cspine.write_crops(tmp_path / "a.npz", np.ones((7, 15, 6, 8, 8), np.uint8), 2.0)
+    assert cspine.crops_made(tmp_path) == (8, 2.0)
