@@ -1716,7 +1716,7 @@ def equal_point(answers, labels):
     broken, whole = (np.sort(answers[labels == k]) for k in (1, 0))
     if not len(broken) or not len(whole):
         return (math.nan,) * 3
-    thresholds = np.unique(answers)
+    thresholds = np.unique(np.r_[broken, whole])
     sensitivity = 1 - np.searchsorted(broken, thresholds) / len(broken)
     specificity = np.searchsorted(whole, thresholds) / len(whole)
     best = np.abs(sensitivity - specificity).argmin()

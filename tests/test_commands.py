@@ -82,7 +82,7 @@ def test_every_mode_says_what_it_does_and_every_option_what_it_is(mode, capsys, 
     for one, default in options_of(mode):
         meaning = " ".join(one.metadata["help"].split())
         assert len(meaning.split()) > 1 and meaning in text
-        assert (one.name if one.metadata.get("positional") else flag(one)) in text
+        assert (one.name.upper() if one.metadata.get("positional") else flag(one)) in text
         plain = isinstance(default, bool) or default == ""
         assert plain or f"(default: {default})" in text
         for choice in one.metadata.get("choices", ()):
@@ -194,10 +194,10 @@ def test_a_submission_without_its_columns_or_of_other_studies(refused, tmp_path,
 
 
 def test_an_unknown_backbone(refused, data, tmp_path):
-    crops = np.ones((7, 15, 6, 8, 8), np.uint8)
+    crops = np.ones((7, 15, 6, 16, 16), np.uint8)
     cspine.write_crops(tmp_path / "work" / "last" / "a.npz", crops)
     line = refused("train-cls", "--data", data, "--backbone", "resnet1", "--folds", 1, "--fold", 0,
-                   "--init", "none")
+                   "--init", "none", "--size", 16)
     assert "--backbone resnet1" in line
 
 
@@ -206,8 +206,9 @@ def test_an_unknown_backbone(refused, data, tmp_path):
     (["--hidden", "0"], "--hidden"), (["--lr", "-1"], "--lr"), (["--mixup", "7"], "--mixup"),
     (["--device", "cuda:77"], "--device"), (["--device", "moon"], "--device")))
 def test_settings_that_cannot_be(options, word, refused, data, tmp_path):
-    cspine.write_crops(tmp_path / "work" / "last" / "a.npz", np.ones((7, 15, 6, 8, 8), np.uint8))
-    assert word in refused("train-cls", "--data", data, *options)
+    crops = np.ones((7, 15, 6, 16, 16), np.uint8)
+    cspine.write_crops(tmp_path / "work" / "last" / "a.npz", crops)
+    assert word in refused("train-cls", "--data", data, "--size", 16, *options)
 
 
 def test_a_device_that_is_not_there(refused, data, weights):
