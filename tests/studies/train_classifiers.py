@@ -1,14 +1,16 @@
 """The classifiers that ship, on crops of drawn hands and of real necks.
 
     python tests/studies/train_classifiers.py crops --work WORK --necks NECKS --weights weights
-    python tests/studies/train_classifiers.py vertebra --work WORK --init OLDER/vertebra_fold0.pt
-    python tests/studies/train_classifiers.py patient --work WORK --init OLDER/patient_fold0.pt
+    python tests/studies/train_classifiers.py vertebra --work WORK --older OLDER
+    python tests/studies/train_classifiers.py patient --work WORK --older OLDER
 
 Each step goes on where it was stopped. `crops` draws a study, masks it with the segmenter of
 --weights and keeps its crops (6 s each); of most it keeps a copy too, with more vertebrae
-broken (tests/necks/breaks.py). The trainings write to WORK/weights. NECKS holds
-`<patient>.nii.gz`; no fracture is known in them. tests/necks/real_necks.py says who is kept
-out. `metaballs` left the repository after commit 0fff004: without it that hand is left out.
+broken (tests/necks/breaks.py). The trainings go on from the classifiers in OLDER and write
+to WORK/weights; the patient's takes over all but its own head from the new vertebra
+classifier. NECKS holds `<patient>.nii.gz`; no fracture is known in them, and
+tests/necks/real_necks.py says who is kept out. A hand that is not in the repository
+(`metaballs` left after commit 0fff004) is left out.
 """
 
 import argparse
@@ -42,9 +44,9 @@ NOISE_HU = 5, 60
 
 SHARED = (
     "--backbone tf_efficientnet_lite0 --size 160 --hidden 128 --thin 3 --mixup 0 "
-    "--folds 30 --fold 0 --resume")
+    "--folds 40 --fold 0 --resume")
 TRAININGS = dict(
-    vertebra=f"train-cls --batch-size 8 --lr 1e-4 --epochs 2 --seed 51 {SHARED}",
+    vertebra=f"train-cls --batch-size 8 --lr 1.5e-4 --epochs 2 --seed 51 {SHARED}",
     patient=f"train-patient --batch-size 2 --lr 1e-4 --epochs 1 --seed 52 {SHARED}")
 
 
@@ -160,13 +162,34 @@ def draw_neck_study(crops, neck, labels, number, uid):
     crops.write(uid, hu, spacing, masks, whole)
 
 
+def init_of(step, work, older):
+    """The file that a training starts from."""
+    init = older / f"{step}_fold0.pt"
+    if step == "vertebra":
+        return init
+    content = torch.load(init, weights_only=True)
+    vertebra = torch.load(work / "weights" / "vertebra_fold0.pt", weights_only=True)
+    content["tensors"] |= vertebra["tensors"]
+    torch.save(content, work / "init.pt")
+    return work / "init.pt"
+
+
+def train(step, work, older):
+    rows = [path.read_text() for path in sorted((work / "labels").glob("*.csv"))]
+    header = ",".join([cspine.STUDY, *cspine.TARGETS]) + "\n"
+    (work / "train.csv").write_text(header + "".join(rows))
+    command = TRAININGS[step].split() + ["--data", work, "--work", work]
+    command += ["--weights", work / "weights", "--init", init_of(step, work, older)]
+    sys.exit(cspine.main([*map(str, command)]))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("step", choices=("crops", *TRAININGS))
     parser.add_argument("--work", type=Path, default=Path("work"))
     parser.add_argument("--necks", type=Path, help="folder of <patient>.nii.gz")
     parser.add_argument("--weights", default=str(ROOT / "weights"))
-    parser.add_argument("--init", default="", help="weights to start from")
+    parser.add_argument("--older", type=Path, help="folder of classifiers to start from")
     o = parser.parse_args()
     if o.step == "crops":
         for folder in ("last", "labels"):
@@ -175,12 +198,7 @@ def main():
         crops_of_hands(crops)
         crops_of_necks(crops, o.necks)
         return
-    rows = [path.read_text() for path in sorted((o.work / "labels").glob("*.csv"))]
-    header = ",".join([cspine.STUDY, *cspine.TARGETS]) + "\n"
-    (o.work / "train.csv").write_text(header + "".join(rows))
-    command = TRAININGS[o.step].split() + ["--data", o.work, "--work", o.work]
-    command += ["--weights", o.work / "weights", "--init", o.init]
-    sys.exit(cspine.main([*map(str, command)]))
+    train(o.step, o.work, o.older)
 
 
 if __name__ == "__main__":
