@@ -2979,7 +2979,8 @@ def run_training(options, samples, folds, task):
     if ranks()[0] == 0:
         say_start(options, starts)
         if options.preset:
-            say_plan(options, task, len(samples) * 4 // 5, len(wanted))
+            trained_on = len(samples) * max(options.folds - 1, 1) // options.folds
+            say_plan(options, task, trained_on, len(wanted))
     stem = f"{task.kind}_{options.name}".rstrip("_")
     with stop_signals(minutes_of(options)) as stop:
         for fold, init in starts.items():

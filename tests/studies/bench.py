@@ -18,6 +18,7 @@ half precision and channels_last; how long the card waits for samples; studies p
 import argparse
 import contextlib
 import copy
+import functools
 import io
 import json
 import os
@@ -577,9 +578,10 @@ def gpu_steps(kind, sample, scale, device, layout, half, count):
         torch.cuda.reset_peak_memory_stats()
         for _ in range(3):  # the first steps choose algorithms
             trainer.update(task, samples, 1000)
-        times = [seconds(lambda: trainer.update(task, samples, 1000)) for _ in range(count)]
+        step = functools.partial(trainer.update, task, samples, 1000)
+        times = [seconds(step) for _ in range(count)]
     memory = torch.cuda.max_memory_allocated() / 2**30
-    del trainer
+    del trainer, step
     torch.cuda.empty_cache()
     return statistics.median(times), memory
 
