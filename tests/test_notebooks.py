@@ -1,6 +1,7 @@
 """I rely on: my weights get to Kaggle by two commands, and are trained there in sessions."""
 
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -16,7 +17,7 @@ import torch
 import cspine
 import kaggle_training
 import modes
-from small_kernel import BACKBONE, make_weights
+from small_kernel import make_weights
 
 
 def test_the_models_and_nothing_else_become_a_data_set(tmp_path, capsys):
@@ -37,7 +38,7 @@ def test_the_models_and_nothing_else_become_a_data_set(tmp_path, capsys):
 # ---- Training in sessions ----
 
 NAME = Path(cspine.KAGGLE_DATA).name
-TINY = dict(fold="0", folds=2, epochs=2, backbone=BACKBONE, size=32, batch_size=2)
+TINY = dict(fold="0", folds=2, epochs=2, backbone="test_resnet", size=32, batch_size=2)
 
 
 @pytest.fixture
@@ -53,6 +54,8 @@ def kaggle(tmp_path, monkeypatch, phantom_data, one_thread):
     everywhere = np.full((7, 32, 32, 32), 0.4, np.float32)
     monkeypatch.setattr(cspine, "segment", lambda *given: everywhere)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    count = functools.cache(cspine.training_flops)  # once in all sessions
+    monkeypatch.setattr(cspine, "training_flops", count)
     commands, real_stop = [], cspine.stop_signals
 
     def start(root, cut, layout, earlier, capsys):
@@ -105,7 +108,7 @@ def test_sessions_cut_short_end_with_the_weights_of_one_uncut(kaggle, tmp_path, 
     said, ran = kaggle(tmp_path / "whole", None, "", None, capsys)
     assert ran == all_steps and "ALL IS TRAINED" in said
     for line in ("GPU 0: runs", "4 studies with images, 4 with masks", "this is the first",
-                 "crops are kept", f"ImageNet weights of {BACKBONE}: NOT FOUND", "hours by the plan"):
+                 "crops are kept", "weights of test_resnet: NOT FOUND", "hours by the plan"):
         assert line in said
 
     told, sessions, earlier = [], [("extract", ""), ("train-cls", "datasets/me"), ("", "")], None
@@ -127,12 +130,34 @@ def test_sessions_cut_short_end_with_the_weights_of_one_uncut(kaggle, tmp_path, 
         assert one.keys() == other.keys() and all(torch.equal(one[t], other[t]) for t in one)
 
 
-def test_the_plan_is_the_work_over_the_rate():
-    """Twice the cards or the rate halve the hours; of two folds one trains on half."""
+def test_the_plan_is_the_work_over_the_rate(monkeypatch):
+    """Twice the cards or the rate halve the hours; of five folds each trains on four."""
+    monkeypatch.setattr(cspine, "training_flops", lambda kind, recipe, samples: 3.6e15 * samples)
     plan = kaggle_training.planned_hours
-    once, cards = plan("fast", 100, 10, 1, 5.0), plan("fast", 100, 10, 2, 5.0)
-    assert all(np.isclose(once[mode], 2 * cards[mode]) for mode in once)
-    rate = plan("fast", 100, 10, 1, 10.0)
-    assert np.isclose(once["train-cls"], 2 * rate["train-cls"]) and once["extract"] == rate["extract"]
-    assert np.isclose(plan("gold", 200, 10, 1, 5.0)["train-cls"],
-                      2 * plan("gold", 100, 10, 1, 5.0)["train-cls"])
+    hours = plan("standard", 100, 10, 1, 1.0)
+    assert hours == pytest.approx({"train-seg": 5 * 8, "train-cls": 5 * 560, "train-patient": 5 * 80,
+                                   "extract": 100 * kaggle_training.EXTRACT_S / 3600})
+    assert plan("standard", 100, 10, 2, 1.0) == pytest.approx({m: h / 2 for m, h in hours.items()})
+    assert plan("standard", 100, 10, 1, 2.0)["train-cls"] == pytest.approx(5 * 280)
+    assert plan("fast", 100, 10, 1, 1.0)["train-cls"] == pytest.approx(560)
+
+
+def test_a_preflight_says_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(kaggle_training, "KAGGLE", tmp_path)
+    with pytest.raises(cspine.UserError, match="attach it"):
+        kaggle_training.mounted(NAME)
+    with pytest.raises(cspine.UserError, match="too little disk"):
+        (tmp_path / "working").mkdir()
+        kaggle_training.work_folder(1e9)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(cspine.UserError, match="T4 x2"):
+        kaggle_training.try_cards()
+
+
+def test_of_two_sessions_the_later_is_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(kaggle_training, "KAGGLE", tmp_path)
+    assert kaggle_training.earlier_session() == (None, 0)
+    for place, number in (("one", 2), ("notebooks/me/two", 10), ("datasets/me/three", 9)):
+        (tmp_path / "input" / place).mkdir(parents=True)
+        (tmp_path / "input" / place / "session.json").write_text(json.dumps(dict(session=number)))
+    assert kaggle_training.earlier_session() == (tmp_path / "input/notebooks/me/two", 10)

@@ -4,6 +4,7 @@
 says what to attach to the next one, which goes on from there."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -147,9 +148,12 @@ def preflight(preset, minutes):
 
     hours = planned_hours(preset, len(truth), masked, cards, cspine.CARD_TFLOPS)
     each = ", ".join(f"{mode} {value:.1f}" for mode, value in hours.items())
-    total = sum(hours.values())
+    total, again = sum(hours.values()), 0.0
+    if KAGGLE not in work.parents:  # every session makes the crops
+        again = hours["extract"]
+    sessions = math.ceil((total - again) / max(minutes / 60 - again, 0.1))
     print(f"hours by the plan, {cspine.CARD_TFLOPS:g} TFLOP/s a card assumed: {each}; in all "
-          f"{total:.1f}, about {int(60 * total // minutes) + 1} sessions of {minutes:g} minutes")
+          f"{total:.1f}, about {sessions} sessions of {minutes:g} minutes")
     weights = KAGGLE / "working" / "weights"
     return Session(preset, number + 1, end, cards, data, weights, work, earlier)
 
