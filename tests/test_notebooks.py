@@ -144,6 +144,7 @@ def test_the_plan_is_the_work_over_the_rate(monkeypatch):
 
 def test_a_preflight_says_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(kaggle_training, "KAGGLE", tmp_path)
+    monkeypatch.setattr(kaggle_training, "TEMPORARY", tmp_path)
     with pytest.raises(cspine.UserError, match="attach it"):
         kaggle_training.mounted(NAME)
     with pytest.raises(cspine.UserError, match="too little disk"):

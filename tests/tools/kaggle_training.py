@@ -26,6 +26,7 @@ MODELS_GB = 3.0  # models, and the states of the folds of one kind; assumed
 LEAST_MINUTES = 1.0  # with less left no command is started
 LEVELS = 4  # folders below /kaggle/input: notebooks, owner, name, version
 NOTE = "session.json"  # marks the output of a session
+TEMPORARY = Path("/tmp")  # not part of the output
 DEVICE = "cuda"
 
 
@@ -100,7 +101,7 @@ def earlier_session():
 
 def work_folder(needed):
     """Where the crops go: into the output if it holds them, else beside it."""
-    for folder, kept in ((KAGGLE / "working", "kept"), (Path("/tmp"), "made anew a session")):
+    for folder, kept in ((KAGGLE / "working", "kept"), (TEMPORARY, "made anew a session")):
         if (folder / "work").exists():  # this cell ran before
             return folder / "work"
         free = shutil.disk_usage(folder).free / 1e9
