@@ -2997,7 +2997,7 @@ def run_training(options, samples, folds, task):
     if ranks()[0] == 0:
         say_start(options, starts)
         if "preset" in options.given:
-            kept = len(samples) * (options.folds - 1 or 1) // options.folds
+            kept = len(samples) * max(options.folds - 1, 1) // options.folds
             say_plan(options, task, kept, len(wanted))
     stem = f"{task.kind}_{options.name}".rstrip("_")
     with stop_signals(minutes_of(options)) as stop:

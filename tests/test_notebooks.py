@@ -1,7 +1,21 @@
-"""I rely on: my weights get to Kaggle by two commands."""
+"""I rely on: my weights get to Kaggle by two commands, and are trained there in sessions."""
 
+import contextlib
+import functools
+import itertools
 import json
+import math
+import shutil
+import subprocess
+import time
+from pathlib import Path
 
+import numpy as np
+import pytest
+import torch
+
+import cspine
+import kaggle_training
 import modes
 from small_kernel import make_weights
 
@@ -19,3 +33,132 @@ def test_the_models_and_nothing_else_become_a_data_set(tmp_path, capsys):
     assert meta["id"] == "me/my-weights" and meta["licenses"] and 6 <= len(meta["title"]) <= 50
     assert capsys.readouterr().out.splitlines() == [
         f"kaggle datasets create -p {out / 'weights'}", f"kaggle kernels push -p {out}"]
+
+
+# ---- Training in sessions ----
+
+NAME = Path(cspine.KAGGLE_DATA).name
+TINY = dict(fold="0", folds=2, epochs=2, backbone="test_resnet", size=32, batch_size=2)
+
+
+@pytest.fixture
+def kaggle(tmp_path, monkeypatch, phantom_data, one_thread):
+    """start(root, cut, layout, earlier) -> what a session prints; Kaggle's folders under root.
+
+    The commands run in this process, which saves their imports; the one named by `cut` gets a
+    clock by which its time ends within its work. Segmenters as tiny as these see nothing, so
+    that all vertebrae are where extract looks."""
+    monkeypatch.setitem(cspine.PRESETS, "fast", {
+        mode: TINY | (dict(hidden=8, thin=15) if STEP else {})
+        for mode, STEP in (("train-seg", 0), ("train-cls", 1), ("train-patient", 1))})
+    everywhere = np.full((7, 32, 32, 32), 0.4, np.float32)
+    monkeypatch.setattr(cspine, "segment", lambda *given: everywhere)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    count = functools.cache(cspine.training_flops)  # once in all sessions
+    monkeypatch.setattr(cspine, "training_flops", count)
+    commands, real_stop = [], cspine.stop_signals
+
+    def start(root, cut, layout, earlier, capsys):
+
+        @contextlib.contextmanager
+        def short(minutes=0.0):
+            yield cspine.Stop(1, itertools.count(0, 6).__next__)
+
+        def call(command, cwd):
+            assert command[1:5] == ["-m", "torch.distributed.run", "--standalone",
+                                    "--nproc_per_node=1"] and cwd == root / "working"
+            at = command.index("cspine.py") + 1
+            commands.append(command[at:])
+            limit = float(command[command.index("--time-limit") + 1])
+            assert 500 < limit < 510 and (cwd / "cspine.py").exists()
+            if command[at] == cut:
+                monkeypatch.setattr(cspine, "stop_signals", short)
+                monkeypatch.setattr(time, "monotonic", lambda: math.inf)  # the cell's clock
+            return cspine.main([*command[at:], "--workers", "1"])
+
+        monkeypatch.setattr(cspine, "stop_signals", real_stop)
+        monkeypatch.setattr(time, "monotonic", cspine.monotonic)
+        monkeypatch.setattr(subprocess, "call", call)
+        monkeypatch.setattr(cspine, "KAGGLE", root)
+        (root / "working").mkdir(parents=True)
+        for place, real in ((NAME, phantom_data), ("last-output", earlier)):
+            if real:
+                (root / "input" / layout).mkdir(parents=True, exist_ok=True)
+                (root / "input" / layout / place).symlink_to(real)
+        write, look, train, close = (cell["source"] for cell in json.loads(
+            (tmp_path / "kernel" / "cspine-train.ipynb").read_text())["cells"])
+        (root / "working" / "cspine.py").write_text(write.partition("\n")[2])
+        kernel = {"__name__": "__main__"}
+        commands.clear()
+        for cell in (look.replace('DEVICE = "cuda"', 'DEVICE = "cpu"'), train, close):
+            exec(cell, kernel)
+        return capsys.readouterr().out, [command[0] for command in commands]
+
+    out = tmp_path / "kernel"
+    assert modes.main(["notebook", "--train", "--preset", "fast", "--out", str(out)]) == 0
+    meta = json.loads((out / "kernel-metadata.json").read_text())
+    assert meta["machine_shape"] == "NvidiaTeslaT4" and meta["code_file"] == "cspine-train.ipynb"
+    return start
+
+
+def test_sessions_cut_short_end_with_the_weights_of_one_uncut(kaggle, tmp_path, capsys):
+    """Two sessions that are cut, in the middle of a training and of the crops, and a third; each
+    has the output of the one before attached, in either layout of Kaggle."""
+    all_steps = ["train-seg", "extract", "train-cls", "train-patient"]
+    said, ran = kaggle(tmp_path / "whole", None, "", None, capsys)
+    assert ran == all_steps and "ALL IS TRAINED" in said
+    for line in ("GPU 0: runs", "4 studies with images, 4 with masks", "this is the first",
+                 "crops are kept", "weights of test_resnet: NOT FOUND", "hours by the plan"):
+        assert line in said
+
+    told, sessions, earlier = [], [("extract", ""), ("train-cls", "datasets/me"), ("", "")], None
+    for k, (cut, layout) in enumerate(sessions):
+        root = tmp_path / f"session{k}"
+        told.append(kaggle(root, cut, layout, earlier, capsys))
+        earlier = shutil.move(root / "working", tmp_path / f"output{k}")
+    assert [ran for _, ran in told] == [all_steps[:2], all_steps[1:3], all_steps[1:]]
+    for (said, _), cut in zip(told, ("in extract", "in train-cls")):
+        assert f"the time was over {cut}" in said and "attach the output of this one" in said
+    assert "Session 3: ALL IS TRAINED" in told[2][0]
+
+    whole, parts = tmp_path / "whole" / "working" / "weights", tmp_path / "output2" / "weights"
+    names = {path.name for path in whole.iterdir()}
+    assert names == {path.name for path in parts.iterdir()}
+    assert not any("_last" in name for name in names)
+    for name in (f"{kind}_fold0.pt" for kind in cspine.KINDS):
+        one, other = (cspine.load_checkpoint(folder / name)["tensors"] for folder in (whole, parts))
+        assert one.keys() == other.keys() and all(torch.equal(one[t], other[t]) for t in one)
+
+
+def test_the_plan_is_the_work_over_the_rate(monkeypatch):
+    """Twice the cards or the rate halve the hours; of five folds each trains on four."""
+    monkeypatch.setattr(cspine, "training_flops", lambda kind, recipe, samples: 3.6e15 * samples)
+    plan = kaggle_training.planned_hours
+    hours = plan("standard", 100, 10, 1, 1.0)
+    assert hours == pytest.approx({"train-seg": 5 * 8, "train-cls": 5 * 560, "train-patient": 5 * 80,
+                                   "extract": 100 * kaggle_training.EXTRACT_S / 3600})
+    assert plan("standard", 100, 10, 2, 1.0) == pytest.approx({m: h / 2 for m, h in hours.items()})
+    assert plan("standard", 100, 10, 1, 2.0)["train-cls"] == pytest.approx(5 * 280)
+    assert plan("fast", 100, 10, 1, 1.0)["train-cls"] == pytest.approx(560)
+
+
+def test_a_preflight_says_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(kaggle_training, "KAGGLE", tmp_path)
+    monkeypatch.setattr(kaggle_training, "TEMPORARY", tmp_path)
+    with pytest.raises(cspine.UserError, match="attach it"):
+        kaggle_training.mounted(NAME)
+    with pytest.raises(cspine.UserError, match="too little disk"):
+        (tmp_path / "working").mkdir()
+        kaggle_training.work_folder(1e9)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(cspine.UserError, match="T4 x2"):
+        kaggle_training.try_cards()
+
+
+def test_of_two_sessions_the_later_is_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(kaggle_training, "KAGGLE", tmp_path)
+    assert kaggle_training.earlier_session() == (None, 0)
+    for place, number in (("one", 2), ("notebooks/me/two", 10), ("datasets/me/three", 9)):
+        (tmp_path / "input" / place).mkdir(parents=True)
+        (tmp_path / "input" / place / "session.json").write_text(json.dumps(dict(session=number)))
+    assert kaggle_training.earlier_session() == (tmp_path / "input/notebooks/me/two", 10)

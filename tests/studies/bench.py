@@ -1,6 +1,6 @@
 """How long everything takes, beside the starting solution's way, in one run.
 
-    python tests/studies/bench.py [read|train|predict|scale|gpu|all] [--quick]
+    python tests/studies/bench.py [read|train|predict|scale|gpu|plan|all] [--quick]
 
 Both ways take turns on the same made-up study (512x512, 300 slices; random weights, the true masks
 in place of the untrained segmenter's), the medians are shown and the median of the ratios. --quick
@@ -13,11 +13,14 @@ augmented slice by slice on the CPU, a mask spread over 7 full-size channels tha
 
 gpu, not part of all: steps of the three trainings at their recipes' batch sizes, with and without
 half precision and channels_last; how long the card waits for samples; studies predicted on it.
+
+plan, not part of all: hours, card memory and disk of every preset; nothing is measured.
 """
 
 import argparse
 import contextlib
 import copy
+import functools
 import io
 import json
 import os
@@ -45,6 +48,7 @@ TESTS = Path(__file__).parents[1]
 sys.path[:0] = [str(TESTS.parent), str(TESTS / "tools")]
 
 import cspine  # noqa: E402
+import kaggle_training  # noqa: E402
 from dicom_files import EXPLICIT, JPEG_2000, JPEG_LOSSLESS, dicom_bytes  # noqa: E402
 from phantoms import make_phantom, write_mask  # noqa: E402
 
@@ -577,9 +581,10 @@ def gpu_steps(kind, sample, scale, device, layout, half, count):
         torch.cuda.reset_peak_memory_stats()
         for _ in range(3):  # the first steps choose algorithms
             trainer.update(task, samples, 1000)
-        times = [seconds(lambda: trainer.update(task, samples, 1000)) for _ in range(count)]
+        step = functools.partial(trainer.update, task, samples, 1000)
+        times = [seconds(step) for _ in range(count)]
     memory = torch.cuda.max_memory_allocated() / 2**30
-    del trainer
+    del trainer, step
     torch.cuda.empty_cache()
     return statistics.median(times), memory
 
@@ -667,10 +672,69 @@ def estimate_t4(scale, others):
           "Kaggle's 4 cores; reading overlaps with the networks")
 
 
+# -------------------------------------------- the plan -------------------------------------------
+
+TRAINED_STUDIES, MASKED_STUDIES = 2019, 87  # of the competition
+MACHINES = {"2 x T4 16 GB": (2, cspine.CARD_TFLOPS), "one 24 GB card": (1, 15.0)}
+HEAD = """
+The plan of each preset on {studies} studies, {masked} of them with masks. Counted: operations, and
+what is kept for the backward pass (2 bytes a value) with 20 bytes a weight. Assumed, not measured:
+{rates}, {extract:g} s a study and process for extract,
+crops of {crops:g} MB a study at {edge} pixels. A second preset takes the crops of the first.
+| preset | machine | train-seg h | extract h | train-cls h | train-patient h | trainings h | all h | \
+card GB | disk GB |
+|---|---|---|---|---|---|---|---|---|---|"""
+
+
+def card_gb(kind, recipe, cards):
+    """GB on a card in a step: kept for the backward pass, counted on shapes, and the weights with
+    their average, gradient and AdamW's two moments."""
+    model, edge = cspine.new_model(kind, asdict(recipe)).to("meta").train(), recipe.size
+    part, shape, images = model, (1, 1, edge, edge, edge), 1
+    if kind != "segmenter":
+        part, shape = model.encoder.backbone, (1, cspine.CHANNELS, edge, edge)
+        images = (7 if kind == "patient" else 1) * cspine.STEPS // recipe.thin
+    held = {}
+
+    def pack(tensor):
+        held[id(tensor)] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        part(torch.empty(shape, device="meta"))
+    own = {id(one) for one in model.parameters()}
+    kept = sum(tensor.numel() for name, tensor in held.items() if name not in own)
+    weights = sum(one.numel() for one in model.parameters())
+    samples = max(recipe.batch_size // cards, 2 if getattr(recipe, "mixup", 0) else 1)
+    return (2 * kept * images * samples + 20 * weights) / 1e9
+
+
+def bench_plan():
+    """Print the table of the presets: hours, memory of a card and disk, by counts and guesses."""
+    rates = ", ".join(f"{rate:g} TFLOP/s a card of {name}" for name, (_, rate) in MACHINES.items())
+    print(HEAD.format(
+        studies=TRAINED_STUDIES, masked=MASKED_STUDIES, rates=rates, edge=cspine.CROP,
+        extract=kaggle_training.EXTRACT_S, crops=kaggle_training.CROPS_MB))
+    for preset in cspine.PRESETS:
+        disk = kaggle_training.crops_gb(preset, TRAINED_STUDIES)
+        for name, (cards, rate) in MACHINES.items():
+            hours = kaggle_training.planned_hours(
+                preset, TRAINED_STUDIES, MASKED_STUDIES, cards, rate)
+            needed = []
+            for mode, kind in kaggle_training.STEPS.items():
+                if kind:
+                    options = kaggle_training.options_of(preset, mode)
+                    needed.append(card_gb(kind, cspine.recipe_from(options, kind), cards))
+            whole = sum(hours.values())
+            shown = [*hours.values(), whole - hours["extract"], whole, max(needed), disk]
+            print(f"| {preset} | {name} | " + " | ".join(f"{x:.1f}" for x in shown) + " |")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("topic", nargs="?", default="all",
-                        choices=["read", "train", "predict", "scale", "gpu", "all", "child"])
+                        choices=["read", "train", "predict", "scale", "gpu", "plan", "all",
+                                 "child"])
     parser.add_argument("--quick", action="store_true", help="small networks and study, once")
     parser.add_argument("--repeats", type=int, help="turns of either way")
     parser.add_argument("--threads", type=int, default=CORES,
@@ -679,6 +743,8 @@ def main():
     o = parser.parse_args()
     if o.topic == "child":
         return run_child(o.root, o.threads)
+    if o.topic == "plan":
+        return bench_plan()
     scale = QUICK if o.quick else FULL
     scale = scale._replace(repeats=o.repeats or scale.repeats)
     torch.set_num_threads(o.threads)

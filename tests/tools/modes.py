@@ -41,7 +41,9 @@ class Notebook:
     """Options of notebook."""
     out: str = setting("notebook", "folder to write")
     weights_dataset: str = setting(
-        "", "OWNER/NAME of a Kaggle data set of weights; empty: those beside the file")
+        "", "OWNER/NAME of a Kaggle data set of weights to attach; with --train: ImageNet's")
+    train: bool = setting(False, "write the notebook that trains, in sessions")
+    preset: str = setting("standard", "of the training", tuple(cspine.PRESETS))
 
 
 @dataclass(frozen=True)

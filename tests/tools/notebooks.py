@@ -6,7 +6,8 @@ import re
 import shutil
 from pathlib import Path
 
-from cspine import HERE, KAGGLE_DATA, KINDS, UserError, model_files, write_atomic
+from cspine import (
+    HERE, KAGGLE_DATA, KAGGLE_MINUTES, KINDS, UserError, model_files, write_atomic)
 
 RUN = """\
 import glob, os, subprocess, sys, torch
@@ -54,33 +55,48 @@ def copy_weights(source, out, dataset):
         id=dataset, title=title, licenses=[dict(name="other")]))
 
 
+def prediction_cells(name):
+    """Cells that predict with a process a GPU, and look at the answers."""
+    arguments = f'["--weights", mounted("{name}")]' if name else "[]"
+    run = RUN.replace("ARGUMENTS", arguments)
+    return [run.replace("COMPETITION", Path(KAGGLE_DATA).name), LOOK]
+
+
+def training_cells(preset):
+    """Cells that look whether all is there, train, and say what comes next."""
+    source = (Path(__file__).parent / "kaggle_training.py").read_text()
+    start = f'session = preflight("{preset}", minutes={KAGGLE_MINUTES:g})'
+    return [f"{source}\n\n{start}", "stopped = train_all(session)", "close(session, stopped)"]
+
+
 def notebook(options):
     """Write a Kaggle notebook ready to push.
 
-    Writes cspine.ipynb, which holds this very file and predicts with a process a GPU, and
-    kernel-metadata.json to --out; with --weights-dataset also the models of --weights, ready
-    to become that data set. Example: cspine.py notebook --weights-dataset me/weights
+    Writes a notebook, which holds this very file, and kernel-metadata.json to --out. It
+    predicts with a process a GPU; with --weights-dataset also the models of --weights are
+    written, ready to become that data set. With --train it trains by --preset, in sessions:
+    each says what to attach to the next. Example: cspine.py notebook --weights-dataset
+    me/weights
     """
     weights, out = options.weights_dataset, Path(options.out)
     if not re.fullmatch(r"([\w-]+/[\w-]+)?", weights):
         raise UserError(f"--weights-dataset {weights}: expected OWNER/NAME")
     owner, _, name = weights.partition("/")
-    competition = Path(KAGGLE_DATA).name
-    arguments = f'["--weights", mounted("{name}")]' if name else "[]"
-    run = RUN.replace("ARGUMENTS", arguments).replace("COMPETITION", competition)
+    title = "cspine-train" if options.train else "cspine"
     source = (HERE / "cspine.py").read_text()
-    cells = [f"%%writefile cspine.py\n{source}", run, LOOK]
+    cells = [f"%%writefile cspine.py\n{source}"]
+    cells += training_cells(options.preset) if options.train else prediction_cells(name)
     kernel = dict(name="python3", display_name="Python 3")
 
-    write_json(out / "cspine.ipynb", dict(
+    write_json(out / f"{title}.ipynb", dict(
         nbformat=4,
         nbformat_minor=4,
         cells=[code_cell(text) for text in cells],
         metadata=dict(kernelspec=kernel)))
     write_json(out / "kernel-metadata.json", dict(
-        id=f"{owner or 'OWNER'}/cspine",
-        title="cspine",
-        code_file="cspine.ipynb",
+        id=f"{owner or 'OWNER'}/{title}",
+        title=title,
+        code_file=f"{title}.ipynb",
         language="python",
         kernel_type="notebook",
         is_private=True,
@@ -88,8 +104,8 @@ def notebook(options):
         machine_shape="NvidiaTeslaT4",  # else a P100, on which today's torch runs nothing
         enable_internet=False,
         dataset_sources=[weights] if weights else [],
-        competition_sources=[competition]))
-    if name:
+        competition_sources=[Path(KAGGLE_DATA).name]))
+    if name and not options.train:
         copy_weights(Path(options.weights), out / "weights", weights)
         print(f"kaggle datasets create -p {out / 'weights'}")
     print(f"kaggle kernels push -p {out}")

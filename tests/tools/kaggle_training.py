@@ -1,0 +1,243 @@
+"""The cells of the notebook that trains on Kaggle, in as many sessions as it takes.
+
+`cspine.py notebook --train` writes this file into its second cell; the last cell of a session
+says what to attach to the next one, which goes on from there."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+
+import cspine
+from cspine import KAGGLE, UserError
+
+STEPS = {"train-seg": "segmenter", "extract": "", "train-cls": "vertebra",
+         "train-patient": "patient"}
+EXTRACT_S = 8.0  # s of a process a study, mostly reading on two cores; assumed
+CROPS_MB = 7.0  # a study's crops of 224 pixels; assumed
+MODELS_GB = 3.0  # models, and the states of the folds of one kind; assumed
+LEAST_MINUTES = 1.0  # with less left no command is started
+LEVELS = 4  # folders below /kaggle/input: notebooks, owner, name, version
+NOTE = "session.json"  # marks the output of a session
+TEMPORARY = Path("/tmp")  # not part of the output
+DEVICE = "cuda"
+
+
+class Session(NamedTuple):
+    """What a session knows."""
+    preset: str
+    number: int  # from 1 on
+    end: float  # of time.monotonic; one deadline for all commands
+    cards: int
+    data: Path
+    weights: Path
+    work: Path  # of the crops
+    earlier: Path | None  # output of the session before
+
+
+# ---- The plan ----
+
+
+def options_of(preset, mode, *arguments):
+    """The options that a command of this preset has."""
+    parser = cspine.build_parser(cspine.MODES, preset=preset)
+    return parser.parse_args([mode, "--preset", preset, *arguments])
+
+
+def folds_of(options):
+    """The numbers of the folds that a training's options ask for."""
+    return [k for k in range(options.folds) if options.fold in ("all", str(k))]
+
+
+def planned_hours(preset, studies, masked, cards, tflops):
+    """{mode: hours} of a preset: operations counted, the rate of a card assumed."""
+    hours = {}
+    count = dict(segmenter=masked, vertebra=7 * studies, patient=studies)
+    for mode, kind in STEPS.items():
+        if mode == "extract":
+            hours[mode] = studies * EXTRACT_S / cards / 3600
+            continue
+        options = options_of(preset, mode)
+        samples = count[kind] * max(options.folds - 1, 1) // options.folds
+        recipe = cspine.recipe_from(options, kind)
+        flops = len(folds_of(options)) * cspine.training_flops(kind, recipe, samples)
+        hours[mode] = flops / cards / tflops / 1e12 / 3600
+    return hours
+
+
+def crops_gb(preset, studies):
+    """GB of the crops of all studies, by an assumed size of one's."""
+    edge = options_of(preset, "extract").size
+    return studies * CROPS_MB * (edge / cspine.CROP) ** 2 / 1000
+
+
+# ---- Before the training ----
+
+
+def mounted(name):
+    """Where Kaggle put an input: at /kaggle/input, or up to three folders below."""
+    for level in range(4):
+        for path in sorted((KAGGLE / "input").glob("*/" * level + name)):
+            return path
+    raise UserError(f"no {name} under {KAGGLE}/input: attach it (Add Input)")
+
+
+def earlier_session():
+    """(output of the latest session that is attached, its number), or (None, 0)."""
+    found = []
+    for path in cspine.files_below(KAGGLE / "input", LEVELS):
+        if path.name == NOTE:
+            found.append((json.loads(path.read_text())["session"], path.parent))
+    number, folder = max(found, default=(0, None))
+    return folder, number
+
+
+def work_folder(needed):
+    """Where the crops go: into the output if it holds them, else beside it."""
+    for folder, kept in ((KAGGLE / "working", "kept"), (TEMPORARY, "made anew a session")):
+        if (folder / "work").exists():  # this cell ran before
+            return folder / "work"
+        free = shutil.disk_usage(folder).free / 1e9
+        fits = free > needed
+        print(f"disk: {needed:.0f} GB needed (assumed), {free:.0f} free in {folder}: "
+              f"{'crops are ' + kept if fits else 'too little'}")
+        if fits:
+            return folder / "work"
+    raise UserError("too little disk for the crops of this preset")
+
+
+def try_cards():
+    """The number of GPUs, each of which ran a kernel."""
+    cards = torch.cuda.device_count()
+    if not cards:
+        raise UserError("no GPU: choose the accelerator T4 x2")
+    for k in range(cards):
+        try:
+            ones = torch.ones(64, 64, device=f"{DEVICE}:{k}")
+            works = (ones @ ones).sum().item() == 64**3
+        except RuntimeError as error:  # a P100, for which torch has no kernels
+            raise UserError(f"GPU {k} runs nothing: choose T4 x2 ({error})") from error
+        print(f"GPU {k}: {'runs' if works else 'COUNTS WRONGLY'}")
+    return cards
+
+
+def preflight(preset, minutes):
+    """Look whether all is there, say it in a line each, and make the Session.
+    UserError if the training cannot begin."""
+    end = time.monotonic() + 60 * minutes
+    cards = try_cards()
+    data = mounted(Path(cspine.KAGGLE_DATA).name)
+    truth, _, masks = cspine.training_data(options_of(preset, "train-seg", "--data", str(data)))
+    masked = len(truth.keys() & masks.keys())
+    print(f"data: {data}: {len(truth)} studies with images, {masked} with masks")
+    if not masked:
+        raise UserError(f"no study with a mask in {data}")
+
+    earlier, number = earlier_session()
+    print(f"earlier session: {earlier or 'none attached: this is the first'}")
+    work = work_folder(crops_gb(preset, len(truth)) + MODELS_GB)
+    for name in sorted({options_of(preset, mode).backbone for mode in STEPS if STEPS[mode]}):
+        found = cspine.imagenet_file(name, data) or "NOT FOUND: attach timm's file of it"
+        print(f"ImageNet weights of {name}: {found}")
+
+    hours = planned_hours(preset, len(truth), masked, cards, cspine.CARD_TFLOPS)
+    each = ", ".join(f"{mode} {value:.1f}" for mode, value in hours.items())
+    total, again = sum(hours.values()), 0.0
+    if KAGGLE not in work.parents:  # every session makes the crops
+        again = hours["extract"]
+    sessions = math.ceil((total - again) / max(minutes / 60 - again, 0.1))
+    print(f"hours by the plan, {cspine.CARD_TFLOPS:g} TFLOP/s a card assumed: {each}; in all "
+          f"{total:.1f}, about {sessions} sessions of {minutes:g} minutes")
+    weights = KAGGLE / "working" / "weights"
+    return Session(preset, number + 1, end, cards, data, weights, work, earlier)
+
+
+# ---- The training ----
+
+
+def take_over(session):
+    """Copy what the earlier session made, but for files that are there already."""
+    places = dict(weights=session.weights, work=session.work)
+    if session.earlier:
+        for name, folder in places.items():
+            source = session.earlier / name
+            for path in cspine.files_below(source, 1):
+                target = folder / path.relative_to(source)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if not target.exists():
+                    shutil.copyfile(path, target)
+
+
+def stems(session, mode):
+    """The names, without their endings, of what a training of the preset writes."""
+    options = options_of(session.preset, mode)
+    kind = f"{STEPS[mode]}_{options.name}".rstrip("_")
+    return [session.weights / f"{kind}_fold{fold}" for fold in folds_of(options)]
+
+
+def finished(session, mode):
+    """Whether every fold is trained to its last epoch, by its log.
+    Crops are needed until the classifiers are."""
+    if mode == "extract":
+        return finished(session, "train-cls") and finished(session, "train-patient")
+    epochs = options_of(session.preset, mode).epochs
+    for stem in stems(session, mode):
+        log = Path(f"{stem}_log.csv")
+        if not log.exists() or pd.read_csv(log).epoch.iloc[-1] != epochs:
+            return False
+    return True
+
+
+def run_step(session, mode):
+    """Run a command with a process a GPU, in the time that is left; its exit status."""
+    left = (session.end - time.monotonic()) / 60
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        f"--nproc_per_node={session.cards}", "cspine.py", mode, "--preset", session.preset,
+        "--data", str(session.data), "--weights", str(session.weights),
+        "--work", str(session.work), "--time-limit", f"{left:.3f}"]
+    if mode != "extract":  # which always goes on
+        command.append("--resume")
+    return subprocess.call(command, cwd=KAGGLE / "working")
+
+
+def train_all(session):
+    """Take the steps that are left, as far as the time goes: what stopped it, or ""."""
+    take_over(session)
+    for mode in STEPS:
+        if not finished(session, mode):
+            if session.end - time.monotonic() < 60 * LEAST_MINUTES:
+                return f"the time was over before {mode}"
+            status = run_step(session, mode)
+            if status:
+                return f"{mode} FAILED with exit status {status}: its lines say why"
+            over = session.end < time.monotonic()
+            if over if mode == "extract" else not finished(session, mode):
+                return f"the time was over in {mode}"
+        if STEPS[mode]:  # the states of finished trainings; the logs tell that they are
+            for stem in stems(session, mode):
+                Path(f"{stem}_last.pt").unlink(missing_ok=True)
+    return ""
+
+
+def close(session, stopped):
+    """Mark the output as a session's, and say what comes next."""
+    note = dict(session=session.number, preset=session.preset, stopped=stopped)
+    (KAGGLE / "working" / NOTE).write_text(json.dumps(note))
+    if stopped:
+        print(f"Session {session.number}: {stopped}.")
+        print(f"NOT YET TRAINED. Next session: attach the output of this one, which holds {NOTE} "
+              "(Add Input, Your Work, this notebook; or make a data set of it), in place of "
+              "any earlier output, and run all cells again: it goes on where this one stopped.")
+    else:
+        print(f"Session {session.number}: ALL IS TRAINED. The models are in weights/ of this "
+              "output: download that folder, then `cspine.py evaluate --folds --calibrate "
+              "--weights weights` and `cspine.py notebook --weights weights "
+              "--weights-dataset OWNER/NAME`.")
