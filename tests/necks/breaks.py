@@ -178,7 +178,7 @@ def draw_harmless(rng, hu, labels, spacing, broken):
 
 def broken_copy(rng, hu, labels, spacing, broken):
     """(float32 HU, broken (7,)) with one to three more vertebrae broken, of those whole."""
-    out, broken = np.float32(hu), np.array(broken)
+    out, broken = hu.astype(np.float32), np.array(broken)  # copies
     large = [(labels == v).sum() * np.prod(spacing) > WHOLE_MM3 for v in range(1, 8)]
     cut_off = np.isin(range(1, 8), labels[[0, -1]])
     rate = np.where(large & ~cut_off & (broken == 0), FRACTURE_RATES, 0)

@@ -9,8 +9,8 @@ Each step goes on where it was stopped. `crops` draws a study, masks it with the
 broken (tests/necks/breaks.py). The trainings go on from the classifiers in OLDER and write
 to WORK/weights; the patient's takes over all but its own head from the new vertebra
 classifier. NECKS holds `<patient>.nii.gz`; no fracture is known in them, and
-tests/necks/real_necks.py says who is kept out. A hand that is not in the repository
-(`metaballs` left after commit 0fff004) is left out.
+tests/necks/real_necks.py says who is kept out. A hand that is not in the
+repository (`lofts` and `metaballs` left after commit 0fff004) is left out.
 """
 
 import argparse
@@ -41,10 +41,11 @@ COLUMNS = 256
 SLICE_MM = 0.5, 1.25
 THICK_MM = 2.5
 NOISE_HU = 5, 60
+Z_MARGIN = 0.0  # of the crops, as the older classifiers know them
 
 SHARED = (
     "--backbone tf_efficientnet_lite0 --size 160 --hidden 128 --thin 3 --mixup 0 "
-    "--folds 40 --fold 0 --resume")
+    f"--folds 40 --fold 0 --z-margin {Z_MARGIN} --resume")
 TRAININGS = dict(
     vertebra=f"train-cls --batch-size 8 --lr 1.5e-4 --epochs 2 --seed 51 {SHARED}",
     patient=f"train-patient --batch-size 2 --lr 1e-4 --epochs 1 --seed 52 {SHARED}")
@@ -103,8 +104,8 @@ class Crops:
     def write(self, uid, hu, spacing, masks, broken):
         """A study's crops, and last its row of labels."""
         volume = cspine.Volume("", hu, tuple(spacing), np.eye(4))
-        crops = cspine.vertebra_slices(volume, masks)
-        cspine.write_crops(self.work / "last" / f"{uid}.npz", crops)
+        crops = cspine.vertebra_slices(volume, masks, z_margin=Z_MARGIN)
+        cspine.write_crops(self.work / "last" / f"{uid}.npz", crops, Z_MARGIN)
         (self.work / "train_images" / uid).mkdir(parents=True, exist_ok=True)
         row = [uid, *map(int, broken), int(np.any(broken))]
         path = self.work / "labels" / f"{uid}.csv"
