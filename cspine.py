@@ -3139,6 +3139,8 @@ def predict(options):
     answers): a row a study, with where to look and how large each vertebra is. For
     research, not for diagnosis."""
     if options.path:
+        if options.resume or "time_limit" in options.given:
+            raise UserError("--resume and --time-limit are for the competition, not a PATH")
         return predict_own(options)
     if options.json or options.masks:
         raise UserError("--json and --masks go with a PATH, as in: predict STUDY --json")

@@ -223,7 +223,8 @@ def test_bad_paths_are_one_line(predict, ct, tmp_path, capsys):
     (tmp_path / "taken").write_text("")
     for arguments, words in ((["nowhere"], "no such file"), (["empty"], "usable slices"),
                              (["dicom", "--out", "taken/x"], "cannot write"),
-                             (["--json"], "go with a PATH")):
+                             (["--json"], "go with a PATH"),
+                             (["dicom", "--resume"], "for the competition")):
         status, _ = predict(*arguments)
         lines = capsys.readouterr().err.splitlines()
         assert status == 2 and len(lines) == 1 and words in lines[0], lines
