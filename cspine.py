@@ -1430,6 +1430,7 @@ OWN_ANSWERS = "answers"  # folder of answers, if --out names none
 MASK_FROM = 0.5  # probability from which a voxel is a vertebra's
 SLAB_MM = 3.0  # mm to either side of a vertebra's middle, where its canal is open
 BODY_MM = 30.0  # mm; a deeper part of a mask is no vertebral body alone
+LEAST_CM3 = 1.0  # cm3; a smaller mask is no vertebra (C1, the smallest, has several)
 LEAST_ROWS = 5  # voxels from front to back of a body, to fit a line to
 PLATE = (0.2, 0.8)  # shares of a body's depth between which its endplate is straight
 FROM_MASKS = "angle between lines fitted to the lower ends of the masks of C2 and C7"
@@ -1557,8 +1558,8 @@ def write_answers(out, rows, note, with_json):
     """Write answers.csv, a row a study, and answers.json if asked for."""
     lines = []
     for row in rows:
-        line = dict(row)
-        lines.append(line | as_columns(line.pop("vertebrae", {})) | dict(note=note))
+        line = dict(note=note) | row
+        lines.append(line | as_columns(line.pop("vertebrae", {})))
     write_csv(out / "answers.csv", pd.DataFrame(lines))
     if with_json:
         content = dict(note=note, lordosis=FROM_MASKS, studies=rows)
@@ -1590,14 +1591,18 @@ def answer_own(path, name, future, ensemble, masks):
     """A study's row of answers.csv; StudyError if it has none.
     With a folder of masks, the vertebrae's go there."""
     def further(volume, probability, places):
+        labels = vertebra_labels(volume, probability)
+        lordosis = measure(labels, volume, places)
+        sizes = {name: place.get("cm3", 0) for name, place in places.items()}
+        places = {name: places[name] for name in places if sizes[name] >= LEAST_CM3}
         if not places:
             raise StudyError(f"{path}: no cervical vertebra seen")
-        labels = vertebra_labels(volume, probability)
         if masks:
             write_nifti(Path(masks) / f"{name}.nii.gz", labels, volume)
-        lordosis = measure(labels, volume, places)
         unseen = dict.fromkeys(name for name in VERTEBRAE if name not in places)
-        return unseen | dict(lordosis_degrees=lordosis, vertebrae=places)
+        status = "partial" if unseen else "ok"
+        found = dict(status=status, seen="+".join(places), lordosis_degrees=lordosis)
+        return unseen | found | dict(vertebrae=places)
 
     most = max(map(len, ensemble.models.values()))
     row = answer_somewhere(name, future, ensemble, most, None, further)

@@ -145,6 +145,7 @@ def predict(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small = 32, *cspine.vertebra_slices.__defaults__[1:]
     monkeypatch.setattr(cspine.vertebra_slices, "__defaults__", small)
+    monkeypatch.setattr(cspine, "LEAST_CM3", 0.0)  # make_weights' vertebrae are faint
     make_weights(tmp_path / "weights")
 
     def run(*arguments):
@@ -232,6 +233,13 @@ def test_bad_paths_are_one_line(predict, ct, tmp_path, capsys):
 
 def test_without_a_neck_there_is_no_prior(predict, ct, tmp_path, capsys):
     make_weights(tmp_path / "weights", unseen=cspine.VERTEBRAE)
+    status, table = predict("dicom")
+    assert status == 2 and table is None
+    assert "no cervical vertebra seen" in capsys.readouterr().err
+
+
+def test_what_is_faint_everywhere_is_no_vertebra(predict, ct, monkeypatch, capsys):
+    monkeypatch.setattr(cspine, "LEAST_CM3", 1.0)
     status, table = predict("dicom")
     assert status == 2 and table is None
     assert "no cervical vertebra seen" in capsys.readouterr().err

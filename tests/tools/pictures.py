@@ -261,7 +261,8 @@ def overview(path, volume, probability, answers, truth=None, dice=None, places=N
         panels.append(panel(volume, probability, *plane, names, truth, marked))
     bars = dict(zip((*VERTEBRAE, "patient"), np.round(answers, 2)))
     study = (f"study {volume.uid}"[-54:], "")
-    panels.insert(2, chart("Probability of a fracture", bars, study, 1, COLOURS, 3))
+    title = "Probability of a fracture; research, no diagnosis"
+    panels.insert(2, chart(title, bars, study, 1, COLOURS, 3))
     write_png(path, np.vstack([np.hstack(panels[:3]), np.hstack(panels[3:])]))
 
 
