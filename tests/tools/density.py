@@ -51,9 +51,14 @@ def tokens_of(source):
     """{number of a code line: tokens that begin in it}."""
     hidden = docstring_lines(ast.parse(source))
     tokens = {}
+    depth = 0  # Python 3.12 and later take an f-string apart; here it is one token
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         first, last = token.start[0], token.end[0]
-        if token.type in BLANK or first in hidden:
+        name = tokenize.tok_name[token.type]
+        depth -= name == "FSTRING_END"
+        inside = depth > 0 or name == "FSTRING_END"
+        depth += name == "FSTRING_START"
+        if token.type in BLANK or first in hidden or inside:
             continue
         for line in range(first, last + 1):  # a long string is code in each of its lines
             tokens.setdefault(line, 0)
