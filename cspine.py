@@ -1333,8 +1333,7 @@ def answer_or_prior(uid, future, ensemble, folds, seconds):
         return dict(PRIOR_ANSWERS, status="failed", warnings=reason)
 
 def working(ensemble):
-    """The Ensemble, tried once on its device; on the CPU if that runs nothing.
-    A card too old for today's torch counts as available, and fails at every launch."""
+    """The Ensemble, tried once on its device; on the CPU if its models do not run there."""
     if not ensemble.on_cpu:
         return ensemble
     try:
@@ -2655,12 +2654,25 @@ def over_ranks(value):
     return values
 
 def pick_device(name):
-    """The torch.device of --device; UserError if there is none."""
-    if name == "auto":
-        number = os.environ.get("LOCAL_RANK", 0)
-        name = f"cuda:{number}" if torch.cuda.is_available() else "cpu"
-    with errors_as(UserError, f"--device {name}"):
-        return torch.empty(1, device=name).device
+    """The torch.device of --device, on which something was computed; else UserError.
+    auto takes the CPU where there is no GPU, or one that runs nothing: a card too old for
+    today's torch counts as available, and fails at every launch."""
+    if name != "auto":
+        with errors_as(UserError, f"--device {name}"):
+            return computed_on(name)
+    if torch.cuda.is_available():
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        try:
+            return computed_on(name)
+        except RuntimeError as error:
+            say(f"{name} runs nothing ({error!r:.200}): going on with the CPU")
+    return torch.device("cpu")
+
+def computed_on(name):
+    """The torch.device of this name, after a sum that was waited for."""
+    ones = torch.ones(2, device=name)
+    ones.sum().item()
+    return ones.device
 
 def half_type(device):
     """bfloat16 where it is native, else float16 on a GPU (T4), None on a CPU."""

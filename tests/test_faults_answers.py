@@ -637,3 +637,18 @@ def test_a_training_of_segmenters_without_masks_says_so(said, tmp_path):
     _, errors = said(["train-seg", "--data", tmp_path, "--weights", tmp_path / "w",
                       "--device", "cpu"], 2)
     assert errors.count("\n") == 1 and "no study" in errors and "mask" in errors
+
+
+def test_a_card_that_counts_as_available_and_runs_nothing_is_left_by_every_mode(
+        monkeypatch, capsys):
+    def launch(name):
+        raise RuntimeError("CUDA error: no kernel image is available for execution")
+
+    assert cspine.computed_on("cpu") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cspine, "computed_on", launch)
+    assert cspine.pick_device("auto") == torch.device("cpu")
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "cuda:0 runs nothing" in said and "no kernel image" in said
+    with pytest.raises(cspine.UserError, match="--device cuda:0: .*no kernel image"):
+        cspine.pick_device("cuda:0")
