@@ -3178,13 +3178,13 @@ def predict(options):
         ensemble = working(load_ensemble(options.weights, device, calibration))
         images = data / "test_images"
         predict_studies(images, task, ensemble, stop, options.workers, options.resume)
-    asked = {uid for _, uid, _ in task.rows}
-    answered = read_reports(task).items()
-    good = sum(uid in asked and row["status"] != "nothing seen" for uid, row in answered)
-    count = len(asked)
-    print(f"{task.out}: {len(task.rows)} rows, {count} studies, "
-          f"{count - good} fell back to a prior")
-    if 2 * good < count and world == 1:
+    uids = [*dict.fromkeys(uid for _, uid, _ in task.rows)]
+    mine = uids[rank::world]  # each process speaks of its share
+    reports = read_reports(task)
+    good = sum(reports.get(uid, {}).get("status") in ("ok", "partial") for uid in mine)
+    print(f"{task.out}: {len(task.rows)} rows, {len(mine)} studies, "
+          f"{len(mine) - good} fell back to a prior")
+    if 2 * good < len(mine):
         raise Stopped("most studies got the prior: see predict_report.csv", 3)
 
 @dataclass(frozen=True)
