@@ -324,6 +324,7 @@ def test_an_enhanced_ct_file_takes_place_and_hu_from_its_functional_groups(tmp_p
     volume = read_volume(tmp_path)
     expected = stored[np.argsort(order)] - np.arange(20)[:, None, None]
     assert np.array_equal(volume.hu, expected[::-1])
+    assert np.array_equal(read_volume(tmp_path / "all.dcm").hu, volume.hu)  # the file alone
     assert volume.spacing == pytest.approx((0.6, 0.4, 0.7), abs=1e-6)
     assert volume.affine[:3, 3] == pytest.approx((1.0, 2.0, 19 * 0.6))
 
