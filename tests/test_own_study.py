@@ -99,18 +99,27 @@ def test_the_largest_piece_is_kept_whole():
 
 
 @pytest.mark.parametrize("degrees", ((0, 0), (20, -10)))
-def test_masks_lie_where_the_probabilities_do(degrees):
+@pytest.mark.parametrize("flip", [*product((False, True), repeat=3)])
+def test_masks_lie_where_the_probabilities_do(degrees, flip, tmp_path):
+    """In the study and, by its file's sform, in space: also flipped, oblique, foot first."""
     probability = np.zeros((7, EDGE, EDGE, EDGE), np.float32)
     probability[2, 4:10, 8:20, 10:22] = 0.9
     probability[3, 12:18, 8:20, 10:22] = 0.9
     probability[3, 26:28, 2:4, 2:4] = 0.9  # a stray
-    volume = volume_of(np.zeros((60, 96, 50), np.uint8), degrees=degrees)
+    volume = volume_of(np.zeros((60, 96, 50), np.uint8), ((0, 1, 2), flip), degrees)
     labels = cspine.vertebra_labels(volume, probability)
     assert set(np.unique(labels)) == {0, 3, 4} and not labels[45:].any()
+    path = tmp_path / "m.nii.gz"
+    cspine.write_nifti(path, labels, volume)
+    stored, _, _, voxel_from_lps = cspine.read_nifti(path)
+    lps_from_voxel = np.linalg.inv(voxel_from_lps)
     for v, middle in ((3, 7), (4, 15)):
         centre = np.argwhere(labels == v).mean(0)
         expected = np.array([middle, 14, 16]) / EDGE * labels.shape - 0.5
         assert abs(centre - expected).max() < 0.5
+        in_file = np.argwhere(stored == v).mean(0)
+        lps = (lps_from_voxel @ [*in_file, 1] - volume.affine @ [*expected, 1])[:3]
+        assert np.linalg.norm(lps) < 0.5 * np.linalg.norm(volume.spacing)
         share = (labels == v).mean() / (6 * 12 * 12 / EDGE**3)
         assert 0.9 < share < 1.15
 
