@@ -1142,6 +1142,7 @@ class Calibration(NamedTuple):
     unusual: float = math.inf  # median logit of C1..C7 above which a study is foreign
     answers: Answers = Answers()
     weights: dict = {}  # {model name: its weight in the blend}; else 1
+    trained_on: str = "unknown"  # what the models were, in words
 
 class Ensemble(NamedTuple):
     """The models that answer a study, and how their outputs become answers."""
@@ -1208,8 +1209,8 @@ def calibrated(raw, noisy_or, calibration):
     """(N, 8) probabilities of mean logits (N, 8).
     The patient's is a blend of its own and of the vertebrae's noisy-or, P(at least one).
     What is not in view gets calibration.unseen; with no vertebra in view the patient does,
-    too. Where a calibration says what is unusual, a
-    study whose vertebrae seem mostly broken is foreign to it, and leans to the prior."""
+    too. Where a calibration says what is unusual, a study whose vertebrae seem mostly
+    broken is foreign to it, and leans to the prior."""
     scale, shift, unseen = map(torch.tensor, calibration[:3])
     logits = torch.tensor(raw) * scale + shift
     median = logits[:, :7].nan_to_num(-9).median(1, keepdim=True).values
@@ -1455,15 +1456,9 @@ def named_studies(paths):
             return dict(zip(names, found))
     raise UserError(f"{found[0]}: two studies of one name")
 
-def research_note(weights):
+def research_note(weights, calibration):
     """What stands with every answer: of what weights it is, and what it is not."""
-    hashes = model_hashes(weights)
-    path = Path(weights) / "calibration.json"
-    with errors_as(UserError, f"{path}: no calibration"):
-        known = json.loads(path.read_text()) if path.exists() else {}
-        same = known.get("files") == hashes
-        trained_on = known.get("trained_on", "unknown") if same else "unknown"
-    name = f"weights {hash_of(hashes)}, trained on: {trained_on}"
+    name = f"weights {hash_of(model_hashes(weights))}, trained on: {calibration.trained_on}"
     return f"For research, not for diagnosis; {name}"
 
 def largest_piece(mask):
@@ -1612,13 +1607,11 @@ def predict_own(options):
     out = Path(options.out if "out" in options.given else OWN_ANSWERS)
     studies = named_studies(options.path)
     for folder in filter(None, (out, options.masks)):
-        probe = Path(folder) / ".cspine"
-        write_atomic(probe, lambda new: new.touch())  # now, not after an hour
-        probe.unlink()
-    note = research_note(options.weights)
+        try_writing(folder)  # now, not after an hour
+    calibration = calibration_asked(options)
+    note = research_note(options.weights, calibration)
     device = pick_device(options.device)
-    ensemble = load_ensemble(options.weights, device, calibration_asked(options))
-    ensemble = working(ensemble)
+    ensemble = working(load_ensemble(options.weights, device, calibration))
 
     def read(name):
         start = monotonic()
@@ -1993,7 +1986,8 @@ def read_calibration(weights):
         unusual = float(content.get("unusual", math.inf))
         weights = content.get("weights", {})
         weights = {name: float(weight) for name, weight in weights.items()}
-        return Calibration(*rows.T, unusual, answers, weights)
+        trained_on = content.get("trained_on", Calibration().trained_on)
+        return Calibration(*rows.T, unusual, answers, weights, trained_on)
 
 
 # ==== Batches and augmentation ====
@@ -2473,9 +2467,7 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
     if size % world:
         raise UserError(f"--batch-size {size}: no multiple of the {world} processes")
     if rank == 0:  # which alone writes; better now than after an epoch
-        probe = weights / f".{name}"
-        write_atomic(probe, lambda new: new.touch())
-        probe.unlink()
+        try_writing(weights)
     run = Trainer(task, init)
     last = weights / f"{name}_last.pt"
     if go_on and last.exists():
@@ -2614,6 +2606,12 @@ def write_atomic(path, write):
     finally:
         with suppress(OSError):
             new.unlink()
+
+def try_writing(folder):
+    """Make a folder, and a file in it that goes again. Raises UserError if that fails."""
+    probe = Path(folder) / f".{os.getpid()}.probe"  # others may try the same folder
+    write_atomic(probe, lambda new: new.touch())
+    probe.unlink()
 
 def write_csv(path, table):
     """Write a table without its index."""

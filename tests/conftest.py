@@ -43,6 +43,22 @@ def fork_server():
     return context
 
 
+@pytest.fixture(scope="module")
+def start_process(fork_server):
+    """start_process(target, *args, **kwargs) -> a process, killed when its file's tests end."""
+    started = []
+
+    def start(target, *args, **kwargs):
+        process = fork_server.Process(target=target, args=args, kwargs=kwargs)
+        process.start()
+        started.append(process)
+        return process
+    yield start
+    for process in started:
+        process.kill()
+        process.join()
+
+
 @pytest.fixture(scope="session")
 def make_dicom():
     """dicom_bytes: one CT file as bytes."""

@@ -256,21 +256,13 @@ def run_main(folder, argv, environment):
 
 
 @pytest.fixture
-def start(fork_server):
+def start(start_process):
     """start(folder, data, weights, ...) -> a process of its own that predicts."""
-    started = []
-
     def run(folder, data, weights, *options, **environment):
         argv = ["predict", "--data", str(data), "--weights", str(weights), "--workers", "1",
                 *options]
-        process = fork_server.Process(target=run_main, args=(folder, argv, environment))
-        process.start()
-        started.append(process)
-        return process
-    yield run
-    for process in started:
-        process.kill()
-        process.join()
+        return start_process(run_main, folder, argv, environment)
+    return run
 
 
 def wait_for(path, process, lines):

@@ -4,6 +4,7 @@ Runs are real processes where a kill or an exit status is the point: a server im
 once and forks for each. Backbones are timm's tiny `test_` ones, cubes of 32, crops of 48.
 """
 
+import itertools
 import math
 import os
 import random
@@ -92,21 +93,17 @@ def run_main(argv, stderr, cut=0, environment=()):
 
 
 @pytest.fixture(scope="module")
-def launch(fork_server, tmp_path_factory):
+def launch(start_process, tmp_path_factory):
     """launch(argv, ...) -> a started process; its stderr goes to the file `process.stderr`."""
-    folder, started = tmp_path_factory.mktemp("stderr"), []
+    folder = tmp_path_factory.mktemp("stderr")
+    numbers = itertools.count()
 
     def start(argv, **options):
-        stderr = folder / str(len(started))
-        process = fork_server.Process(target=run_main, args=(argv, stderr), kwargs=options)
-        process.start()
+        stderr = folder / str(next(numbers))
+        process = start_process(run_main, argv, stderr, **options)
         process.stderr = stderr
-        started.append(process)
         return process
-    yield start
-    for process in started:
-        process.kill()
-        process.join()
+    return start
 
 
 def finish(process):
