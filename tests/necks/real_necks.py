@@ -74,6 +74,7 @@ class Neck:
     points: dict  # name: (z, y, x) mm from the centre of the first voxel
     midline: np.ndarray  # x of the spinal cord in every slice, mm
     sure: bool = False
+    ends: np.ndarray = None  # vertebrae_ends, for who cuts many views
 
 
 @dataclass(frozen=True)
@@ -349,6 +350,8 @@ def extent_mm(neck):
 
 def vertebrae_ends(neck, labels):
     """First and last mm of C1 to C7 on each axis, (2, 3)."""
+    if neck.ends is not None:
+        return neck.ends
     box = bounding_box((labels > 0) & (labels < 8))
     return np.array([[s.start, s.stop - 1] for s in box]).T * neck.spacing
 
@@ -435,7 +438,10 @@ def draw_view(neck, labels, rng, kind):
 
 
 def sample(array, spacing, view, shape, window=((-1, -1, -1), (1, 1, 1)), nearest=False):
-    """float32 `shape`: an array (Z, Y, X) in a view, or in a window of it; 0 outside."""
+    """float32 tensor `shape`: an array (Z, Y, X) in a view, or in a window of it; 0 outside.
+
+    The array may be a tensor on a GPU; there the sample is made, too.
+    """
     low, high = np.array(window)
     axes = view.axes * (high - low) / 2
     centre = view.centre + view.axes @ (high + low) / 2
@@ -446,29 +452,28 @@ def sample(array, spacing, view, shape, window=((-1, -1, -1), (1, 1, 1)), neares
     start = start.clip(0, last).astype(int)
     stop = (centre + reach) // spacing + 3
     stop = stop.clip(start + 1, last + 1).astype(int)
-    part = array[tuple(map(slice, start, stop))]
+    part = torch.as_tensor(array[tuple(map(slice, start, stop))])
+    part = part[None, None].float()
 
-    half = np.array(part.shape) * spacing / 2  # mm
+    half = np.array(part.shape[2:]) * spacing / 2  # mm
     middle = (start - 0.5) * spacing + half
     matrix = np.c_[axes, centre - middle] / half[:, None]
     matrix = matrix[::-1, [2, 1, 0, 3]].copy()  # grid_sample's axes are x, y, z
-    theta = torch.from_numpy(np.float32(matrix))[None]
+    theta = torch.from_numpy(np.float32(matrix))[None].to(part.device)
     grid = F.affine_grid(theta, (1, 1, *shape), align_corners=False)
-    part = torch.from_numpy(np.float32(part))[None, None]
     mode = "nearest" if nearest else "bilinear"
-    return F.grid_sample(part, grid, mode, align_corners=False)[0, 0].numpy()
+    return F.grid_sample(part, grid, mode, align_corners=False)[0, 0]
 
 
 def view_hu(neck, view, shape, **others):
-    """float32 HU of a view; air where there is no CT."""
-    above_air = neck.hu + np.int16(-AIR_HU)
+    """float32 tensor of the HU of a view; air where there is no CT."""
+    above_air = neck.hu + -AIR_HU
     return sample(above_air, neck.spacing, view, shape, **others) + AIR_HU
 
 
 def view_labels(neck, labels, view, shape, **others):
-    """uint8 labels of a view."""
-    found = sample(labels, neck.spacing, view, shape, nearest=True, **others)
-    return found.astype(np.uint8)
+    """uint8 tensor of the labels of a view."""
+    return sample(labels, neck.spacing, view, shape, nearest=True, **others).byte()
 
 
 # ==== Studies ====
@@ -480,15 +485,14 @@ def cells(count):
 
 def harder_kernel(hu, share):
     """Edges sharpened by a share of what a mean over 3 x 3 x 3 voxels takes away."""
-    volume = torch.from_numpy(hu)[None, None]
-    soft = F.avg_pool3d(volume, 3, 1, 1)[0, 0].numpy()
-    return hu + np.float32(share) * (hu - soft)
+    soft = F.avg_pool3d(hu[None, None], 3, 1, 1)[0, 0]
+    return hu + share * (hu - soft)
 
 
 def add_couch(hu, extent, rng):
     """A bent board behind the body, in place; hu float32 (Z, Y, X), extent in mm."""
     depth, height, width = hu.shape
-    body = (hu > -100).mean((0, 2))  # of every row
+    body = (hu > -100).float().mean((0, 2)).cpu()  # of every row
     rows = np.flatnonzero(body > 0.03)
     if not len(rows) or rows[-1] > height - 4:
         return
@@ -497,8 +501,8 @@ def add_couch(hu, extent, rng):
     middle = y[rows[-1]] + rng.uniform(2, 12) / extent[1]
     thick = rng.uniform(2, 7) / extent[1]
     bend = rng.uniform(0, 0.3) * x**2
-    board = abs(y + bend - middle) < thick / 2
-    hu[:, board] = np.maximum(hu[:, board], rng.uniform(-450, 300))
+    board = torch.from_numpy(abs(y + bend - middle) < thick / 2).to(hu.device)
+    hu[:, board] = hu[:, board].clamp(min=rng.uniform(-450, 300))
 
 
 def cut_circle(hu, share):
@@ -506,11 +510,12 @@ def cut_circle(hu, share):
     depth, height, width = hu.shape
     y = cells(height)[:, None] - 0.5
     x = cells(width) - 0.5
-    hu[:, np.hypot(y, x) > share / 2] = AIR_HU
+    outside = torch.from_numpy(np.hypot(y, x) > share / 2).to(hu.device)
+    hu[:, outside] = AIR_HU
 
 
 def dress(hu, extent, rng):
-    """A view as another scanner shows it: kernel, couch, circle."""
+    """A view, a tensor, as another scanner shows it: kernel, couch, circle."""
     if rng.random() < 0.5:
         hu = harder_kernel(hu, rng.uniform(0, 1.2))
     if rng.random() < 0.5:
@@ -533,14 +538,14 @@ def make_study(neck, labels, rng, kind, columns=256):
     view = View(view.centre, view.axes * shape * spacing / edges)
     edges = shape * spacing
 
-    hu = dress(view_hu(neck, view, shape), edges, rng)
+    hu = dress(view_hu(neck, view, shape), edges, rng).numpy()
     hu += rng.uniform(5, 60) * rng.standard_normal(shape, np.float32)
     lps_from_voxel = np.eye(4)
     lps_from_voxel[:3, :3] = np.diag(spacing * (-1, 1, 1))[::-1]
     lps_from_voxel[:3, 3] = 0, 0, edges[0]
     return Phantom(
         hu=np.rint(hu.clip(AIR_HU, 3071)).astype(np.int16),
-        label=view_labels(neck, labels, view, shape),
+        label=view_labels(neck, labels, view, shape).numpy(),
         spacing=tuple(spacing.tolist()),
         affine=lps_from_voxel,
         fractured=np.zeros(7, np.uint8),  # none is known

@@ -47,7 +47,7 @@ def view_volume(neck, view, slice_mm):
     """A view as (Volume, points in mm from its corner)."""
     edges = 2 * view.axes.diagonal()
     shape = round(edges[0] / slice_mm), COLUMNS, COLUMNS
-    hu = np.rint(real_necks.view_hu(neck, view, shape)).astype(np.int16)
+    hu = real_necks.view_hu(neck, view, shape).round().short().numpy()
     volume = cspine.Volume(neck.name, hu, tuple(edges / shape), np.eye(4))
     corner = view.centre - edges / 2
     return volume, {name: at - corner for name, at in neck.points.items()}

@@ -1,25 +1,38 @@
-"""The classifiers that ship, on crops of drawn hands and of real necks.
+"""The classifiers that ship, on crops of drawn hands and of real necks, and their calibration.
 
-    python tests/studies/train_classifiers.py crops --work WORK --necks NECKS --weights weights
-    python tests/studies/train_classifiers.py vertebra --work WORK --older OLDER
-    python tests/studies/train_classifiers.py patient --work WORK --older OLDER
+    python tests/studies/train_classifiers.py draw --work WORK --workers 16 --necks NECKS
+    python tests/studies/train_classifiers.py crops --work WORK --workers 16 --weights weights
+    python tests/studies/train_classifiers.py vertebra --work WORK --older weights
+    python tests/studies/train_classifiers.py patient --work WORK --older weights
+    python tests/studies/train_classifiers.py calibrate --work WORK
 
-Each step goes on where it was stopped. `crops` draws a study, masks it with the segmenter of
---weights and keeps its crops (6 s each); of most it keeps a copy too, with more vertebrae
-broken (tests/necks/breaks.py). The trainings go on from the classifiers in OLDER and write
-to WORK/weights; the patient's takes over all but its own head from the new vertebra
-classifier. NECKS holds `<patient>.nii.gz`; no fracture is known in them, and
-tests/necks/real_necks.py says who is kept out. A hand that is not in the
-repository (`lofts` and `metaballs` left after commit 0fff004) is left out.
+Each step goes on where it was stopped. `draw` makes studies, to train on and to calibrate by
+(10 s each on a core, 25 MB each), and of most a copy with more vertebrae broken
+(tests/necks/breaks.py). `crops` masks them by the segmenter of --weights and cuts the crops
+(6 s each). The trainings go on from the classifiers in OLDER and write to WORK/weights; the
+patient's takes over all but its own head from the new vertebra classifier. `calibrate` fits
+leaving out one generator after the other, and writes WORK/weights/calibration.json.
+
+NECKS holds `<patient>.nii.gz`; no fracture is known in them, and tests/necks/real_necks.py says
+who is kept out. Generators that have left the repository are found in the folder of
+--old-hands (`weights/README.md` says how to fill it), or left out.
 """
 
 import argparse
+import functools
 import importlib
 import importlib.util
+import json
+import math
+import multiprocessing
+import shutil
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import cv2
 import numpy as np
+import pandas as pd
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,12 +43,21 @@ import breaks  # noqa: E402
 import cspine  # noqa: E402
 import real_necks  # noqa: E402
 
-HANDS = dict(  # seed, studies, share with a copy; no seed that anything is measured on
-    phantoms=(4242, 100, 0.6),
-    lofts=(21, 36, 0.8),
-    metaballs=(21, 36, 0.8))
+# Seed, number of studies, share with a copy; no seed that anything is measured on.
+HANDS = dict(
+    train=dict(
+        phantoms=(4242, 160, 0.6),
+        lofts=(21, 48, 0.8),
+        metaballs=(21, 48, 0.8)),
+    calibrate=dict(
+        phantoms=(8, 40, 0),
+        lofts=(3, 20, 0),
+        metaballs=(3, 20, 0),
+        fourth_hand=(3, 20, 0)))
 NECK_SEED = 31
-NECK_VIEWS = 2  # of a patient; a copy with breaks of the first
+NECK_VIEWS = 3  # of a patient to train on
+COPIED_VIEWS = 2  # of these, with a copy that has breaks
+CALIBRATED_NECKS = 30  # without landmarks: every second one with breaks
 PARTIAL_SHARE = 0.15  # of the views; the others show all of C1 to C7
 COLUMNS = 256
 SLICE_MM = 0.5, 1.25
@@ -44,23 +66,33 @@ NOISE_HU = 5, 60
 Z_MARGIN = 0.0  # of the crops, as the older classifiers know them
 
 SHARED = (
-    "--backbone tf_efficientnet_lite0 --size 160 --hidden 128 --thin 3 --mixup 0 "
+    "--backbone tf_efficientnet_lite0 --size 160 --hidden 128 --mixup 0 "
     f"--folds 40 --fold 0 --z-margin {Z_MARGIN} --resume")
 TRAININGS = dict(
-    vertebra=f"train-cls --batch-size 8 --lr 1.5e-4 --epochs 2 --seed 51 {SHARED}",
-    patient=f"train-patient --batch-size 2 --lr 1e-4 --epochs 1 --seed 52 {SHARED}")
+    vertebra=f"train-cls --batch-size 16 --lr 4e-4 --epochs 6 --seed 51 {SHARED}",
+    patient=f"train-patient --batch-size 4 --lr 2e-4 --epochs 4 --seed 52 {SHARED}")
+
+# The calibration that is fitted is drawn towards the prior: this share of it stays.
+FIT_SHARES = 0.7, 0.85, 1.0
+UNUSUAL = math.inf, 1.0, 0.0, -1.0, -2.0
+TRAINED_ON = "phantoms and 57 real necks; no real fracture"
 
 
-def draw_hand(hand, seed, number):
+# ==== Studies ====
+
+def draw_hand(hand, seed, number, part):
     """(HU, labels, spacing, broken (7,)) of one drawn study, head first."""
     module = importlib.import_module(hand)
-    rng = np.random.default_rng([seed, number])
     if hand == "phantoms":
-        share = np.random.default_rng([seed, number, 2]).random()
-        variety = 1 + 0.3 * share * (number % 2)
-        study = module.make_phantom([seed, number], COLUMNS, variety, 2.0)
+        if part == "calibrate":
+            study = module.make_phantom([seed, number], COLUMNS)
+        else:
+            share = np.random.default_rng([seed, number, 2]).random()
+            variety = 1 + 0.3 * share * (number % 2)
+            study = module.make_phantom([seed, number], COLUMNS, variety, 2.0)
         return study.hu, study.label, study.spacing, study.fractured
 
+    rng = np.random.default_rng([seed, number])
     hu, labels, grid, found = module.make_study(rng)  # foot first
     hu = np.ascontiguousarray(hu[::-1]).astype(np.int16)
     broken = np.isin(range(7), [*found]).astype(np.uint8)
@@ -76,77 +108,58 @@ def draw_neck(neck, labels, rng):
     pixel = edges[1:].max() / COLUMNS
     wanted = np.array([rng.uniform(SLICE_MM[0], most), pixel, pixel])
     shape = tuple(np.rint(edges / wanted).astype(int).tolist())
-    hu = real_necks.view_hu(neck, view, shape)
-    return hu, real_necks.view_labels(neck, labels, view, shape), edges / shape
+    hu = real_necks.view_hu(neck, view, shape).numpy()
+    seen = real_necks.view_labels(neck, labels, view, shape).numpy()
+    return hu, seen, edges / shape
 
 
 def scan(hu, spacing, rng):
     """int16 HU as another scanner shows them: kernel, couch, circle, noise."""
-    hu = real_necks.dress(hu, spacing * hu.shape, rng)
+    hu = real_necks.dress(torch.from_numpy(hu), spacing * hu.shape, rng).numpy()
     hu = hu + rng.uniform(*NOISE_HU) * rng.standard_normal(hu.shape, np.float32)
+    return stored(hu)
+
+
+def stored(hu):
     return np.rint(hu.clip(cspine.AIR_HU, 3071)).astype(np.int16)
 
 
-class Crops:
-    """The folder of crops, and what masks a study."""
+def save(folder, uid, hu, spacing, broken):
+    def write(new):
+        with open(new, "wb") as file:
+            np.savez(file, hu=hu, spacing=spacing, broken=broken)
 
-    def __init__(self, work, weights):
-        self.work = work
-        self.models = [*cspine.load_models(weights, "segmenter", "cpu").values()]
-
-    def has(self, uid):
-        return (self.work / "labels" / f"{uid}.csv").exists()
-
-    def mask(self, hu, spacing):
-        volume = cspine.Volume("", hu, tuple(spacing), np.eye(4))
-        return cspine.segment(self.models, volume, torch.device("cpu"), [].append)
-
-    def write(self, uid, hu, spacing, masks, broken):
-        """A study's crops, and last its row of labels."""
-        volume = cspine.Volume("", hu, tuple(spacing), np.eye(4))
-        crops = cspine.vertebra_slices(volume, masks, z_margin=Z_MARGIN)
-        cspine.write_crops(self.work / "last" / f"{uid}.npz", crops, Z_MARGIN)
-        (self.work / "train_images" / uid).mkdir(parents=True, exist_ok=True)
-        row = [uid, *map(int, broken), int(np.any(broken))]
-        path = self.work / "labels" / f"{uid}.csv"
-        text = ",".join(map(str, row)) + "\n"
-        cspine.write_atomic(path, lambda new: new.write_text(text))
-        print(text, end="", flush=True)
+    cspine.write_atomic(folder / f"{uid}.npz", write)
+    print(uid, *broken, flush=True)
 
 
-def crops_of_hands(crops):
-    for hand, (seed, count, share) in HANDS.items():
-        if not importlib.util.find_spec(hand):
-            print(f"{hand}: not in this repository; left out")
-            continue
-        for number in range(count):
-            uid = f"{hand}.{seed}.{number}"
-            rng = np.random.default_rng([seed, number, 99])
-            copied = rng.random() < share
-            if crops.has(f"{uid}.copy" if copied else uid):
-                continue
-            hu, labels, spacing, broken = draw_hand(hand, seed, number)
-            masks = crops.mask(hu, spacing)
-            crops.write(uid, hu, spacing, masks, broken)
-            if copied:
-                hu, broken = breaks.broken_copy(rng, hu, labels, spacing, broken)
-                hu = np.rint(hu.clip(cspine.AIR_HU, 3071)).astype(np.int16)
-                crops.write(f"{uid}.copy", hu, spacing, masks, broken)
+def make_hand(folder, hand, seed, number, copied):
+    """A drawn study, and of some a copy with more breaks."""
+    uid = f"{hand}.{seed}.{number}"
+    rng = np.random.default_rng([seed, number, 99])
+    copied = rng.random() < copied
+    if (folder / f"{uid}.npz").exists():
+        return
+    hu, labels, spacing, broken = draw_hand(hand, seed, number, folder.name)
+    if copied:
+        other, also = breaks.broken_copy(rng, hu, labels, spacing, broken)
+        save(folder, f"{uid}.copy", stored(other), spacing, also)
+    save(folder, uid, hu, spacing, broken)
 
 
-def crops_of_necks(crops, necks):
-    for coarse in real_necks.read_necks(necks, "train"):
-        names = [f"neck.{coarse.name}.{k}" for k in range(NECK_VIEWS)]
-        if all(map(crops.has, names)):
-            continue
-        neck = real_necks.finer(coarse)
-        labels = real_necks.make_mask(neck)
-        for number, uid in enumerate(names):
-            draw_neck_study(crops, neck, labels, number, uid)
+def make_neck(folder, coarse):
+    """Views of a patient to train on, taken as unbroken, and copies with breaks."""
+    uids = [f"neck.{coarse.name}.{k}" for k in range(NECK_VIEWS)]
+    if all((folder / f"{uid}.npz").exists() for uid in uids):
+        return
+    neck = real_necks.finer(coarse)
+    labels = real_necks.make_mask(neck)
+    for number, uid in enumerate(uids):
+        make_view(folder, neck, labels, number, uid)
 
 
-def draw_neck_study(crops, neck, labels, number, uid):
-    """Crops of one view; of the first also of a copy with breaks, scanned alike."""
+def make_view(folder, neck, labels, number, uid, part="both"):
+    """One view, its copy with breaks, or both, scanned alike."""
     key = [NECK_SEED, number, *neck.name.encode()]
     rng = np.random.default_rng(key)
     hu, seen, spacing = draw_neck(neck, labels, rng)
@@ -154,14 +167,110 @@ def draw_neck_study(crops, neck, labels, number, uid):
     copy, broken = breaks.broken_copy(rng, hu, seen, spacing, whole)
     if rng.random() < 0.5:
         breaks.draw_harmless(rng, hu, seen, spacing, whole)
-
-    hu = scan(hu, spacing, np.random.default_rng([*key, 1]))
-    masks = crops.mask(hu, spacing)
-    if number == 0:
+    if part == "broken" or part == "both" and number < COPIED_VIEWS:
         copy = scan(copy, spacing, np.random.default_rng([*key, 1]))
-        crops.write(f"{uid}.copy", copy, spacing, masks, broken)
-    crops.write(uid, hu, spacing, masks, whole)
+        save(folder, f"{uid}.copy", copy, spacing, broken)
+    if part != "broken":
+        hu = scan(hu, spacing, np.random.default_rng([*key, 1]))
+        save(folder, uid, hu, spacing, whole)
 
+
+@functools.cache
+def segmenters(weights, device):
+    models = cspine.load_models(Path(weights), "segmenter", device)
+    return [*models.values()]
+
+
+def mask(weights, device, hu, spacing):
+    volume = cspine.Volume("", hu, tuple(spacing), np.eye(4))
+    models = segmenters(weights, device)
+    return cspine.segment(models, volume, torch.device(device), [].append)
+
+
+def make_unmarked(folder, weights, number, coarse):
+    """A view of a patient without landmarks, named by the segmenter of `weights`."""
+    uid = f"neck.{coarse.name}"
+    broken = number % 2 == 1
+    if (folder / f"{uid}{'.copy' * broken}.npz").exists():
+        return
+    neck = real_necks.finer(coarse)
+    found = mask(weights, "cpu", neck.hu, neck.spacing)
+    named = np.where(found.max(0) > 0.5, found.argmax(0) + 1, 0).astype(np.uint8)
+    cells = [(np.arange(n) + 0.5) * named.shape[0] // n for n in neck.hu.shape]
+    labels = named[np.ix_(*[c.astype(int) for c in cells])]
+    make_view(folder, neck, labels, number, uid, "broken" if broken else "whole")
+
+
+def drawing_jobs(o):
+    """(function, arguments) of every study there is to draw."""
+    for part in o.parts:
+        folder = o.work / "studies" / part
+        folder.mkdir(parents=True, exist_ok=True)
+        for hand, (seed, count, share) in HANDS[part].items():
+            if not importlib.util.find_spec(hand):
+                print(f"{hand}: not in this repository; left out")
+                continue
+            for number in range(count):
+                yield make_hand, folder, hand, seed, number, share
+
+    if "train" in o.parts:
+        for coarse in real_necks.read_necks(o.necks, "train"):
+            yield make_neck, o.work / "studies/train", coarse
+    if "calibrate" not in o.parts:
+        return
+    entries = sorted(real_necks.read_landmarks().items())
+    unmarked = [name for name, entry in entries if not entry.get("points")]
+    for number, name in enumerate(unmarked[:CALIBRATED_NECKS]):
+        coarse = real_necks.read_neck(o.necks, name, dict(entries)[name])
+        folder = o.work / "studies/calibrate"
+        yield make_unmarked, folder, o.weights, number, coarse
+
+
+# ==== Crops ====
+
+def cut_crops(weights, device, work, path):
+    """Crops of a study, and last its row of labels."""
+    part, uid = path.parent.name, path.stem
+    row_path = work / part / "labels" / f"{uid}.csv"
+    if row_path.exists():
+        return
+    with np.load(path) as file:
+        hu, spacing, broken = (file[name] for name in ("hu", "spacing", "broken"))
+    volume = cspine.Volume("", hu, tuple(spacing), np.eye(4))
+    crops = cspine.vertebra_slices(
+        volume, mask(weights, device, hu, spacing), z_margin=Z_MARGIN)
+    cspine.write_crops(work / part / "last" / f"{uid}.npz", crops, Z_MARGIN)
+    (work / part / "train_images" / uid).mkdir(parents=True, exist_ok=True)
+    row = [uid, *map(int, broken), int(np.any(broken))]
+    text = ",".join(map(str, row)) + "\n"
+    cspine.write_atomic(row_path, lambda new: new.write_text(text))
+    print(text, end="", flush=True)
+
+
+def crop_jobs(o):
+    for part in o.parts:
+        for folder in ("last", "labels"):
+            (o.work / part / folder).mkdir(parents=True, exist_ok=True)
+        paths = (o.work / "studies" / part).glob("*.npz")
+        for path in sorted(paths):
+            yield cut_crops, o.weights, o.device, o.work, path
+
+
+def start_worker(paths):
+    sys.path[:] = paths
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+
+
+def run_all(jobs, workers):
+    """Do every job, in processes; the first error ends all."""
+    context = multiprocessing.get_context("spawn")  # a forked process cannot use a GPU
+    with ProcessPoolExecutor(workers, context, start_worker, [sys.path]) as pool:
+        for done in [pool.submit(*job) for job in jobs]:
+            done.result()
+
+
+# ==== Training ====
 
 def init_of(step, work, older):
     """The file that a training starts from."""
@@ -175,31 +284,103 @@ def init_of(step, work, older):
     return work / "init.pt"
 
 
-def train(step, work, older):
-    rows = [path.read_text() for path in sorted((work / "labels").glob("*.csv"))]
+def read_rows(folder):
+    """The labels of all studies of a part, written as its train.csv, and returned."""
+    rows = [path.read_text() for path in sorted((folder / "labels").glob("*.csv"))]
     header = ",".join([cspine.STUDY, *cspine.TARGETS]) + "\n"
-    (work / "train.csv").write_text(header + "".join(rows))
-    command = TRAININGS[step].split() + ["--data", work, "--work", work]
-    command += ["--weights", work / "weights", "--init", init_of(step, work, older)]
+    (folder / "train.csv").write_text(header + "".join(rows))
+    return cspine.read_truth(folder / "train.csv").set_index(cspine.STUDY)
+
+
+def train(step, o):
+    data = o.work / "train"
+    read_rows(data)
+    command = TRAININGS[step].split() + ["--data", data, "--work", data]
+    command += ["--weights", o.work / "weights", "--init", init_of(step, o.work, o.older)]
+    command += ["--workers", o.workers, "--device", o.device]
+    if o.device == "cpu":
+        command += ["--thin", 3]  # all 105 steps of four studies take 15 GB
     sys.exit(cspine.main([*map(str, command)]))
+
+
+# ==== Calibration ====
+
+def towards_prior(found, share, unusual):
+    """The Calibration with a share of its scale and shift, and the rest of the prior's."""
+    prior = np.log(cspine.PRIOR / (1 - cspine.PRIOR))
+    shift = share * np.array(found.shift) + (1 - share) * prior
+    return found._replace(
+        scale=share * np.array(found.scale), shift=shift, unusual=unusual)
+
+
+def calibrate(o):
+    """Choose by the left-out scores how far to trust a fit; fit to all; print the table."""
+    data = o.work / "calibrate"
+    labels = read_rows(data)
+    weights = o.work / "weights"
+    for path in Path(o.weights).glob("segmenter_fold*.pt"):
+        if not (weights / path.name).exists():
+            shutil.copy(path, weights)
+    ensemble = cspine.load_ensemble(weights, torch.device(o.device))
+    outputs = {
+        uid: cspine.classify(ensemble, cspine.read_crops(data / "last" / f"{uid}.npz"))
+        for uid in labels.index}
+    generator = labels.index.str.split(".").str[0]
+
+    table, fits = {}, {}
+    for name in sorted(set(generator)):
+        others = [uid for uid in labels.index[generator != name]]
+        fits[name] = cspine.fit_calibration({u: outputs[u] for u in others}, labels)
+        truth = labels[generator == name].to_numpy()
+        prior = np.broadcast_to(cspine.PRIOR, truth.shape)
+        table["the best constants", "", name] = score(prior, truth)
+    for share in FIT_SHARES:
+        for unusual in UNUSUAL:
+            for name, fit in fits.items():
+                found = towards_prior(fit, share, unusual)
+                left_out = labels.index[generator == name]
+                answers = cspine.blend({u: outputs[u] for u in left_out}, found)
+                truth = labels.loc[left_out].to_numpy()
+                table[share, unusual, name] = score(answers.to_numpy(), truth)
+    table = pd.Series(table).unstack()
+    print(table.round(3).to_string())
+
+    constants = table.loc["the best constants"].iloc[0]
+    tried = table.drop("the best constants")
+    safe = tried[(tried <= constants).all(axis=1)]
+    share, unusual = (safe if len(safe) else tried).mean(axis=1).idxmin()
+    print(f"chosen: {share} of the fit, unusual {unusual}; rows never worse: {len(safe)}")
+    found = cspine.fit_calibration(outputs, labels)
+    cspine.write_calibration(weights, towards_prior(found, share, unusual))
+    path = weights / "calibration.json"
+    content = json.loads(path.read_text()) | dict(trained_on=TRAINED_ON)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def score(answers, truth):
+    return np.nanmean(cspine.study_scores(answers, truth))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("step", choices=("crops", *TRAININGS))
+    parser.add_argument("step", choices=("draw", "crops", *TRAININGS, "calibrate"))
     parser.add_argument("--work", type=Path, default=Path("work"))
     parser.add_argument("--necks", type=Path, help="folder of <patient>.nii.gz")
-    parser.add_argument("--weights", default=str(ROOT / "weights"))
+    parser.add_argument("--old-hands", help="folder of generators that left the repository")
+    parser.add_argument("--weights", default=str(ROOT / "weights"), help="the segmenter's")
+    parser.add_argument("--parts", nargs="+", default=[*HANDS], choices=[*HANDS])
     parser.add_argument("--older", type=Path, help="folder of classifiers to start from")
+    parser.add_argument("--workers", type=int, default=1, help="processes, or threads")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     o = parser.parse_args()
-    if o.step == "crops":
-        for folder in ("last", "labels"):
-            (o.work / folder).mkdir(parents=True, exist_ok=True)
-        crops = Crops(o.work, o.weights)
-        crops_of_hands(crops)
-        crops_of_necks(crops, o.necks)
-        return
-    train(o.step, o.work, o.older)
+    if o.old_hands:
+        sys.path.append(str(Path(o.old_hands).resolve()))
+    if o.step in ("draw", "crops"):
+        run_all(drawing_jobs(o) if o.step == "draw" else crop_jobs(o), o.workers)
+    elif o.step == "calibrate":
+        calibrate(o)
+    else:
+        train(o.step, o)
 
 
 if __name__ == "__main__":

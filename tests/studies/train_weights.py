@@ -1,22 +1,24 @@
-"""A segmenter like the one that ships, of real necks and drawn ones, on two CPU cores.
+"""The segmenter that ships, of real necks and drawn ones: on one GPU, or on CPU cores.
 
-    python tests/studies/train_weights.py hands --work WORK
-    python tests/studies/train_weights.py necks --work WORK --necks NECKS
-    python tests/studies/train_weights.py first --work WORK --init OLDER --out FIRST
-    python tests/studies/train_weights.py second --work WORK --init FIRST/SEGMENTER --out NEW
+    python tests/studies/train_weights.py hands --work WORK --workers 16
+    python tests/studies/train_weights.py necks --work WORK --workers 16 --necks NECKS
+    python tests/studies/train_weights.py long --work WORK --init OLDER --out LONG
+    python tests/studies/train_weights.py sharp --work WORK --init LONG/SEGMENTER --out NEW
 
-Each step keeps what it has done and goes on where it was stopped. `hands` draws studies and
-keeps them as cubes (10 s each), `necks` brings the CTs to a fine grid and masks them (6 s
-each), `first` and `second` train (8 s a step) and write `segmenter_fold0.pt`. NECKS holds
-`<patient>.nii.gz`; who is kept out, and what a view is, says tests/necks/real_necks.py.
+Each step keeps what it has done and goes on where it was stopped. `hands` draws studies (10 s
+each on a core), `necks` brings the CTs to a fine grid and masks them (6 s each), the stages
+train and write `segmenter_fold0.pt`: `long` and `sharp` on a GPU, `windows` on two CPU cores
+(10 s a step). NECKS holds `<patient>.nii.gz`; who is kept out, and what a view is, says
+tests/necks/real_necks.py.
 """
 
 import argparse
 import copy
 import math
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -34,14 +36,16 @@ import phantoms  # noqa: E402
 import real_necks  # noqa: E402
 
 EDGE = 128  # of a cube
-DRAWN = 176  # studies of phantoms.py; tubes.py only measures
+DRAWN = 240  # studies of phantoms.py; tubes.py only measures
 HAND_SEED = 7777  # no seed that anything is measured on
+COLUMNS = 256
 LEVELS = 8  # T1 is taught too: the network answers for it only while it is trained
 UNKNOWN = 255  # label of cells that teach nothing
+VIEWS = dict(  # shares of how a sample is cut
+    neck=dict(closer=0.45, neck=0.30, whole=0.13, partial=0.12),
+    drawn=dict(closer=0.40, neck=0.10, whole=0.40, partial=0.10))
 
-# A step: samples of a batch, and how a real neck is cut.
 WINDOW = 128, 80, 80  # cells of a cube around the spine: a third of the time of a whole one
-VIEWS = dict(closer=0.45, neck=0.30, whole=0.13, partial=0.12)
 OFF_CENTRE = 0.25  # of a window, in half edges of the cube
 
 WARM_UP = 0.05
@@ -49,115 +53,104 @@ WEIGHT_DECAY = 0.01
 EMA = 0.998
 CLIP = 1.0  # norm of the gradient
 DROP_PATH = 0.05
-SAVE_EVERY = 60  # steps
+SAVE_EVERY = 100  # steps
 SAY_EVERY = 20
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What a step is made of: real necks and drawn studies."""
+    """What a step is made of: cubes, or windows of them, of real necks and drawn studies."""
 
     steps: int
     lr: float  # peak of AdamW
     seed: int
-    batch: tuple  # sources of a step's samples, each a window
-    whole_share: float  # of the steps: two whole cubes, from one of two pairs of sources
-    whole_batches: tuple
+    necks: int  # samples of a step
+    drawn: int
+    windows: float = 0.0  # share of the steps that show windows; the others half the samples
 
 
 STAGES = dict(
-    first=Stage(
-        steps=500, lr=5e-4, seed=1,
-        batch=("neck", "drawn", "neck", "drawn"),
-        whole_share=0.25,
-        whole_batches=(("neck", "drawn"), ("neck", "drawn"))),
-    second=Stage(  # back to the drawn edges
-        steps=85, lr=2.5e-4, seed=2,
-        batch=("neck", "drawn", "drawn", "drawn"),
-        whole_share=0.35,
-        whole_batches=(("neck", "drawn"), ("drawn", "drawn"))))
+    long=Stage(steps=2000, lr=8e-4, seed=1, necks=4, drawn=4),
+    sharp=Stage(steps=500, lr=3e-4, seed=2, necks=2, drawn=6),  # back to the drawn edges
+    windows=Stage(steps=240, lr=3e-4, seed=3, necks=2, drawn=2, windows=0.75))
 
 
 # ==== What is trained on ====
 
-def draw_study(number):
-    """One drawn study."""
+def make_hand(folder, number):
+    """A drawn study, head first, in `folder`."""
+    path = folder / f"phantoms_{number:03}.npz"
+    if path.exists():
+        return
     share = np.random.default_rng([HAND_SEED, number, 2]).random()
     variety = 1 + 0.3 * share * (number % 2)
-    return phantoms.make_phantom([HAND_SEED, number], 256, variety, 2.0)
+    study = phantoms.make_phantom([HAND_SEED, number], COLUMNS, variety, 2.0)
+    labels = np.where(study.label <= LEVELS, study.label, 0).astype(np.uint8)
+    spacing = np.array(study.spacing)
+    save(path, hu=study.hu, spacing=spacing, labels=labels, taught=labels)
 
 
-def make_hands(work):
-    """Cubes of all drawn studies under `work`/hands."""
-    folder = work / "hands"
-    folder.mkdir(parents=True, exist_ok=True)
-    for number in range(DRAWN):
-        path = folder / f"phantoms_{number:03}.npz"
-        if path.exists():
-            continue
-        study = draw_study(number)
-        volume = cspine.Volume("", study.hu, study.spacing, np.eye(4))
-        cube = cspine.segmenter_input(volume)[0] * 255
-        cells = (np.arange(EDGE) + 0.5) / EDGE
-        nearest = np.ix_(*[(cells * n).astype(int) for n in study.label.shape])
-        save(path, cube=cube.round().byte().numpy(), label=study.label[nearest])
-        print(path, flush=True)
-
-
-def make_necks(work, necks):
-    """The necks to train on, on a fine grid, under `work`/necks."""
-    folder = work / "necks"
-    folder.mkdir(parents=True, exist_ok=True)
-    for coarse in real_necks.read_necks(necks, "train"):
-        path = folder / f"{coarse.name}.npz"
-        if path.exists():
-            continue
-        neck = real_necks.finer(coarse)
-        labels = real_necks.make_mask(neck)
-        unknown = real_necks.uncertain(neck, labels)
-        taught = np.where(unknown, np.uint8(UNKNOWN), labels)
-        save(path, hu=neck.hu, spacing=neck.spacing, labels=labels, taught=taught)
-        print(path, flush=True)
+def make_neck(folder, coarse):
+    """A real neck on a fine grid with its masks, in `folder`."""
+    path = folder / f"{coarse.name}.npz"
+    if path.exists():
+        return
+    neck = real_necks.finer(coarse)
+    labels = real_necks.make_mask(neck)
+    unknown = real_necks.uncertain(neck, labels)
+    taught = np.where(unknown, np.uint8(UNKNOWN), labels)
+    save(path, hu=neck.hu, spacing=neck.spacing, labels=labels, taught=taught)
 
 
 def save(path, **arrays):
     def write(new):
         with open(new, "wb") as file:
-            np.savez_compressed(file, **arrays)
+            np.savez(file, **arrays)
 
     cspine.write_atomic(path, write)
+    print(path, flush=True)
 
 
-def read_all(folder):
-    """{file's stem: its arrays, a dict}, in memory."""
-    out = {}
+def make_all(make, folder, items, workers):
+    """Call make(folder, item) for all items, in processes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(workers, initializer=use_one_thread) as pool:
+        for _ in pool.map(partial(make, folder), items):
+            pass
+
+
+def use_one_thread():
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+
+
+def read_all(folder, device):
+    """[(Neck, taught labels)] of all studies of a folder, on the device."""
+    out = []
     for path in sorted(folder.glob("*.npz")):
         with np.load(path) as file:
-            out[path.stem] = dict(file)
+            hu = torch.from_numpy(file["hu"]).to(device)
+            taught = torch.from_numpy(file["taught"]).to(device)
+            study = real_necks.Neck(path.stem, hu, file["spacing"], {}, None)
+            ends = real_necks.vertebrae_ends(study, file["labels"])
+        out.append((replace(study, ends=ends), taught))
+    if not out:
+        raise SystemExit(f"nothing in {folder}: run the steps before")
     return out
 
 
 # ==== Samples ====
 
-def neck_sample(necks, rng, shape):
-    """A view of a real neck: float32 0..1 and uint8 labels of `shape`."""
-    arrays = necks[rng.choice([*necks])]
-    neck = real_necks.Neck("", arrays["hu"], arrays["spacing"], {}, None)
-    labels = arrays["labels"]
-    kind = rng.choice([*VIEWS], p=[*VIEWS.values()])
-    view = real_necks.draw_view(neck, labels, rng, kind)
-
-    middle = real_necks.vertebrae_ends(neck, labels).mean(0)
-    spine = np.linalg.inv(view.axes) @ (middle - view.centre)
-    window = draw_window(rng, spine, shape)
-
-    hu = real_necks.view_hu(neck, view, shape, window=window)
-    taught = real_necks.view_labels(neck, arrays["taught"], view, shape, window=window)
-    edges = 2 * np.linalg.norm(view.axes, axis=0) * shape / EDGE
-    hu = real_necks.dress(hu, edges, rng)
-
-    level, width = cspine.SEGMENTER_WINDOW
-    return ((hu - level + width / 2) / width).clip(0, 1), taught
+def make_batch(stage, step, studies):
+    """(B, 1, Z, Y, X) in 0..1 and uint8 labels of a step; `studies` by source."""
+    rng = np.random.default_rng([stage.seed, step])
+    windows = rng.random() < stage.windows
+    shape = WINDOW if windows else (EDGE,) * 3
+    share = 2 if stage.windows and not windows else 1
+    sources = ["neck"] * (stage.necks // share) + ["drawn"] * (stage.drawn // share)
+    samples = [cut_sample(studies[source], source, shape, rng) for source in sources]
+    cubes, labels = zip(*samples)
+    return torch.stack(cubes), torch.stack(labels)
 
 
 def draw_window(rng, spine, shape):
@@ -168,47 +161,25 @@ def draw_window(rng, spine, shape):
     return middle - half, middle + half
 
 
-def hand_sample(hands, rng, shape):
-    """A drawn study moved as cspine's augmentation moves it, or a window of that."""
-    arrays = hands[rng.choice([*hands])]
-    cube = torch.from_numpy(arrays["cube"])[None, None] / 255
-    label = torch.from_numpy(arrays["label"])[None, None].float()
-    motion = cspine.draw_matrix(rng, cspine.VOLUME_RANGES, 3)
-    motion = motion[::-1, [2, 1, 0, 3]]  # grid_sample's axes are x, y, z
-    matrix, shift = motion[:, :3], motion[:, 3]
+def cut_sample(studies, source, shape, rng):
+    """A view of one of the studies: float32 (1, Z, Y, X) in 0..1 and its labels."""
+    study, taught = studies[rng.integers(len(studies))]
+    kinds = VIEWS[source]
+    kind = rng.choice([*kinds], p=[*kinds.values()])
+    view = real_necks.draw_view(study, None, rng, kind)
+    spine = np.linalg.solve(view.axes, study.ends.mean(0) - view.centre)
+    window = draw_window(rng, spine, shape)
 
-    inside = np.argwhere((arrays["label"] > 0) & (arrays["label"] < LEVELS))
-    spine = (inside.mean(0) + 0.5) / EDGE * 2 - 1
-    low, high = draw_window(rng, np.linalg.inv(matrix) @ (spine - shift), shape)
-    shift = shift + matrix @ (low + high) / 2
-    matrix = matrix * (high - low) / 2
+    hu = real_necks.view_hu(study, view, shape, window=window)
+    labels = real_necks.view_labels(study, taught, view, shape, window=window)
+    if source == "neck":
+        edges = 2 * np.linalg.norm(view.axes, axis=0) * shape / EDGE
+        hu = real_necks.dress(hu, edges, rng)
 
-    theta = np.c_[matrix, shift][::-1, [2, 1, 0, 3]]
-    theta = torch.from_numpy(np.float32(theta))[None]
-    grid = F.affine_grid(theta, (1, 1, *shape), align_corners=False)
-    seen = F.grid_sample(cube, grid, align_corners=False)[0, 0]
-    truth = F.grid_sample(label, grid, "nearest", align_corners=False)[0, 0]
-    truth[truth > LEVELS] = 0
-    return seen.numpy(), truth.byte().numpy()
-
-
-def make_batch(stage, step, necks, hands):
-    """(B, 1, Z, Y, X) in 0..1 and uint8 labels (B, Z, Y, X) of a step."""
-    rng = np.random.default_rng([stage.seed, step])
-    whole = rng.random() < stage.whole_share
-    shape = (EDGE,) * 3 if whole else WINDOW
-
-    cubes, labels = [], []
-    for kind in stage.whole_batches[step % 2] if whole else stage.batch:
-        if kind == "neck":
-            cube, label = neck_sample(necks, rng, shape)
-        else:
-            cube, label = hand_sample(hands, rng, shape)
-        cube = torch.from_numpy(cube.copy())[None, None]
-        cspine.grey_levels(cube, rng, cspine.VOLUME_RANGES)
-        cubes.append(cube[0])
-        labels.append(torch.from_numpy(label))
-    return torch.stack(cubes), torch.stack(labels)
+    level, width = cspine.SEGMENTER_WINDOW
+    cube = ((hu - level + width / 2) / width).clip(0, 1)[None]
+    cspine.grey_levels(cube[None], rng, cspine.VOLUME_RANGES)
+    return cube, labels
 
 
 # ==== Network and loss ====
@@ -246,6 +217,7 @@ class TeachingSegmenter(cspine.Segmenter):
         for name, tensor in self.state_dict().items():
             if name.startswith("head."):
                 tensor = tensor[:56]
+            tensor = tensor.cpu().contiguous()
             out[name] = tensor.half() if tensor.ndim > 1 else tensor.clone()
         return out
 
@@ -267,43 +239,42 @@ def teaching_loss(logits, labels):
 class Run:
     """The state of a training, saved whole."""
 
-    def __init__(self, init, stage):
+    def __init__(self, init, stage, device):
         content = cspine.load_checkpoint(init)
         torch.manual_seed(stage.seed)
         self.stage, self.settings, self.step = stage, content["settings"], 0
+        self.device = device
         self.model = TeachingSegmenter(self.settings, content["tensors"])
-        self.model.to(memory_format=torch.channels_last_3d)
+        self.model.to(device, memory_format=torch.channels_last_3d)
         self.averaged = copy.deepcopy(self.model).eval()
         parameters = [*self.model.parameters()]
         self.optimizer = torch.optim.AdamW([
             dict(params=[p for p in parameters if p.ndim > 1], weight_decay=WEIGHT_DECAY),
             dict(params=[p for p in parameters if p.ndim == 1], weight_decay=0)])
 
-    def update(self, batch):
-        """One step; its loss."""
+    def update(self, cubes, labels):
+        """One step; its loss, on the device."""
         done = self.step / self.stage.steps
         warm = min(1, (done + 1e-3) / (WARM_UP + 1e-3))
         for group in self.optimizer.param_groups:  # half a cosine, down to 1 %
             group["lr"] = self.stage.lr * warm * (0.505 + 0.495 * math.cos(math.pi * done))
-        cubes, labels = batch
         self.optimizer.zero_grad()
-        loss = teaching_loss(self.model.train()(cubes), labels)
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
+            logits = self.model.train()(cubes)
+        loss = teaching_loss(logits.float(), labels)
         loss.backward()
         if nn.utils.clip_grad_norm_(self.model.parameters(), CLIP).isfinite():
             self.optimizer.step()
         self.step += 1
         self.average()
-        return loss.item()
+        return loss.detach()
 
     @torch.no_grad()
     def average(self):
         share = 1 - min(EMA, (1 + self.step) / (10 + self.step))
-        pairs = zip(self.averaged.state_dict().values(), self.model.state_dict().values())
-        for slow, fast in pairs:
-            if slow.is_floating_point():
-                slow.lerp_(fast, share)
-            else:
-                slow.copy_(fast)
+        slow, fast = (part.state_dict() for part in (self.averaged, self.model))
+        floats = [name for name, tensor in slow.items() if tensor.is_floating_point()]
+        torch._foreach_lerp_([slow[n] for n in floats], [fast[n] for n in floats], share)
 
     def save(self, out):
         parts = dict(model=self.model, averaged=self.averaged, optimizer=self.optimizer)
@@ -311,40 +282,39 @@ class Run:
         state["step"] = self.step
         cspine.write_atomic(out / "last.pt", lambda new: torch.save(state, new))
         recipe = cspine.Recipe(
-            backbone=self.settings["backbone"], epochs=1, batch_size=len(self.stage.batch),
-            lr=self.stage.lr, size=EDGE, seed=self.stage.seed)
+            backbone=self.settings["backbone"], epochs=1, lr=self.stage.lr, size=EDGE,
+            batch_size=self.stage.necks + self.stage.drawn, seed=self.stage.seed)
         cspine.save_checkpoint(
             out / "segmenter_fold0.pt", "segmenter", recipe,
             settings=self.settings, tensors=self.averaged.shipped_tensors())
 
     def load(self, out):
-        state = torch.load(out / "last.pt", weights_only=True)
+        state = torch.load(out / "last.pt", weights_only=True, map_location=self.device)
         self.step = state.pop("step")
         for name, part in state.items():
             getattr(self, name).load_state_dict(part)
 
 
-def train_segmenter(work, init, out, stage):
+def train_segmenter(o, stage):
     """Train on what `hands` and `necks` made; goes on from `out`/last.pt."""
-    necks, hands = read_all(work / "necks"), read_all(work / "hands")
-    if not necks or not hands:
-        raise SystemExit(f"nothing in {work}/necks or {work}/hands: run these steps first")
-    run = Run(init, stage)
-    out.mkdir(parents=True, exist_ok=True)
-    if (out / "last.pt").exists():
-        run.load(out)
+    run = Run(o.init, stage, o.device)
+    o.out.mkdir(parents=True, exist_ok=True)
+    if (o.out / "last.pt").exists():
+        run.load(o.out)
 
+    studies = dict(
+        neck=read_all(o.work / "necks", o.device), drawn=read_all(o.work / "hands", o.device))
     losses = []
     with ThreadPoolExecutor(1) as pool:
-        batch = pool.submit(make_batch, stage, run.step, necks, hands)
+        batch = pool.submit(make_batch, stage, run.step, studies)
         while run.step < stage.steps:
             now = batch.result()
-            batch = pool.submit(make_batch, stage, run.step + 1, necks, hands)
-            losses.append(run.update(now))
+            batch = pool.submit(make_batch, stage, run.step + 1, studies)
+            losses.append(run.update(*now))
             if run.step % SAY_EVERY == 0:
-                report(out, run, np.mean(losses[-SAY_EVERY:]))
+                report(o.out, run, torch.stack(losses[-SAY_EVERY:]).mean().item())
             if run.step % SAVE_EVERY == 0 or run.step == stage.steps:
-                run.save(out)
+                run.save(o.out)
 
 
 def report(out, run, loss):
@@ -364,15 +334,21 @@ def main():
     parser.add_argument("--necks", type=Path, help="folder of <patient>.nii.gz")
     parser.add_argument("--init", default=str(ROOT / "weights/segmenter_fold0.pt"))
     parser.add_argument("--out", type=Path, default=Path("new"))
+    parser.add_argument("--workers", type=int, default=1, help="processes of hands and necks")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", type=int, help="of a stage, instead of its own")
     o = parser.parse_args()
 
-    cv2.setNumThreads(1)
     if o.step == "hands":
-        make_hands(o.work)
+        make_all(make_hand, o.work / "hands", range(DRAWN), o.workers)
     elif o.step == "necks":
-        make_necks(o.work, o.necks)
+        coarse = real_necks.read_necks(o.necks, "train")
+        make_all(make_neck, o.work / "necks", coarse, o.workers)
     else:
-        train_segmenter(o.work, o.init, o.out, STAGES[o.step])
+        stage = STAGES[o.step]
+        if o.steps:
+            stage = replace(stage, steps=o.steps)
+        train_segmenter(o, stage)
 
 
 if __name__ == "__main__":
