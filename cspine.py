@@ -109,7 +109,7 @@ LOOK_CLOSER = 0.57  # a second look where the neck needs less than this share of
 BONE_WINDOW = (500, 2000)  # level, width; HU
 STEPS = 15
 SLICES_PER_STEP = 5
-MASKED_SLICES = ("last", "center")  # of a step, which one its mask is of
+MASKED_SLICES = {"last": SLICES_PER_STEP - 1, "center": SLICES_PER_STEP // 2}  # of a step
 CHANNELS = SLICES_PER_STEP + 1  # and a mask
 CROP = 224  # pixels an edge
 BOX_MARGIN = 1.0  # cells around the mask (first place)
@@ -155,26 +155,23 @@ def argument(meaning, count=None):
 
 # Presets: other defaults of a mode's options; what is not named stays a recipe's. Hours:
 # tests/studies/bench.py plan.
-PRESETS = dict(fast={}, standard={}, gold={})  # standard: the recipes, five folds
-
-# fast is ours: a fold whose trainings end within an hour on two T4.
-PRESETS["fast"]["train-seg"] = dict(fold="0", epochs=60)  # 1,020 steps
-PRESETS["fast"]["train-cls"] = dict(fold="0", epochs=8, thin=3)
-PRESETS["fast"]["train-patient"] = dict(fold="0", epochs=6, thin=3)
-
-# gold: first place's crops of 384 to 512, 50 to 75 epochs, mixup 0.5, drop path 0.2 to 0.3.
-GOLD = dict(size=384, epochs=50, thin=3, mixup=0.5, drop_path=0.3)
-PRESETS["gold"]["train-seg"] = dict(epochs=480, drop_path=0.2)  # 8,160 steps; first: 17,400
-PRESETS["gold"]["extract"] = dict(size=384)
-PRESETS["gold"]["train-cls"] = GOLD
-PRESETS["gold"]["train-patient"] = GOLD | dict(batch_size=4, checkpoint=True)  # for 16 GB
-
-# gold-second: other backbones, kept beside the first (ours): their errors differ.
-PRESETS["gold-second"] = copy.deepcopy(PRESETS["gold"])
-PRESETS["gold-second"]["train-seg"] |= dict(name="second", backbone="resnet18d")
-PRESETS["gold-second"]["train-cls"] |= dict(name="second", backbone="convnext_nano")
-PRESETS["gold-second"]["train-patient"] |= dict(
-    name="second", backbone="tf_efficientnetv2_s")
+FAST = {  # ours: a fold whose trainings end within an hour on two T4
+    "train-seg": dict(fold="0", epochs=60),  # 1,020 steps
+    "train-cls": dict(fold="0", epochs=8, thin=3),
+    "train-patient": dict(fold="0", epochs=6, thin=3)}
+STRONG = dict(size=384, epochs=50, thin=3, mixup=0.5, drop_path=0.3)
+GOLD = {  # first place: crops of 384 to 512, 50 to 75 epochs, mixup 0.5, drop path 0.2, 0.3
+    "train-seg": dict(epochs=480, drop_path=0.2),  # 8,160 steps; first: 17,400
+    "extract": dict(size=384),
+    "train-cls": STRONG,
+    "train-patient": STRONG | dict(batch_size=4, checkpoint=True)}  # for 16 GB
+SECOND = {  # other backbones, kept beside the first (ours): their errors differ
+    "train-seg": GOLD["train-seg"] | dict(name="second", backbone="resnet18d"),
+    "extract": GOLD["extract"],
+    "train-cls": GOLD["train-cls"] | dict(name="second", backbone="convnext_nano"),
+    "train-patient": GOLD["train-patient"] | dict(
+        name="second", backbone="tf_efficientnetv2_s")}
+PRESETS = {"fast": FAST, "standard": {}, "gold": GOLD, "gold-second": SECOND}
 
 @dataclass(frozen=True)
 class Shared:
@@ -188,10 +185,8 @@ class Shared:
     device: str = setting("auto", "cpu, cuda:0, ...; auto takes a GPU where there is one")
     workers: int = setting(os.cpu_count() or 1, "threads that read files", least=0)
     fold: str = setting("all", "the fold to train, from 0 on, or all of them")
-    folds: int = setting(
-        5, "parts of the cross-validation; 1: train and score on all", least=1)
-    resume: bool = setting(
-        False, "go on where the same command stopped; trainings with --fold all always do")
+    folds: int = setting(5, "parts of cross-validation; 1: train and score on all", least=1)
+    resume: bool = setting(False, "go on where it stopped; with --fold all always on")
     time_limit: float = setting(
         0.0, "minutes until a run ends, saved; 0: none, on Kaggle 510", least=0)
     init: str = setting(
@@ -282,32 +277,30 @@ class Slice(NamedTuple):
     origin: np.ndarray  # (3,) centre of the first pixel
     down: np.ndarray  # (3,) from a pixel to the one in the next row
     right: np.ndarray  # (3,) from a pixel to the one in the next column
-    of_pass: tuple  # what PASS_TAGS say of it
-    number: int  # InstanceNumber
     source: tuple = ("", "")  # file, SOPInstanceUID
+    series: str = ""  # SeriesInstanceUID
+    of_pass: tuple = ()  # what PASS_TAGS say of it, and its InstanceNumber
 
 PASS_TAGS = (  # what tells two scans of the same places in one series apart
     "AcquisitionNumber", "ConvolutionKernel", "ImageType", "TemporalPositionIdentifier",
     "AcquisitionTime", "ContentTime")
 
 def read_slices(path):
-    """[(series, Slice)] of the frames of a DICOM file, with or without its preamble."""
+    """The Slices of a DICOM file, one of each frame, with or without its preamble."""
     if not path.is_file():  # a pipe would wait for ever
         raise StudyError("no plain file")
     data = pydicom.dcmread(path, force=True)
     if data.get("Modality") not in (None, "", "CT"):  # a dose or a segmentation beside it
         raise StudyError(f"no CT image but {data.Modality}")
-    series = (str(data.get("SeriesInstanceUID")), data.get("Rows"), data.get("Columns"))
     frames = decode_pixels(data)
+    uid = str(data.get("SOPInstanceUID", ""))
     found = []
     for k, stored in enumerate(frames):
         frame = f", frame {k + 1}" if len(frames) > 1 else ""
-        source = (path.name + frame, str(data.get("SOPInstanceUID", "")))
-        one = place_frame(stored, data, k)
-        found.append((series, one._replace(source=source)))
+        found.append(place_frame(stored, data, k, (path.name + frame, uid)))
     return found
 
-def place_frame(stored, data, number):
+def place_frame(stored, data, number, source):
     """The Slice of a frame's stored values (Y, X): in HU, placed (DICOM PS3.3 C.7.6.2)."""
     groups = [*data.get("SharedFunctionalGroupsSequence", [])]  # of an enhanced CT
     groups += data.get("PerFrameFunctionalGroupsSequence", [])[number : number + 1]
@@ -337,42 +330,64 @@ def place_frame(stored, data, number):
     padding = map(data.get, ("PixelPaddingValue", "PixelPaddingRangeLimit"))
     padding = [value for value in padding if isinstance(value, int)]
     if padding:  # also at the top of an unsigned range, where it would be the densest metal
-        low, high = min(padding), max(padding)
-        hu[(stored >= low) & (stored <= high)] = AIR_HU
-    of_pass = tuple(str(data.get(name, "")) for name in PASS_TAGS)
-    place = int(data.get("InstanceNumber") or 0)
-    return Slice(hu, origin, down, right, of_pass, place)
+        hu[(stored >= min(padding)) & (stored <= max(padding))] = AIR_HU
+    series = str(data.get("SeriesInstanceUID"))
+    of_pass = [str(data.get(name, "")) for name in PASS_TAGS]
+    of_pass += [int(data.get("InstanceNumber") or 0)]
+    return Slice(hu, origin, down, right, source, series, tuple(of_pass))
 
-def read_files(folder, workers, give_up):
-    """([slices of one series and geometry, ...] of a folder, [what was left out, why])."""
+def read_ct(path):
+    """The planes of a CT as NIfTI-1, as Slices without names.
+    StudyError if its values are no Hounsfield units of a body: labels, MR, another unit."""
+    stored, slope, intercept, voxel_from_lps = read_nifti(path)
+    right, down, up, origin = np.linalg.inv(voxel_from_lps)[:3].T
+    found = []
+    for k, plane in enumerate(stored.T):  # (K, J, I)
+        hu = np.nan_to_num(plane * slope + intercept, nan=AIR_HU)
+        hu = np.rint(hu).clip(AIR_HU, MAX_HU).astype(np.int16)
+        found.append(Slice(hu, origin + k * up, down, right))
+    low = min(one.hu.min() for one in found)
+    high = max(one.hu.max() for one in found)
+    tissue = np.mean([abs(one.hu[::2, ::2]) < SOFT_TISSUE for one in found])
+    if low > AIR_BELOW or high < BONE_ABOVE or tissue < LEAST_TISSUE:
+        values = f"values {low} to {high}, {tissue:.0%} soft tissue"
+        raise StudyError(f"no CT in HU: {values}")
+    return found
+
+def is_nifti(path):
+    """Whether a path is a file named .nii or .nii.gz."""
+    return path.is_file() and path.name.lower().endswith((".nii", ".nii.gz"))
+
+def read_stacks(path, workers, give_up):
+    """([Slices of one series and geometry, ...] of a folder, [what was left out, why])."""
+    files = [path] if path.is_file() else path.iterdir()  # a file: of many frames
+    files = sorted(files, key=lambda file: (len(file.name), file))
+    read = read_ct if is_nifti(path) else read_slices
     stacks = []
     problems = []
-    folder = Path(folder)
-    files = [folder] if folder.is_file() else folder.iterdir()  # a file: of many frames
-    files = sorted(files, key=lambda path: (len(path.name), path))
-    for path, future in prefetch(read_slices, files, workers, 4 * workers + 1):
+    for file, future in prefetch(read, files, workers, 4 * workers + 1):
         if give_up():
             raise StudyError("out of time")
         try:
-            with errors_as(StudyError, path.name):
-                for series, one in future.result():
-                    alike = [part for part in stacks if same_series(part[0], series, one)]
-                    if not alike:
-                        stacks.append([(series, one)])
-                    else:
-                        alike[0].append((series, one))
+            with errors_as(StudyError, file.name):
+                found = future.result()
         except StudyError as error:
             problems.append(f"{error}; left out")
-    return [[one for _, one in part] for part in stacks], problems
+            continue
+        for one in found:
+            alike = [stack for stack in stacks if one_stack(stack[0], one)]
+            if not alike:
+                stacks.append([one])
+            else:
+                alike[0].append(one)
+    return stacks, problems
 
-def same_series(first, series, other):
-    """Whether a slice belongs to (series, Slice), but for the last digits of its header."""
-    name, one = first
-    if name != series:
-        return False
-    limit = SAME_STEP * np.linalg.norm(one.down)
-    apart = np.r_[one.down - other.down, one.right - other.right]
-    return abs(apart).max() < limit
+def one_stack(first, other):
+    """Whether Slices have one series and geometry, but for the last digits of a header."""
+    limit = SAME_STEP * np.linalg.norm(first.down)
+    apart = np.r_[first.down - other.down, first.right - other.right]
+    alike = (first.series, first.hu.shape) == (other.series, other.hu.shape)
+    return alike and abs(apart).max() < limit
 
 def along_normal(stack):
     """mm of every slice along the slices' common normal (DICOM PS3.3 C.7.6.2.1.1)."""
@@ -380,29 +395,28 @@ def along_normal(stack):
     origins = np.array([one.origin for one in stack])
     return origins @ normal / np.linalg.norm(normal)
 
-def one_pass(stack):
-    """The slices of one acquisition: of several at the same places, one pass whole.
-    The first of PASS_TAGS that tells passes apart does; the one that covers most places
-    counts, of equals the first. Where none does, a place's earliest slice comes first."""
-    most = len(places_of(along_normal(stack)))
-    if most == len(stack):
-        return stack
-    for k in range(len(PASS_TAGS)):
-        passes = {}
-        for one in stack:
-            passes.setdefault(one.of_pass[k], []).append(one)
-        names = sorted(passes)
-        covered = [len(places_of(along_normal(passes[name]))) for name in names]
-        if len(names) > 1 and max(covered) >= WHOLE_PASS * most:
-            return one_pass(passes[names[np.argmax(covered)]])
-    return sorted(stack, key=lambda one: (*one.of_pass[-2:], one.number))  # earliest first
-
 def places_of(mm):
     """Indices of slices in the order of position, of those at the same place the first."""
     order = np.argsort(mm, kind="stable")
     steps = np.diff(mm[order])
     places = np.split(order, np.flatnonzero(steps > SAME_PLACE_MM) + 1)
     return np.array([min(place) for place in places])
+
+def one_pass(stack):
+    """The slices of one acquisition: of several at the same places, one pass whole.
+    Each of PASS_TAGS keeps the pass that covers most places, of equals the first, if it
+    covers nearly all. Where no tag does, a place's earliest slice comes first."""
+    for k in range(len(PASS_TAGS)):
+        most = len(places_of(along_normal(stack)))
+        if most == len(stack):
+            return stack
+        passes = {}
+        for one in sorted(stack, key=lambda one: one.of_pass[k]):
+            passes.setdefault(one.of_pass[k], []).append(one)
+        covered = [len(places_of(along_normal(part))) for part in passes.values()]
+        if max(covered) >= WHOLE_PASS * most:
+            stack = [*passes.values()][np.argmax(covered)]
+    return sorted(stack, key=lambda one: one.of_pass[-3:])  # earliest first
 
 def longest_run(mm):
     """Indices, in the order of position, of the largest group of slices without a gap."""
@@ -413,61 +427,41 @@ def longest_run(mm):
 def even_steps(mm):
     """Where evenly spaced planes lie among slices: 2.5 is halfway from slice 2 to 3."""
     index = np.arange(len(mm))
-    count = round(np.ptp(mm) / np.median(np.diff(mm))) + 1
-    even = np.linspace(mm[0], mm[-1], count)
-    limit = UNEVEN * np.median(np.diff(mm))
-    if count == len(mm) and abs(mm - even).max() <= limit:
+    step = np.median(np.diff(mm))
+    even = np.linspace(mm[0], mm[-1], round(np.ptp(mm) / step) + 1)
+    if len(even) == len(mm) and abs(mm - even).max() <= UNEVEN * step:
         return index
     return np.interp(even, mm, index)
 
-def read_series(folder, workers, give_up):
-    """The series of a folder that covers most places: planes, even_steps, affine, problems,
-    and the planes' sources. The affine (4, 4) gives LPS mm from (step, row, column, 1)."""
-    stacks, problems = read_files(folder, workers, give_up)
-    stack, run = [], []
-    count = sum(map(len, stacks))
-    for part in map(one_pass, stacks):
-        places = longest_run(along_normal(part))
+def read_series(path, workers, give_up):
+    """The series that covers most places: Slices head or foot first, even_steps, affine,
+    problems. The affine (4, 4) gives LPS mm from (step, row, column, 1)."""
+    stacks, problems = read_stacks(path, workers, give_up)
+    run = []
+    for stack in map(one_pass, stacks):
+        places = longest_run(along_normal(stack))
         if len(places) > len(run):  # not the most images, but the most places
-            stack, run = part, places
-    if count > len(run):
-        left_out = "of another series, pass, size or position"
-        problems.append(f"{count - len(run)} images {left_out} left out")
+            run = [stack[k] for k in places]
+    left_out = sum(map(len, stacks)) - len(run)
+    if left_out:
+        why = "of another series, pass, size or position"
+        problems.append(f"{left_out} images {why} left out")
     if len(run) < MIN_SLICES:
         found = f"{len(run)} usable slices, not {MIN_SLICES}"
         raise StudyError("; ".join([found, *problems[-1:]]))
 
-    mm = along_normal(stack)[run]
+    mm = along_normal(run)
     steps = even_steps(mm)
     if not np.array_equal(steps, np.arange(len(mm))):
         problems.append(f"uneven positions, filled to {len(steps)}")
-    first = stack[run[0]]
-    way = stack[run[-1]].origin - first.origin
+    first = run[0]
+    way = run[-1].origin - first.origin
     cosine = np.ptp(mm) / np.linalg.norm(way)  # between the stack's axis and its normal
     if cosine < STRAIGHT:
         problems.append(f"gantry tilted by {math.degrees(math.acos(cosine)):.0f} degrees")
     affine = np.eye(4)
     affine[:3] = np.c_[way / (len(steps) - 1), first.down, first.right, first.origin]
-    sources = [stack[k].source for k in run]
-    return [stack[k].hu for k in run], steps, affine, problems, sources
-
-def read_ct(path):
-    """What read_series gives, of a CT as NIfTI-1; it has no sources.
-    StudyError if its values are no Hounsfield units of a body: labels, MR, another unit."""
-    stored, slope, intercept, voxel_from_lps = read_nifti(path)
-    if min(stored.shape) < MIN_SLICES:
-        raise StudyError(f"{stored.shape} voxels, not {MIN_SLICES} an axis")
-    planes = []
-    for plane in stored.T:  # (K, J, I)
-        hu = np.nan_to_num(plane * slope + intercept, nan=AIR_HU)
-        planes.append(np.rint(hu).clip(AIR_HU, MAX_HU).astype(np.int16))
-    low, high = min(map(np.min, planes)), max(map(np.max, planes))
-    tissue = np.mean([(abs(hu[::2, ::2]) < SOFT_TISSUE).mean() for hu in planes])
-    if low > AIR_BELOW or high < BONE_ABOVE or tissue < LEAST_TISSUE:
-        found = f"values {low} to {high}, {tissue:.0%} soft tissue"
-        raise StudyError(f"no CT in HU: {found}")
-    affine = np.linalg.inv(voxel_from_lps)[:, [2, 1, 0, 3]]
-    return planes, np.arange(len(planes)), affine, [], []
+    return run, steps, affine, problems
 
 def axial_axes(affine):
     """(axes, flip): the stored axes that become Z, Y, X, and which run backwards."""
@@ -488,10 +482,6 @@ def flip_affine(affine, shape, flip):
     columns = columns * (1 - 2 * flip)
     return np.c_[columns, start]
 
-def is_nifti(path):
-    """Whether a path is a file named .nii or .nii.gz."""
-    return path.is_file() and path.name.lower().endswith((".nii", ".nii.gz"))
-
 def read_volume(folder, workers=2, give_up=lambda: False):
     """One CT study, head first, in Hounsfield units: a Volume.
     `folder` is one of DICOM files, a DICOM file of many frames, or a CT as NIfTI.
@@ -499,11 +489,10 @@ def read_volume(folder, workers=2, give_up=lambda: False):
     largest series of the folder counts, gaps are filled by position, sagittal and coronal
     slices are turned. Raises StudyError, and nothing else, if fewer than MIN_SLICES can be
     read, or if give_up() becomes true."""
-    with errors_as(StudyError, folder):
-        nifti = is_nifti(Path(folder))
-        found = read_ct(folder) if nifti else read_series(folder, workers, give_up)
-        planes, steps, affine, problems, sources = found
-        shape = (len(steps), *planes[0].shape)
+    path = Path(folder)
+    with errors_as(StudyError, path):
+        slices, steps, affine, problems = read_series(path, workers, give_up)
+        shape = (len(steps), *slices[0].hu.shape)
         if math.prod(shape) > MAX_VOXELS:
             raise StudyError(f"{shape} voxels")
 
@@ -511,20 +500,19 @@ def read_volume(folder, workers=2, give_up=lambda: False):
         hu = np.empty([shape[k] for k in axes], np.int16)
         backwards = np.flatnonzero(flip).tolist()
         stored = np.flip(hu, backwards).transpose(np.argsort(axes))  # a view of hu
+        sources = [slices[round(at)].source for at in steps]
         for k, at in enumerate(steps):  # each step lies between two planes
-            low = min(int(at), len(planes) - 2)
-            planes[:low] = [None] * low  # let go: a volume is never held twice
+            low = min(int(at), len(slices) - 2)
+            slices[:low] = [None] * low  # let go: a volume is never held twice
             stored[k] = cv2.addWeighted(
-                planes[low], low + 1 - at, planes[low + 1], at - low, 0)
+                slices[low].hu, low + 1 - at, slices[low + 1].hu, at - low, 0)
 
         affine = flip_affine(affine[:, [*axes, 3]], hu.shape, flip)
         spacing = np.linalg.norm(affine[:3, :3], axis=0)
-        by_slice = [sources[round(at)] for at in steps] if sources and axes[0] == 0 else []
-        sources = by_slice[::-1] if flip[0] else by_slice
-    volume = Volume(
-        Path(folder).name, hu, tuple(spacing.tolist()), affine, tuple(problems),
-        tuple(sources))
-    return volume._replace(grid=(axes, tuple(flip.tolist()))) if nifti else volume
+    volume = Volume(path.name, hu, tuple(spacing.tolist()), affine, tuple(problems))
+    if axes[0] == 0:
+        volume = volume._replace(sources=tuple(sources[:: -1 if flip[0] else 1]))
+    return volume._replace(grid=(axes, tuple(flip.tolist()))) if is_nifti(path) else volume
 
 
 # ==== Masks ====
@@ -589,37 +577,25 @@ def read_nifti(path):
         slope, intercept = 1, 0
     return stored, slope, intercept, voxel_from_lps
 
-def quaternion(turn):
-    """(3,) b, c, d of the quaternion of a rotation (3, 3); a is not negative."""
-    trace = np.trace(turn)
-    skew = turn - turn.T
-    product = np.zeros((4, 4))  # of the quaternion with itself, fourfold
-    product[0] = [1 + trace, skew[2, 1], skew[0, 2], skew[1, 0]]
-    product[:, 0] = product[0]
-    product[1:, 1:] = turn + turn.T + (1 - trace) * np.eye(3)
-    best = np.diag(product).argmax()
-    row = product[best]  # each is the quaternion, times one of its numbers
-    row = row / np.linalg.norm(row)
-    return row[1:] * np.copysign(1, row[0])
-
 def write_nifti(path, labels, volume):
     """Write uint8 labels (Z, Y, X) on a Volume's grid as NIfTI-1, gzipped.
     The mask of a NIfTI has its very voxels; that of a DICOM series is axial, evenly spaced,
-    foot to head. Both sform and qform place them; a qform
-    cannot shear, and is the nearest rotation. UserError if a file of others is there."""
+    foot to head. Both sform and qform place them; a qform cannot shear, and is the nearest
+    rotation. UserError if a file of others is there."""
     axes, flip = volume.grid
     order = [*np.argsort(axes)]
     stored = np.flip(labels, np.flatnonzero(flip).tolist()).transpose(order)  # (K, J, I)
     affine = flip_affine(volume.affine, labels.shape, flip)[:3, [*order[::-1], 3]]
     affine *= [[-1], [-1], [1]]  # LPS -> RAS
     zooms = np.linalg.norm(affine[:, :3], axis=0)
-    left, _, right = np.linalg.svd(affine[:, :3] / zooms)
-    turn = left @ right
+    turn = affine[:, :3] / zooms
     mirror = np.sign(np.linalg.det(turn))
+    vector = cv2.Rodrigues(turn * [1, 1, mirror])[0].ravel()  # axis times angle, radians
+    half = np.linalg.norm(vector) / 2
     values = dict(MASK_HEADER, qoffset=affine[:, 3], srow=affine.ravel())
     values["dim"] = [3, *stored.shape[::-1], 1, 1, 1, 1]
     values["pixdim"] = [mirror, *zooms, 1, 1, 1, 1]
-    values["quatern"] = quaternion(turn * [1, 1, mirror])
+    values["quatern"] = vector / 2 * np.sinc(half / np.pi)  # axis times sine of half of it
     header = np.zeros((), NIFTI_HEADER.newbyteorder("<"))
     for name, value in values.items():
         header[name] = value
@@ -628,14 +604,9 @@ def write_nifti(path, labels, volume):
         with errors_as(UserError, f"{path}: not a mask of ours, and not overwritten"):
             if WRITTEN_BY not in gzip.open(path).read(348):
                 raise ValueError("it is of another program")
-
-    def write(new):
-        with open(new, "wb") as raw, gzip.GzipFile("", "wb", 1, raw, 0) as file:
-            file.write(header.tobytes() + bytes(4))
-            for plane in stored:
-                file.write(np.ascontiguousarray(plane))
-
-    write_atomic(path, write)
+    content = header.tobytes() + bytes(4) + stored.tobytes()
+    content = gzip.compress(content, 1, mtime=0)
+    write_atomic(path, lambda new: new.write_bytes(content))
 
 def read_mask(path, volume, shape=None):
     """uint8 (Z, Y, X), or a coarser `shape`: the nearest label, 1-7 = C1-C7, or 0 outside.
@@ -865,15 +836,13 @@ def mean_probability(models, volume, device):
     """float32 (7, D, D, D) on the CPU: the mean of the segmenters' answers.
     D is the first one's; those of another size are asked at theirs."""
     size = models[0].settings["size"]
-    cubes = {}
+    cube_of = functools.cache(functools.partial(segmenter_input, volume))
     total = 0
     with autocast(device):
         for model in models:
-            asked = (model.settings["size"], tuple(model.settings["window"]))
-            if asked not in cubes:
-                cubes[asked] = segmenter_input(volume, *asked)[None].to(device)
-            logits = model.to(device)(cubes[asked]).float()
-            if asked[0] != size:
+            cube = cube_of(model.settings["size"], tuple(model.settings["window"]))
+            logits = model.to(device)(cube[None].to(device)).float()
+            if len(cube[0]) != size:
                 logits = F.interpolate(logits, (size,) * 3, mode="trilinear")
             total = total + logits[0].sigmoid().nan_to_num()
     return (total / len(models)).cpu()
@@ -1017,8 +986,7 @@ def ninety_images(volume, cells, found, size, mask_of, z_margin):
     shown, which = np.unique(index, return_inverse=True)  # steps share slices
     grey = [apply_window(volume.hu[z], BONE_WINDOW) for z in shown]
     images = np.array([crop_plane(plane, box, size) for plane in grey])
-    masked = {"last": -1, "center": SLICES_PER_STEP // 2}[mask_of]
-    planes = [mask_at(cells, z, count) for z in index[:, masked]]
+    planes = [mask_at(cells, z, count) for z in index[:, MASKED_SLICES[mask_of]]]
     masks = np.array([crop_plane(plane, box, size) for plane in planes])
     masks = np.rint(masks * 255).clip(1)  # 0 means: not seen
     return interleave(images[which.ravel()], masks)  # 75 slices, 15 masks: ninety images
@@ -1041,8 +1009,7 @@ class StepEncoder(nn.Module):
         self.backbone = create_backbone(
             backbone, in_chans=CHANNELS, num_classes=0, global_pool="avg",
             drop_path_rate=drop_path)
-        probe = torch.zeros(1, CHANNELS, 64, 64)
-        width = self.backbone.eval()(probe).shape[1]
+        width = self.backbone.head_hidden_size
         if checkpoint:  # the blocks run again in the backward pass
             self.backbone.set_grad_checkpointing()
         self.absent = nn.Parameter(torch.zeros(width))  # features of a step not in view
