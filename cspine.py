@@ -93,8 +93,7 @@ UNEVEN = 0.25  # share of a step by which a slice may miss its even place
 STRAIGHT = 0.999  # least cosine of a stack's axis and its normal; below: a tilted gantry
 AIR_BELOW = -200  # HU; a neck has air, which labels, grey values and MR have not
 BONE_ABOVE = 300  # HU; and bone
-SOFT_TISSUE = 200  # HU on either side of water
-LEAST_TISSUE = 0.02  # share of a CT that is soft tissue, or its values are no HU
+LEAST_TISSUE = 0.02  # share of a CT between both, or its values are no HU
 
 # Masks and crops; a cell is a voxel of the segmenter's cube.
 SEGMENTER_WINDOW = (300, 1600)  # level, width; HU
@@ -109,7 +108,7 @@ LOOK_CLOSER = 0.57  # a second look where the neck needs less than this share of
 BONE_WINDOW = (500, 2000)  # level, width; HU
 STEPS = 15
 SLICES_PER_STEP = 5
-MASKED_SLICES = {"last": SLICES_PER_STEP - 1, "center": SLICES_PER_STEP // 2}  # of a step
+MASKED_SLICES = dict(last=-1, center=SLICES_PER_STEP // 2)  # of a step, its mask's slice
 CHANNELS = SLICES_PER_STEP + 1  # and a mask
 CROP = 224  # pixels an edge
 BOX_MARGIN = 1.0  # cells around the mask (first place)
@@ -165,12 +164,11 @@ GOLD = {  # first place: crops of 384 to 512, 50 to 75 epochs, mixup 0.5, drop p
     "extract": dict(size=384),
     "train-cls": STRONG,
     "train-patient": STRONG | dict(batch_size=4, checkpoint=True)}  # for 16 GB
-SECOND = {  # other backbones, kept beside the first (ours): their errors differ
-    "train-seg": GOLD["train-seg"] | dict(name="second", backbone="resnet18d"),
-    "extract": GOLD["extract"],
-    "train-cls": GOLD["train-cls"] | dict(name="second", backbone="convnext_nano"),
-    "train-patient": GOLD["train-patient"] | dict(
-        name="second", backbone="tf_efficientnetv2_s")}
+SECOND = GOLD | {  # other backbones, kept beside the first (ours): their errors differ
+    "train-seg": dict(GOLD["train-seg"], name="second", backbone="resnet18d"),
+    "train-cls": dict(STRONG, name="second", backbone="convnext_nano"),
+    "train-patient": dict(
+        GOLD["train-patient"], name="second", backbone="tf_efficientnetv2_s")}
 PRESETS = {"fast": FAST, "standard": {}, "gold": GOLD, "gold-second": SECOND}
 
 @dataclass(frozen=True)
@@ -272,11 +270,9 @@ class Volume(NamedTuple):
     grid: tuple = ((0, 1, 2), (True, False, False))  # a series' masks go foot to head
 
 class Slice(NamedTuple):
-    """A decoded image, and where its pixels lie in LPS mm."""
+    """A decoded image, and where its pixels lie."""
     hu: np.ndarray  # int16 (Y, X)
-    origin: np.ndarray  # (3,) centre of the first pixel
-    down: np.ndarray  # (3,) from a pixel to the one in the next row
-    right: np.ndarray  # (3,) from a pixel to the one in the next column
+    lps_from_pixel: np.ndarray  # (3, 3) mm from (row, column, 1)
     source: tuple = ("", "")  # file, SOPInstanceUID
     series: str = ""  # SeriesInstanceUID
     of_pass: tuple = ()  # what PASS_TAGS say of it, and its InstanceNumber
@@ -300,10 +296,10 @@ def read_slices(path):
         found.append(place_frame(stored, data, k, (path.name + frame, uid)))
     return found
 
-def place_frame(stored, data, number, source):
+def place_frame(stored, data, k, source):
     """The Slice of a frame's stored values (Y, X): in HU, placed (DICOM PS3.3 C.7.6.2)."""
     groups = [*data.get("SharedFunctionalGroupsSequence", [])]  # of an enhanced CT
-    groups += data.get("PerFrameFunctionalGroupsSequence", [])[number : number + 1]
+    groups += data.get("PerFrameFunctionalGroupsSequence", [])[k : k + 1]
     own = {part.keyword: part.value for group in groups for part in group.iterall()}
 
     def tag(name, default):
@@ -314,10 +310,9 @@ def place_frame(stored, data, number, source):
     origin = tag("ImagePositionPatient", [math.nan] * 3)
     row, column = tag("ImageOrientationPatient", [1, 0, 0, 0, 1, 0]).reshape(2, 3)
     spacing = tag("PixelSpacing", [0, 0])  # between rows, between columns
-    down = column * spacing[0]
-    right = row * spacing[1]
     normal = np.cross(row, column)
-    farthest = abs(np.array([origin, down, right])).max()  # NaN without a position
+    lps_from_pixel = np.c_[column * spacing[0], row * spacing[1], origin]
+    farthest = abs(lps_from_pixel).max()  # NaN without a position
     if not (spacing.min() > 0 and farthest < 1e6 and 0.9 < normal @ normal < 1.1):
         raise StudyError("no usable position or orientation")
 
@@ -330,11 +325,12 @@ def place_frame(stored, data, number, source):
     padding = map(data.get, ("PixelPaddingValue", "PixelPaddingRangeLimit"))
     padding = [value for value in padding if isinstance(value, int)]
     if padding:  # also at the top of an unsigned range, where it would be the densest metal
-        hu[(stored >= min(padding)) & (stored <= max(padding))] = AIR_HU
+        low, high = min(padding), max(padding)
+        hu[(stored >= low) & (stored <= high)] = AIR_HU
     series = str(data.get("SeriesInstanceUID"))
     of_pass = [str(data.get(name, "")) for name in PASS_TAGS]
-    of_pass += [int(data.get("InstanceNumber") or 0)]
-    return Slice(hu, origin, down, right, source, series, tuple(of_pass))
+    number = int(data.get("InstanceNumber") or 0)
+    return Slice(hu, lps_from_pixel, source, series, (*of_pass, number))
 
 def read_ct(path):
     """The planes of a CT as NIfTI-1, as Slices without names.
@@ -345,10 +341,10 @@ def read_ct(path):
     for k, plane in enumerate(stored.T):  # (K, J, I)
         hu = np.nan_to_num(plane * slope + intercept, nan=AIR_HU)
         hu = np.rint(hu).clip(AIR_HU, MAX_HU).astype(np.int16)
-        found.append(Slice(hu, origin + k * up, down, right))
-    low = min(one.hu.min() for one in found)
-    high = max(one.hu.max() for one in found)
-    tissue = np.mean([abs(one.hu[::2, ::2]) < SOFT_TISSUE for one in found])
+        found.append(Slice(hu, np.c_[down, right, origin + k * up]))
+    thin = np.array([one.hu[::2, ::2] for one in found])
+    low, high = thin.min(), thin.max()
+    tissue = ((thin > AIR_BELOW) & (thin < BONE_ABOVE)).mean()
     if low > AIR_BELOW or high < BONE_ABOVE or tissue < LEAST_TISSUE:
         values = f"values {low} to {high}, {tissue:.0%} soft tissue"
         raise StudyError(f"no CT in HU: {values}")
@@ -384,22 +380,27 @@ def read_stacks(path, workers, give_up):
 
 def one_stack(first, other):
     """Whether Slices have one series and geometry, but for the last digits of a header."""
-    limit = SAME_STEP * np.linalg.norm(first.down)
-    apart = np.r_[first.down - other.down, first.right - other.right]
-    alike = (first.series, first.hu.shape) == (other.series, other.hu.shape)
-    return alike and abs(apart).max() < limit
+    if first.series != other.series or first.hu.shape != other.hu.shape:
+        return False
+    apart = (first.lps_from_pixel - other.lps_from_pixel)[:, :2]  # a pixel's steps
+    return abs(apart).max() < SAME_STEP * np.linalg.norm(first.lps_from_pixel[:, 0])
 
 def along_normal(stack):
     """mm of every slice along the slices' common normal (DICOM PS3.3 C.7.6.2.1.1)."""
-    normal = np.cross(stack[0].down, stack[0].right)
-    origins = np.array([one.origin for one in stack])
+    down, right, _ = stack[0].lps_from_pixel.T
+    normal = np.cross(down, right)
+    origins = np.array([one.lps_from_pixel[:, 2] for one in stack])
     return origins @ normal / np.linalg.norm(normal)
+
+def parts_of(index, at, gap):
+    """An index in parts, split where the next one's place `at` is more than `gap` away."""
+    ends = np.flatnonzero(np.diff(at) > gap) + 1
+    return np.split(index, ends)
 
 def places_of(mm):
     """Indices of slices in the order of position, of those at the same place the first."""
     order = np.argsort(mm, kind="stable")
-    steps = np.diff(mm[order])
-    places = np.split(order, np.flatnonzero(steps > SAME_PLACE_MM) + 1)
+    places = parts_of(order, mm[order], SAME_PLACE_MM)
     return np.array([min(place) for place in places])
 
 def one_pass(stack):
@@ -418,12 +419,6 @@ def one_pass(stack):
             stack = [*passes.values()][np.argmax(covered)]
     return sorted(stack, key=lambda one: one.of_pass[-3:])  # earliest first
 
-def longest_run(mm):
-    """Indices, in the order of position, of the largest group of slices without a gap."""
-    order = places_of(mm)
-    gaps = np.flatnonzero(np.diff(mm[order]) > MAX_GAP_MM)
-    return max(np.split(order, gaps + 1), key=len)
-
 def even_steps(mm):
     """Where evenly spaced planes lie among slices: 2.5 is halfway from slice 2 to 3."""
     index = np.arange(len(mm))
@@ -439,7 +434,9 @@ def read_series(path, workers, give_up):
     stacks, problems = read_stacks(path, workers, give_up)
     run = []
     for stack in map(one_pass, stacks):
-        places = longest_run(along_normal(stack))
+        mm = along_normal(stack)
+        order = places_of(mm)
+        places = max(parts_of(order, mm[order], MAX_GAP_MM), key=len)
         if len(places) > len(run):  # not the most images, but the most places
             run = [stack[k] for k in places]
     left_out = sum(map(len, stacks)) - len(run)
@@ -454,13 +451,13 @@ def read_series(path, workers, give_up):
     steps = even_steps(mm)
     if not np.array_equal(steps, np.arange(len(mm))):
         problems.append(f"uneven positions, filled to {len(steps)}")
-    first = run[0]
-    way = run[-1].origin - first.origin
+    first, last = run[0].lps_from_pixel, run[-1].lps_from_pixel
+    way = (last - first)[:, 2]
     cosine = np.ptp(mm) / np.linalg.norm(way)  # between the stack's axis and its normal
     if cosine < STRAIGHT:
         problems.append(f"gantry tilted by {math.degrees(math.acos(cosine)):.0f} degrees")
     affine = np.eye(4)
-    affine[:3] = np.c_[way / (len(steps) - 1), first.down, first.right, first.origin]
+    affine[:3] = np.c_[way / (len(steps) - 1), first]
     return run, steps, affine, problems
 
 def axial_axes(affine):
@@ -468,27 +465,23 @@ def axial_axes(affine):
     columns = affine[:3, :3]
     left, back, up = columns / np.linalg.norm(columns, axis=0)
     share = np.stack([-up, back, left])  # of Z, Y and X in each stored axis
-    wanted = range(3)
-    orders = permutations(wanted)
-    axes = max(orders, key=lambda stored: abs(share[wanted, stored]).sum())
-    return axes, share[wanted, axes] < 0
+    orders = permutations(range(3))
+    axes = max(orders, key=lambda stored: abs(share[:, stored]).trace())
+    return axes, share[:, axes].diagonal() < 0
 
 def flip_affine(affine, shape, flip):
     """The affine (4, 4) of an array of a shape, some of whose axes are turned round."""
-    flip = np.array(flip)
     columns = affine[:, :3]
-    last = np.subtract(shape, 1)
-    start = affine[:, 3] + columns @ (flip * last)
-    columns = columns * (1 - 2 * flip)
-    return np.c_[columns, start]
+    last = np.where(flip, np.subtract(shape, 1), 0)
+    start = affine[:, 3] + columns @ last
+    return np.c_[columns * np.where(flip, -1, 1), start]
 
 def read_volume(folder, workers=2, give_up=lambda: False):
     """One CT study, head first, in Hounsfield units: a Volume.
-    `folder` is one of DICOM files, a DICOM file of many frames, or a CT as NIfTI.
-    Slices are ordered by their position along the slice normal, never by file name; the
-    largest series of the folder counts, gaps are filled by position, sagittal and coronal
-    slices are turned. Raises StudyError, and nothing else, if fewer than MIN_SLICES can be
-    read, or if give_up() becomes true."""
+    `folder` is one of DICOM files, a DICOM file of many frames, or a CT as NIfTI. Slices
+    are ordered by position along their normal, never by name; the largest series counts,
+    gaps are filled by position, sagittal and coronal slices are turned. Raises StudyError,
+    and nothing else, if fewer than MIN_SLICES can be read, or give_up() becomes true."""
     path = Path(folder)
     with errors_as(StudyError, path):
         slices, steps, affine, problems = read_series(path, workers, give_up)
@@ -500,18 +493,19 @@ def read_volume(folder, workers=2, give_up=lambda: False):
         hu = np.empty([shape[k] for k in axes], np.int16)
         backwards = np.flatnonzero(flip).tolist()
         stored = np.flip(hu, backwards).transpose(np.argsort(axes))  # a view of hu
-        sources = [slices[round(at)].source for at in steps]
+        sources = [slices[round(at)].source for at in steps] if axes[0] == 0 else []
         for k, at in enumerate(steps):  # each step lies between two planes
             low = min(int(at), len(slices) - 2)
             slices[:low] = [None] * low  # let go: a volume is never held twice
-            stored[k] = cv2.addWeighted(
-                slices[low].hu, low + 1 - at, slices[low + 1].hu, at - low, 0)
+            above, below = slices[low : low + 2]
+            stored[k] = cv2.addWeighted(above.hu, low + 1 - at, below.hu, at - low, 0)
 
         affine = flip_affine(affine[:, [*axes, 3]], hu.shape, flip)
-        spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    volume = Volume(path.name, hu, tuple(spacing.tolist()), affine, tuple(problems))
-    if axes[0] == 0:
-        volume = volume._replace(sources=tuple(sources[:: -1 if flip[0] else 1]))
+        spacing = np.linalg.norm(affine[:3, :3], axis=0).tolist()
+    if flip[0]:
+        sources.reverse()
+    volume = Volume(
+        path.name, hu, tuple(spacing), affine, tuple(problems), tuple(sources))
     return volume._replace(grid=(axes, tuple(flip.tolist()))) if is_nifti(path) else volume
 
 
@@ -534,9 +528,8 @@ MASK_HEADER = dict(  # of our masks: uint8, mm, both transforms to the scanner's
     xyzt_units=2, descrip=WRITTEN_BY, qform_code=1, sform_code=1)
 
 def nifti_affine(header):
-    """RAS mm from voxel (4, 4): the sform, else the qform, else the zooms about the centre.
-    The order and the third way are nibabel's; pixdim[0] below 0 mirrors the qform's k axis.
-    """
+    """RAS mm from voxel (4, 4), as nibabel: by sform, else qform, else about the centre.
+    pixdim[0] below 0 mirrors the qform's k axis."""
     zooms = header["pixdim"][1:4].astype(float)
     affine = np.diag([*zooms * (-1, 1, 1), 1])
     affine[:3, 3] = affine[:3, :3] @ (1.0 - header["dim"][1:4]) / 2
@@ -604,7 +597,8 @@ def write_nifti(path, labels, volume):
         with errors_as(UserError, f"{path}: not a mask of ours, and not overwritten"):
             if WRITTEN_BY not in gzip.open(path).read(348):
                 raise ValueError("it is of another program")
-    content = header.tobytes() + bytes(4) + stored.tobytes()
+    content = header.tobytes() + bytes(4)
+    content += stored.tobytes()
     content = gzip.compress(content, 1, mtime=0)
     write_atomic(path, lambda new: new.write_bytes(content))
 
@@ -719,8 +713,7 @@ def to_3d(network):
 
 def deepen(layer, pairs):
     """Make a 2-D layer 3-D, in place; `pairs` are its settings that hold a value an axis.
-    A kernel repeated k times along the new axis is divided by k, or activations would grow.
-    """
+    A kernel that is repeated k times is divided by k, or activations would grow."""
     layer.__class__ = LAYERS_3D[type(layer).__name__]
     for name, value in pairs.items():
         setattr(layer, name, value[:1] * 3)
@@ -755,9 +748,7 @@ class ConvBlock(nn.Module):
         return x * (channel + self.place(x).sigmoid())
 
 class Segmenter(nn.Module):
-    """3-D U-Net: (B, 1, Z, Y, X) in 0..1 -> (B, 7, Z, Y, X) logits of C1..C7.
-    The axes must be multiples of 16. `size` and `window` say for what input it was trained.
-    """
+    """3-D U-Net; `size` and `window` say for what input it was trained."""
     def __init__(
             self, backbone="tf_efficientnetv2_s", size=CUBE, window=SEGMENTER_WINDOW,
             drop_path=0, dropout=0, **_):  # a recipe holds more
@@ -783,14 +774,14 @@ class Segmenter(nn.Module):
         nn.init.constant_(self.head.bias, -4)  # most cells are background
 
     def forward(self, x):
-        """(B, 1, Z, Y, X) in 0..1 -> (B, 7, Z, Y, X) logits."""
+        """(B, 1, Z, Y, X) in 0..1, multiples of 16 -> (B, 7, Z, Y, X) logits of C1..C7."""
         if any(length % 16 for length in x.shape[2:]):
             raise UserError(f"cube {[*x.shape[2:]]}: no multiples of 16")
         x = (x - 0.5) * 4
-        cells = x
-        for axis in (2, 3, 4):
-            cells = cells.unfold(axis, 2, 2)  # at last (B, 1, Z/2, Y/2, X/2, 2, 2, 2)
-        cells = cells.flatten(5)[:, 0].movedim(-1, 1)  # (B, 8, Z/2, Y/2, X/2)
+        cells = x[:, 0]
+        for axis in (1, 2, 3):
+            cells = cells.unfold(axis, 2, 2)  # at last (B, Z/2, Y/2, X/2, 2, 2, 2)
+        cells = cells.flatten(4).movedim(-1, 1)  # (B, 8, Z/2, Y/2, X/2)
         *skips, x = self.encoder(x)
         skips[0] = torch.cat([skips[0], cells], 1)  # (B, C + 8, Z/2, Y/2, X/2)
         for block in self.decoder:
@@ -827,9 +818,8 @@ def vertebra_box(probability, gap=STRAY_GAP):
 def fullest_run(profile, gap):
     """First and last of the planes, at most `gap` apart, that together hold most cells."""
     inside = np.flatnonzero(profile > STRAY_SHARE * profile.max())
-    ends = np.flatnonzero(np.diff(inside) > gap) + 1
-    runs = np.split(inside, ends)
-    fullest = max(runs, key=lambda run: profile[run].sum())
+    parts = parts_of(inside, inside, gap)
+    fullest = max(parts, key=lambda part: profile[part].sum())
     return fullest[[0, -1]]
 
 def mean_probability(models, volume, device):
@@ -863,12 +853,12 @@ def neck_part(probability, shape):
 
 def place_back(part, low, high, shape):
     """The probability (7, D, D, D) of a study, from that of its voxels low to high."""
-    scale, shift = np.diag(shape), np.array(shape) - low - high
-    matrix = np.c_[scale, shift] / np.c_[high - low]  # affine_grid: -1 to 1 an axis
-    order = [2, 1, 0, 3]  # z y x -> x y z
-    matrix = np.float32(matrix)[::-1, order]
-    theta = torch.from_numpy(matrix.copy())[None]
-    part = part[None]  # (1, 7, D, D, D)
+    size = high - low
+    scale = np.divide(shape, size)
+    shift = np.subtract(shape, low + high) / size
+    matrix = np.c_[np.diag(scale[::-1]), shift[::-1]]  # affine_grid: x y z, from -1 to 1
+    theta = torch.tensor(matrix[None]).float()
+    part = part[None]
     grid = F.affine_grid(theta, part.shape, align_corners=False)
     return F.grid_sample(part, grid, align_corners=False)[0]  # 0 around
 
@@ -922,9 +912,8 @@ def apply_window(hu, window):
     return cv2.convertScaleAbs(np.maximum(hu, low), alpha=scale, beta=-low * scale)
 
 def crop_plane(plane, box, size):
-    """(S, S) out of a plane (Y, X); outside of it the border repeats.
-    `box` (2, 2) holds the corner and the step between pixels, as (y, x) shares of the
-    plane."""
+    """(S, S) out of a plane (Y, X); outside of it the border repeats. `box` (2, 2) holds
+    the corner and the step between pixels, as (y, x) shares of the plane."""
     corner, step = box * plane.shape
     y, x = corner + (step - 1) / 2  # of the first pixel's centre
     source = np.array([[step[1], 0, x], [0, step[0], y]])  # OpenCV: x first
@@ -933,9 +922,8 @@ def crop_plane(plane, box, size):
     return cv2.warpAffine(plane, source, (size, size), flags=how, borderMode=border)
 
 def slice_indices(first_cell, last_cell, edge, count):
-    """(15, 5): the native slices of every step, of `count`; a border slice repeats.
-    The steps' centres lie evenly from the first to the last slice that these cells cover,
-    of a cube with `edge` cells."""
+    """(15, 5): the native slices of every step, of `count`; a border slice repeats. The
+    centres lie evenly over the slices that these cells, of a cube with `edge`, cover."""
     first = max(first_cell, 0) * count / edge
     last = min(last_cell + 1, edge) * count / edge - 1
     places = np.linspace(first, last, STEPS)
@@ -986,7 +974,8 @@ def ninety_images(volume, cells, found, size, mask_of, z_margin):
     shown, which = np.unique(index, return_inverse=True)  # steps share slices
     grey = [apply_window(volume.hu[z], BONE_WINDOW) for z in shown]
     images = np.array([crop_plane(plane, box, size) for plane in grey])
-    planes = [mask_at(cells, z, count) for z in index[:, MASKED_SLICES[mask_of]]]
+    masked = index[:, MASKED_SLICES[mask_of]]
+    planes = [mask_at(cells, z, count) for z in masked]
     masks = np.array([crop_plane(plane, box, size) for plane in planes])
     masks = np.rint(masks * 255).clip(1)  # 0 means: not seen
     return interleave(images[which.ravel()], masks)  # 75 slices, 15 masks: ninety images
@@ -1041,8 +1030,8 @@ class StepEncoder(nn.Module):
 
 class VertebraClassifier(nn.Module):
     """(B, 15, 6, S, S), uint8 or 0..1 -> (B, 15) logits: a fracture of this vertebra.
-    `size`, `mask_of` and `z_margin` (older versions had none) say for what crops it was
-    trained."""
+    `size`, `mask_of`, `z_margin` (older versions: none) say for what crops it was trained.
+    """
     def __init__(
             self, backbone="tf_efficientnetv2_s", size=CROP, mask_of="last", z_margin=0.0,
             hidden=256, drop_path=0, dropout=0, checkpoint=False, **_):  # and more
@@ -1053,7 +1042,6 @@ class VertebraClassifier(nn.Module):
         self.head = logit_head(2 * hidden, hidden, dropout)
 
     def forward(self, crops):
-        """(B, N, 6, S, S) -> what answer gives."""
         features = self.encoder(crops)
         with torch.autocast(crops.device.type, enabled=False):  # bfloat16 would round
             return self.answer(features)
