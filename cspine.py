@@ -332,36 +332,13 @@ def place_frame(stored, data, k, source):
     number = int(data.get("InstanceNumber") or 0)
     return Slice(hu, lps_from_pixel, source, series, (*of_pass, number))
 
-def read_ct(path):
-    """The planes of a CT as NIfTI-1, as Slices without names.
-    StudyError if its values are no Hounsfield units of a body: labels, MR, another unit."""
-    stored, slope, intercept, voxel_from_lps = read_nifti(path)
-    right, down, up, origin = np.linalg.inv(voxel_from_lps)[:3].T
-    found = []
-    for k, plane in enumerate(stored.T):  # (K, J, I)
-        hu = np.nan_to_num(plane * slope + intercept, nan=AIR_HU)
-        hu = np.rint(hu).clip(AIR_HU, MAX_HU).astype(np.int16)
-        found.append(Slice(hu, np.c_[down, right, origin + k * up]))
-    thin = np.array([one.hu[::2, ::2] for one in found])
-    low, high = thin.min(), thin.max()
-    tissue = ((thin > AIR_BELOW) & (thin < BONE_ABOVE)).mean()
-    if low > AIR_BELOW or high < BONE_ABOVE or tissue < LEAST_TISSUE:
-        values = f"values {low} to {high}, {tissue:.0%} soft tissue"
-        raise StudyError(f"no CT in HU: {values}")
-    return found
-
-def is_nifti(path):
-    """Whether a path is a file named .nii or .nii.gz."""
-    return path.is_file() and path.name.lower().endswith((".nii", ".nii.gz"))
-
 def read_stacks(path, workers, give_up):
     """([Slices of one series and geometry, ...] of a folder, [what was left out, why])."""
     files = [path] if path.is_file() else path.iterdir()  # a file: of many frames
     files = sorted(files, key=lambda file: (len(file.name), file))
-    read = read_ct if is_nifti(path) else read_slices
     stacks = []
     problems = []
-    for file, future in prefetch(read, files, workers, 4 * workers + 1):
+    for file, future in prefetch(read_slices, files, workers, 4 * workers + 1):
         if give_up():
             raise StudyError("out of time")
         try:
@@ -429,8 +406,8 @@ def even_steps(mm):
     return np.interp(even, mm, index)
 
 def read_series(path, workers, give_up):
-    """The series that covers most places: Slices head or foot first, even_steps, affine,
-    problems. The affine (4, 4) gives LPS mm from (step, row, column, 1)."""
+    """The series that covers most places: planes, even_steps, affine, problems, and the
+    planes' sources. The affine (4, 4) gives LPS mm from (step, row, column, 1)."""
     stacks, problems = read_stacks(path, workers, give_up)
     run = []
     for stack in map(one_pass, stacks):
@@ -458,7 +435,31 @@ def read_series(path, workers, give_up):
         problems.append(f"gantry tilted by {math.degrees(math.acos(cosine)):.0f} degrees")
     affine = np.eye(4)
     affine[:3] = np.c_[way / (len(steps) - 1), first]
-    return run, steps, affine, problems
+    sources = [one.source for one in run]
+    return [one.hu for one in run], steps, affine, problems, sources
+
+def read_ct(path):
+    """What read_series gives, of a CT as NIfTI-1; it has no sources.
+    StudyError if its values are no Hounsfield units of a body: labels, MR, another unit."""
+    stored, slope, intercept, voxel_from_lps = read_nifti(path)
+    if min(stored.shape) < MIN_SLICES:
+        raise StudyError(f"{stored.shape} voxels, not {MIN_SLICES} an axis")
+    planes = []
+    for plane in stored.T:  # (K, J, I)
+        hu = np.nan_to_num(plane * slope + intercept, nan=AIR_HU)
+        planes.append(np.rint(hu).clip(AIR_HU, MAX_HU).astype(np.int16))
+    thin = np.array([hu[::2, ::2] for hu in planes])
+    low, high = thin.min(), thin.max()
+    tissue = ((thin > AIR_BELOW) & (thin < BONE_ABOVE)).mean()
+    if low > AIR_BELOW or high < BONE_ABOVE or tissue < LEAST_TISSUE:
+        values = f"values {low} to {high}, {tissue:.0%} soft tissue"
+        raise StudyError(f"no CT in HU: {values}")
+    affine = np.linalg.inv(voxel_from_lps)[:, [2, 1, 0, 3]]
+    return planes, np.arange(len(planes)), affine, [], []
+
+def is_nifti(path):
+    """Whether a path is a file named .nii or .nii.gz."""
+    return path.is_file() and path.name.lower().endswith((".nii", ".nii.gz"))
 
 def axial_axes(affine):
     """(axes, flip): the stored axes that become Z, Y, X, and which run backwards."""
@@ -483,9 +484,11 @@ def read_volume(folder, workers=2, give_up=lambda: False):
     gaps are filled by position, sagittal and coronal slices are turned. Raises StudyError,
     and nothing else, if fewer than MIN_SLICES can be read, or give_up() becomes true."""
     path = Path(folder)
+    nifti = is_nifti(path)
     with errors_as(StudyError, path):
-        slices, steps, affine, problems = read_series(path, workers, give_up)
-        shape = (len(steps), *slices[0].hu.shape)
+        found = read_ct(path) if nifti else read_series(path, workers, give_up)
+        planes, steps, affine, problems, sources = found
+        shape = (len(steps), *planes[0].shape)
         if math.prod(shape) > MAX_VOXELS:
             raise StudyError(f"{shape} voxels")
 
@@ -493,20 +496,19 @@ def read_volume(folder, workers=2, give_up=lambda: False):
         hu = np.empty([shape[k] for k in axes], np.int16)
         backwards = np.flatnonzero(flip).tolist()
         stored = np.flip(hu, backwards).transpose(np.argsort(axes))  # a view of hu
-        sources = [slices[round(at)].source for at in steps] if axes[0] == 0 else []
         for k, at in enumerate(steps):  # each step lies between two planes
-            low = min(int(at), len(slices) - 2)
-            slices[:low] = [None] * low  # let go: a volume is never held twice
-            above, below = slices[low : low + 2]
-            stored[k] = cv2.addWeighted(above.hu, low + 1 - at, below.hu, at - low, 0)
+            low = min(int(at), len(planes) - 2)
+            planes[:low] = [None] * low  # let go: a volume is never held twice
+            stored[k] = cv2.addWeighted(
+                planes[low], low + 1 - at, planes[low + 1], at - low, 0)
 
         affine = flip_affine(affine[:, [*axes, 3]], hu.shape, flip)
         spacing = np.linalg.norm(affine[:3, :3], axis=0).tolist()
-    if flip[0]:
-        sources.reverse()
+        by_slice = [sources[round(at)] for at in steps] if sources and axes[0] == 0 else []
+        by_slice = by_slice[::-1] if flip[0] else by_slice
     volume = Volume(
-        path.name, hu, tuple(spacing), affine, tuple(problems), tuple(sources))
-    return volume._replace(grid=(axes, tuple(flip.tolist()))) if is_nifti(path) else volume
+        path.name, hu, tuple(spacing), affine, tuple(problems), tuple(by_slice))
+    return volume._replace(grid=(axes, tuple(flip.tolist()))) if nifti else volume
 
 
 # ==== Masks ====
