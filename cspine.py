@@ -193,8 +193,7 @@ class Shared:
     name: str = setting("", "keeps a second set apart, as vertebra_NAME_fold0.pt")
     preset: str = setting("standard", "defaults of a whole training", tuple(PRESETS))
     mask_of: str = setting("last", "which slice of a step the mask is of", MASKED_SLICES)
-    z_margin: float = setting(
-        BOX_MARGIN, "128ths of a study that crops reach beyond a vertebra", least=0)
+    z_margin: float = setting(BOX_MARGIN, "z margin of crops, 128ths of a study", least=0)
 
 @dataclass(frozen=True)
 class Recipe:
@@ -224,8 +223,7 @@ class ClassifierRecipe(Recipe):
         1, "3: a batch sees a third of the steps, from a random one on", (1, 3, 5, 15))
     checkpoint: bool = setting(False, "compute blocks twice: less memory, a third slower")
     mask_of: str = setting("last", "which slice of a step the mask is of", MASKED_SLICES)
-    z_margin: float = setting(
-        BOX_MARGIN, "128ths of a study that crops reach beyond a vertebra", least=0)
+    z_margin: float = setting(BOX_MARGIN, "z margin of crops, 128ths of a study", least=0)
 
 # Rates and epochs are ours; dropout is Tan and Le's (2021), mixup first place's.
 RECIPES = dict(
@@ -1009,8 +1007,7 @@ class StepEncoder(nn.Module):
 
     def forward(self, crops):
         """(B, N, 6, S, S), uint8 or 0..1 -> (B, N, F) features of the steps."""
-        masks = crops[:, :, -1]
-        seen = masks.amax((2, 3)).flatten() > 0  # (B * N,); its mask is nowhere 0
+        seen = crops[:, :, -1].amax((2, 3)).flatten() > 0  # (B * N,); a mask has no 0
         features = self.absent.repeat(len(seen), 1)
         if seen.any():
             shown = crops.flatten(0, 1)[seen]
