@@ -159,7 +159,7 @@ FAST = {  # ours: a fold whose trainings end within an hour on two T4
     "train-cls": dict(fold="0", epochs=8, thin=3),
     "train-patient": dict(fold="0", epochs=6, thin=3)}
 STRONG = dict(size=384, epochs=50, thin=3, mixup=0.5, drop_path=0.3)
-GOLD = {  # first place: crops of 384 to 512, 50 to 75 epochs, mixup 0.5, drop path 0.2, 0.3
+GOLD = {  # first place's crops of 384..512, 50..75 epochs, mixup 0.5, drop path 0.2..0.3
     "train-seg": dict(epochs=480, drop_path=0.2),  # 8,160 steps; first: 17,400
     "extract": dict(size=384),
     "train-cls": STRONG,
@@ -528,7 +528,7 @@ MASK_HEADER = dict(  # of our masks: uint8, mm, both transforms to the scanner's
     xyzt_units=2, descrip=WRITTEN_BY, qform_code=1, sform_code=1)
 
 def nifti_affine(header):
-    """RAS mm from voxel (4, 4), as nibabel: by sform, else qform, else about the centre.
+    """RAS mm from voxel (4, 4), as nibabel: sform, else qform, else zooms about the centre.
     pixdim[0] below 0 mirrors the qform's k axis."""
     zooms = header["pixdim"][1:4].astype(float)
     affine = np.diag([*zooms * (-1, 1, 1), 1])
