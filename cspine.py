@@ -93,8 +93,7 @@ UNEVEN = 0.25  # share of a step by which a slice may miss its even place
 STRAIGHT = 0.999  # least cosine of a stack's axis and its normal; below: a tilted gantry
 AIR_BELOW = -200  # HU; a neck has air, which labels, grey values and MR have not
 BONE_ABOVE = 300  # HU; and bone
-SOFT_TISSUE = 200  # HU on either side of water
-LEAST_TISSUE = 0.02  # share of a CT that is soft tissue, or its values are no HU
+LEAST_TISSUE = 0.02  # share of a CT between both, or its values are no HU
 
 # Masks and crops; a cell is a voxel of the segmenter's cube.
 SEGMENTER_WINDOW = (300, 1600)  # level, width; HU
@@ -109,7 +108,7 @@ LOOK_CLOSER = 0.57  # a second look where the neck needs less than this share of
 BONE_WINDOW = (500, 2000)  # level, width; HU
 STEPS = 15
 SLICES_PER_STEP = 5
-MASKED_SLICES = ("last", "center")  # of a step, which one its mask is of
+MASKED_SLICES = dict(last=-1, center=SLICES_PER_STEP // 2)  # of a step, its mask's slice
 CHANNELS = SLICES_PER_STEP + 1  # and a mask
 CROP = 224  # pixels an edge
 BOX_MARGIN = 1.0  # cells around the mask (first place)
@@ -155,26 +154,22 @@ def argument(meaning, count=None):
 
 # Presets: other defaults of a mode's options; what is not named stays a recipe's. Hours:
 # tests/studies/bench.py plan.
-PRESETS = dict(fast={}, standard={}, gold={})  # standard: the recipes, five folds
-
-# fast is ours: a fold whose trainings end within an hour on two T4.
-PRESETS["fast"]["train-seg"] = dict(fold="0", epochs=60)  # 1,020 steps
-PRESETS["fast"]["train-cls"] = dict(fold="0", epochs=8, thin=3)
-PRESETS["fast"]["train-patient"] = dict(fold="0", epochs=6, thin=3)
-
-# gold: first place's crops of 384 to 512, 50 to 75 epochs, mixup 0.5, drop path 0.2 to 0.3.
-GOLD = dict(size=384, epochs=50, thin=3, mixup=0.5, drop_path=0.3)
-PRESETS["gold"]["train-seg"] = dict(epochs=480, drop_path=0.2)  # 8,160 steps; first: 17,400
-PRESETS["gold"]["extract"] = dict(size=384)
-PRESETS["gold"]["train-cls"] = GOLD
-PRESETS["gold"]["train-patient"] = GOLD | dict(batch_size=4, checkpoint=True)  # for 16 GB
-
-# gold-second: other backbones, kept beside the first (ours): their errors differ.
-PRESETS["gold-second"] = copy.deepcopy(PRESETS["gold"])
-PRESETS["gold-second"]["train-seg"] |= dict(name="second", backbone="resnet18d")
-PRESETS["gold-second"]["train-cls"] |= dict(name="second", backbone="convnext_nano")
-PRESETS["gold-second"]["train-patient"] |= dict(
-    name="second", backbone="tf_efficientnetv2_s")
+FAST = {  # ours: a fold whose trainings end within an hour on two T4
+    "train-seg": dict(fold="0", epochs=60),  # 1,020 steps
+    "train-cls": dict(fold="0", epochs=8, thin=3),
+    "train-patient": dict(fold="0", epochs=6, thin=3)}
+STRONG = dict(size=384, epochs=50, thin=3, mixup=0.5, drop_path=0.3)
+GOLD = {  # first place's crops of 384..512, 50..75 epochs, mixup 0.5, drop path 0.2..0.3
+    "train-seg": dict(epochs=480, drop_path=0.2),  # 8,160 steps; first: 17,400
+    "extract": dict(size=384),
+    "train-cls": STRONG,
+    "train-patient": STRONG | dict(batch_size=4, checkpoint=True)}  # for 16 GB
+SECOND = GOLD | {  # other backbones, kept beside the first (ours): their errors differ
+    "train-seg": dict(GOLD["train-seg"], name="second", backbone="resnet18d"),
+    "train-cls": dict(STRONG, name="second", backbone="convnext_nano"),
+    "train-patient": dict(
+        GOLD["train-patient"], name="second", backbone="tf_efficientnetv2_s")}
+PRESETS = {"fast": FAST, "standard": {}, "gold": GOLD, "gold-second": SECOND}
 
 @dataclass(frozen=True)
 class Shared:
@@ -188,10 +183,8 @@ class Shared:
     device: str = setting("auto", "cpu, cuda:0, ...; auto takes a GPU where there is one")
     workers: int = setting(os.cpu_count() or 1, "threads that read files", least=0)
     fold: str = setting("all", "the fold to train, from 0 on, or all of them")
-    folds: int = setting(
-        5, "parts of the cross-validation; 1: train and score on all", least=1)
-    resume: bool = setting(
-        False, "go on where the same command stopped; trainings with --fold all always do")
+    folds: int = setting(5, "parts of cross-validation; 1: train and score on all", least=1)
+    resume: bool = setting(False, "go on where it stopped; with --fold all always on")
     time_limit: float = setting(
         0.0, "minutes until a run ends, saved; 0: none, on Kaggle 510", least=0)
     init: str = setting(
@@ -200,8 +193,7 @@ class Shared:
     name: str = setting("", "keeps a second set apart, as vertebra_NAME_fold0.pt")
     preset: str = setting("standard", "defaults of a whole training", tuple(PRESETS))
     mask_of: str = setting("last", "which slice of a step the mask is of", MASKED_SLICES)
-    z_margin: float = setting(
-        BOX_MARGIN, "128ths of a study that crops reach beyond a vertebra", least=0)
+    z_margin: float = setting(BOX_MARGIN, "z margin of crops, 128ths of a study", least=0)
 
 @dataclass(frozen=True)
 class Recipe:
@@ -231,8 +223,7 @@ class ClassifierRecipe(Recipe):
         1, "3: a batch sees a third of the steps, from a random one on", (1, 3, 5, 15))
     checkpoint: bool = setting(False, "compute blocks twice: less memory, a third slower")
     mask_of: str = setting("last", "which slice of a step the mask is of", MASKED_SLICES)
-    z_margin: float = setting(
-        BOX_MARGIN, "128ths of a study that crops reach beyond a vertebra", least=0)
+    z_margin: float = setting(BOX_MARGIN, "z margin of crops, 128ths of a study", least=0)
 
 # Rates and epochs are ours; dropout is Tan and Le's (2021), mixup first place's.
 RECIPES = dict(
@@ -277,40 +268,36 @@ class Volume(NamedTuple):
     grid: tuple = ((0, 1, 2), (True, False, False))  # a series' masks go foot to head
 
 class Slice(NamedTuple):
-    """A decoded image, and where its pixels lie in LPS mm."""
+    """A decoded image, and where its pixels lie."""
     hu: np.ndarray  # int16 (Y, X)
-    origin: np.ndarray  # (3,) centre of the first pixel
-    down: np.ndarray  # (3,) from a pixel to the one in the next row
-    right: np.ndarray  # (3,) from a pixel to the one in the next column
-    of_pass: tuple  # what PASS_TAGS say of it
-    number: int  # InstanceNumber
+    lps_from_pixel: np.ndarray  # (3, 3) mm from (row, column, 1)
     source: tuple = ("", "")  # file, SOPInstanceUID
+    series: str = ""  # SeriesInstanceUID
+    of_pass: tuple = ()  # what PASS_TAGS say of it, and its InstanceNumber
 
 PASS_TAGS = (  # what tells two scans of the same places in one series apart
     "AcquisitionNumber", "ConvolutionKernel", "ImageType", "TemporalPositionIdentifier",
     "AcquisitionTime", "ContentTime")
 
 def read_slices(path):
-    """[(series, Slice)] of the frames of a DICOM file, with or without its preamble."""
+    """The Slices of a DICOM file, one of each frame, with or without its preamble."""
     if not path.is_file():  # a pipe would wait for ever
         raise StudyError("no plain file")
     data = pydicom.dcmread(path, force=True)
     if data.get("Modality") not in (None, "", "CT"):  # a dose or a segmentation beside it
         raise StudyError(f"no CT image but {data.Modality}")
-    series = (str(data.get("SeriesInstanceUID")), data.get("Rows"), data.get("Columns"))
     frames = decode_pixels(data)
+    uid = str(data.get("SOPInstanceUID", ""))
     found = []
     for k, stored in enumerate(frames):
         frame = f", frame {k + 1}" if len(frames) > 1 else ""
-        source = (path.name + frame, str(data.get("SOPInstanceUID", "")))
-        one = place_frame(stored, data, k)
-        found.append((series, one._replace(source=source)))
+        found.append(place_frame(stored, data, k, (path.name + frame, uid)))
     return found
 
-def place_frame(stored, data, number):
+def place_frame(stored, data, k, source):
     """The Slice of a frame's stored values (Y, X): in HU, placed (DICOM PS3.3 C.7.6.2)."""
     groups = [*data.get("SharedFunctionalGroupsSequence", [])]  # of an enhanced CT
-    groups += data.get("PerFrameFunctionalGroupsSequence", [])[number : number + 1]
+    groups += data.get("PerFrameFunctionalGroupsSequence", [])[k : k + 1]
     own = {part.keyword: part.value for group in groups for part in group.iterall()}
 
     def tag(name, default):
@@ -321,10 +308,9 @@ def place_frame(stored, data, number):
     origin = tag("ImagePositionPatient", [math.nan] * 3)
     row, column = tag("ImageOrientationPatient", [1, 0, 0, 0, 1, 0]).reshape(2, 3)
     spacing = tag("PixelSpacing", [0, 0])  # between rows, between columns
-    down = column * spacing[0]
-    right = row * spacing[1]
     normal = np.cross(row, column)
-    farthest = abs(np.array([origin, down, right])).max()  # NaN without a position
+    lps_from_pixel = np.c_[column * spacing[0], row * spacing[1], origin]
+    farthest = abs(lps_from_pixel).max()  # NaN without a position
     if not (spacing.min() > 0 and farthest < 1e6 and 0.9 < normal @ normal < 1.1):
         raise StudyError("no usable position or orientation")
 
@@ -339,117 +325,116 @@ def place_frame(stored, data, number):
     if padding:  # also at the top of an unsigned range, where it would be the densest metal
         low, high = min(padding), max(padding)
         hu[(stored >= low) & (stored <= high)] = AIR_HU
-    of_pass = tuple(str(data.get(name, "")) for name in PASS_TAGS)
-    place = int(data.get("InstanceNumber") or 0)
-    return Slice(hu, origin, down, right, of_pass, place)
+    series = str(data.get("SeriesInstanceUID"))
+    of_pass = [str(data.get(name, "")) for name in PASS_TAGS]
+    number = int(data.get("InstanceNumber") or 0)
+    return Slice(hu, lps_from_pixel, source, series, (*of_pass, number))
 
-def read_files(folder, workers, give_up):
-    """([slices of one series and geometry, ...] of a folder, [what was left out, why])."""
+def read_stacks(path, workers, give_up):
+    """([Slices of one series and geometry, ...] of a folder, [what was left out, why])."""
+    files = [path] if path.is_file() else path.iterdir()  # a file: of many frames
+    files = sorted(files, key=lambda file: (len(file.name), file))
     stacks = []
     problems = []
-    folder = Path(folder)
-    files = [folder] if folder.is_file() else folder.iterdir()  # a file: of many frames
-    files = sorted(files, key=lambda path: (len(path.name), path))
-    for path, future in prefetch(read_slices, files, workers, 4 * workers + 1):
+    for file, future in prefetch(read_slices, files, workers, 4 * workers + 1):
         if give_up():
             raise StudyError("out of time")
         try:
-            with errors_as(StudyError, path.name):
-                for series, one in future.result():
-                    alike = [part for part in stacks if same_series(part[0], series, one)]
-                    if not alike:
-                        stacks.append([(series, one)])
-                    else:
-                        alike[0].append((series, one))
+            with errors_as(StudyError, file.name):
+                found = future.result()
         except StudyError as error:
             problems.append(f"{error}; left out")
-    return [[one for _, one in part] for part in stacks], problems
+            continue
+        for one in found:
+            alike = [stack for stack in stacks if one_stack(stack[0], one)]
+            if not alike:
+                stacks.append([one])
+            else:
+                alike[0].append(one)
+    return stacks, problems
 
-def same_series(first, series, other):
-    """Whether a slice belongs to (series, Slice), but for the last digits of its header."""
-    name, one = first
-    if name != series:
+def one_stack(first, other):
+    """Whether Slices have one series and geometry, but for the last digits of a header."""
+    if first.series != other.series or first.hu.shape != other.hu.shape:
         return False
-    limit = SAME_STEP * np.linalg.norm(one.down)
-    apart = np.r_[one.down - other.down, one.right - other.right]
-    return abs(apart).max() < limit
+    apart = (first.lps_from_pixel - other.lps_from_pixel)[:, :2]  # a pixel's steps
+    return abs(apart).max() < SAME_STEP * np.linalg.norm(first.lps_from_pixel[:, 0])
 
 def along_normal(stack):
     """mm of every slice along the slices' common normal (DICOM PS3.3 C.7.6.2.1.1)."""
-    normal = np.cross(stack[0].down, stack[0].right)
-    origins = np.array([one.origin for one in stack])
+    down, right, _ = stack[0].lps_from_pixel.T
+    normal = np.cross(down, right)
+    origins = np.array([one.lps_from_pixel[:, 2] for one in stack])
     return origins @ normal / np.linalg.norm(normal)
 
-def one_pass(stack):
-    """The slices of one acquisition: of several at the same places, one pass whole.
-    The first of PASS_TAGS that tells passes apart does; the one that covers most places
-    counts, of equals the first. Where none does, a place's earliest slice comes first."""
-    most = len(places_of(along_normal(stack)))
-    if most == len(stack):
-        return stack
-    for k in range(len(PASS_TAGS)):
-        passes = {}
-        for one in stack:
-            passes.setdefault(one.of_pass[k], []).append(one)
-        names = sorted(passes)
-        covered = [len(places_of(along_normal(passes[name]))) for name in names]
-        if len(names) > 1 and max(covered) >= WHOLE_PASS * most:
-            return one_pass(passes[names[np.argmax(covered)]])
-    return sorted(stack, key=lambda one: (*one.of_pass[-2:], one.number))  # earliest first
+def parts_of(index, at, gap):
+    """An index in parts, split where the next one's place `at` is more than `gap` away."""
+    ends = np.flatnonzero(np.diff(at) > gap) + 1
+    return np.split(index, ends)
 
 def places_of(mm):
     """Indices of slices in the order of position, of those at the same place the first."""
     order = np.argsort(mm, kind="stable")
-    steps = np.diff(mm[order])
-    places = np.split(order, np.flatnonzero(steps > SAME_PLACE_MM) + 1)
+    places = parts_of(order, mm[order], SAME_PLACE_MM)
     return np.array([min(place) for place in places])
 
-def longest_run(mm):
-    """Indices, in the order of position, of the largest group of slices without a gap."""
-    order = places_of(mm)
-    gaps = np.flatnonzero(np.diff(mm[order]) > MAX_GAP_MM)
-    return max(np.split(order, gaps + 1), key=len)
+def one_pass(stack):
+    """The slices of one acquisition: of several at the same places, one pass whole.
+    Each of PASS_TAGS keeps the pass that covers most places, of equals the first, if it
+    covers nearly all. Where no tag does, a place's earliest slice comes first."""
+    for k in range(len(PASS_TAGS)):
+        most = len(places_of(along_normal(stack)))
+        if most == len(stack):
+            return stack
+        passes = {}
+        for one in sorted(stack, key=lambda one: one.of_pass[k]):
+            passes.setdefault(one.of_pass[k], []).append(one)
+        covered = [len(places_of(along_normal(part))) for part in passes.values()]
+        if max(covered) >= WHOLE_PASS * most:
+            stack = [*passes.values()][np.argmax(covered)]
+    return sorted(stack, key=lambda one: one.of_pass[-3:])  # earliest first
 
 def even_steps(mm):
     """Where evenly spaced planes lie among slices: 2.5 is halfway from slice 2 to 3."""
     index = np.arange(len(mm))
-    count = round(np.ptp(mm) / np.median(np.diff(mm))) + 1
-    even = np.linspace(mm[0], mm[-1], count)
-    limit = UNEVEN * np.median(np.diff(mm))
-    if count == len(mm) and abs(mm - even).max() <= limit:
+    step = np.median(np.diff(mm))
+    even = np.linspace(mm[0], mm[-1], round(np.ptp(mm) / step) + 1)
+    if len(even) == len(mm) and abs(mm - even).max() <= UNEVEN * step:
         return index
     return np.interp(even, mm, index)
 
-def read_series(folder, workers, give_up):
-    """The series of a folder that covers most places: planes, even_steps, affine, problems,
-    and the planes' sources. The affine (4, 4) gives LPS mm from (step, row, column, 1)."""
-    stacks, problems = read_files(folder, workers, give_up)
-    stack, run = [], []
-    count = sum(map(len, stacks))
-    for part in map(one_pass, stacks):
-        places = longest_run(along_normal(part))
+def read_series(path, workers, give_up):
+    """The series that covers most places: planes, even_steps, affine, problems, and the
+    planes' sources. The affine (4, 4) gives LPS mm from (step, row, column, 1)."""
+    stacks, problems = read_stacks(path, workers, give_up)
+    run = []
+    for stack in map(one_pass, stacks):
+        mm = along_normal(stack)
+        order = places_of(mm)
+        places = max(parts_of(order, mm[order], MAX_GAP_MM), key=len)
         if len(places) > len(run):  # not the most images, but the most places
-            stack, run = part, places
-    if count > len(run):
-        left_out = "of another series, pass, size or position"
-        problems.append(f"{count - len(run)} images {left_out} left out")
+            run = [stack[k] for k in places]
+    left_out = sum(map(len, stacks)) - len(run)
+    if left_out:
+        why = "of another series, pass, size or position"
+        problems.append(f"{left_out} images {why} left out")
     if len(run) < MIN_SLICES:
         found = f"{len(run)} usable slices, not {MIN_SLICES}"
         raise StudyError("; ".join([found, *problems[-1:]]))
 
-    mm = along_normal(stack)[run]
+    mm = along_normal(run)
     steps = even_steps(mm)
     if not np.array_equal(steps, np.arange(len(mm))):
         problems.append(f"uneven positions, filled to {len(steps)}")
-    first = stack[run[0]]
-    way = stack[run[-1]].origin - first.origin
+    first, last = run[0].lps_from_pixel, run[-1].lps_from_pixel
+    way = (last - first)[:, 2]
     cosine = np.ptp(mm) / np.linalg.norm(way)  # between the stack's axis and its normal
     if cosine < STRAIGHT:
         problems.append(f"gantry tilted by {math.degrees(math.acos(cosine)):.0f} degrees")
     affine = np.eye(4)
-    affine[:3] = np.c_[way / (len(steps) - 1), first.down, first.right, first.origin]
-    sources = [stack[k].source for k in run]
-    return [stack[k].hu for k in run], steps, affine, problems, sources
+    affine[:3] = np.c_[way / (len(steps) - 1), first]
+    sources = [one.source for one in run]
+    return [one.hu for one in run], steps, affine, problems, sources
 
 def read_ct(path):
     """What read_series gives, of a CT as NIfTI-1; it has no sources.
@@ -461,47 +446,45 @@ def read_ct(path):
     for plane in stored.T:  # (K, J, I)
         hu = np.nan_to_num(plane * slope + intercept, nan=AIR_HU)
         planes.append(np.rint(hu).clip(AIR_HU, MAX_HU).astype(np.int16))
-    low, high = min(map(np.min, planes)), max(map(np.max, planes))
-    tissue = np.mean([(abs(hu[::2, ::2]) < SOFT_TISSUE).mean() for hu in planes])
+    thin = np.array([hu[::2, ::2] for hu in planes])
+    low, high = thin.min(), thin.max()
+    tissue = ((thin > AIR_BELOW) & (thin < BONE_ABOVE)).mean()
     if low > AIR_BELOW or high < BONE_ABOVE or tissue < LEAST_TISSUE:
-        found = f"values {low} to {high}, {tissue:.0%} soft tissue"
-        raise StudyError(f"no CT in HU: {found}")
+        values = f"values {low} to {high}, {tissue:.0%} soft tissue"
+        raise StudyError(f"no CT in HU: {values}")
     affine = np.linalg.inv(voxel_from_lps)[:, [2, 1, 0, 3]]
     return planes, np.arange(len(planes)), affine, [], []
+
+def is_nifti(path):
+    """Whether a path is a file named .nii or .nii.gz."""
+    return path.is_file() and path.name.lower().endswith((".nii", ".nii.gz"))
 
 def axial_axes(affine):
     """(axes, flip): the stored axes that become Z, Y, X, and which run backwards."""
     columns = affine[:3, :3]
     left, back, up = columns / np.linalg.norm(columns, axis=0)
     share = np.stack([-up, back, left])  # of Z, Y and X in each stored axis
-    wanted = range(3)
-    orders = permutations(wanted)
-    axes = max(orders, key=lambda stored: abs(share[wanted, stored]).sum())
-    return axes, share[wanted, axes] < 0
+    orders = permutations(range(3))
+    axes = max(orders, key=lambda stored: abs(share[:, stored]).trace())
+    return axes, share[:, axes].diagonal() < 0
 
 def flip_affine(affine, shape, flip):
     """The affine (4, 4) of an array of a shape, some of whose axes are turned round."""
-    flip = np.array(flip)
     columns = affine[:, :3]
-    last = np.subtract(shape, 1)
-    start = affine[:, 3] + columns @ (flip * last)
-    columns = columns * (1 - 2 * flip)
-    return np.c_[columns, start]
-
-def is_nifti(path):
-    """Whether a path is a file named .nii or .nii.gz."""
-    return path.is_file() and path.name.lower().endswith((".nii", ".nii.gz"))
+    last = np.where(flip, np.subtract(shape, 1), 0)
+    start = affine[:, 3] + columns @ last
+    return np.c_[columns * np.where(flip, -1, 1), start]
 
 def read_volume(folder, workers=2, give_up=lambda: False):
     """One CT study, head first, in Hounsfield units: a Volume.
-    `folder` is one of DICOM files, a DICOM file of many frames, or a CT as NIfTI.
-    Slices are ordered by their position along the slice normal, never by file name; the
-    largest series of the folder counts, gaps are filled by position, sagittal and coronal
-    slices are turned. Raises StudyError, and nothing else, if fewer than MIN_SLICES can be
-    read, or if give_up() becomes true."""
-    with errors_as(StudyError, folder):
-        nifti = is_nifti(Path(folder))
-        found = read_ct(folder) if nifti else read_series(folder, workers, give_up)
+    `folder` is one of DICOM files, a DICOM file of many frames, or a CT as NIfTI. Slices
+    are ordered by position along their normal, never by name; the largest series counts,
+    gaps are filled by position, sagittal and coronal slices are turned. Raises StudyError,
+    and nothing else, if fewer than MIN_SLICES can be read, or give_up() becomes true."""
+    path = Path(folder)
+    nifti = is_nifti(path)
+    with errors_as(StudyError, path):
+        found = read_ct(path) if nifti else read_series(path, workers, give_up)
         planes, steps, affine, problems, sources = found
         shape = (len(steps), *planes[0].shape)
         if math.prod(shape) > MAX_VOXELS:
@@ -518,12 +501,11 @@ def read_volume(folder, workers=2, give_up=lambda: False):
                 planes[low], low + 1 - at, planes[low + 1], at - low, 0)
 
         affine = flip_affine(affine[:, [*axes, 3]], hu.shape, flip)
-        spacing = np.linalg.norm(affine[:3, :3], axis=0)
+        spacing = np.linalg.norm(affine[:3, :3], axis=0).tolist()
         by_slice = [sources[round(at)] for at in steps] if sources and axes[0] == 0 else []
-        sources = by_slice[::-1] if flip[0] else by_slice
+        by_slice = by_slice[::-1] if flip[0] else by_slice
     volume = Volume(
-        Path(folder).name, hu, tuple(spacing.tolist()), affine, tuple(problems),
-        tuple(sources))
+        path.name, hu, tuple(spacing), affine, tuple(problems), tuple(by_slice))
     return volume._replace(grid=(axes, tuple(flip.tolist()))) if nifti else volume
 
 
@@ -546,9 +528,8 @@ MASK_HEADER = dict(  # of our masks: uint8, mm, both transforms to the scanner's
     xyzt_units=2, descrip=WRITTEN_BY, qform_code=1, sform_code=1)
 
 def nifti_affine(header):
-    """RAS mm from voxel (4, 4): the sform, else the qform, else the zooms about the centre.
-    The order and the third way are nibabel's; pixdim[0] below 0 mirrors the qform's k axis.
-    """
+    """RAS mm from voxel (4, 4), as nibabel: sform, else qform, else zooms about the centre.
+    pixdim[0] below 0 mirrors the qform's k axis."""
     zooms = header["pixdim"][1:4].astype(float)
     affine = np.diag([*zooms * (-1, 1, 1), 1])
     affine[:3, 3] = affine[:3, :3] @ (1.0 - header["dim"][1:4]) / 2
@@ -589,37 +570,25 @@ def read_nifti(path):
         slope, intercept = 1, 0
     return stored, slope, intercept, voxel_from_lps
 
-def quaternion(turn):
-    """(3,) b, c, d of the quaternion of a rotation (3, 3); a is not negative."""
-    trace = np.trace(turn)
-    skew = turn - turn.T
-    product = np.zeros((4, 4))  # of the quaternion with itself, fourfold
-    product[0] = [1 + trace, skew[2, 1], skew[0, 2], skew[1, 0]]
-    product[:, 0] = product[0]
-    product[1:, 1:] = turn + turn.T + (1 - trace) * np.eye(3)
-    best = np.diag(product).argmax()
-    row = product[best]  # each is the quaternion, times one of its numbers
-    row = row / np.linalg.norm(row)
-    return row[1:] * np.copysign(1, row[0])
-
 def write_nifti(path, labels, volume):
     """Write uint8 labels (Z, Y, X) on a Volume's grid as NIfTI-1, gzipped.
     The mask of a NIfTI has its very voxels; that of a DICOM series is axial, evenly spaced,
-    foot to head. Both sform and qform place them; a qform
-    cannot shear, and is the nearest rotation. UserError if a file of others is there."""
+    foot to head. Both sform and qform place them; a qform cannot shear, and is the nearest
+    rotation. UserError if a file of others is there."""
     axes, flip = volume.grid
     order = [*np.argsort(axes)]
     stored = np.flip(labels, np.flatnonzero(flip).tolist()).transpose(order)  # (K, J, I)
     affine = flip_affine(volume.affine, labels.shape, flip)[:3, [*order[::-1], 3]]
     affine *= [[-1], [-1], [1]]  # LPS -> RAS
     zooms = np.linalg.norm(affine[:, :3], axis=0)
-    left, _, right = np.linalg.svd(affine[:, :3] / zooms)
-    turn = left @ right
+    turn = affine[:, :3] / zooms
     mirror = np.sign(np.linalg.det(turn))
+    vector = cv2.Rodrigues(turn * [1, 1, mirror])[0].ravel()  # axis times angle, radians
+    half = np.linalg.norm(vector) / 2
     values = dict(MASK_HEADER, qoffset=affine[:, 3], srow=affine.ravel())
     values["dim"] = [3, *stored.shape[::-1], 1, 1, 1, 1]
     values["pixdim"] = [mirror, *zooms, 1, 1, 1, 1]
-    values["quatern"] = quaternion(turn * [1, 1, mirror])
+    values["quatern"] = vector / 2 * np.sinc(half / np.pi)  # axis times sine of half of it
     header = np.zeros((), NIFTI_HEADER.newbyteorder("<"))
     for name, value in values.items():
         header[name] = value
@@ -628,14 +597,10 @@ def write_nifti(path, labels, volume):
         with errors_as(UserError, f"{path}: not a mask of ours, and not overwritten"):
             if WRITTEN_BY not in gzip.open(path).read(348):
                 raise ValueError("it is of another program")
-
-    def write(new):
-        with open(new, "wb") as raw, gzip.GzipFile("", "wb", 1, raw, 0) as file:
-            file.write(header.tobytes() + bytes(4))
-            for plane in stored:
-                file.write(np.ascontiguousarray(plane))
-
-    write_atomic(path, write)
+    content = header.tobytes() + bytes(4)
+    content += stored.tobytes()
+    content = gzip.compress(content, 1, mtime=0)
+    write_atomic(path, lambda new: new.write_bytes(content))
 
 def read_mask(path, volume, shape=None):
     """uint8 (Z, Y, X), or a coarser `shape`: the nearest label, 1-7 = C1-C7, or 0 outside.
@@ -748,8 +713,7 @@ def to_3d(network):
 
 def deepen(layer, pairs):
     """Make a 2-D layer 3-D, in place; `pairs` are its settings that hold a value an axis.
-    A kernel repeated k times along the new axis is divided by k, or activations would grow.
-    """
+    A kernel that is repeated k times is divided by k, or activations would grow."""
     layer.__class__ = LAYERS_3D[type(layer).__name__]
     for name, value in pairs.items():
         setattr(layer, name, value[:1] * 3)
@@ -784,9 +748,7 @@ class ConvBlock(nn.Module):
         return x * (channel + self.place(x).sigmoid())
 
 class Segmenter(nn.Module):
-    """3-D U-Net: (B, 1, Z, Y, X) in 0..1 -> (B, 7, Z, Y, X) logits of C1..C7.
-    The axes must be multiples of 16. `size` and `window` say for what input it was trained.
-    """
+    """3-D U-Net; `size` and `window` say for what input it was trained."""
     def __init__(
             self, backbone="tf_efficientnetv2_s", size=CUBE, window=SEGMENTER_WINDOW,
             drop_path=0, dropout=0, **_):  # a recipe holds more
@@ -812,14 +774,14 @@ class Segmenter(nn.Module):
         nn.init.constant_(self.head.bias, -4)  # most cells are background
 
     def forward(self, x):
-        """(B, 1, Z, Y, X) in 0..1 -> (B, 7, Z, Y, X) logits."""
+        """(B, 1, Z, Y, X) in 0..1, multiples of 16 -> (B, 7, Z, Y, X) logits of C1..C7."""
         if any(length % 16 for length in x.shape[2:]):
             raise UserError(f"cube {[*x.shape[2:]]}: no multiples of 16")
         x = (x - 0.5) * 4
-        cells = x
-        for axis in (2, 3, 4):
-            cells = cells.unfold(axis, 2, 2)  # at last (B, 1, Z/2, Y/2, X/2, 2, 2, 2)
-        cells = cells.flatten(5)[:, 0].movedim(-1, 1)  # (B, 8, Z/2, Y/2, X/2)
+        cells = x[:, 0]
+        for axis in (1, 2, 3):
+            cells = cells.unfold(axis, 2, 2)  # at last (B, Z/2, Y/2, X/2, 2, 2, 2)
+        cells = cells.flatten(4).movedim(-1, 1)  # (B, 8, Z/2, Y/2, X/2)
         *skips, x = self.encoder(x)
         skips[0] = torch.cat([skips[0], cells], 1)  # (B, C + 8, Z/2, Y/2, X/2)
         for block in self.decoder:
@@ -856,24 +818,21 @@ def vertebra_box(probability, gap=STRAY_GAP):
 def fullest_run(profile, gap):
     """First and last of the planes, at most `gap` apart, that together hold most cells."""
     inside = np.flatnonzero(profile > STRAY_SHARE * profile.max())
-    ends = np.flatnonzero(np.diff(inside) > gap) + 1
-    runs = np.split(inside, ends)
-    fullest = max(runs, key=lambda run: profile[run].sum())
+    parts = parts_of(inside, inside, gap)
+    fullest = max(parts, key=lambda part: profile[part].sum())
     return fullest[[0, -1]]
 
 def mean_probability(models, volume, device):
     """float32 (7, D, D, D) on the CPU: the mean of the segmenters' answers.
     D is the first one's; those of another size are asked at theirs."""
     size = models[0].settings["size"]
-    cubes = {}
+    cube_of = functools.cache(functools.partial(segmenter_input, volume))
     total = 0
     with autocast(device):
         for model in models:
-            asked = (model.settings["size"], tuple(model.settings["window"]))
-            if asked not in cubes:
-                cubes[asked] = segmenter_input(volume, *asked)[None].to(device)
-            logits = model.to(device)(cubes[asked]).float()
-            if asked[0] != size:
+            cube = cube_of(model.settings["size"], tuple(model.settings["window"]))
+            logits = model.to(device)(cube[None].to(device)).float()
+            if len(cube[0]) != size:
                 logits = F.interpolate(logits, (size,) * 3, mode="trilinear")
             total = total + logits[0].sigmoid().nan_to_num()
     return (total / len(models)).cpu()
@@ -894,12 +853,12 @@ def neck_part(probability, shape):
 
 def place_back(part, low, high, shape):
     """The probability (7, D, D, D) of a study, from that of its voxels low to high."""
-    scale, shift = np.diag(shape), np.array(shape) - low - high
-    matrix = np.c_[scale, shift] / np.c_[high - low]  # affine_grid: -1 to 1 an axis
-    order = [2, 1, 0, 3]  # z y x -> x y z
-    matrix = np.float32(matrix)[::-1, order]
-    theta = torch.from_numpy(matrix.copy())[None]
-    part = part[None]  # (1, 7, D, D, D)
+    size = high - low
+    scale = np.divide(shape, size)
+    shift = np.subtract(shape, low + high) / size
+    matrix = np.c_[np.diag(scale[::-1]), shift[::-1]]  # affine_grid: x y z, from -1 to 1
+    theta = torch.tensor(matrix[None]).float()
+    part = part[None]
     grid = F.affine_grid(theta, part.shape, align_corners=False)
     return F.grid_sample(part, grid, align_corners=False)[0]  # 0 around
 
@@ -953,9 +912,8 @@ def apply_window(hu, window):
     return cv2.convertScaleAbs(np.maximum(hu, low), alpha=scale, beta=-low * scale)
 
 def crop_plane(plane, box, size):
-    """(S, S) out of a plane (Y, X); outside of it the border repeats.
-    `box` (2, 2) holds the corner and the step between pixels, as (y, x) shares of the
-    plane."""
+    """(S, S) out of a plane (Y, X); outside of it the border repeats. `box` (2, 2) holds
+    the corner and the step between pixels, as (y, x) shares of the plane."""
     corner, step = box * plane.shape
     y, x = corner + (step - 1) / 2  # of the first pixel's centre
     source = np.array([[step[1], 0, x], [0, step[0], y]])  # OpenCV: x first
@@ -964,9 +922,8 @@ def crop_plane(plane, box, size):
     return cv2.warpAffine(plane, source, (size, size), flags=how, borderMode=border)
 
 def slice_indices(first_cell, last_cell, edge, count):
-    """(15, 5): the native slices of every step, of `count`; a border slice repeats.
-    The steps' centres lie evenly from the first to the last slice that these cells cover,
-    of a cube with `edge` cells."""
+    """(15, 5): the native slices of every step, of `count`; a border slice repeats. The
+    centres lie evenly over the slices that these cells, of a cube with `edge`, cover."""
     first = max(first_cell, 0) * count / edge
     last = min(last_cell + 1, edge) * count / edge - 1
     places = np.linspace(first, last, STEPS)
@@ -1017,8 +974,8 @@ def ninety_images(volume, cells, found, size, mask_of, z_margin):
     shown, which = np.unique(index, return_inverse=True)  # steps share slices
     grey = [apply_window(volume.hu[z], BONE_WINDOW) for z in shown]
     images = np.array([crop_plane(plane, box, size) for plane in grey])
-    masked = {"last": -1, "center": SLICES_PER_STEP // 2}[mask_of]
-    planes = [mask_at(cells, z, count) for z in index[:, masked]]
+    masked = index[:, MASKED_SLICES[mask_of]]
+    planes = [mask_at(cells, z, count) for z in masked]
     masks = np.array([crop_plane(plane, box, size) for plane in planes])
     masks = np.rint(masks * 255).clip(1)  # 0 means: not seen
     return interleave(images[which.ravel()], masks)  # 75 slices, 15 masks: ninety images
@@ -1041,8 +998,7 @@ class StepEncoder(nn.Module):
         self.backbone = create_backbone(
             backbone, in_chans=CHANNELS, num_classes=0, global_pool="avg",
             drop_path_rate=drop_path)
-        probe = torch.zeros(1, CHANNELS, 64, 64)
-        width = self.backbone.eval()(probe).shape[1]
+        width = self.backbone.head_hidden_size
         if checkpoint:  # the blocks run again in the backward pass
             self.backbone.set_grad_checkpointing()
         self.absent = nn.Parameter(torch.zeros(width))  # features of a step not in view
@@ -1051,8 +1007,7 @@ class StepEncoder(nn.Module):
 
     def forward(self, crops):
         """(B, N, 6, S, S), uint8 or 0..1 -> (B, N, F) features of the steps."""
-        masks = crops[:, :, -1]
-        seen = masks.amax((2, 3)).flatten() > 0  # (B * N,); its mask is nowhere 0
+        seen = crops[:, :, -1].amax((2, 3)).flatten() > 0  # (B * N,); a mask has no 0
         features = self.absent.repeat(len(seen), 1)
         if seen.any():
             shown = crops.flatten(0, 1)[seen]
@@ -1074,8 +1029,8 @@ class StepEncoder(nn.Module):
 
 class VertebraClassifier(nn.Module):
     """(B, 15, 6, S, S), uint8 or 0..1 -> (B, 15) logits: a fracture of this vertebra.
-    `size`, `mask_of` and `z_margin` (older versions had none) say for what crops it was
-    trained."""
+    `size`, `mask_of`, `z_margin` (older versions: none) say for what crops it was trained.
+    """
     def __init__(
             self, backbone="tf_efficientnetv2_s", size=CROP, mask_of="last", z_margin=0.0,
             hidden=256, drop_path=0, dropout=0, checkpoint=False, **_):  # and more
@@ -1086,7 +1041,6 @@ class VertebraClassifier(nn.Module):
         self.head = logit_head(2 * hidden, hidden, dropout)
 
     def forward(self, crops):
-        """(B, N, 6, S, S) -> what answer gives."""
         features = self.encoder(crops)
         with torch.autocast(crops.device.type, enabled=False):  # bfloat16 would round
             return self.answer(features)
