@@ -1302,13 +1302,13 @@ def answer_study(volume, read_s, ensemble, folds):
     cut = monotonic()
     outputs = classify(ensemble, crops, folds)
     answers = combine(outputs, ensemble.calibration)
-    seconds = dict(read_s=read_s, segment_s=found - start, crops_s=cut - found)
-    seconds["classify_s"] = monotonic() - cut
+    done = monotonic()
 
     places = strongest_steps(volume, probability, outputs, wanted["z_margin"])
     status = "ok" if len(places) == 7 else "partial" if places else "nothing seen"
     row = dict(zip(TARGETS, answers), status=status, slices=len(volume.hu))
-    row |= dict(seen="+".join(places), **seconds)
+    row |= dict(seen="+".join(places), read_s=read_s, segment_s=found - start)
+    row |= dict(crops_s=cut - found, classify_s=done - cut)
     row |= dict(device=ensemble.device, warnings="; ".join(problems))
     return row, places, probability
 
@@ -1323,7 +1323,7 @@ def answer_somewhere(volume, read_s, ensemble, folds):
         return answer_study(volume, read_s, ensemble.on_cpu, folds)
 
 def answer_or_prior(uid, future, ensemble, folds, seconds):
-    """The report's row of the study that `future` reads; with the prior and the reason."""
+    """A row of the report, of the study that `future` reads; else the prior, and why."""
     try:
         volume, read_s = future.result(seconds)  # a file may hang
         row, places, _ = answer_somewhere(volume, read_s, ensemble, folds)
@@ -1388,7 +1388,7 @@ def predict_studies(images, task, ensemble, stop, workers, resume=False):
         start, left = stop.clock(), stop.left()
         if seconds > left:
             say(f"time is short: {len(todo) - k} studies get the prior")
-            blank = PRIOR_ANSWERS | {"status": "no time"}
+            blank = dict(PRIOR_ANSWERS, status="no time")
             reports += [{STUDY: uid, **blank} for uid in todo[k:]]
             return write_submission(task, reports)
         folds = most
@@ -1402,8 +1402,7 @@ def predict_studies(images, task, ensemble, stop, workers, resume=False):
         if stop.signal:
             message = f"stopped by {stop.signal}; {task.out} is complete, --resume goes on"
             raise Stopped(message, 130)
-        used = (stop.clock() - start) / folds
-        seconds = max(used, 0.8 * seconds)
+        seconds = max((stop.clock() - start) / folds, 0.8 * seconds)
 
 
 # ==== One's own study ====
@@ -1439,25 +1438,22 @@ def named_studies(paths):
     raise UserError(f"{found[0]}: two studies of one name")
 
 def largest_piece(mask):
-    """The largest part of a mask (Z, Y, X) whose cells touch by their faces.
-    The parts of each plane are numbered; those that meet take the lower number."""
-    ids = np.zeros(mask.shape, int)
-    count = 0
-    for plane, own in zip(mask, ids):
-        found, parts = cv2.connectedComponents(np.uint8(plane), connectivity=4)
-        own[:] = np.where(plane, parts + count, 0)
-        count += found - 1
-    both = mask[1:] & mask[:-1]
-    above, below = ids[:-1][both], ids[1:][both]
-    lowest, before = np.arange(count + 1), None
-    while not np.array_equal(lowest, before):
-        before = lowest.copy()
-        least = np.minimum(lowest[above], lowest[below])
-        np.minimum.at(lowest, above, least)
-        np.minimum.at(lowest, below, least)
-    ids = lowest[ids]
-    sizes = np.bincount(ids[mask], minlength=1)
-    return ids == sizes.argmax()
+    """The largest part of a mask (Z, Y, X) whose cells touch by their faces."""
+    padded = np.pad(mask, 1)  # so that every cell has six neighbours
+    _, rows, columns = padded.shape
+    steps = (1, -1, columns, -columns, rows * columns, -rows * columns)
+    left = set(np.flatnonzero(padded).tolist())
+    largest = []
+    while len(left) > len(largest):
+        piece = [left.pop()]
+        for cell in piece:  # which grows meanwhile
+            near = {cell + step for step in steps} & left
+            left -= near
+            piece += near
+        largest = max(largest, piece, key=len)
+    out = np.zeros(padded.size, bool)
+    out[largest] = True
+    return out.reshape(padded.shape)[1:-1, 1:-1, 1:-1]
 
 def vertebra_labels(volume, probability):
     """uint8 (Z, Y, X), 1-7 = C1-C7, on the study's grid, of a probability (7, D, D, D).
@@ -1571,8 +1567,7 @@ def predict_own(options):
     calibration = calibration_asked(options, hashes)
     weights = f"weights {hash_of(hashes)}, trained on: {calibration.trained_on}"
     note = f"For research, not for diagnosis; {weights}"
-    device = pick_device(options.device)
-    ensemble = load_ensemble(options.weights, device, calibration)
+    ensemble = load_ensemble(options.weights, pick_device(options.device), calibration)
 
     def read(name):
         start = monotonic()
@@ -1667,8 +1662,8 @@ def auc(answers, labels):
     are in order; equal ones count half. NaN if all known labels are alike."""
     broken, whole = by_label(answers, labels)
     pairs = len(broken) * len(whole)
-    below, up_to = (np.searchsorted(whole, broken, side) for side in ("left", "right"))
-    return (below.sum() + up_to.sum()) / 2 / pairs if pairs else math.nan
+    won = np.searchsorted(whole, broken) + np.searchsorted(whole, broken, "right")
+    return won.sum() / 2 / pairs if pairs else math.nan
 
 def equal_point(answers, labels):
     """(threshold, sensitivity, specificity) where the latter two differ least.
@@ -1710,21 +1705,22 @@ def assign_folds(table, folds, masked):
 def read_truth(path):
     """The labels of a csv, a study a row: 0, 1, or NaN for an empty cell, which is unknown.
     UserError that names the row and the column of anything else."""
-    table = read_csv(path, (STUDY, *TARGETS))[[STUDY, *TARGETS]]
+    table = read_csv(path, (STUDY, *TARGETS))
     labels = table[[*TARGETS]].apply(pd.to_numeric, errors="coerce").astype(float)
-    wrong = table.notna() & ~labels.isin((0, 1))
+    wrong = table[[*TARGETS]].notna() & ~labels.isin((0, 1))
     wrong[STUDY] = table[STUDY].isna()
     if wrong.any(axis=None):
-        row, column = np.argwhere(wrong[table.columns].to_numpy())[0]
-        found = f"{table.columns[column]}: {table.iloc[row, column]!r}"
-        expected = "0, 1 or nothing" if column else "a uid"
-        raise UserError(f"{path}: row {row + 2}, {found}; must be {expected}")
+        row, name = wrong.stack().idxmax()  # the first
+        expected = "a uid" if name == STUDY else "0, 1 or nothing"
+        found = f"row {row + 2}, {name}: {table[name][row]!r}"
+        raise UserError(f"{path}: {found}; must be {expected}")
     return pd.concat([table[STUDY], labels], axis=1).drop_duplicates(STUDY)
 
 def read_labels(data):
     """Labels (N, 8) by uid: train.csv, and the phantoms' test_labels.csv."""
     paths = [data / name for name in ("train.csv", "test_labels.csv")]
-    table = pd.concat([read_truth(path) for path in paths if path.exists()])
+    tables = [read_truth(path) for path in paths if path.exists()]
+    table = pd.concat(tables)
     return table.groupby(STUDY)[[*TARGETS]].first()
 
 def read_answers(path):
@@ -1771,7 +1767,8 @@ def score_table(answers, labels):
     rows = []
     for columns in [*range(8), slice(7)]:
         known = ~np.isnan(labels[:, columns])
-        p, y = answers[:, columns][known], labels[:, columns][known]
+        p = answers[:, columns][known]
+        y = labels[:, columns][known]
         loss = element_losses(p, y).mean()
         rows.append((y.sum(), loss, auc(p, y), *equal_point(p, y)))
     names = ["fractured", "log loss", "AUC", "threshold", "sensitivity", "specificity"]
@@ -1892,19 +1889,14 @@ def cross_fitted(outputs, folds, labels):
 
 def model_hashes(weights):
     """{file name: SHA-256} of the models of a folder."""
-    hashes = {}
-    for kind in sorted(KINDS):
-        for *_, path in model_files(weights, kind):
-            hashes[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return hashes
+    files = sum([model_files(weights, kind) for kind in sorted(KINDS)], [])
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for *_, path in files}
 
 def write_calibration(weights, found):
     """Write calibration.json: scale, shift, unseen of each target; blend; the models."""
     columns = np.transpose(found[:3]).tolist()
     content = dict(zip(TARGETS, columns), files=model_hashes(weights))
     content |= dict(answers=asdict(found.answers), weights=found.weights)
-    if found.unusual < math.inf:
-        content["unusual"] = found.unusual
     path = Path(weights) / "calibration.json"
     write_atomic(path, lambda new: new.write_text(json.dumps(content, indent=1)))
     print(f"{path} is written: predict uses it from now on, with these models alone\n"

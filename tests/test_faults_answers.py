@@ -216,6 +216,8 @@ def test_a_calibration_is_used_with_the_models_it_was_fitted_to_and_no_others(
     weights = make_weights(tmp_path / "a", folds=2, patient=False)
     found = Calibration(np.arange(1.0, 9), np.arange(8.0) / 7, PRIOR / 3, 2.5)
     cspine.write_calibration(weights, found)
+    written = json.loads((weights / "calibration.json").read_text())
+    (weights / "calibration.json").write_text(json.dumps(written | {"unusual": 2.5}))
     same = cspine.read_calibration(weights)
     for one, other in zip(found, same):
         assert np.array_equal(one, other)
