@@ -1549,6 +1549,7 @@ def write_answers(out, rows, note, with_json):
 def print_own(table):
     """Print the answers, a line a study, and the slice where each looks worst."""
     shown = table.reindex(columns=["study", "status", "slices", "seen", *TARGETS])
+    shown["seen"] = shown.seen.str.replace("+C", " ")
     shown = shown.rename(columns={"patient_overall": "overall"}).fillna("-")
     print(shown.to_string(index=False, float_format="{:.2f}".format))
     for _, row in table[table.status != "failed"].iterrows():
@@ -1733,11 +1734,8 @@ def read_answers(path):
 def read_held_out(weights):
     """({uid: outputs as classify's}, {uid: fold}) of the folds' held-out answers."""
     outputs, folds = {}, {}
-    for path in sorted(weights.glob("*_heldout.csv")):
-        named = re.fullmatch(r"((?:vertebra|patient)\w*)_fold(\d+)_heldout", path.stem)
-        if not named:
-            continue  # a segmenter's
-        name, fold = named.groups()
+    for path in sorted(weights.glob("[vp]*_fold*_heldout.csv")):  # not the segmenters'
+        name, _, fold = path.stem.removesuffix("_heldout").rpartition("_fold")
         table = read_csv(path, (STUDY, *STEP_TARGETS)).set_index(STUDY)[STEP_TARGETS]
         for uid, row in zip(table.index, table.to_numpy(float)):
             one = Output(row[:-1].reshape(7, STEPS), row[-1], name)
