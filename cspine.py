@@ -1515,8 +1515,8 @@ def measure(labels, volume, places):
     upper, lower = ends.get("C2"), ends.get("C7")
     return None if None in (upper, lower) else upper - lower
 
-def answer_own(name, path, future, ensemble, masks):
-    """A study's row of the answers; StudyError if it has none.
+def answer_own(name, future, ensemble, masks):
+    """A study's row of the answers; StudyError if no vertebra is seen.
     With a folder of masks, the vertebrae's go there."""
     volume, read_s = future.result()
     most = max(map(len, ensemble.models.values()))
@@ -1525,13 +1525,12 @@ def answer_own(name, path, future, ensemble, masks):
     lordosis = measure(labels, volume, places)
     places = {v: one for v, one in places.items() if one.get("cm3", 0) >= LEAST_CM3}
     if not places:
-        raise StudyError(f"{path}: no cervical vertebra seen")
+        raise StudyError(f"{volume.uid}: no cervical vertebra seen")
     if masks:
         write_nifti(Path(masks) / f"{name}.nii.gz", labels, volume)
     row |= dict.fromkeys(v for v in VERTEBRAE if v not in places)  # None, not the prior
     row |= dict(status="ok" if len(places) == 7 else "partial", seen="+".join(places))
-    row |= dict(lordosis_degrees=lordosis, vertebrae=places)
-    return dict(study=name, path=str(path)) | row
+    return row | dict(lordosis_degrees=lordosis, vertebrae=places)
 
 def write_answers(out, rows, note, with_json):
     """Write answers.csv, a row a study, and answers.json if asked for: the table."""
@@ -1577,15 +1576,14 @@ def predict_own(options):
     rows = []
     futures = prefetch(read, studies, 1)
     for name, future in progress(futures, "study", len(studies)):
-        path = studies[name]
+        rows.append(dict(study=name, path=str(studies[name])))
         try:
-            rows.append(answer_own(name, path, future, ensemble, options.masks))
+            rows[-1] |= answer_own(name, future, ensemble, options.masks)
         except UserError as error:  # of this study, or of its mask's file
             if len(studies) == 1:
                 raise
             say(f"study {name}: {error}; no answer")
-            reason = dict(status="failed", warnings=str(error))
-            rows.append(dict(study=name, path=str(path)) | reason)
+            rows[-1] |= dict(status="failed", warnings=str(error))
         table = write_answers(out, rows, note, options.json)
     print(note)
     print_own(table)
