@@ -1548,9 +1548,10 @@ def write_answers(out, rows, note, with_json):
 def print_own(table):
     """Print the answers, a line a study, and the slice where each looks worst."""
     shown = table.reindex(columns=["study", "status", "slices", "seen", *TARGETS])
+    shown = shown.astype(dict.fromkeys(TARGETS, float) | {"seen": object})
     shown["seen"] = shown.seen.str.replace("+C", " ")
-    shown = shown.rename(columns={"patient_overall": "overall"}).fillna("-")
-    print(shown.to_string(index=False, float_format="{:.2f}".format))
+    shown = shown.rename(columns={"patient_overall": "overall"})
+    print(shown.to_string(index=False, na_rep="-", float_format="{:.2f}".format))
     for _, row in table[table.status != "failed"].iterrows():
         name = row[[*VERTEBRAE]].astype(float).idxmax()
         file = f", {row[f'{name}_file']}" if row[f"{name}_file"] else ""
@@ -1709,7 +1710,8 @@ def read_truth(path):
     wrong = table[[*TARGETS]].notna() & ~labels.isin((0, 1))
     wrong[STUDY] = table[STUDY].isna()
     if wrong.any(axis=None):
-        row, name = wrong.stack().idxmax()  # the first
+        row, column = np.argwhere(wrong.to_numpy())[0]
+        name = wrong.columns[column]
         expected = "a uid" if name == STUDY else "0, 1 or nothing"
         found = f"row {row + 2}, {name}: {table[name][row]!r}"
         raise UserError(f"{path}: {found}; must be {expected}")
@@ -1787,7 +1789,7 @@ def mask_table(data, uids, models, workers):
     # Found among the folders that are there: no path is made from a csv.
     there = sorted(data.glob("*_images/*"))
     folders = [path for path in there if path.name in masks and path.name in uids]
-    rows = [pd.DataFrame()]
+    rows = []
     for folder in progress(folders, "study"):
         volume = read_volume(folder, workers)
         probability = segment(models, volume, device, say)
@@ -1795,6 +1797,8 @@ def mask_table(data, uids, models, workers):
         scores = dice_scores(probability, labels), named_right(probability, labels)
         row = pd.DataFrame(np.stack(scores, 1), VERTEBRAE, ["Dice", "named right"])
         rows.append(row.dropna())
+    if not rows:
+        return pd.DataFrame()
     table = pd.concat(rows)
     whole = table.mean().to_frame("C1 to C7").T
     return pd.concat([table.groupby(level=0).mean(), whole])
