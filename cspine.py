@@ -1142,24 +1142,28 @@ def vertebra_answers(steps, top_k):
     """(..., 7): the mean of each vertebra's top_k largest steps (..., 7, T)."""
     return np.sort(steps)[..., -top_k:].mean(-1)
 
-def mean_logits(outputs, top_k, weights):
-    """(8,): the mean logits of a study's outputs; NaN: in no model's view.
+def mean_logits(studies, calibration):
+    """(N, 8): the mean logits of each study's outputs; NaN: in no model's view.
     A model name counts by its weight, else 1, however many models (folds) share it."""
-    outputs = [Output(*one) for one in outputs]
-    names = [one.name for one in outputs]
-    steps = np.array([one.steps for one in outputs])  # (M, 7, T)
-    vertebrae = vertebra_answers(steps, top_k)  # (M, 7)
-    patient = [one.patient for one in outputs]
-    rows = np.column_stack([vertebrae, patient])  # (M, 8)
+    mean = np.zeros((len(studies), 8))
+    for row, outputs in zip(mean, studies):
+        names = [one.name for one in outputs]
+        steps = np.array([one.steps for one in outputs])  # (M, 7, T)
+        vertebrae = vertebra_answers(steps, calibration.answers.top_k)
+        chance = np.column_stack([vertebrae, [one.patient for one in outputs]])  # (M, 8)
+        share = [calibration.weights.get(name, 1) / names.count(name) for name in names]
+        share = np.array(share)[:, None] * ~np.isnan(chance)
+        logits = logits_of(chance)
+        with np.errstate(invalid="ignore"):
+            row[:] = (np.nan_to_num(logits) * share).sum(0) / share.sum(0)
+    return mean
 
-    share = np.array([weights.get(name, 1) / names.count(name) for name in names])
-    share = share[:, None] * ~np.isnan(rows)
-    chance = rows.clip(LEAST_ANSWER, 1 - LEAST_ANSWER)
-    logits = np.nan_to_num(np.log(chance / (1 - chance)))
-    with np.errstate(invalid="ignore"):
-        return (logits * share).sum(0) / share.sum(0)
+def logits_of(answers):
+    """The logits of answers, LEAST_ANSWER away from 0 and 1."""
+    chance = answers.clip(LEAST_ANSWER, 1 - LEAST_ANSWER)
+    return np.log(chance / (1 - chance))
 
-def calibrated(raw, noisy_or, calibration):
+def calibrated(raw, calibration):
     """(N, 8) probabilities of mean logits (N, 8).
     The patient's is a blend of its own and of the vertebrae's noisy-or, P(at least one).
     What is not in view gets calibration.unseen; with no vertebra in view the patient does,
@@ -1176,7 +1180,8 @@ def calibrated(raw, noisy_or, calibration):
     either = torch.where(either > 0, either, math.nan)
     own = torch.tensor(raw[:, 7]).sigmoid()
     own = torch.where(own.isnan(), either, own)  # without a patient classifier
-    patient = noisy_or * either + (1 - noisy_or) * own
+    share = calibration.answers.noisy_or
+    patient = share * either + (1 - share) * own
     logits[:, 7] = patient.logit(LEAST_ANSWER) * scale[7] + shift[7]
 
     trust = (-excess / 2).exp()
@@ -1187,8 +1192,7 @@ def calibrated(raw, noisy_or, calibration):
 
 def combine(outputs, calibration=Calibration()):
     """(8,) probabilities of classify's outputs: the mean logits, calibrated."""
-    raw = mean_logits(outputs, calibration.answers.top_k, calibration.weights)
-    return calibrated(raw[None], calibration.answers.noisy_or, calibration)[0]
+    return calibrated(mean_logits([outputs], calibration), calibration)[0]
 
 
 # ==== Prediction ====
@@ -1204,11 +1208,8 @@ class Submission(NamedTuple):
 def rows_asked(path):
     """[(row_id, uid, target)] of test.csv, each row once."""
     columns = ["row_id", STUDY, "prediction_type"]
-    table = read_csv(path, columns).fillna("").astype(str)
-    table = table.drop_duplicates("row_id")
-    target = table.row_id.str.extract(f"_({'|'.join(TARGETS)})$")[0]
-    target = target.fillna(table.prediction_type)
-    return [*zip(table.row_id, table[STUDY], target)]
+    table = read_csv(path, columns)[columns].fillna("").drop_duplicates("row_id")
+    return [*table.itertuples(index=False, name=None)]
 
 def strongest_steps(volume, probability, outputs, z_margin):
     """{C1: values} of every vertebra in view: where its strongest step lies.
@@ -1216,19 +1217,19 @@ def strongest_steps(volume, probability, outputs, z_margin):
     `steps` are the probabilities of all 15, the mean of the models that answer."""
     steps = torch.tensor(np.array([one.steps for one in outputs])).nanmean(0)  # (7, 15)
     places = {}
-    for v, cells in enumerate(probability):
+    for name, cells, chances in zip(VERTEBRAE, probability, steps):
         found = vertebra_box(cells)
         if found is None:
             continue
         first, last = found[0] + [-z_margin, z_margin]
         index = slice_indices(first, last, len(cells), len(volume.hu))
-        z = int(index[int(steps[v].argmax()), SLICES_PER_STEP // 2])
+        z = int(index[chances.argmax(), SLICES_PER_STEP // 2])
         _, y, x = (found.sum(1) + 1) / 2 / len(cells) * volume.hu.shape - 0.5
         file, uid = volume.sources[z] if volume.sources else ("", "")
         place = (volume.affine @ [z, y, x, 1])[:3].tolist()
-        places[VERTEBRAE[v]] = dict(
+        places[name] = dict(
             slice=z + 1, file=file, sop_instance_uid=uid, lps_mm=place,
-            steps=steps[v].tolist())
+            steps=chances.tolist())
     return places
 
 def as_columns(places):
@@ -1241,64 +1242,50 @@ def as_columns(places):
             columns[f"{name}_{key}"] = value
     return columns
 
-def answer_study(volume, read_s, ensemble, folds, further=None):
-    """A study's row of the report: its answers, what was seen, seconds of every stage.
-    `further`(volume, probability, strongest steps) gives what else a row shall hold."""
-    models = ensemble.models
+def answer_study(volume, read_s, ensemble, folds):
+    """(row of the report, strongest_steps, segment's probability) of a study.
+    The row holds its answers, what was seen, and the seconds of every stage."""
     problems = [*volume.problems]
     start = monotonic()
-    segmenters = models["segmenter"][:folds]
+    segmenters = ensemble.models["segmenter"][:folds]
     probability = segment(segmenters, volume, ensemble.device, problems.append)
     found = monotonic()
-    first = (models["vertebra"] + models["patient"])[0]
+    first = (ensemble.models["vertebra"] + ensemble.models["patient"])[0]
     wanted = {name: first.settings[name] for name in ("mask_of", "z_margin")}
     crops = vertebra_slices(volume, probability, **wanted)
     cut = monotonic()
     outputs = classify(ensemble, crops, folds)
     answers = combine(outputs, ensemble.calibration)
+    done = monotonic()
 
-    seen = [name for name, crop in zip(VERTEBRAE, crops) if crop.any()]
-    status = "ok" if len(seen) == 7 else "partial" if seen else "nothing seen"
-    seconds = dict(read_s=read_s, segment_s=found - start, crops_s=cut - found)
-    seconds["classify_s"] = monotonic() - cut
-    row = dict(zip(TARGETS, answers), status=status, slices=len(volume.hu))
-    row["seen"] = "+".join(seen)
-    row |= seconds | dict(device=ensemble.device, warnings="; ".join(problems))
     places = strongest_steps(volume, probability, outputs, wanted["z_margin"])
-    return row | (further(volume, probability, places) if further else as_columns(places))
+    status = "ok" if len(places) == 7 else "partial" if places else "nothing seen"
+    row = dict(zip(TARGETS, answers), status=status, slices=len(volume.hu))
+    row |= dict(seen="+".join(places), read_s=read_s, segment_s=found - start)
+    row |= dict(crops_s=cut - found, classify_s=done - cut)
+    row |= dict(device=ensemble.device, warnings="; ".join(problems))
+    return row, places, probability
 
-def answer_somewhere(uid, future, ensemble, folds, seconds, *further):
-    """answer_study of the study that `future` reads; on the CPU where the device fails."""
-    volume, read_s = future.result(seconds)  # a file may hang
+def answer_somewhere(volume, read_s, ensemble, folds):
+    """What answer_study gives; from the CPU where the device fails."""
     try:
-        return answer_study(volume, read_s, ensemble, folds, *further)
+        return answer_study(volume, read_s, ensemble, folds)
     except RuntimeError as error:  # a lack of memory, or a fault of the device
         if not ensemble.on_cpu:
             raise
-        say(f"study {uid}: {ensemble.device}: {error!r:.200}; done on the CPU")
-        return answer_study(volume, read_s, ensemble.on_cpu, folds, *further)
+        say(f"study {volume.uid}: {ensemble.device}: {error!r:.200}; done on the CPU")
+        return answer_study(volume, read_s, ensemble.on_cpu, folds)
 
 def answer_or_prior(uid, future, ensemble, folds, seconds):
-    """answer_somewhere, or the prior with the reason."""
+    """A row of the report, of the study that `future` reads; else the prior, and why."""
     try:
-        return answer_somewhere(uid, future, ensemble, folds, seconds)
+        volume, read_s = future.result(seconds)  # a file may hang
+        row, places, _ = answer_somewhere(volume, read_s, ensemble, folds)
+        return row | as_columns(places)
     except Exception as error:  # damaged data raises nearly every kind
         reason = f"{error!r:.300}"
         say(f"study {uid}: {reason}; answered with the prior")
         return dict(PRIOR_ANSWERS, status="failed", warnings=reason)
-
-def working(ensemble):
-    """The Ensemble, tried once on its device; on the CPU if its models do not run there."""
-    if not ensemble.on_cpu:
-        return ensemble
-    try:
-        volume = Volume("", np.zeros((16, 16, 16), np.int16), (1, 1, 1), np.eye(4))
-        segment(ensemble.models["segmenter"][:1], volume, ensemble.device, say)
-        classify(ensemble, np.ones((7, STEPS, CHANNELS, 32, 32), np.uint8), 1)
-        return ensemble
-    except RuntimeError as error:
-        say(f"{ensemble.device} runs no model ({error!r:.200}): going on with the CPU")
-        return ensemble.on_cpu
 
 def report_paths(out):
     """{rank: report} of all processes that have written one beside the submission."""
@@ -1309,10 +1296,9 @@ def read_reports(task):
     """{uid: row} of the studies that are answered, by any process of this run."""
     rows = {}
     for path in report_paths(task.out).values():
-        table = read_csv(path, (STUDY, "status", *TARGETS))
+        table = read_csv(path, (STUDY, "status", "made_by", *TARGETS))
         failed = table.status.isin(("failed", "no time"))
-        made_by = table.get("made_by", "")  # older versions did not say
-        answered = table[~failed & (made_by == task.made_by)]
+        answered = table[~failed & (table.made_by == task.made_by)]
         rows |= {row[STUDY]: row for row in answered.to_dict("records")}
     return rows
 
@@ -1322,15 +1308,13 @@ def write_submission(task, reports=()):
         name = f"predict_report{ranks()[0] or ''}.csv"
         table = pd.DataFrame(reports).assign(made_by=task.made_by)
         write_csv(task.out.parent / name, table)
-    known = None
     answers = read_reports(task)
-    while known != len(answers):  # other processes report meanwhile
-        known = len(answers)
-        values = [
-            (row_id, answers.get(uid, PRIOR_ANSWERS).get(target, 0.5))
-            for row_id, uid, target in task.rows]
-        write_csv(task.out, pd.DataFrame(values, columns=["row_id", "fractured"]))
-        answers = read_reports(task)
+    values = [
+        (row_id, answers.get(uid, PRIOR_ANSWERS).get(target, 0.5))
+        for row_id, uid, target in task.rows]
+    write_csv(task.out, pd.DataFrame(values, columns=["row_id", "fractured"]))
+    if len(read_reports(task)) > len(answers):  # another process has reported meanwhile
+        write_submission(task)
 
 def predict_studies(images, task, ensemble, stop, workers, resume=False):
     """Answer this process's share of the studies; everything is written after each of them.
@@ -1358,7 +1342,7 @@ def predict_studies(images, task, ensemble, stop, workers, resume=False):
         start, left = stop.clock(), stop.left()
         if seconds > left:
             say(f"time is short: {len(todo) - k} studies get the prior")
-            blank = PRIOR_ANSWERS | {"status": "no time"}
+            blank = dict(PRIOR_ANSWERS, status="no time")
             reports += [{STUDY: uid, **blank} for uid in todo[k:]]
             return write_submission(task, reports)
         folds = most
@@ -1372,22 +1356,19 @@ def predict_studies(images, task, ensemble, stop, workers, resume=False):
         if stop.signal:
             message = f"stopped by {stop.signal}; {task.out} is complete, --resume goes on"
             raise Stopped(message, 130)
-        used = (stop.clock() - start) / folds
-        seconds = max(used, 0.8 * seconds)
+        seconds = max((stop.clock() - start) / folds, 0.8 * seconds)
 
 
 # ==== One's own study ====
 # In: paths of CTs, an Ensemble. Out: answers.csv, masks, and where to look.
 # The trap: what is not in view has an answer too, the prior; here it stays empty.
 
-OWN_ANSWERS = "answers"  # folder of answers, if --out names none
 MASK_FROM = 0.5  # probability from which a voxel is a vertebra's
 SLAB_MM = 3.0  # mm to either side of a vertebra's middle, where its canal is open
 BODY_MM = 30.0  # mm; a deeper part of a mask is no vertebral body alone
 LEAST_CM3 = 1.0  # cm3; a smaller mask is no vertebra (C1, the smallest, has several)
 LEAST_ROWS = 5  # voxels from front to back of a body, to fit a line to
 PLATE = (0.2, 0.8)  # shares of a body's depth between which its endplate is straight
-FROM_MASKS = "angle between lines fitted to the lower ends of the masks of C2 and C7"
 
 def studies_in(path):
     """The studies of a path: itself, or those of a folder of folders and NIfTI files."""
@@ -1410,56 +1391,43 @@ def named_studies(paths):
             return dict(zip(names, found))
     raise UserError(f"{found[0]}: two studies of one name")
 
-def research_note(weights, calibration):
-    """What stands with every answer: of what weights it is, and what it is not."""
-    name = f"weights {hash_of(model_hashes(weights))}, trained on: {calibration.trained_on}"
-    return f"For research, not for diagnosis; {name}"
-
 def largest_piece(mask):
-    """The largest part of a mask (Z, Y, X) whose cells touch by their faces.
-    The parts of each plane are numbered; those that meet take the lower number."""
-    ids = np.zeros(mask.shape, int)
-    count = 0
-    for plane, own in zip(mask, ids):
-        found, parts = cv2.connectedComponents(np.uint8(plane), connectivity=4)
-        own[:] = np.where(plane, parts + count, 0)
-        count += found - 1
-    both = mask[1:] & mask[:-1]
-    above, below = ids[:-1][both], ids[1:][both]
-    lowest, before = np.arange(count + 1), None
-    while not np.array_equal(lowest, before):
-        before = lowest.copy()
-        least = np.minimum(lowest[above], lowest[below])
-        np.minimum.at(lowest, above, least)
-        np.minimum.at(lowest, below, least)
-    ids = lowest[ids]
-    sizes = np.bincount(ids.ravel(), minlength=1)
-    sizes[0] = 0
-    return ids == sizes.argmax()
+    """The largest part of a mask (Z, Y, X) whose cells touch by their faces."""
+    padded = np.pad(mask, 1)  # so that every cell has six neighbours
+    _, rows, columns = padded.shape
+    steps = (1, -1, columns, -columns, rows * columns, -rows * columns)
+    left = set(np.flatnonzero(padded).tolist())
+    largest = []
+    while len(left) > len(largest):
+        piece = [left.pop()]
+        for cell in piece:  # which grows meanwhile
+            near = {cell + step for step in steps} & left
+            left -= near
+            piece += near
+        largest = max(largest, piece, key=len)
+    out = np.zeros(padded.size, bool)
+    out[largest] = True
+    return out.reshape(padded.shape)[1:-1, 1:-1, 1:-1]
 
 def vertebra_labels(volume, probability):
     """uint8 (Z, Y, X), 1-7 = C1-C7, on the study's grid, of a probability (7, D, D, D).
     A voxel is that vertebra's which is likeliest there, of each the largest piece."""
-    out = np.zeros(volume.hu.shape, np.uint8)
-    count, rows, columns = out.shape
-    edge = probability.shape[-1]
-    whole, spans = [], []
+    whole = []
     for cells in probability:
         inside = cells > MASK_FROM
-        z = np.flatnonzero(inside.any((1, 2)))
-        span = slice(z[0], z[-1] + 1) if len(z) else slice(0)
-        inside[span] &= ~largest_piece(inside[span])  # the strays
-        whole.append(np.where(inside, 0, cells))
-        spans.append((span.start or 0, span.stop))
-    for z, labels in enumerate(out):
-        cell = (z + 0.5) * edge / count - 0.5
+        strays = inside & ~largest_piece(inside)
+        whole.append(np.where(strays, 0, cells))
+    labels = np.zeros(volume.hu.shape, np.uint8)
+    count, rows, columns = labels.shape
+    for z, plane in enumerate(labels):
         highest = np.full((rows, columns), MASK_FROM, np.float32)
-        for v, (first, end) in enumerate(spans):
-            if first - 1 < cell < end:
-                plane = cv2.resize(mask_at(whole[v], z, count), (columns, rows))
-                labels[plane > highest] = v + 1
-                np.maximum(highest, plane, out=highest)
-    return out
+        for v, cells in enumerate(whole, 1):
+            chance = mask_at(cells, z, count)
+            if chance.max() > MASK_FROM:
+                chance = cv2.resize(chance, (columns, rows))
+                plane[chance > highest] = v
+                np.maximum(highest, chance, out=highest)
+    return labels
 
 def lower_end(voxels, volume):
     """Degrees by which the lower end of a vertebra's body falls from front to back.
@@ -1475,7 +1443,7 @@ def lower_end(voxels, volume):
     if len(body) < LEAST_ROWS or depth_mm > BODY_MM:
         return None
     first, last = np.quantile(body, PLATE)
-    plate = [row for row in body if first <= row <= last]
+    plate = body[(body >= first) & (body <= last)]
     ends = [(z[y == row].max(), row, x, 1) for row in plate]
     _, back, up, _ = volume.affine @ np.transpose(ends)
     slope, _ = np.polyfit(back, -up, 1)
@@ -1491,81 +1459,70 @@ def measure(labels, volume, places):
     ends = {}
     for v, name in enumerate(VERTEBRAE, 1):
         mine = voxels[which == v]
-        if not len(mine) or name not in places:
-            continue
-        height, depth, width = (np.ptp(mine, 0) + 1) * volume.spacing
-        centre = (volume.affine @ [*mine.mean(0), 1])[:3].tolist()
-        places[name] |= dict(
-            cm3=len(mine) * voxel_mm3 / 1000, height_mm=height, depth_mm=depth,
-            width_mm=width, centroid_lps_mm=centre)
-        ends[name] = lower_end(mine, volume)
+        if len(mine) and name in places:
+            height, depth, width = (np.ptp(mine, 0) + 1) * volume.spacing
+            centre = (volume.affine @ [*mine.mean(0), 1])[:3].tolist()
+            places[name] |= dict(
+                cm3=len(mine) * voxel_mm3 / 1000, height_mm=height, depth_mm=depth,
+                width_mm=width, centroid_lps_mm=centre)
+            ends[name] = lower_end(mine, volume)
     upper, lower = ends.get("C2"), ends.get("C7")
     return None if None in (upper, lower) else upper - lower
 
+def answer_own(name, future, ensemble, masks):
+    """A study's row of the answers; StudyError if no vertebra is seen.
+    With a folder of masks, the vertebrae's go there."""
+    volume, read_s = future.result()
+    most = max(map(len, ensemble.models.values()))
+    row, places, probability = answer_somewhere(volume, read_s, ensemble, most)
+    labels = vertebra_labels(volume, probability)
+    lordosis = measure(labels, volume, places)
+    places = {v: one for v, one in places.items() if one.get("cm3", 0) >= LEAST_CM3}
+    if not places:
+        raise StudyError(f"{volume.uid}: no cervical vertebra seen")
+    if masks:
+        write_nifti(Path(masks) / f"{name}.nii.gz", labels, volume)
+    row |= dict.fromkeys(v for v in VERTEBRAE if v not in places)  # None, not the prior
+    row |= dict(status="ok" if len(places) == 7 else "partial", seen="+".join(places))
+    return row | dict(lordosis_degrees=lordosis, vertebrae=places)
+
 def write_answers(out, rows, note, with_json):
-    """Write answers.csv, a row a study, and answers.json if asked for."""
-    lines = []
-    for row in rows:
-        line = dict(note=note) | row
-        lines.append(line | as_columns(line.pop("vertebrae", {})))
-    write_csv(out / "answers.csv", pd.DataFrame(lines))
+    """Write answers.csv, a row a study, and answers.json if asked for: the table."""
+    lines = [row | as_columns(row.get("vertebrae", {})) for row in rows]
+    table = pd.DataFrame(lines, dtype=object).drop(columns="vertebrae", errors="ignore")
+    table.insert(0, "note", note)
+    write_csv(out / "answers.csv", table)
     if with_json:
-        content = dict(note=note, lordosis=FROM_MASKS, studies=rows)
+        lordosis = "angle between lines fitted to the lower ends of the masks of C2 and C7"
+        content = dict(note=note, lordosis=lordosis, studies=rows)
         text = json.dumps(content, indent=1, default=str)
         write_atomic(out / "answers.json", lambda new: new.write_text(text))
+    return table
 
-def print_own(rows):
+def print_own(table):
     """Print the answers, a line a study, and the slice where each looks worst."""
-    lines = []
-    for row in rows:
-        line = {name: row.get(name, "-") for name in ("study", "status", "slices", "seen")}
-        line["seen"] = line["seen"].replace("+C", " ")
-        given = {name: row.get(name) for name in TARGETS}
-        for name, value in given.items():
-            line[name] = "-" if value is None else f"{value:.2f}"
-        lines.append(line)
-    table = pd.DataFrame(lines).rename(columns={"patient_overall": "overall"})
-    print(table.to_string(index=False))
-    for row in rows:
-        places = row.get("vertebrae")
-        if places:
-            name = max(places, key=lambda name: row[name])
-            place = places[name]
-            file = f", {place['file']}" if place["file"] else ""
-            where = f"slice {place['slice']} of {row['slices']} from the head{file}"
-            print(f"{row['study']}: look at {where}: {name}, {row[name]:.2f}")
-
-def answer_own(path, name, future, ensemble, masks):
-    """A study's row of answers.csv; StudyError if it has none.
-    With a folder of masks, the vertebrae's go there."""
-    def further(volume, probability, places):
-        labels = vertebra_labels(volume, probability)
-        lordosis = measure(labels, volume, places)
-        sizes = {name: place.get("cm3", 0) for name, place in places.items()}
-        places = {name: places[name] for name in places if sizes[name] >= LEAST_CM3}
-        if not places:
-            raise StudyError(f"{path}: no cervical vertebra seen")
-        if masks:
-            write_nifti(Path(masks) / f"{name}.nii.gz", labels, volume)
-        unseen = dict.fromkeys(name for name in VERTEBRAE if name not in places)
-        status = "partial" if unseen else "ok"
-        found = dict(status=status, seen="+".join(places), lordosis_degrees=lordosis)
-        return unseen | found | dict(vertebrae=places)
-
-    most = max(map(len, ensemble.models.values()))
-    row = answer_somewhere(name, future, ensemble, most, None, further)
-    return dict(study=name, path=str(path)) | row
+    shown = table.reindex(columns=["study", "status", "slices", "seen", *TARGETS])
+    shown = shown.astype(dict.fromkeys(TARGETS, float) | {"seen": object})
+    shown["seen"] = shown.seen.str.replace("+C", " ")
+    shown = shown.rename(columns={"patient_overall": "overall"})
+    print(shown.to_string(index=False, na_rep="-", float_format="{:.2f}".format))
+    for _, row in table[table.status != "failed"].iterrows():
+        name = row[[*VERTEBRAE]].astype(float).idxmax()
+        file = f", {row[f'{name}_file']}" if row[f"{name}_file"] else ""
+        where = f"slice {row[f'{name}_slice']} of {row.slices} from the head{file}"
+        print(f"{row.study}: look at {where}: {name}, {row[name]:.2f}")
 
 def predict_own(options):
     """predict, of the paths given."""
-    out = Path(options.out if "out" in options.given else OWN_ANSWERS)
+    out = Path(options.out if "out" in options.given else "answers")
     studies = named_studies(options.path)
     for folder in filter(None, (out, options.masks)):
         try_writing(folder)  # now, not after an hour
-    calibration = calibration_asked(options)
-    note = research_note(options.weights, calibration)
-    device = pick_device(options.device)
-    ensemble = working(load_ensemble(options.weights, device, calibration))
+    hashes = model_hashes(options.weights)
+    calibration = calibration_asked(options, hashes)
+    weights = f"weights {hash_of(hashes)}, trained on: {calibration.trained_on}"
+    note = f"For research, not for diagnosis; {weights}"
+    ensemble = load_ensemble(options.weights, pick_device(options.device), calibration)
 
     def read(name):
         start = monotonic()
@@ -1574,20 +1531,19 @@ def predict_own(options):
     rows = []
     futures = prefetch(read, studies, 1)
     for name, future in progress(futures, "study", len(studies)):
-        path = studies[name]
+        rows.append(dict(study=name, path=str(studies[name])))
         try:
-            rows.append(answer_own(path, name, future, ensemble, options.masks))
+            rows[-1] |= answer_own(name, future, ensemble, options.masks)
         except UserError as error:  # of this study, or of its mask's file
             if len(studies) == 1:
                 raise
             say(f"study {name}: {error}; no answer")
-            reason = dict(status="failed", warnings=str(error))
-            rows.append(dict(study=name, path=str(path)) | reason)
-        write_answers(out, rows, note, options.json)
+            rows[-1] |= dict(status="failed", warnings=str(error))
+        table = write_answers(out, rows, note, options.json)
     print(note)
-    print_own(rows)
+    print_own(table)
     print(f"{out / 'answers.csv'}: {len(rows)} studies")
-    if all(row["status"] == "failed" for row in rows):
+    if (table.status == "failed").all():
         raise Stopped("no study has an answer", 2)
 
 
@@ -1650,21 +1606,23 @@ def interval(scores):
     drawn = np.random.default_rng(0).choice(known, (RESAMPLES, len(known)))
     return np.percentile(drawn.mean(1), INTERVAL)
 
+def by_label(answers, labels):
+    """The sorted answers to what is broken, and to what is whole; not to unknown labels."""
+    answers, labels = np.asarray(answers), np.asarray(labels)
+    return np.sort(answers[labels == 1]), np.sort(answers[labels == 0])
+
 def auc(answers, labels):
-    """Area under the ROC curve, by ranks, of known labels; NaN if all of them are alike."""
-    labels = np.asarray(labels, float)
-    known = ~np.isnan(labels)
-    positive = labels[known] > 0
-    n = positive.sum()
-    m = len(positive) - n
-    ranked = pd.Series(np.asarray(answers)[known], dtype=float).rank()
-    rank = ranked[positive].sum()
-    return (rank - n * (n + 1) / 2) / (n * m) if n and m else math.nan
+    """Area under the ROC curve: the share of pairs, one broken and one whole, whose answers
+    are in order; equal ones count half. NaN if all known labels are alike."""
+    broken, whole = by_label(answers, labels)
+    pairs = len(broken) * len(whole)
+    won = np.searchsorted(whole, broken) + np.searchsorted(whole, broken, "right")
+    return won.sum() / 2 / pairs if pairs else math.nan
 
 def equal_point(answers, labels):
     """(threshold, sensitivity, specificity) where the latter two differ least.
     The radiology papers' operating point; answers from the threshold on say: fractured."""
-    broken, whole = (np.sort(answers[labels == k]) for k in (1, 0))
+    broken, whole = by_label(answers, labels)
     if not len(broken) or not len(whole):
         return (math.nan,) * 3
     thresholds = np.unique(np.r_[broken, whole])
@@ -1702,16 +1660,16 @@ def read_truth(path):
     """The labels of a csv, a study a row: 0, 1, or NaN for an empty cell, which is unknown.
     UserError that names the row and the column of anything else."""
     table = read_csv(path, (STUDY, *TARGETS))
-    numbers = table[[*TARGETS]].apply(pd.to_numeric, errors="coerce")
-    wrong = table[[*TARGETS]].notna() & ~numbers.isin((0, 1))
-    wrong.insert(0, STUDY, table[STUDY].isna())
+    labels = table[[*TARGETS]].apply(pd.to_numeric, errors="coerce").astype(float)
+    wrong = table[[*TARGETS]].notna() & ~labels.isin((0, 1))
+    wrong[STUDY] = table[STUDY].isna()
     if wrong.any(axis=None):
         row, column = np.argwhere(wrong.to_numpy())[0]
         name = wrong.columns[column]
-        expected = "0, 1 or nothing" if column else "a uid"
-        found = table[name].iloc[row]
-        raise UserError(f"{path}: row {row + 2}, {name}: {found!r}; must be {expected}")
-    return pd.concat([table[STUDY], numbers.astype(float)], axis=1).drop_duplicates(STUDY)
+        expected = "a uid" if name == STUDY else "0, 1 or nothing"
+        found = f"row {row + 2}, {name}: {table[name][row]!r}"
+        raise UserError(f"{path}: {found}; must be {expected}")
+    return pd.concat([table[STUDY], labels], axis=1).drop_duplicates(STUDY)
 
 def read_labels(data):
     """Labels (N, 8) by uid: train.csv, and the phantoms' test_labels.csv."""
@@ -1728,42 +1686,26 @@ def read_answers(path):
     return table.pivot_table("fractured", "uid", "target").reindex(columns=TARGETS)
 
 def read_held_out(weights):
-    """({uid: outputs as classify's}, {uid: fold}) of the folds' held-out answers.
-    Older versions wrote the mean of the largest steps, which here stands for each step."""
+    """({uid: outputs as classify's}, {uid: fold}) of the folds' held-out answers."""
     outputs, folds = {}, {}
-    for path in sorted(weights.glob("*_heldout.csv")):
-        named = re.fullmatch(r"((?:vertebra|patient)\w*)_fold(\d+)_heldout", path.stem)
-        if not named:
-            continue  # a segmenter's
-        name, fold = named.groups()
-        old = VERTEBRAE[0] in read_csv(path, (STUDY,))
-        if old:
-            say(f"{path}: of an older version, without steps: top_k cannot be fitted to it")
-        columns = [*TARGETS] if old else STEP_TARGETS
-        table = read_csv(path, (STUDY, *columns)).set_index(STUDY)[columns]
+    for path in sorted(weights.glob("[vp]*_fold*_heldout.csv")):  # not the segmenters'
+        name, _, fold = path.stem.removesuffix("_heldout").rpartition("_fold")
+        table = read_csv(path, (STUDY, *STEP_TARGETS)).set_index(STUDY)[STEP_TARGETS]
         for uid, row in zip(table.index, table.to_numpy(float)):
-            steps = row[:-1].reshape(7, -1)
-            steps = np.broadcast_to(steps, (7, STEPS))
-            outputs.setdefault(uid, []).append(Output(steps, row[-1], name))
+            one = Output(row[:-1].reshape(7, STEPS), row[-1], name)
+            outputs.setdefault(uid, []).append(one)
             folds[uid] = int(fold)
     if not outputs:
         raise UserError(f"no vertebra_fold*_heldout.csv in {weights}: run train-cls first")
     return outputs, folds
 
-def raw_logits(outputs, calibration):
-    """(N, 8) mean logits of {uid: outputs}, blended but not calibrated."""
-    how = calibration.answers.top_k, calibration.weights
-    rows = [mean_logits(one, *how) for one in outputs.values()]
-    return np.reshape(rows, (-1, 8))  # also of none
-
 def blend(outputs, calibration=Calibration()):
     """The answers to {uid: outputs}, a study a row, blended over models as predict does."""
-    raw = raw_logits(outputs, calibration)
-    answers = calibrated(raw, calibration.answers.noisy_or, calibration)
-    return pd.DataFrame(answers, [*outputs], TARGETS)
+    raw = mean_logits(outputs.values(), calibration)
+    return pd.DataFrame(calibrated(raw, calibration), [*outputs], TARGETS)
 
 def print_scores(answers, labels):
-    """Print the score of (N, 8) answers, its interval, AUC, and the best constants'."""
+    """Print the score of (N, 8) answers, its interval, and the best constants'."""
     study, column = competition_scores(answers, labels)
     best, of_columns = competition_scores(np.broadcast_to(PRIOR, answers.shape), labels)
     low, high = interval(study_scores(answers, labels))
@@ -1776,12 +1718,11 @@ def score_table(answers, labels):
     """What (N, 8) answers are worth for every target, and for C1 to C7 together."""
     rows = []
     for columns in [*range(8), slice(7)]:
-        p = answers[:, columns].ravel()
-        y = labels[:, columns].ravel()
-        known = ~np.isnan(y)
-        loss = element_losses(p, y)[known].mean()
-        point = equal_point(p, y)
-        rows.append((y[known].sum(), loss, auc(p, y), *point))
+        known = ~np.isnan(labels[:, columns])
+        p = answers[:, columns][known]
+        y = labels[:, columns][known]
+        loss = element_losses(p, y).mean()
+        rows.append((y.sum(), loss, auc(p, y), *equal_point(p, y)))
     names = ["fractured", "log loss", "AUC", "threshold", "sensitivity", "specificity"]
     return pd.DataFrame(rows, [*TARGETS, "C1 to C7"], names)
 
@@ -1798,13 +1739,13 @@ def reliability(answers, labels):
 def mask_table(data, uids, models, workers):
     """Dice of every vertebra, and the share named right, of the studies that have masks."""
     masks = mask_files(data)
+    device = next(models[0].parameters()).device
     # Found among the folders that are there: no path is made from a csv.
     there = sorted(data.glob("*_images/*"))
     folders = [path for path in there if path.name in masks and path.name in uids]
     rows = []
-    for folder in progress(folders, "study", len(folders)):
+    for folder in progress(folders, "study"):
         volume = read_volume(folder, workers)
-        device = next(models[0].parameters()).device
         probability = segment(models, volume, device, say)
         labels = read_mask(masks[folder.name], volume, probability.shape[1:])
         scores = dice_scores(probability, labels), named_right(probability, labels)
@@ -1823,8 +1764,7 @@ def fit_scale(answers, labels):
     weight /= (weight * TARGET_WEIGHTS).sum(1, keepdims=True).clip(1e-9)
     both = (labels == 1).any(0) & (labels == 0).any(0)
     weight *= both / weight.mean(0).clip(1e-9)
-    chance = answers.clip(LEAST_ANSWER, 1 - LEAST_ANSWER)
-    logits = np.log(chance / (1 - chance))
+    logits = logits_of(answers)
 
     fit = np.zeros((2, 8))  # log scale, shift
     for _ in range(FIT_ROUNDS):  # of Newton's method
@@ -1846,9 +1786,8 @@ def fit_scale(answers, labels):
 
 def other_blends(found, names):
     """The Calibrations that differ from `found` in one choice of the blend."""
-    top_k, share = found.answers.top_k, found.answers.noisy_or
-    answers = [Answers(other, share) for other in FITTED_STEPS]
-    answers += [Answers(top_k, other) for other in FITTED_SHARES]
+    answers = [replace(found.answers, top_k=steps) for steps in FITTED_STEPS]
+    answers += [replace(found.answers, noisy_or=share) for share in FITTED_SHARES]
     yield from (found._replace(answers=other) for other in answers)
     for name in names if len(names) > 1 else ():
         for weight in FITTED_WEIGHTS:
@@ -1857,16 +1796,13 @@ def other_blends(found, names):
 def fit_moves(outputs, found, labels):
     """(score, Calibration): `found` with the scale and shift that suit its blend.
     The patient's answer blends calibrated vertebrae, and is fitted after them."""
-    raw = raw_logits(outputs, found)
-    share = found.answers.noisy_or
+    raw = mean_logits(outputs.values(), found)
     found = found._replace(scale=np.ones(8), shift=np.zeros(8))
     for part in (slice(7), slice(7, 8)):
-        answers = calibrated(raw, share, found)
-        scale, shift = fit_scale(answers, labels)
+        scale, shift = fit_scale(calibrated(raw, found), labels)
         found.scale[part] = scale[part]
         found.shift[part] = shift[part]
-    answers = calibrated(raw, share, found)
-    scores = study_scores(answers, labels)
+    scores = study_scores(calibrated(raw, found), labels)
     return np.nanmean(scores), found
 
 def fit_calibration(outputs, labels):
@@ -1875,7 +1811,7 @@ def fit_calibration(outputs, labels):
     the prior. Scale and shift are fitted to every blend that is tried; the one choice that
     lowers the score most is changed, as long as it gains LEAST_GAIN."""
     truth = labels.loc[[*outputs]].to_numpy()
-    unseen = np.isnan(raw_logits(outputs, Calibration()))  # by every model
+    unseen = np.isnan(mean_logits(outputs.values(), Calibration()))  # by every model
     unseen[:, 7] = False
     broken = (truth > 0) & unseen
     known = unseen & ~np.isnan(truth)
@@ -1885,7 +1821,7 @@ def fit_calibration(outputs, labels):
 
     seen = np.where(unseen, np.nan, truth)
     score, found = fit_moves(outputs, found, seen)
-    names = {Output(*output).name for one in outputs.values() for output in one}
+    names = {output.name for one in outputs.values() for output in one}
     while len(truth) >= LEAST_STUDIES:
         blends = other_blends(found, sorted(names))
         tried = [fit_moves(outputs, other, seen) for other in blends]
@@ -1907,41 +1843,34 @@ def cross_fitted(outputs, folds, labels):
 
 def model_hashes(weights):
     """{file name: SHA-256} of the models of a folder."""
-    hashes = {}
-    for kind in sorted(KINDS):
-        for *_, path in model_files(weights, kind):
-            hashes[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return hashes
+    files = sum([model_files(weights, kind) for kind in sorted(KINDS)], [])
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for *_, path in files}
 
 def write_calibration(weights, found):
     """Write calibration.json: scale, shift, unseen of each target; blend; the models."""
-    columns = zip(*(np.float64(part).tolist() for part in found[:3]))
+    columns = np.transpose(found[:3]).tolist()
     content = dict(zip(TARGETS, columns), files=model_hashes(weights))
     content |= dict(answers=asdict(found.answers), weights=found.weights)
-    if found.unusual < math.inf:
-        content["unusual"] = found.unusual
     path = Path(weights) / "calibration.json"
     write_atomic(path, lambda new: new.write_text(json.dumps(content, indent=1)))
     print(f"{path} is written: predict uses it from now on, with these models alone\n"
           f"Blended by {found.answers}, weights {found.weights or 'alike'}")
 
-def read_calibration(weights):
-    """The Calibration of a folder of models; none, said aloud, if fitted to others."""
+def read_calibration(weights, hashes=None):
+    """The Calibration of a folder of models; none, said aloud, if fitted to others.
+    `hashes` are model_hashes of the folder, where they are known."""
     path = Path(weights) / "calibration.json"
     if not path.exists():
         return Calibration()
     with errors_as(UserError, f"{path}: no finite scale, shift and unseen of each target"):
         content = json.loads(path.read_text())
-        rows = np.asarray_chkfinite([content[target] for target in TARGETS], float)
-        if content.get("files") != model_hashes(weights):
+        rows = [content.pop(target) for target in TARGETS]
+        rows = np.asarray_chkfinite(rows, float)
+        if content.pop("files", None) != (hashes or model_hashes(weights)):
             say(f"{path} was fitted to other models: not used")
             return Calibration()
-        answers = Answers(**content.get("answers", {}))
-        unusual = float(content.get("unusual", math.inf))
-        weights = content.get("weights", {})
-        weights = {name: float(weight) for name, weight in weights.items()}
-        trained_on = content.get("trained_on", Calibration().trained_on)
-        return Calibration(*rows.T, unusual, answers, weights, trained_on)
+        content["answers"] = Answers(**content.get("answers", {}))
+        return Calibration(*rows.T, **content)
 
 
 # ==== Batches and augmentation ====
@@ -3091,9 +3020,9 @@ def train_classifiers(options):
     task = task._replace(made_of={"labels": hash_of(labels), "crops": hash_of(sums)})
     run_training(options, samples, folds, task)
 
-def calibration_asked(options):
+def calibration_asked(options, hashes):
     """The Calibration of --weights; an option of Answers that was given wins over a fit."""
-    fitted = read_calibration(options.weights)
+    fitted = read_calibration(options.weights, hashes)
     names = [one.name for one in fields(Answers) if one.name in options.given]
     given = {name: getattr(options, name) for name in names}
     if given and fitted.answers != Answers():
@@ -3122,12 +3051,13 @@ def predict(options):
                 path.unlink(missing_ok=True)
         if not options.resume:
             write_submission(task)  # the prior, whatever fails from here on
-        calibration = calibration_asked(options)
-        made_by = hash_of(model_hashes(options.weights), calibration)
+        hashes = model_hashes(options.weights)
+        calibration = calibration_asked(options, hashes)
+        made_by = hash_of(hashes, calibration)
         task = task._replace(made_by=made_by)
         write_submission(task)
         device = pick_device(options.device)
-        ensemble = working(load_ensemble(options.weights, device, calibration))
+        ensemble = load_ensemble(options.weights, device, calibration)
         images = data / "test_images"
         predict_studies(images, task, ensemble, stop, options.workers, options.resume)
     uids = [*dict.fromkeys(uid for _, uid, _ in task.rows)]

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import cspine
-from cspine import PRIOR, STUDY, TARGETS, Answers, Calibration, UserError, combine
+from cspine import PRIOR, STUDY, TARGETS, Answers, Calibration, Output, UserError, combine
 from small_kernel import make_study, make_test_set, make_weights
 from test_faults_reading import bony_study, write_mask
 
@@ -44,7 +44,7 @@ def said(capsys):
 def outputs_of(vertebrae, patient=math.nan):
     """What classify gives of one model: each vertebra's steps alike."""
     steps = np.repeat(np.array(vertebrae, float)[:, None], 15, 1)
-    return [(steps, patient)]
+    return [Output(steps, patient)]
 
 
 def write_labels(data, labels, name="train.csv"):
@@ -108,7 +108,8 @@ def folds_of_answers(weights, count=40, seed=0):
     logits = rng.normal(-0.7, 1, (count, 8))
     labels = (rng.random((count, 8)) < sigmoid(logits)).astype(float)
     uids = [f"u{k}" for k in range(count)]
-    table = pd.DataFrame(sigmoid(3 * logits), columns=TARGETS)
+    steps = np.repeat(range(8), [cspine.STEPS] * 7 + [1])  # all alike
+    table = pd.DataFrame(sigmoid(3 * logits)[:, steps], columns=cspine.STEP_TARGETS)
     table.insert(0, STUDY, uids)
     for fold in (0, 1):
         path = weights / f"vertebra_fold{fold}_heldout.csv"
@@ -215,6 +216,8 @@ def test_a_calibration_is_used_with_the_models_it_was_fitted_to_and_no_others(
     weights = make_weights(tmp_path / "a", folds=2, patient=False)
     found = Calibration(np.arange(1.0, 9), np.arange(8.0) / 7, PRIOR / 3, 2.5)
     cspine.write_calibration(weights, found)
+    written = json.loads((weights / "calibration.json").read_text())
+    (weights / "calibration.json").write_text(json.dumps(written | {"unusual": 2.5}))
     same = cspine.read_calibration(weights)
     for one, other in zip(found, same):
         assert np.array_equal(one, other)
@@ -262,19 +265,6 @@ def broken_ensemble(weights, good=0):
     return sound._replace(models=models, on_cpu=sound)
 
 
-def test_a_device_that_runs_no_model_is_left_for_the_cpu_and_said(weights, capsys):
-    ensemble = broken_ensemble(weights)
-    assert cspine.working(ensemble) is ensemble.on_cpu
-    line = capsys.readouterr().err.strip()
-    assert "\n" not in line and "no kernel image" in line and "CPU" in line
-
-
-def test_a_device_that_works_is_kept_without_a_word(weights, capsys):
-    ensemble = broken_ensemble(weights, good=10)
-    assert cspine.working(ensemble) is ensemble
-    assert not capsys.readouterr().err
-
-
 def test_a_device_that_fails_later_costs_no_study_its_answer(weights, tmp_path, capsys):
     make_study(tmp_path / "study")
     future = cspine.ThreadPoolExecutor(1).submit(
@@ -287,10 +277,10 @@ def test_a_device_that_fails_later_costs_no_study_its_answer(weights, tmp_path, 
     assert "done on the CPU" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("good, lines", [(0, 1), (2, 2)])
+@pytest.mark.parametrize("good, lines", [(0, 2), (2, 1)])
 def test_predict_on_a_card_that_fails_answers_as_the_cpu_does(
         said, weights, tmp_path, monkeypatch, good, lines):
-    """At every launch: one line in all. After the trial at the start: one a study."""
+    """At every launch: a line a study. After one whole look: of the second alone."""
     data = make_test_set(tmp_path / "data", ["a", "b"])
     command = ["predict", "--data", data, "--weights", weights, "--workers", 1]
     said([*command, "--device", "cpu", "--out", tmp_path / "cpu.csv"])

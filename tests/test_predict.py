@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import cspine
-from cspine import Calibration, fit_scale
+from cspine import Calibration, Output, fit_scale
 from limits import at_cells
 from small_kernel import make_study, make_test_set, make_weights, write_test_csv
 
@@ -102,8 +102,6 @@ def test_rows_in_any_order_repeated_or_without_type_each_get_one_answer(predict,
     reference, _, _ = predict(data=data)
     rows = [(f"a_{t}", "a", t) for t in cspine.TARGETS[::-1]]
     rows += [rows[0], rows[3], ("gone_C2", "gone", "C2"), ("odd", "a", "C3"), ("none", "a", None)]
-    rows[1] = ("a_C7", "a", None)
-    rows[2] = ("a_C6", "a", "C1")  # the name of the row wins
     write_test_csv(data, rows)
     submission, _, status = predict(data=data)
     names = [row[0] for row in rows]
@@ -372,7 +370,7 @@ def test_whichever_process_ends_last_the_answers_of_all_are_in(order, predict, s
 def test_an_answer_reported_while_the_submission_is_written_is_in_it(tmp_path, monkeypatch):
     """Two processes that end at once: the slower writer must not bring back older answers."""
     out, rows = tmp_path / "submission.csv", [("a_C1", "a", "C1"), ("b_C1", "b", "C1")]
-    report = dict.fromkeys(cspine.TARGETS, 0.25) | {"status": "ok"}
+    report = dict.fromkeys(cspine.TARGETS, 0.25) | {"status": "ok", "made_by": "us"}
     plain = cspine.write_csv
 
     def write_csv(path, table):
@@ -382,7 +380,7 @@ def test_an_answer_reported_while_the_submission_is_written_is_in_it(tmp_path, m
         plain(path, table)
 
     monkeypatch.setattr(cspine, "write_csv", write_csv)
-    cspine.write_submission(cspine.Submission(out, rows))
+    cspine.write_submission(cspine.Submission(out, rows, "us"))
     assert list(pd.read_csv(out).fractured) == [PRIOR["C1"], 0.25]
 
 
@@ -406,7 +404,7 @@ def test_the_limit_is_kept_by_giving_up_folds_then_studies(
     def answer_study(volume, read_s, ensemble, folds):
         done.append(folds)
         clock.now += seconds * folds
-        return dict.fromkeys(cspine.TARGETS, 0.5) | dict(status="ok")
+        return dict.fromkeys(cspine.TARGETS, 0.5) | dict(status="ok"), {}, None
 
     monkeypatch.setattr(cspine, "answer_study", answer_study)
     monkeypatch.setattr(cspine, "read_volume", lambda *_: None)
@@ -568,9 +566,9 @@ def steps(*rows):
 
 def test_a_vertebra_is_the_mean_of_its_largest_steps():
     one = steps(np.r_[[0.9, 0.8, 0.7], np.full(12, 0.1)])
-    answer = cspine.combine([(one, np.nan)], Calibration(answers=cspine.Answers(top_k=3)))
+    answer = cspine.combine([Output(one, np.nan)], Calibration(answers=cspine.Answers(top_k=3)))
     assert answer[0] == pytest.approx(0.8, abs=1e-9)
-    answer = cspine.combine([(one, np.nan)], Calibration(answers=cspine.Answers(top_k=15)))
+    answer = cspine.combine([Output(one, np.nan)], Calibration(answers=cspine.Answers(top_k=15)))
     assert answer[0] == pytest.approx((0.9 + 0.8 + 0.7 + 1.2) / 15)
 
 
@@ -578,15 +576,15 @@ def test_the_patient_is_blended_with_noisy_or():
     one = steps(0.5, 0.2)
     either = 1 - 0.5 * 0.8
     for share in (0, 0.3, 1):
-        answer = cspine.combine([(one, 0.9)], Calibration(answers=cspine.Answers(noisy_or=share)))
+        answer = cspine.combine([Output(one, 0.9)], Calibration(answers=cspine.Answers(noisy_or=share)))
         assert answer[7] == pytest.approx(share * either + (1 - share) * 0.9)
-    assert cspine.combine([(one, np.nan)])[7] == pytest.approx(either)
+    assert cspine.combine([Output(one, np.nan)])[7] == pytest.approx(either)
     assert list(answer[2:7]) == list(cspine.PRIOR[2:7])
 
 
 def test_models_are_averaged_as_logits():
     """Logits of 0.8 and 0.5: their mean has odds of 4 ** 0.5."""
-    outputs = [(steps(0.8), np.nan), (steps(0.5), np.nan), (steps(), np.nan)]
+    outputs = [Output(row, np.nan) for row in (steps(0.8), steps(0.5), steps())]
     assert cspine.combine(outputs)[0] == pytest.approx(1 / (1 + 0.25**0.5))
 
 
@@ -596,8 +594,8 @@ UNUSUAL = Calibration(unusual=-2.5)  # a file that says which studies are foreig
 def test_a_study_unlike_any_that_the_calibration_knows_leans_to_the_prior():
     """By hand: logits of 0.9, less what their median has above the limit, a share of the way."""
     seen = [steps(*[0.9] * 5, 0.2, 0.1)]
-    plain = cspine.combine([(seen[0], 0.9)])
-    answer = cspine.combine([(seen[0], 0.9)], UNUSUAL)
+    plain = cspine.combine([Output(seen[0], 0.9)])
+    answer = cspine.combine([Output(seen[0], 0.9)], UNUSUAL)
     assert np.allclose(plain[:7], [0.9] * 5 + [0.2, 0.1])
     excess = np.log(9) - UNUSUAL.unusual
     trust, prior = np.exp(-excess / 2), cspine.PRIOR
@@ -609,7 +607,7 @@ def test_a_study_unlike_any_that_the_calibration_knows_leans_to_the_prior():
 
 @pytest.mark.parametrize("count", range(8))
 def test_without_such_a_limit_no_number_of_fractures_changes_another_answer(count):
-    outputs = [(steps(*[0.9] * count, *[0.02] * (7 - count)), 0.9)]
+    outputs = [Output(steps(*[0.9] * count, *[0.02] * (7 - count)), 0.9)]
     answer = cspine.combine(outputs, Calibration(*np.array(Calibration()[:3])))
     assert np.allclose(answer[:7], [0.9] * count + [0.02] * (7 - count))
     assert np.array_equal(answer, cspine.combine(outputs))
@@ -618,13 +616,13 @@ def test_without_such_a_limit_no_number_of_fractures_changes_another_answer(coun
 @pytest.mark.parametrize("vertebrae", [(0.9, 0.9, 0.9, *[0.02] * 4), (0.9, 0.9)])
 def test_up_to_three_broken_vertebrae_are_believed(vertebrae):
     """Also where only these are in view."""
-    outputs = [(steps(*vertebrae), 0.9)]
+    outputs = [Output(steps(*vertebrae), 0.9)]
     plain = cspine.combine(outputs)
     assert np.allclose(cspine.combine(outputs, UNUSUAL), plain)
 
 
 def test_answers_keep_away_from_zero_and_one():
-    answer = cspine.combine([(steps(*range(2)), 1.0)])
+    answer = cspine.combine([Output(steps(*range(2)), 1.0)])
     assert np.allclose([answer.min(), 1 - answer.max()], cspine.LEAST_ANSWER, rtol=1e-6)
 
 
@@ -801,7 +799,7 @@ def test_a_calibration_fitted_to_other_models_is_not_used_and_that_is_said(
 
 def test_a_vertebra_out_of_view_gets_the_rate_of_such_vertebrae():
     """Ten studies of the prior's rate and thirty unseen C7, six of them broken."""
-    outputs = {f"u{k}": [(steps(*[0.1] * 6), np.nan)] for k in range(30)}
+    outputs = {f"u{k}": [Output(steps(*[0.1] * 6), np.nan)] for k in range(30)}
     labels = pd.DataFrame(0.0, [*outputs], cspine.TARGETS)
     labels.loc[[*outputs][:6], "C7"] = 1
     unseen = cspine.fit_calibration(outputs, labels).unseen
@@ -825,8 +823,9 @@ def test_a_calibration_of_another_form_is_refused(text, predict, tmp_path, capsy
 
 
 def write_held_out(weights, answers, uids):
-    """Answers of a vertebra classifier for the held-out studies of two folds."""
-    table = pd.DataFrame(answers, columns=cspine.TARGETS).assign(**{cspine.STUDY: uids})
+    """Answers of a classifier, alike at all steps, for the held-out studies of two folds."""
+    steps = answers[:, np.repeat(range(8), [cspine.STEPS] * 7 + [1])]
+    table = pd.DataFrame(steps, columns=cspine.STEP_TARGETS).assign(**{cspine.STUDY: uids})
     for fold in (0, 1):
         table[fold::2].to_csv(weights / f"vertebra_fold{fold}_heldout.csv", index=False)
 
@@ -843,7 +842,8 @@ def test_evaluate_prints_the_score_as_it_is_and_calibrated_on_the_other_folds(tm
     said = capsys.readouterr().out
 
     truth = table.set_index(cspine.STUDY)[[*cspine.TARGETS]].astype(float)
-    outputs = {u: [(row[:7, None], row[7])] for u, row in zip(uids, answers)}
+    outputs = {u: [Output(np.repeat(row[:7, None], cspine.STEPS, 1), row[7])]
+               for u, row in zip(uids, answers)}
     plain = cspine.blend(outputs).to_numpy()
     assert f"better: {cspine.competition_scores(plain, labels)[0]:.4f}" in said
     half = [{u: outputs[u] for u in uids[k::2]} for k in (0, 1)]
