@@ -1208,8 +1208,11 @@ class Submission(NamedTuple):
 def rows_asked(path):
     """[(row_id, uid, target)] of test.csv, each row once."""
     columns = ["row_id", STUDY, "prediction_type"]
-    table = read_csv(path, columns)[columns].fillna("").drop_duplicates("row_id")
-    return [*table.itertuples(index=False, name=None)]
+    table = read_csv(path, columns).fillna("").astype(str)
+    table = table.drop_duplicates("row_id")
+    target = table.row_id.str.extract(f"_({'|'.join(TARGETS)})$")[0]
+    target = target.fillna(table.prediction_type)
+    return [*zip(table.row_id, table[STUDY], target)]
 
 def strongest_steps(volume, probability, outputs, z_margin):
     """{C1: values} of every vertebra in view: where its strongest step lies.
@@ -1287,6 +1290,19 @@ def answer_or_prior(uid, future, ensemble, folds, seconds):
         say(f"study {uid}: {reason}; answered with the prior")
         return dict(PRIOR_ANSWERS, status="failed", warnings=reason)
 
+def working(ensemble):
+    """The Ensemble, tried once on its device; on the CPU if its models do not run there."""
+    if not ensemble.on_cpu:
+        return ensemble
+    try:
+        volume = Volume("", np.zeros((16, 16, 16), np.int16), (1, 1, 1), np.eye(4))
+        segment(ensemble.models["segmenter"][:1], volume, ensemble.device, say)
+        classify(ensemble, np.ones((7, STEPS, CHANNELS, 32, 32), np.uint8), 1)
+        return ensemble
+    except RuntimeError as error:
+        say(f"{ensemble.device} runs no model ({error!r:.200}): going on with the CPU")
+        return ensemble.on_cpu
+
 def report_paths(out):
     """{rank: report} of all processes that have written one beside the submission."""
     paths = sorted(out.parent.glob("predict_report*.csv"))
@@ -1296,9 +1312,10 @@ def read_reports(task):
     """{uid: row} of the studies that are answered, by any process of this run."""
     rows = {}
     for path in report_paths(task.out).values():
-        table = read_csv(path, (STUDY, "status", "made_by", *TARGETS))
+        table = read_csv(path, (STUDY, "status", *TARGETS))
         failed = table.status.isin(("failed", "no time"))
-        answered = table[~failed & (table.made_by == task.made_by)]
+        made_by = table.get("made_by", "")  # older versions did not say
+        answered = table[~failed & (made_by == task.made_by)]
         rows |= {row[STUDY]: row for row in answered.to_dict("records")}
     return rows
 
@@ -1522,7 +1539,8 @@ def predict_own(options):
     calibration = calibration_asked(options, hashes)
     weights = f"weights {hash_of(hashes)}, trained on: {calibration.trained_on}"
     note = f"For research, not for diagnosis; {weights}"
-    ensemble = load_ensemble(options.weights, pick_device(options.device), calibration)
+    device = pick_device(options.device)
+    ensemble = working(load_ensemble(options.weights, device, calibration))
 
     def read(name):
         start = monotonic()
@@ -1686,14 +1704,23 @@ def read_answers(path):
     return table.pivot_table("fractured", "uid", "target").reindex(columns=TARGETS)
 
 def read_held_out(weights):
-    """({uid: outputs as classify's}, {uid: fold}) of the folds' held-out answers."""
+    """({uid: outputs as classify's}, {uid: fold}) of the folds' held-out answers.
+    Older versions wrote the mean of the largest steps, which here stands for each step."""
     outputs, folds = {}, {}
-    for path in sorted(weights.glob("[vp]*_fold*_heldout.csv")):  # not the segmenters'
-        name, _, fold = path.stem.removesuffix("_heldout").rpartition("_fold")
-        table = read_csv(path, (STUDY, *STEP_TARGETS)).set_index(STUDY)[STEP_TARGETS]
+    for path in sorted(weights.glob("*_heldout.csv")):
+        named = re.fullmatch(r"((?:vertebra|patient)\w*)_fold(\d+)_heldout", path.stem)
+        if not named:
+            continue  # a segmenter's
+        name, fold = named.groups()
+        old = VERTEBRAE[0] in read_csv(path, (STUDY,))
+        if old:
+            say(f"{path}: of an older version, without steps: top_k cannot be fitted to it")
+        columns = [*TARGETS] if old else STEP_TARGETS
+        table = read_csv(path, (STUDY, *columns)).set_index(STUDY)[columns]
         for uid, row in zip(table.index, table.to_numpy(float)):
-            one = Output(row[:-1].reshape(7, STEPS), row[-1], name)
-            outputs.setdefault(uid, []).append(one)
+            steps = row[:-1].reshape(7, -1)
+            steps = np.broadcast_to(steps, (7, STEPS))
+            outputs.setdefault(uid, []).append(Output(steps, row[-1], name))
             folds[uid] = int(fold)
     if not outputs:
         raise UserError(f"no vertebra_fold*_heldout.csv in {weights}: run train-cls first")
@@ -3057,7 +3084,7 @@ def predict(options):
         task = task._replace(made_by=made_by)
         write_submission(task)
         device = pick_device(options.device)
-        ensemble = load_ensemble(options.weights, device, calibration)
+        ensemble = working(load_ensemble(options.weights, device, calibration))
         images = data / "test_images"
         predict_studies(images, task, ensemble, stop, options.workers, options.resume)
     uids = [*dict.fromkeys(uid for _, uid, _ in task.rows)]

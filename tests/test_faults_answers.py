@@ -265,6 +265,19 @@ def broken_ensemble(weights, good=0):
     return sound._replace(models=models, on_cpu=sound)
 
 
+def test_a_device_that_runs_no_model_is_left_for_the_cpu_and_said(weights, capsys):
+    ensemble = broken_ensemble(weights)
+    assert cspine.working(ensemble) is ensemble.on_cpu
+    line = capsys.readouterr().err.strip()
+    assert "\n" not in line and "no kernel image" in line and "CPU" in line
+
+
+def test_a_device_that_works_is_kept_without_a_word(weights, capsys):
+    ensemble = broken_ensemble(weights, good=10)
+    assert cspine.working(ensemble) is ensemble
+    assert not capsys.readouterr().err
+
+
 def test_a_device_that_fails_later_costs_no_study_its_answer(weights, tmp_path, capsys):
     make_study(tmp_path / "study")
     future = cspine.ThreadPoolExecutor(1).submit(
@@ -277,10 +290,10 @@ def test_a_device_that_fails_later_costs_no_study_its_answer(weights, tmp_path, 
     assert "done on the CPU" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("good, lines", [(0, 2), (2, 1)])
+@pytest.mark.parametrize("good, lines", [(0, 1), (2, 2)])
 def test_predict_on_a_card_that_fails_answers_as_the_cpu_does(
         said, weights, tmp_path, monkeypatch, good, lines):
-    """At every launch: a line a study. After one whole look: of the second alone."""
+    """At every launch: one line in all. After the trial at the start: one a study."""
     data = make_test_set(tmp_path / "data", ["a", "b"])
     command = ["predict", "--data", data, "--weights", weights, "--workers", 1]
     said([*command, "--device", "cpu", "--out", tmp_path / "cpu.csv"])

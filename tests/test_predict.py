@@ -102,6 +102,8 @@ def test_rows_in_any_order_repeated_or_without_type_each_get_one_answer(predict,
     reference, _, _ = predict(data=data)
     rows = [(f"a_{t}", "a", t) for t in cspine.TARGETS[::-1]]
     rows += [rows[0], rows[3], ("gone_C2", "gone", "C2"), ("odd", "a", "C3"), ("none", "a", None)]
+    rows[1] = ("a_C7", "a", None)
+    rows[2] = ("a_C6", "a", "C1")  # the name of the row wins
     write_test_csv(data, rows)
     submission, _, status = predict(data=data)
     names = [row[0] for row in rows]
