@@ -60,7 +60,6 @@ import torch
 import torch.nn.functional as F
 from torch import distributed as dist
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 
@@ -133,7 +132,6 @@ INIT_LEVELS = 4  # folders below /kaggle/input: model, framework, variation, ver
 SCRATCH = (  # by the public code and write-ups of the top teams
     "training from scratch, where a score of 0.43 to 0.52 is expected instead of 0.32 to "
     "0.35; the third to sixth places and the starting solution began from ImageNet")
-CARD_TFLOPS = 5.0  # TFLOP/s that a T4 is assumed to reach in training (bench.py plan)
 
 class UserError(Exception):
     """Something that the user can mend; main prints it in one line, status 2."""
@@ -2161,6 +2159,10 @@ def load_model(path, kind, device="cpu"):
         model.settings["name"] = Path(path).stem.rpartition("_fold")[0]
         return fuse_norms(model).to(device)
 
+def model_name(kind, name, fold):
+    """The name of a fold's files; `name` keeps a second set of models apart."""
+    return f"{kind}_{name}".rstrip("_") + f"_fold{fold}"
+
 def model_files(weights, kind):
     """[(fold, name, Path)] of all <kind>_fold<k>.pt and <kind>_<name>_fold<k>.pt."""
     found = []
@@ -2178,11 +2180,10 @@ def load_models(weights, kind, device):
 def load_ensemble(weights, device, calibration=Calibration()):
     """The Ensemble of all models of a folder; UserError if a kind is missing."""
     models = {kind: [*load_models(weights, kind, "cpu").values()] for kind in KINDS}
-    if not models["segmenter"] or not models["vertebra"] + models["patient"]:
+    classifiers = models["vertebra"] + models["patient"]
+    if not models["segmenter"] or not classifiers:
         raise UserError(f"--weights {weights}: no segmenter or no classifier")
-    made = {(m.settings["mask_of"], m.settings["z_margin"])
-            for m in models["vertebra"] + models["patient"]}
-    if len(made) > 1:
+    if len({(m.settings["mask_of"], m.settings["z_margin"]) for m in classifiers}) > 1:
         raise UserError(f"--weights {weights}: classifiers of unlike --mask-of, --z-margin")
     on_cpu = Ensemble(models, torch.device("cpu"), calibration)
     if device.type == "cpu":
@@ -2236,9 +2237,9 @@ def load_init(model, path):
             raise ValueError("the state of a training, no finished model")
         source = {name: t for name, t in source.get("tensors", source).items() if t.ndim}
     part = model if ours else getattr(model.encoder, "backbone", model.encoder)
-    whole = {name: t for name, t in part.state_dict().items() if t.ndim}
     target = {  # what a vertebra classifier lacks stays random
-        n: t for n, t in whole.items() if n in source or not n.startswith("patient_")}
+        name: t for name, t in part.state_dict().items()
+        if t.ndim and (name in source or not name.startswith("patient_"))}
     named = target.keys() <= source.keys()
     pairs = zip(target.items(), target if named else source)
     taken = {name: fit_shape(source[other], like) for (name, like), other in pairs}
@@ -2281,12 +2282,12 @@ def init_file(options, kind, fold):
         if not Path(options.init).is_file():
             raise UserError(f"--init {options.init}: cannot be read: no such file")
         return Path(options.init)
-    files = model_files(options.weights, "vertebra") if kind == "patient" else []
-    for number, name, path in files:
-        made = load_checkpoint(path).get("settings", {})
+    first = Path(options.weights) / f"{model_name('vertebra', options.name, fold)}.pt"
+    if kind == "patient" and first.exists():
+        made = load_checkpoint(first).get("settings", {})
         wanted = dict(backbone=options.backbone, hidden=options.hidden)
-        if (number, name) == (fold, options.name) and wanted.items() <= made.items():
-            return path
+        if wanted.items() <= made.items():
+            return first
     return imagenet_file(options.backbone, options.data)
 
 
@@ -2926,6 +2927,10 @@ TOOL_MODES = {  # they need the repository, and stand in tests/tools
     "notebook": "Write a Kaggle notebook ready to push.",
     "demo": "Make phantoms, predict and score them, draw one."}
 
+PLANS = {  # hours, and disk of the crops, on the competition's data: bench.py plan
+    "fast": "3 hours and 14 GB", "standard": "17 hours and 14 GB",
+    "gold": "47 hours and 42 GB", "gold-second": "46 hours more than gold"}
+
 def data_folder(options, *needed):
     """The Path of --data, which must hold the files needed; else UserError."""
     for name in needed:
@@ -2974,29 +2979,11 @@ def say_start(options, starts):
             f".safetensors, .bin or .pth, under {KAGGLE}/input, or put it into --data or "
             "weights/pretrained; --init none does without")
 
-def training_flops(kind, recipe, samples):
-    """FLOPs of a fold's training, counted on shapes; backward costs two forward passes."""
-    model = new_model(kind, asdict(recipe)).to("meta").eval()
-    size, images = recipe.size, 1
-    shape = (1, 1, size, size, size)
-    if kind != "segmenter":
-        model, shape = model.encoder.backbone, (1, CHANNELS, size, size)
-        vertebrae = 7 if kind == "patient" else 1
-        images = vertebrae * STEPS // recipe.thin
-    with FlopCounterMode(display=False) as counted, torch.no_grad():
-        model(torch.empty(shape, device="meta"))
-    passes = 3 + getattr(recipe, "checkpoint", False)
-    return counted.get_total_flops() * images * samples * recipe.epochs * passes
-
-def say_plan(options, task, samples, folds):
-    """Say before the first step of a preset how much there is to do."""
-    recipe, cards = task.recipe, ranks()[1]
-    steps = max(1, samples // recipe.batch_size) * recipe.epochs
-    flops = folds * training_flops(task.kind, recipe, samples)
-    hours = flops / cards / CARD_TFLOPS / 1e12 / 3600
-    say(f"--preset {options.preset}: {folds} times {recipe.epochs} epochs of {samples} "
-        f"samples, {steps} steps; {flops / 1e15:.3g} PFLOP")
-    say(f"at {CARD_TFLOPS:g} TFLOP/s a card, assumed for a T4: {hours:.1f} h on {cards}")
+def say_plan(options):
+    """Say before the first step what all modes of a preset cost, if one was asked for."""
+    if "preset" in options.given and ranks()[0] == 0:
+        say(f"--preset {options.preset}: train-seg to train-patient need about "
+            f"{PLANS[options.preset]} on two T4 (operations counted, not timed: README)")
 
 def run_training(options, samples, folds, task):
     """Train the folds asked for, of samples (uid, ...)."""
@@ -3011,10 +2998,7 @@ def run_training(options, samples, folds, task):
     starts = {fold: init_file(options, task.kind, fold) for fold in wanted}
     if ranks()[0] == 0:
         say_start(options, starts)
-        if "preset" in options.given:
-            kept = len(samples) * max(options.folds - 1, 1) // options.folds
-            say_plan(options, task, kept, len(wanted))
-    stem = f"{task.kind}_{options.name}".rstrip("_")
+    say_plan(options)
     with stop_signals(minutes_of(options)) as stop:
         for fold, init in starts.items():
             rest = [s for s in samples if folds[s[0]] != fold or options.folds == 1]
@@ -3023,7 +3007,7 @@ def run_training(options, samples, folds, task):
             made_of["--init"] = hash_of(init) if init else ""
             seldom = math.ceil(len(held_out) / VALIDATION_SHARE / max(len(rest), 1))
             every = getattr(task.recipe, "thin", seldom)  # epochs that show all steps
-            name = f"{stem}_fold{fold}"
+            name = model_name(task.kind, options.name, fold)
             one = task._replace(name=name, train=rest, held_out=held_out, made_of=made_of)
             one = one._replace(every=every)
             train(one, Path(options.weights), stop, options.workers, go_on, init)
@@ -3053,8 +3037,7 @@ def crops_made(folder):
     """(edge in pixels, margin in z) of the crops in a folder, or None if there are none."""
     for path in folder.glob("*.npz"):
         with errors_as(UserError, f"{path}: no crops"), np.load(path) as file:
-            z_margin = file["z_margin"] if "z_margin" in file else 0.0  # older versions
-            return int(file["edge"]), float(z_margin)
+            return int(file["edge"]), float(file.get("z_margin", 0))  # older: no margin
     return None
 
 def extract(options):
@@ -3062,24 +3045,28 @@ def extract(options):
     Reads train_images of --data and the segmenters of --weights; writes one file a study
     under --work. A study with a mask file is masked by its own fold's segmenters, which
     did not train on it; any other by the mean of all, as predict does. The masks go to
-    --masks as NIfTI; no file that is there is written again."""
+    --masks as NIfTI. What is there is not made again."""
     truth, folds, with_mask = training_data(options)
     device = pick_device(options.device)
     models = load_models(options.weights, "segmenter", device)
     if not models:
         raise UserError(f"no segmenter in {options.weights}: run train-seg first")
     out = Path(options.work) / options.mask_of
-    images = Path(options.data) / "train_images"
-    rank, world = ranks()
-    wanted = {uid: [out / f"{uid}.npz"] for uid in [*truth][rank::world]}
-    for uid, paths in wanted.items():
-        paths += [Path(options.masks) / f"{uid}.nii.gz"] * bool(options.masks)
-    todo = [uid for uid in wanted if not all(path.exists() for path in wanted[uid])]
     made = crops_made(out)
     if made not in (None, (options.size, options.z_margin)):
         edge, z_margin = made
         raise UserError(f"{out}: has crops of --size {edge} --z-margin {z_margin}; others "
                         "need another --work")
+    say_plan(options)
+
+    def files(uid):
+        masks = [Path(options.masks) / f"{uid}.nii.gz"] if options.masks else []
+        return [out / f"{uid}.npz", *masks]
+
+    rank, world = ranks()
+    mine = [*truth][rank::world]
+    todo = [uid for uid in mine if not all(path.exists() for path in files(uid))]
+    images = Path(options.data) / "train_images"
     volumes = prefetch(lambda uid: read_volume(images / uid, options.workers), todo, 1)
     with stop_signals(minutes_of(options)) as stop:
         for uid, future in progress(volumes, "study", len(todo)):
@@ -3091,20 +3078,18 @@ def extract(options):
             try:
                 volume = future.result()
                 probability = segment(own or [*models.values()], volume, device, say)
-                file, *masks = wanted[uid]
-                if not file.exists():
-                    how = (options.size, options.mask_of, options.z_margin)
-                    crops = vertebra_slices(volume, probability, *how)
-                    write_crops(file, crops, options.z_margin)
+                how = (options.size, options.mask_of, options.z_margin)
+                crops = vertebra_slices(volume, probability, *how)
+                file, *masks = files(uid)
+                write_crops(file, crops, options.z_margin)
                 for path in masks:
-                    if not path.exists():
-                        write_nifti(path, vertebra_labels(volume, probability), volume)
+                    write_nifti(path, vertebra_labels(volume, probability), volume)
             except StudyError as error:
                 say(f"study {uid}: {error}; left out")
-    files = [out / f"{uid}.npz" for uid in truth if (out / f"{uid}.npz").exists()]
-    count = sum((crops_seen(path).astype(int) for path in files), np.zeros(7, int))
+    made = [out / f"{uid}.npz" for uid in truth if (out / f"{uid}.npz").exists()]
+    count = sum((crops_seen(path).astype(int) for path in made), np.zeros(7, int))
     found = ", ".join(f"{name} in {n}" for name, n in zip(VERTEBRAE, count))
-    print(f"{out}: crops of {len(files)} of {len(truth)} studies; {found}")
+    print(f"{out}: crops of {len(made)} of {len(truth)} studies; {found}")
 
 def train_classifiers(options):
     """Train classifiers on the crops: of a vertebra, or of all seven and the patient.
@@ -3237,7 +3222,7 @@ class Mode(NamedTuple):
     """What a mode does, and its options: names of Shared's, and the fields of its own."""
     run: Callable
     shared: str
-    own: Any = None
+    own: Any
 
 READING = "data weights device workers"
 EVALUATION = f"{READING} submission"
@@ -3260,59 +3245,50 @@ class Parser(argparse.ArgumentParser):
         """Where argparse would print the usage and exit."""
         raise UserError(f"{message}; {self.prog} --help tells the options")
 
-def reader_of(limits, kind):
-    """A function that reads an option's text, and refuses what is out of its limits."""
-    def read(text):
-        value = kind(text)
-        if limits["choices"] and value not in limits["choices"]:
-            names = ", ".join(map(str, limits["choices"]))
-            raise argparse.ArgumentTypeError(f"{text}: must be one of {names}")
-        least, most = limits["least"], limits["most"]
-        fits = kind is str or math.isfinite(value) and least <= value <= most
-        if not fits:
-            raise argparse.ArgumentTypeError(f"{text}: must be from {least} to {most}")
-        return value
-
-    read.__name__ = kind.__name__  # for argparse's "invalid float value"
-    return read
-
 class Given(argparse.Action):
-    """Stores an option's value, and its name among those that were given."""
+    """Stores an option's value, if within its limits, and its name among those given."""
+    def __init__(self, limits, **others):
+        super().__init__(**others)
+        self.least, self.most = limits
+
     def __call__(self, parser, namespace, values, option_string=None):
+        if not (isinstance(values, str) or self.least <= values <= self.most):  # nor NaN
+            limits = f"must be from {self.least} to {self.most}"
+            raise argparse.ArgumentError(self, f"{values:g}: {limits}")
         setattr(namespace, self.dest, values)
         namespace.given = (*namespace.given, self.dest)
 
 def add_option(parser, one, default):
     """Give a parser the option of a setting, with its meaning, limits and default."""
     flag = "--" + one.name.replace("_", "-")
-    limits = one.metadata
-    meaning = limits["help"].replace("%", "%%")
-    if limits.get("positional"):
-        name = one.name.upper()
-        count = limits["count"]
-        parser.add_argument(one.name, help=meaning, nargs=count, metavar=name)
+    how = dict(help=one.metadata["help"], default=default, metavar=one.name.upper())
+    if "positional" in one.metadata:
+        parser.add_argument(one.name, nargs=one.metadata["count"], **how)
     elif isinstance(default, bool):
-        yes_or_no = argparse.BooleanOptionalAction
-        parser.add_argument(flag, action=yes_or_no, default=default, help=meaning)
+        how.pop("metavar")
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, **how)
     else:
-        if limits["choices"]:
-            meaning += ": " + ", ".join(map(str, limits["choices"]))
+        limits = (one.metadata["least"], one.metadata["most"])
+        if one.metadata["choices"]:
+            how |= dict(choices=one.metadata["choices"], metavar=None)
         if default != "":
-            meaning += f" (default: {default})"
-        read = reader_of(limits, type(default))
-        how = dict(type=read, default=default, metavar=one.name.upper())
-        parser.add_argument(flag, action=Given, help=meaning, **how)
+            how["help"] += f" (default: {default})"
+        parser.add_argument(flag, action=Given, limits=limits, type=type(default), **how)
 
 def preset_table(mode):
     """What the presets of a mode say, in words."""
     rows = []
     for preset, values in PRESETS.items():
-        words = []
-        for name, value in values.get(mode, {}).items():
-            flag = "--" + name.replace("_", "-")
-            words.append(flag if value is True else f"{flag} {value}")
-        rows.append(f"{preset}: {' '.join(words) or 'the defaults'}")
+        pairs = values.get(mode, {}).items()
+        words = [f"--{name.replace('_', '-')} {value}" for name, value in pairs]
+        rows.append(f"{preset}: {' '.join(words).replace(' True', '') or 'the defaults'}")
     return "Presets. " + "; ".join(rows)
+
+def preset_of(argv):
+    """The --preset of a command line; its values are the defaults that a parser knows."""
+    parser = Parser(add_help=False)
+    parser.add_argument("--preset")
+    return parser.parse_known_args(argv)[0].preset
 
 def build_parser(modes, others=(), preset=""):
     """The parser of {name: Mode}; the others, {name: text}, are told in --help alone.
@@ -3323,14 +3299,12 @@ def build_parser(modes, others=(), preset=""):
         text = mode.run.__doc__
         one = parsers.add_parser(name, help=text.splitlines()[0], description=text)
         one.set_defaults(given=())
-        for shared in fields(Shared):
-            if shared.name in mode.shared.split():
-                add_option(one, shared, shared.default)
-        for own in fields(mode.own) if mode.own else ():
-            add_option(one, own, getattr(mode.own, own.name))
         if "preset" in mode.shared:
             one.epilog = preset_table(name)
-        one.set_defaults(**PRESETS.get(preset, {}).get(name, {}))
+        defaults = vars(Shared()) | vars(mode.own) | PRESETS.get(preset, {}).get(name, {})
+        shared = [part for part in fields(Shared) if part.name in mode.shared.split()]
+        for part in (*shared, *fields(mode.own)):
+            add_option(one, part, defaults[part.name])
     for name in others:
         parsers.add_parser(name, help=others[name])
     return parser
@@ -3350,9 +3324,7 @@ def run_mode(modes, argv, others=()):
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)  # the threads of prefetch share the cores
     try:
-        options = build_parser(modes, others).parse_args(argv)
-        preset = getattr(options, "preset", "")
-        options = build_parser(modes, others, preset).parse_args(argv)
+        options = build_parser(modes, others, preset_of(argv)).parse_args(argv)
         modes[options.mode].run(options)
         return 0
     except (torch.OutOfMemoryError, MemoryError):
@@ -3360,12 +3332,9 @@ def run_mode(modes, argv, others=()):
         advice = " or ".join("--" + way.replace("_", "-") for way in ways) or "--device cpu"
         say(f"cspine: out of memory: try {advice}")
         return 2
-    except UserError as error:
+    except (UserError, Stopped) as error:
         say(f"cspine: {error}")
-        return 2
-    except Stopped as stopped:
-        say(f"cspine: {stopped}")
-        return stopped.status
+        return error.status if isinstance(error, Stopped) else 2
     except KeyboardInterrupt:
         say("cspine: interrupted")
         return 130

@@ -54,8 +54,8 @@ def kaggle(tmp_path, monkeypatch, phantom_data, one_thread):
     everywhere = np.full((7, 32, 32, 32), 0.4, np.float32)
     monkeypatch.setattr(cspine, "segment", lambda *given: everywhere)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    count = functools.cache(cspine.training_flops)  # once in all sessions
-    monkeypatch.setattr(cspine, "training_flops", count)
+    count = functools.cache(kaggle_training.training_flops)  # once in all sessions
+    monkeypatch.setattr(kaggle_training, "training_flops", count)
     commands, real_stop = [], cspine.stop_signals
 
     def start(root, cut, layout, earlier, capsys):
@@ -132,7 +132,7 @@ def test_sessions_cut_short_end_with_the_weights_of_one_uncut(kaggle, tmp_path, 
 
 def test_the_plan_is_the_work_over_the_rate(monkeypatch):
     """Twice the cards or the rate halve the hours; of five folds each trains on four."""
-    monkeypatch.setattr(cspine, "training_flops", lambda kind, recipe, samples: 3.6e15 * samples)
+    monkeypatch.setattr(kaggle_training, "training_flops", lambda kind, recipe, samples: 3.6e15 * samples)
     plan = kaggle_training.planned_hours
     hours = plan("standard", 100, 10, 1, 1.0)
     assert hours == pytest.approx({"train-seg": 5 * 8, "train-cls": 5 * 560, "train-patient": 5 * 80,

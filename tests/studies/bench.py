@@ -675,7 +675,7 @@ def estimate_t4(scale, others):
 # -------------------------------------------- the plan -------------------------------------------
 
 TRAINED_STUDIES, MASKED_STUDIES = 2019, 87  # of the competition
-MACHINES = {"2 x T4 16 GB": (2, cspine.CARD_TFLOPS), "one 24 GB card": (1, 15.0)}
+MACHINES = {"2 x T4 16 GB": (2, kaggle_training.CARD_TFLOPS), "one 24 GB card": (1, 15.0)}
 HEAD = """
 The plan of each preset on {studies} studies, {masked} of them with masks. Counted: operations, and
 what is kept for the backward pass (2 bytes a value) with 20 bytes a weight. Assumed, not measured:
