@@ -2303,7 +2303,7 @@ class Task(NamedTuple):
     device: torch.device
     load: Callable  # sample -> arrays
     loss: Callable  # (model, tensors, generators, recipe) -> the loss of a batch
-    score: Callable  # (model, uid) -> a value a target
+    score: Callable  # (model, what read gave) -> a value a target
     judge: Callable  # table of these values -> dict with "score", lower is better
     name: str = ""
     train: tuple = ()  # samples
@@ -2311,6 +2311,7 @@ class Task(NamedTuple):
     made_of: dict = {}  # {what: hash} of labels, data and weights to start from
     columns: Any = TARGETS  # what score gives
     every: int = 1  # epochs between two scorings
+    read: Callable = str  # uid -> what score needs of a study
 
 @dataclass
 class Progress:
@@ -2374,10 +2375,7 @@ class Trainer:
     def gradient(self, task, batch):
         """Leave the gradient of [(arrays, generator)] in the model; gives the mean loss."""
         samples, rngs = zip(*batch)
-        tensors = [torch.from_numpy(np.stack(x)) for x in zip(*samples)]
-        if task.device.type == "cuda":  # copied while the program goes on
-            tensors = [t.pin_memory() for t in tensors]
-        tensors = [t.to(task.device, non_blocking=True) for t in tensors]
+        tensors = [torch.from_numpy(np.stack(x)).to(task.device) for x in zip(*samples)]
         with autocast(task.device, task.recipe.half or task.device.type == "cuda"):
             loss = task.loss(self.shared, tensors, rngs, task.recipe)
         self.scaler.scale(loss).backward()
@@ -2412,22 +2410,20 @@ class Trainer:
         for slow, fast in zip(*self.counts):
             slow.copy_(fast)
 
-    def close_epoch(self, task, weights, epoch):
+    def close_epoch(self, task, weights, epoch, workers):
         """Score the averaged weights on the held-out studies; log them, and keep them."""
         now = self.progress
         rank, world = ranks()
+        mine = prefetch(task.read, task.held_out[rank::world], workers, workers)
         with torch.inference_mode(), autocast(task.device):
-            mine = task.held_out[rank::world]
-            rows = [(uid, *task.score(self.averaged, uid)) for uid in mine]
+            rows = [(uid, *task.score(self.averaged, read.result())) for uid, read in mine]
         rows = sum(over_ranks(rows), [])
         losses = sum(over_ranks(now.losses), [])
         table = pd.DataFrame(rows, columns=[STUDY, *task.columns][: len(rows[0])])
-        scores = task.judge(table.set_index(STUDY))
-        line = dict(epoch=epoch, **scores)
+        line = dict(epoch=epoch, **task.judge(table.set_index(STUDY)))
         line["train_loss"] = float(np.mean(losses or math.nan))
         line["lr"] = self.optimizer.param_groups[0]["lr"]
-        samples = len(now.losses) * task.recipe.batch_size
-        line["samples_per_s"] = samples / now.seconds
+        line["samples_per_s"] = len(now.losses) * task.recipe.batch_size / now.seconds
         line |= dict(seconds=now.seconds, skipped_steps=now.skipped, peak_gb=peak_gb())
         now.history.append({name: float(value) for name, value in line.items()})
         now.losses, now.seconds = [], 0.0
@@ -2437,10 +2433,10 @@ class Trainer:
     def write_epoch(self, task, stem, table):
         """Write the log, the weights and the held-out answers. The last epoch's stay: the
         best would be chosen by the studies that then calibrate and report."""
-        history = pd.DataFrame(self.progress.history)
-        line = self.progress.history[-1]
-        say(f"{task.name}  " + "  ".join(f"{k} {v:.4g}" for k, v in line.items()))
-        write_csv(f"{stem}_log.csv", history)
+        history = self.progress.history
+        words = [f"{name} {value:.4g}" for name, value in history[-1].items()]
+        say("  ".join([task.name, *words]))
+        write_csv(f"{stem}_log.csv", pd.DataFrame(history))
         weights = self.averaged.state_dict().items()
         tensors = {name: t.half() if t.ndim > 1 else t for name, t in weights}
         content = dict(settings=self.model.settings, tensors=tensors)
@@ -2499,7 +2495,7 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
         now.seconds += stop.clock() - started
         bar.set_postfix(loss=np.mean(now.losses[-20:] or math.nan))
         if now.step % (steps * task.every) == 0 or now.step == total:
-            run.close_epoch(task, weights, now.step // steps)
+            run.close_epoch(task, weights, now.step // steps, workers)
             run.save(last, task)
         now.slowest = max(now.slowest, stop.clock() - started)
     return now.history
@@ -2516,8 +2512,8 @@ def segmenter_task(recipe, device, images, masks):
             raise StudyError(f"{inside:.0%} of its mask lie inside, {on_bone:.0%} on bone")
         return cube.round().byte().numpy(), labels
 
-    def score(model, uid):
-        cube, labels = load((uid,))
+    def score(model, sample):
+        cube, labels = sample
         cube = torch.from_numpy(cube)[None, None].to(device)  # (1, 1, D, D, D)
         probability = model(cube / 255)[0].float().sigmoid()
         return dice_scores(probability.cpu().numpy(), labels)
@@ -2526,7 +2522,9 @@ def segmenter_task(recipe, device, images, masks):
         dice = table.mean()
         return dict(dice.add_prefix("dice_"), score=1 - dice.mean())
 
-    return Task("segmenter", recipe, device, load, segmenter_batch, score, judge)
+    return Task(
+        "segmenter", recipe, device, load, segmenter_batch, score, judge,
+        read=lambda uid: load((uid,)))
 
 def usable(samples, load, workers):
     """The samples that can be loaded; the others are said, each with its reason."""
@@ -2551,9 +2549,11 @@ def classifier_task(kind, recipe, device, folder, truth):
         crops = np.concatenate(crops)  # (V * T, K, S, S)
         return crops, labels
 
-    def score(model, uid):
+    def read(uid):
+        return read_crops(folder / f"{uid}.npz")
+
+    def score(model, crops):
         models = dict.fromkeys(KINDS, []) | {kind: [model]}
-        crops = read_crops(folder / f"{uid}.npz")
         only = classify(Ensemble(models, device), crops)[0]
         return [*only.steps.ravel(), only.patient]
 
@@ -2565,12 +2565,13 @@ def classifier_task(kind, recipe, device, folder, truth):
         answers = np.where(np.isnan(answers), PRIOR, answers)
         right = np.array([truth[uid] for uid in table.index])
         score, _ = competition_scores(answers, right)
-        table = score_table(answers, right)
-        columns = dict(vertebra_auc="C1 to C7", patient_auc="patient_overall")
-        return dict(score=score, **{name: table.AUC[row] for name, row in columns.items()})
+        area = score_table(answers, right).AUC
+        both = dict(vertebra_auc=area["C1 to C7"], patient_auc=area["patient_overall"])
+        return dict(score=score, **both)
 
     return Task(
-        kind, recipe, device, load, classifier_batch, score, judge, columns=STEP_TARGETS)
+        kind, recipe, device, load, classifier_batch, score, judge, columns=STEP_TARGETS,
+        read=read)
 
 
 # ==== Tools ====
@@ -2999,6 +3000,8 @@ def run_training(options, samples, folds, task):
     if ranks()[0] == 0:
         say_start(options, starts)
     say_plan(options)
+    if task.device.type == "cuda":  # batches have few shapes: cuDNN tries what is fastest
+        torch.backends.cudnn.benchmark = True
     with stop_signals(minutes_of(options)) as stop:
         for fold, init in starts.items():
             rest = [s for s in samples if folds[s[0]] != fold or options.folds == 1]
@@ -3309,20 +3312,11 @@ def build_parser(modes, others=(), preset=""):
         parsers.add_parser(name, help=others[name])
     return parser
 
-def run_tool(argv):
-    """The exit status of a mode that stands in tests/tools."""
-    folder = HERE / "tests" / "tools"
-    if not folder.exists():
-        say(f"cspine: {argv[0]} needs the repository: no {folder}")
-        return 2
-    path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, str(folder), *argv]
-    return subprocess.call(command, env=os.environ | {"PYTHONPATH": path})
-
 def run_mode(modes, argv, others=()):
     """Run a mode of {name: Mode}: its exit status, and one line if it failed."""
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)  # the threads of prefetch share the cores
+    benchmark = torch.backends.cudnn.benchmark  # which trainings switch on
     try:
         options = build_parser(modes, others, preset_of(argv)).parse_args(argv)
         modes[options.mode].run(options)
@@ -3340,12 +3334,17 @@ def run_mode(modes, argv, others=()):
         return 130
     finally:
         cv2.setNumThreads(threads)
+        torch.backends.cudnn.benchmark = benchmark
 
 def main(argv=None):
     """Run a mode of the command line: its exit status."""
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in TOOL_MODES:
-        return run_tool(argv)
+        tools = HERE / "tests" / "tools"
+        if tools.exists():
+            return subprocess.call([sys.executable, str(tools), *argv])
+        say(f"cspine: {argv[0]} needs the repository: no {tools}")
+        return 2
     return run_mode(MODES, argv, TOOL_MODES)
 
 if __name__ == "__main__" and "__file__" in globals():

@@ -79,8 +79,8 @@ def test_from_scratch_is_said_once_and_loudly_but_not_where_it_is_wanted(capsys)
 
 def parsed(*arguments):
     """The values of a mode's options as run_mode makes them."""
-    preset = build_parser(MODES).parse_args(arguments).preset
-    options = vars(build_parser(MODES, preset=preset).parse_args(arguments))
+    parser = build_parser(MODES, preset=cspine.preset_of(arguments))
+    options = vars(parser.parse_args(arguments))
     return {name: options[name] for name in options if name not in ("preset", "given")}
 
 

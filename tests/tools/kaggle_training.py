@@ -193,24 +193,25 @@ def take_over(session):
                     shutil.copyfile(path, target)
 
 
-def stems(session, mode):
+def stems(weights, preset, mode):
     """The names, without their endings, of what a training of the preset writes."""
-    options = options_of(session.preset, mode)
-    kind = f"{STEPS[mode]}_{options.name}".rstrip("_")
-    return [session.weights / f"{kind}_fold{fold}" for fold in folds_of(options)]
+    options = options_of(preset, mode)
+    names = [cspine.model_name(STEPS[mode], options.name, k) for k in folds_of(options)]
+    return [Path(weights) / name for name in names]
+
+
+def trained(weights, preset, mode):
+    """Whether every fold of a training is trained to its last epoch, by its log."""
+    epochs = options_of(preset, mode).epochs
+    logs = [Path(f"{stem}_log.csv") for stem in stems(weights, preset, mode)]
+    return all(log.exists() and pd.read_csv(log).epoch.iloc[-1] == epochs for log in logs)
 
 
 def finished(session, mode):
-    """Whether every fold is trained to its last epoch, by its log.
-    Crops are needed until the classifiers are."""
-    if mode == "extract":
-        return finished(session, "train-cls") and finished(session, "train-patient")
-    epochs = options_of(session.preset, mode).epochs
-    for stem in stems(session, mode):
-        log = Path(f"{stem}_log.csv")
-        if not log.exists() or pd.read_csv(log).epoch.iloc[-1] != epochs:
-            return False
-    return True
+    """Whether a step need not be taken; crops are needed until the classifiers are
+    trained."""
+    needed = ("train-cls", "train-patient") if mode == "extract" else (mode,)
+    return all(trained(session.weights, session.preset, one) for one in needed)
 
 
 def run_step(session, mode):
@@ -240,7 +241,7 @@ def train_all(session):
             if over if mode == "extract" else not finished(session, mode):
                 return f"the time was over in {mode}"
         if STEPS[mode]:  # the states of finished trainings; the logs tell that they are
-            for stem in stems(session, mode):
+            for stem in stems(session.weights, session.preset, mode):
                 Path(f"{stem}_last.pt").unlink(missing_ok=True)
     return ""
 
