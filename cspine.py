@@ -2237,9 +2237,9 @@ def load_init(model, path):
             raise ValueError("the state of a training, no finished model")
         source = {name: t for name, t in source.get("tensors", source).items() if t.ndim}
     part = model if ours else getattr(model.encoder, "backbone", model.encoder)
-    target = {  # what a vertebra classifier lacks stays random
-        name: t for name, t in part.state_dict().items()
-        if t.ndim and (name in source or not name.startswith("patient_"))}
+    target = {name: t for name, t in part.state_dict().items() if t.ndim}
+    if not any(name.startswith("patient_") for name in source):  # then these stay random
+        target = {n: t for n, t in target.items() if not n.startswith("patient_")}
     named = target.keys() <= source.keys()
     pairs = zip(target.items(), target if named else source)
     taken = {name: fit_shape(source[other], like) for (name, like), other in pairs}
@@ -2349,7 +2349,6 @@ class Trainer:
         self.progress = Progress()
         both = [part.state_dict().values() for part in (self.averaged, self.model)]
         self.floats = [[t for t in one if t.is_floating_point()] for one in both]
-        self.counts = [[t for t in one if not t.is_floating_point()] for one in both]
 
     def save(self, path, task):
         """Write the whole state of the training."""
@@ -2375,7 +2374,8 @@ class Trainer:
     def gradient(self, task, batch):
         """Leave the gradient of [(arrays, generator)] in the model; gives the mean loss."""
         samples, rngs = zip(*batch)
-        tensors = [torch.from_numpy(np.stack(x)).to(task.device) for x in zip(*samples)]
+        arrays = map(np.stack, zip(*samples))
+        tensors = [torch.from_numpy(one).to(task.device) for one in arrays]
         with autocast(task.device, task.recipe.half or task.device.type == "cuda"):
             loss = task.loss(self.shared, tensors, rngs, task.recipe)
         self.scaler.scale(loss).backward()
@@ -2406,17 +2406,18 @@ class Trainer:
         self.scaler.update()
         now.step += 1
         share = 1 - min(recipe.ema, (1 + now.step) / (10 + now.step))
-        torch._foreach_lerp_(*self.floats, share)
-        for slow, fast in zip(*self.counts):
-            slow.copy_(fast)
+        torch._foreach_lerp_(*self.floats, share)  # but counts of batches, which none reads
 
     def close_epoch(self, task, weights, epoch, workers):
         """Score the averaged weights on the held-out studies; log them, and keep them."""
         now = self.progress
         rank, world = ranks()
         mine = prefetch(task.read, task.held_out[rank::world], workers, workers)
+        rows = []
         with torch.inference_mode(), autocast(task.device):
-            rows = [(uid, *task.score(self.averaged, read.result())) for uid, read in mine]
+            for uid, future in mine:
+                values = task.score(self.averaged, future.result())
+                rows.append((uid, *values))
         rows = sum(over_ranks(rows), [])
         losses = sum(over_ranks(now.losses), [])
         table = pd.DataFrame(rows, columns=[STUDY, *task.columns][: len(rows[0])])
@@ -3212,9 +3213,10 @@ def evaluate(options):
             say("the threshold of unusual studies was not fitted again, and is dropped")
         write_calibration(weights, fit_calibration(outputs, table))
     table = score_table(found.to_numpy(), labels)
-    models = [*load_models(weights, "segmenter", pick_device(options.device)).values()]
+    models = load_models(weights, "segmenter", pick_device(options.device))
     if models and not options.folds:
-        table = table.join(mask_table(data, found.index, models, options.workers))
+        dice = mask_table(data, found.index, [*models.values()], options.workers)
+        table = table.join(dice)
     print("\nEvery target; fractured: how many are:")
     print(table.round(4).to_string(na_rep=""))
     if len(labels) >= LEAST_STUDIES:
@@ -3228,24 +3230,18 @@ class Mode(NamedTuple):
     own: Any
 
 READING = "data weights device workers"
-EVALUATION = f"{READING} submission"
-PREDICTION = f"{READING} out masks resume time_limit"
-EXTRACTION = f"{READING} work masks folds mask_of z_margin time_limit preset"
 TRAINING = f"{READING} work fold folds resume time_limit init name preset"
-MODES = {
-    "train-seg": Mode(train_segmenters, TRAINING, RECIPES["segmenter"]),
-    "extract": Mode(extract, EXTRACTION, Extraction())}
-MODES |= {
-    "train-cls": Mode(train_classifiers, TRAINING, RECIPES["vertebra"]),
-    "train-patient": Mode(train_classifiers, TRAINING, RECIPES["patient"])}
-MODES |= {
-    "predict": Mode(predict, PREDICTION, Asked()),
-    "evaluate": Mode(evaluate, EVALUATION, Evaluation())}
+MODES = {"train-seg": Mode(train_segmenters, TRAINING, RECIPES["segmenter"])}
+MODES["extract"] = Mode(
+    extract, f"{READING} work masks folds mask_of z_margin time_limit preset", Extraction())
+MODES["train-cls"] = Mode(train_classifiers, TRAINING, RECIPES["vertebra"])
+MODES["train-patient"] = Mode(train_classifiers, TRAINING, RECIPES["patient"])
+MODES["predict"] = Mode(predict, f"{READING} out masks resume time_limit", Asked())
+MODES["evaluate"] = Mode(evaluate, f"{READING} submission", Evaluation())
 
 class Parser(argparse.ArgumentParser):
     """A parser that raises UserError: main says it in one line."""
     def error(self, message):
-        """Where argparse would print the usage and exit."""
         raise UserError(f"{message}; {self.prog} --help tells the options")
 
 class Given(argparse.Action):
@@ -3278,15 +3274,6 @@ def add_option(parser, one, default):
             how["help"] += f" (default: {default})"
         parser.add_argument(flag, action=Given, limits=limits, type=type(default), **how)
 
-def preset_table(mode):
-    """What the presets of a mode say, in words."""
-    rows = []
-    for preset, values in PRESETS.items():
-        pairs = values.get(mode, {}).items()
-        words = [f"--{name.replace('_', '-')} {value}" for name, value in pairs]
-        rows.append(f"{preset}: {' '.join(words).replace(' True', '') or 'the defaults'}")
-    return "Presets. " + "; ".join(rows)
-
 def preset_of(argv):
     """The --preset of a command line; its values are the defaults that a parser knows."""
     parser = Parser(add_help=False)
@@ -3303,7 +3290,7 @@ def build_parser(modes, others=(), preset=""):
         one = parsers.add_parser(name, help=text.splitlines()[0], description=text)
         one.set_defaults(given=())
         if "preset" in mode.shared:
-            one.epilog = preset_table(name)
+            one.epilog = "The defaults of a preset: --preset NAME --help."
         defaults = vars(Shared()) | vars(mode.own) | PRESETS.get(preset, {}).get(name, {})
         shared = [part for part in fields(Shared) if part.name in mode.shared.split()]
         for part in (*shared, *fields(mode.own)):
@@ -3322,9 +3309,7 @@ def run_mode(modes, argv, others=()):
         modes[options.mode].run(options)
         return 0
     except (torch.OutOfMemoryError, MemoryError):
-        ways = [way for way in ("batch_size", "checkpoint") if hasattr(options, way)]
-        advice = " or ".join("--" + way.replace("_", "-") for way in ways) or "--device cpu"
-        say(f"cspine: out of memory: try {advice}")
+        say("cspine: out of memory: try --device cpu; in trainings --batch-size, --checkpoint")
         return 2
     except (UserError, Stopped) as error:
         say(f"cspine: {error}")
