@@ -3309,7 +3309,7 @@ def run_mode(modes, argv, others=()):
         modes[options.mode].run(options)
         return 0
     except (torch.OutOfMemoryError, MemoryError):
-        say("cspine: out of memory: try --device cpu; in trainings --batch-size, --checkpoint")
+        say("cspine: out of memory: try --device cpu, a smaller --batch-size, --checkpoint")
         return 2
     except (UserError, Stopped) as error:
         say(f"cspine: {error}")

@@ -115,11 +115,17 @@ def test_gold_is_what_its_sources_ask_for():
         assert recipe["backbone"] != second["backbone"] and second["name"] == "second"
 
 
-def test_help_prints_the_table(capsys):
-    with pytest.raises(SystemExit):
-        build_parser(MODES).parse_args(["train-patient", "--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    assert "fast: --fold 0 --epochs 6 --thin 3" in text and "standard: the defaults" in text
+def test_help_shows_the_defaults_of_the_preset_that_is_named(capsys):
+    def said(*arguments):
+        with pytest.raises(SystemExit):
+            cspine.main(["train-patient", *arguments, "--help"])
+        return " ".join(capsys.readouterr().out.split())
+    assert "passes over the training studies (default: 15)" in said()
+    assert "--preset NAME --help" in said()
+    for given in (["--preset", "fast"], ["--preset=fast"]):
+        text = said(*given)
+        assert "passes over the training studies (default: 6)" in text
+        assert "(default: 0)" in text and "from a random one on (default: 3)" in text
 
 
 def test_the_plan_counts_operations():
