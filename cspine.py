@@ -2474,11 +2474,11 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
     now = run.progress
     steps = max(1, samples // size)  # an epoch
     total = steps * recipe.epochs
+    if now.step == total:
+        say(f"{name}: finished before")
     shuffles = [np.random.default_rng([recipe.seed, k]) for k in range(recipe.epochs)]
     order = [np.resize(rng.permutation(samples), steps * size) for rng in shuffles]
     order = np.concatenate(order)
-    if now.step == total:
-        say(f"{name}: finished before")
     mine = range(now.step * size + rank, len(order), world)
     loaded = prefetch(lambda k: task.load(task.train[order[k]]), mine, workers, 2 * size)
     bar = progress(range(now.step, total), "step")
@@ -3012,8 +3012,8 @@ def run_training(options, samples, folds, task):
             seldom = math.ceil(len(held_out) / VALIDATION_SHARE / max(len(rest), 1))
             every = getattr(task.recipe, "thin", seldom)  # epochs that show all steps
             name = model_name(task.kind, options.name, fold)
-            one = task._replace(name=name, train=rest, held_out=held_out, made_of=made_of)
-            one = one._replace(every=every)
+            one = task._replace(name=name, train=rest, held_out=held_out)
+            one = one._replace(made_of=made_of, every=every)
             train(one, Path(options.weights), stop, options.workers, go_on, init)
 
 def train_segmenters(options):
@@ -3049,7 +3049,7 @@ def extract(options):
     Reads train_images of --data and the segmenters of --weights; writes one file a study
     under --work. A study with a mask file is masked by its own fold's segmenters, which
     did not train on it; any other by the mean of all, as predict does. The masks go to
-    --masks as NIfTI. What is there is not made again."""
+    --masks as NIfTI. A study that has all its files is not read again."""
     truth, folds, with_mask = training_data(options)
     device = pick_device(options.device)
     models = load_models(options.weights, "segmenter", device)
