@@ -3276,7 +3276,7 @@ def add_option(parser, one, default):
 
 def preset_of(argv):
     """The --preset of a command line; its values are the defaults that a parser knows."""
-    parser = Parser(add_help=False)
+    parser = Parser("cspine.py", add_help=False)
     parser.add_argument("--preset")
     return parser.parse_known_args(argv)[0].preset
 
