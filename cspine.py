@@ -60,7 +60,6 @@ import torch
 import torch.nn.functional as F
 from torch import distributed as dist
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 
@@ -132,7 +131,6 @@ INIT_LEVELS = 4  # folders below /kaggle/input: model, framework, variation, ver
 SCRATCH = (  # by the public code and write-ups of the top teams
     "training from scratch, where a score of 0.43 to 0.52 is expected instead of 0.32 to "
     "0.35; the third to sixth places and the starting solution began from ImageNet")
-CARD_TFLOPS = 5.0  # TFLOP/s that a T4 is assumed to reach in training (bench.py plan)
 
 class UserError(Exception):
     """Something that the user can mend; main prints it in one line, status 2."""
@@ -2071,6 +2069,10 @@ def load_model(path, kind, device="cpu"):
         model.settings["name"] = Path(path).stem.rpartition("_fold")[0]
         return fuse_norms(model).to(device)
 
+def model_name(kind, name, fold):
+    """The name of a fold's files; `name` keeps a second set of models apart."""
+    return f"{kind}_{name}".rstrip("_") + f"_fold{fold}"
+
 def model_files(weights, kind):
     """[(fold, name, Path)] of all <kind>_fold<k>.pt and <kind>_<name>_fold<k>.pt."""
     found = []
@@ -2088,11 +2090,10 @@ def load_models(weights, kind, device):
 def load_ensemble(weights, device, calibration=Calibration()):
     """The Ensemble of all models of a folder; UserError if a kind is missing."""
     models = {kind: [*load_models(weights, kind, "cpu").values()] for kind in KINDS}
-    if not models["segmenter"] or not models["vertebra"] + models["patient"]:
+    classifiers = models["vertebra"] + models["patient"]
+    if not models["segmenter"] or not classifiers:
         raise UserError(f"--weights {weights}: no segmenter or no classifier")
-    made = {(m.settings["mask_of"], m.settings["z_margin"])
-            for m in models["vertebra"] + models["patient"]}
-    if len(made) > 1:
+    if len({(m.settings["mask_of"], m.settings["z_margin"]) for m in classifiers}) > 1:
         raise UserError(f"--weights {weights}: classifiers of unlike --mask-of, --z-margin")
     on_cpu = Ensemble(models, torch.device("cpu"), calibration)
     if device.type == "cpu":
@@ -2146,9 +2147,9 @@ def load_init(model, path):
             raise ValueError("the state of a training, no finished model")
         source = {name: t for name, t in source.get("tensors", source).items() if t.ndim}
     part = model if ours else getattr(model.encoder, "backbone", model.encoder)
-    whole = {name: t for name, t in part.state_dict().items() if t.ndim}
-    target = {  # what a vertebra classifier lacks stays random
-        n: t for n, t in whole.items() if n in source or not n.startswith("patient_")}
+    target = {name: t for name, t in part.state_dict().items() if t.ndim}
+    if not any(name.startswith("patient_") for name in source):  # then these stay random
+        target = {n: t for n, t in target.items() if not n.startswith("patient_")}
     named = target.keys() <= source.keys()
     pairs = zip(target.items(), target if named else source)
     taken = {name: fit_shape(source[other], like) for (name, like), other in pairs}
@@ -2191,12 +2192,12 @@ def init_file(options, kind, fold):
         if not Path(options.init).is_file():
             raise UserError(f"--init {options.init}: cannot be read: no such file")
         return Path(options.init)
-    files = model_files(options.weights, "vertebra") if kind == "patient" else []
-    for number, name, path in files:
-        made = load_checkpoint(path).get("settings", {})
+    first = Path(options.weights) / f"{model_name('vertebra', options.name, fold)}.pt"
+    if kind == "patient" and first.exists():
+        made = load_checkpoint(first).get("settings", {})
         wanted = dict(backbone=options.backbone, hidden=options.hidden)
-        if (number, name) == (fold, options.name) and wanted.items() <= made.items():
-            return path
+        if wanted.items() <= made.items():
+            return first
     return imagenet_file(options.backbone, options.data)
 
 
@@ -2212,7 +2213,7 @@ class Task(NamedTuple):
     device: torch.device
     load: Callable  # sample -> arrays
     loss: Callable  # (model, tensors, generators, recipe) -> the loss of a batch
-    score: Callable  # (model, uid) -> a value a target
+    score: Callable  # (model, what read gave) -> a value a target
     judge: Callable  # table of these values -> dict with "score", lower is better
     name: str = ""
     train: tuple = ()  # samples
@@ -2220,6 +2221,7 @@ class Task(NamedTuple):
     made_of: dict = {}  # {what: hash} of labels, data and weights to start from
     columns: Any = TARGETS  # what score gives
     every: int = 1  # epochs between two scorings
+    read: Callable = str  # uid -> what score needs of a study
 
 @dataclass
 class Progress:
@@ -2257,7 +2259,6 @@ class Trainer:
         self.progress = Progress()
         both = [part.state_dict().values() for part in (self.averaged, self.model)]
         self.floats = [[t for t in one if t.is_floating_point()] for one in both]
-        self.counts = [[t for t in one if not t.is_floating_point()] for one in both]
 
     def save(self, path, task):
         """Write the whole state of the training."""
@@ -2283,10 +2284,8 @@ class Trainer:
     def gradient(self, task, batch):
         """Leave the gradient of [(arrays, generator)] in the model; gives the mean loss."""
         samples, rngs = zip(*batch)
-        tensors = [torch.from_numpy(np.stack(x)) for x in zip(*samples)]
-        if task.device.type == "cuda":  # copied while the program goes on
-            tensors = [t.pin_memory() for t in tensors]
-        tensors = [t.to(task.device, non_blocking=True) for t in tensors]
+        arrays = map(np.stack, zip(*samples))
+        tensors = [torch.from_numpy(one).to(task.device) for one in arrays]
         with autocast(task.device, task.recipe.half or task.device.type == "cuda"):
             loss = task.loss(self.shared, tensors, rngs, task.recipe)
         self.scaler.scale(loss).backward()
@@ -2317,26 +2316,25 @@ class Trainer:
         self.scaler.update()
         now.step += 1
         share = 1 - min(recipe.ema, (1 + now.step) / (10 + now.step))
-        torch._foreach_lerp_(*self.floats, share)
-        for slow, fast in zip(*self.counts):
-            slow.copy_(fast)
+        torch._foreach_lerp_(*self.floats, share)  # but counts of batches, which none reads
 
-    def close_epoch(self, task, weights, epoch):
+    def close_epoch(self, task, weights, epoch, workers):
         """Score the averaged weights on the held-out studies; log them, and keep them."""
         now = self.progress
         rank, world = ranks()
+        mine = prefetch(task.read, task.held_out[rank::world], workers, workers)
+        rows = []
         with torch.inference_mode(), autocast(task.device):
-            mine = task.held_out[rank::world]
-            rows = [(uid, *task.score(self.averaged, uid)) for uid in mine]
+            for uid, future in mine:
+                values = task.score(self.averaged, future.result())
+                rows.append((uid, *values))
         rows = sum(over_ranks(rows), [])
         losses = sum(over_ranks(now.losses), [])
         table = pd.DataFrame(rows, columns=[STUDY, *task.columns][: len(rows[0])])
-        scores = task.judge(table.set_index(STUDY))
-        line = dict(epoch=epoch, **scores)
+        line = dict(epoch=epoch, **task.judge(table.set_index(STUDY)))
         line["train_loss"] = float(np.mean(losses or math.nan))
         line["lr"] = self.optimizer.param_groups[0]["lr"]
-        samples = len(now.losses) * task.recipe.batch_size
-        line["samples_per_s"] = samples / now.seconds
+        line["samples_per_s"] = len(now.losses) * task.recipe.batch_size / now.seconds
         line |= dict(seconds=now.seconds, skipped_steps=now.skipped, peak_gb=peak_gb())
         now.history.append({name: float(value) for name, value in line.items()})
         now.losses, now.seconds = [], 0.0
@@ -2346,10 +2344,10 @@ class Trainer:
     def write_epoch(self, task, stem, table):
         """Write the log, the weights and the held-out answers. The last epoch's stay: the
         best would be chosen by the studies that then calibrate and report."""
-        history = pd.DataFrame(self.progress.history)
-        line = self.progress.history[-1]
-        say(f"{task.name}  " + "  ".join(f"{k} {v:.4g}" for k, v in line.items()))
-        write_csv(f"{stem}_log.csv", history)
+        history = self.progress.history
+        words = [f"{name} {value:.4g}" for name, value in history[-1].items()]
+        say("  ".join([task.name, *words]))
+        write_csv(f"{stem}_log.csv", pd.DataFrame(history))
         weights = self.averaged.state_dict().items()
         tensors = {name: t.half() if t.ndim > 1 else t for name, t in weights}
         content = dict(settings=self.model.settings, tensors=tensors)
@@ -2386,11 +2384,11 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
     now = run.progress
     steps = max(1, samples // size)  # an epoch
     total = steps * recipe.epochs
+    if now.step == total:
+        say(f"{name}: finished before")
     shuffles = [np.random.default_rng([recipe.seed, k]) for k in range(recipe.epochs)]
     order = [np.resize(rng.permutation(samples), steps * size) for rng in shuffles]
     order = np.concatenate(order)
-    if now.step == total:
-        say(f"{name}: finished before")
     mine = range(now.step * size + rank, len(order), world)
     loaded = prefetch(lambda k: task.load(task.train[order[k]]), mine, workers, 2 * size)
     bar = progress(range(now.step, total), "step")
@@ -2408,7 +2406,7 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
         now.seconds += stop.clock() - started
         bar.set_postfix(loss=np.mean(now.losses[-20:] or math.nan))
         if now.step % (steps * task.every) == 0 or now.step == total:
-            run.close_epoch(task, weights, now.step // steps)
+            run.close_epoch(task, weights, now.step // steps, workers)
             run.save(last, task)
         now.slowest = max(now.slowest, stop.clock() - started)
     return now.history
@@ -2425,8 +2423,8 @@ def segmenter_task(recipe, device, images, masks):
             raise StudyError(f"{inside:.0%} of its mask lie inside, {on_bone:.0%} on bone")
         return cube.round().byte().numpy(), labels
 
-    def score(model, uid):
-        cube, labels = load((uid,))
+    def score(model, sample):
+        cube, labels = sample
         cube = torch.from_numpy(cube)[None, None].to(device)  # (1, 1, D, D, D)
         probability = model(cube / 255)[0].float().sigmoid()
         return dice_scores(probability.cpu().numpy(), labels)
@@ -2435,7 +2433,9 @@ def segmenter_task(recipe, device, images, masks):
         dice = table.mean()
         return dict(dice.add_prefix("dice_"), score=1 - dice.mean())
 
-    return Task("segmenter", recipe, device, load, segmenter_batch, score, judge)
+    return Task(
+        "segmenter", recipe, device, load, segmenter_batch, score, judge,
+        read=lambda uid: load((uid,)))
 
 def usable(samples, load, workers):
     """The samples that can be loaded; the others are said, each with its reason."""
@@ -2460,9 +2460,11 @@ def classifier_task(kind, recipe, device, folder, truth):
         crops = np.concatenate(crops)  # (V * T, K, S, S)
         return crops, labels
 
-    def score(model, uid):
+    def read(uid):
+        return read_crops(folder / f"{uid}.npz")
+
+    def score(model, crops):
         models = dict.fromkeys(KINDS, []) | {kind: [model]}
-        crops = read_crops(folder / f"{uid}.npz")
         only = classify(Ensemble(models, device), crops)[0]
         return [*only.steps.ravel(), only.patient]
 
@@ -2474,12 +2476,13 @@ def classifier_task(kind, recipe, device, folder, truth):
         answers = np.where(np.isnan(answers), PRIOR, answers)
         right = np.array([truth[uid] for uid in table.index])
         score, _ = competition_scores(answers, right)
-        table = score_table(answers, right)
-        columns = dict(vertebra_auc="C1 to C7", patient_auc="patient_overall")
-        return dict(score=score, **{name: table.AUC[row] for name, row in columns.items()})
+        area = score_table(answers, right).AUC
+        both = dict(vertebra_auc=area["C1 to C7"], patient_auc=area["patient_overall"])
+        return dict(score=score, **both)
 
     return Task(
-        kind, recipe, device, load, classifier_batch, score, judge, columns=STEP_TARGETS)
+        kind, recipe, device, load, classifier_batch, score, judge, columns=STEP_TARGETS,
+        read=read)
 
 
 # ==== Tools ====
@@ -2836,6 +2839,10 @@ TOOL_MODES = {  # they need the repository, and stand in tests/tools
     "notebook": "Write a Kaggle notebook ready to push.",
     "demo": "Make phantoms, predict and score them, draw one."}
 
+PLANS = {  # hours, and disk of the crops, on the competition's data: bench.py plan
+    "fast": "3 hours and 14 GB", "standard": "17 hours and 14 GB",
+    "gold": "47 hours and 42 GB", "gold-second": "46 hours more than gold"}
+
 def data_folder(options, *needed):
     """The Path of --data, which must hold the files needed; else UserError."""
     for name in needed:
@@ -2884,29 +2891,11 @@ def say_start(options, starts):
             f".safetensors, .bin or .pth, under {KAGGLE}/input, or put it into --data or "
             "weights/pretrained; --init none does without")
 
-def training_flops(kind, recipe, samples):
-    """FLOPs of a fold's training, counted on shapes; backward costs two forward passes."""
-    model = new_model(kind, asdict(recipe)).to("meta").eval()
-    size, images = recipe.size, 1
-    shape = (1, 1, size, size, size)
-    if kind != "segmenter":
-        model, shape = model.encoder.backbone, (1, CHANNELS, size, size)
-        vertebrae = 7 if kind == "patient" else 1
-        images = vertebrae * STEPS // recipe.thin
-    with FlopCounterMode(display=False) as counted, torch.no_grad():
-        model(torch.empty(shape, device="meta"))
-    passes = 3 + getattr(recipe, "checkpoint", False)
-    return counted.get_total_flops() * images * samples * recipe.epochs * passes
-
-def say_plan(options, task, samples, folds):
-    """Say before the first step of a preset how much there is to do."""
-    recipe, cards = task.recipe, ranks()[1]
-    steps = max(1, samples // recipe.batch_size) * recipe.epochs
-    flops = folds * training_flops(task.kind, recipe, samples)
-    hours = flops / cards / CARD_TFLOPS / 1e12 / 3600
-    say(f"--preset {options.preset}: {folds} times {recipe.epochs} epochs of {samples} "
-        f"samples, {steps} steps; {flops / 1e15:.3g} PFLOP")
-    say(f"at {CARD_TFLOPS:g} TFLOP/s a card, assumed for a T4: {hours:.1f} h on {cards}")
+def say_plan(options):
+    """Say before the first step what all modes of a preset cost, if one was asked for."""
+    if "preset" in options.given and ranks()[0] == 0:
+        say(f"--preset {options.preset}: train-seg to train-patient need about "
+            f"{PLANS[options.preset]} on two T4 (operations counted, not timed: README)")
 
 def run_training(options, samples, folds, task):
     """Train the folds asked for, of samples (uid, ...)."""
@@ -2921,10 +2910,9 @@ def run_training(options, samples, folds, task):
     starts = {fold: init_file(options, task.kind, fold) for fold in wanted}
     if ranks()[0] == 0:
         say_start(options, starts)
-        if "preset" in options.given:
-            kept = len(samples) * max(options.folds - 1, 1) // options.folds
-            say_plan(options, task, kept, len(wanted))
-    stem = f"{task.kind}_{options.name}".rstrip("_")
+    say_plan(options)
+    if task.device.type == "cuda":  # batches have few shapes: cuDNN tries what is fastest
+        torch.backends.cudnn.benchmark = True
     with stop_signals(minutes_of(options)) as stop:
         for fold, init in starts.items():
             rest = [s for s in samples if folds[s[0]] != fold or options.folds == 1]
@@ -2933,9 +2921,9 @@ def run_training(options, samples, folds, task):
             made_of["--init"] = hash_of(init) if init else ""
             seldom = math.ceil(len(held_out) / VALIDATION_SHARE / max(len(rest), 1))
             every = getattr(task.recipe, "thin", seldom)  # epochs that show all steps
-            name = f"{stem}_fold{fold}"
-            one = task._replace(name=name, train=rest, held_out=held_out, made_of=made_of)
-            one = one._replace(every=every)
+            name = model_name(task.kind, options.name, fold)
+            one = task._replace(name=name, train=rest, held_out=held_out)
+            one = one._replace(made_of=made_of, every=every)
             train(one, Path(options.weights), stop, options.workers, go_on, init)
 
 def train_segmenters(options):
@@ -2963,8 +2951,7 @@ def crops_made(folder):
     """(edge in pixels, margin in z) of the crops in a folder, or None if there are none."""
     for path in folder.glob("*.npz"):
         with errors_as(UserError, f"{path}: no crops"), np.load(path) as file:
-            z_margin = file["z_margin"] if "z_margin" in file else 0.0  # older versions
-            return int(file["edge"]), float(z_margin)
+            return int(file["edge"]), float(file.get("z_margin", 0))  # older: no margin
     return None
 
 def extract(options):
@@ -2972,24 +2959,28 @@ def extract(options):
     Reads train_images of --data and the segmenters of --weights; writes one file a study
     under --work. A study with a mask file is masked by its own fold's segmenters, which
     did not train on it; any other by the mean of all, as predict does. The masks go to
-    --masks as NIfTI; no file that is there is written again."""
+    --masks as NIfTI. A study that has all its files is not read again."""
     truth, folds, with_mask = training_data(options)
     device = pick_device(options.device)
     models = load_models(options.weights, "segmenter", device)
     if not models:
         raise UserError(f"no segmenter in {options.weights}: run train-seg first")
     out = Path(options.work) / options.mask_of
-    images = Path(options.data) / "train_images"
-    rank, world = ranks()
-    wanted = {uid: [out / f"{uid}.npz"] for uid in [*truth][rank::world]}
-    for uid, paths in wanted.items():
-        paths += [Path(options.masks) / f"{uid}.nii.gz"] * bool(options.masks)
-    todo = [uid for uid in wanted if not all(path.exists() for path in wanted[uid])]
     made = crops_made(out)
     if made not in (None, (options.size, options.z_margin)):
         edge, z_margin = made
         raise UserError(f"{out}: has crops of --size {edge} --z-margin {z_margin}; others "
                         "need another --work")
+    say_plan(options)
+
+    def files(uid):
+        masks = [Path(options.masks) / f"{uid}.nii.gz"] if options.masks else []
+        return [out / f"{uid}.npz", *masks]
+
+    rank, world = ranks()
+    mine = [*truth][rank::world]
+    todo = [uid for uid in mine if not all(path.exists() for path in files(uid))]
+    images = Path(options.data) / "train_images"
     volumes = prefetch(lambda uid: read_volume(images / uid, options.workers), todo, 1)
     with stop_signals(minutes_of(options)) as stop:
         for uid, future in progress(volumes, "study", len(todo)):
@@ -3001,20 +2992,18 @@ def extract(options):
             try:
                 volume = future.result()
                 probability = segment(own or [*models.values()], volume, device, say)
-                file, *masks = wanted[uid]
-                if not file.exists():
-                    how = (options.size, options.mask_of, options.z_margin)
-                    crops = vertebra_slices(volume, probability, *how)
-                    write_crops(file, crops, options.z_margin)
+                how = (options.size, options.mask_of, options.z_margin)
+                crops = vertebra_slices(volume, probability, *how)
+                file, *masks = files(uid)
+                write_crops(file, crops, options.z_margin)
                 for path in masks:
-                    if not path.exists():
-                        write_nifti(path, vertebra_labels(volume, probability), volume)
+                    write_nifti(path, vertebra_labels(volume, probability), volume)
             except StudyError as error:
                 say(f"study {uid}: {error}; left out")
-    files = [out / f"{uid}.npz" for uid in truth if (out / f"{uid}.npz").exists()]
-    count = sum((crops_seen(path).astype(int) for path in files), np.zeros(7, int))
+    made = [out / f"{uid}.npz" for uid in truth if (out / f"{uid}.npz").exists()]
+    count = sum((crops_seen(path).astype(int) for path in made), np.zeros(7, int))
     found = ", ".join(f"{name} in {n}" for name, n in zip(VERTEBRAE, count))
-    print(f"{out}: crops of {len(files)} of {len(truth)} studies; {found}")
+    print(f"{out}: crops of {len(made)} of {len(truth)} studies; {found}")
 
 def train_classifiers(options):
     """Train classifiers on the crops: of a vertebra, or of all seven and the patient.
@@ -3135,9 +3124,10 @@ def evaluate(options):
             say("the threshold of unusual studies was not fitted again, and is dropped")
         write_calibration(weights, fit_calibration(outputs, table))
     table = score_table(found.to_numpy(), labels)
-    models = [*load_models(weights, "segmenter", pick_device(options.device)).values()]
+    models = load_models(weights, "segmenter", pick_device(options.device))
     if models and not options.folds:
-        table = table.join(mask_table(data, found.index, models, options.workers))
+        dice = mask_table(data, found.index, [*models.values()], options.workers)
+        table = table.join(dice)
     print("\nEvery target; fractured: how many are:")
     print(table.round(4).to_string(na_rep=""))
     if len(labels) >= LEAST_STUDIES:
@@ -3148,82 +3138,58 @@ class Mode(NamedTuple):
     """What a mode does, and its options: names of Shared's, and the fields of its own."""
     run: Callable
     shared: str
-    own: Any = None
+    own: Any
 
 READING = "data weights device workers"
-EVALUATION = f"{READING} submission"
-PREDICTION = f"{READING} out masks resume time_limit"
-EXTRACTION = f"{READING} work masks folds mask_of z_margin time_limit preset"
 TRAINING = f"{READING} work fold folds resume time_limit init name preset"
-MODES = {
-    "train-seg": Mode(train_segmenters, TRAINING, RECIPES["segmenter"]),
-    "extract": Mode(extract, EXTRACTION, Extraction())}
-MODES |= {
-    "train-cls": Mode(train_classifiers, TRAINING, RECIPES["vertebra"]),
-    "train-patient": Mode(train_classifiers, TRAINING, RECIPES["patient"])}
-MODES |= {
-    "predict": Mode(predict, PREDICTION, Asked()),
-    "evaluate": Mode(evaluate, EVALUATION, Evaluation())}
+MODES = {"train-seg": Mode(train_segmenters, TRAINING, RECIPES["segmenter"])}
+MODES["extract"] = Mode(
+    extract, f"{READING} work masks folds mask_of z_margin time_limit preset", Extraction())
+MODES["train-cls"] = Mode(train_classifiers, TRAINING, RECIPES["vertebra"])
+MODES["train-patient"] = Mode(train_classifiers, TRAINING, RECIPES["patient"])
+MODES["predict"] = Mode(predict, f"{READING} out masks resume time_limit", Asked())
+MODES["evaluate"] = Mode(evaluate, f"{READING} submission", Evaluation())
 
 class Parser(argparse.ArgumentParser):
     """A parser that raises UserError: main says it in one line."""
     def error(self, message):
-        """Where argparse would print the usage and exit."""
         raise UserError(f"{message}; {self.prog} --help tells the options")
 
-def reader_of(limits, kind):
-    """A function that reads an option's text, and refuses what is out of its limits."""
-    def read(text):
-        value = kind(text)
-        if limits["choices"] and value not in limits["choices"]:
-            names = ", ".join(map(str, limits["choices"]))
-            raise argparse.ArgumentTypeError(f"{text}: must be one of {names}")
-        least, most = limits["least"], limits["most"]
-        fits = kind is str or math.isfinite(value) and least <= value <= most
-        if not fits:
-            raise argparse.ArgumentTypeError(f"{text}: must be from {least} to {most}")
-        return value
-
-    read.__name__ = kind.__name__  # for argparse's "invalid float value"
-    return read
-
 class Given(argparse.Action):
-    """Stores an option's value, and its name among those that were given."""
+    """Stores an option's value, if within its limits, and its name among those given."""
+    def __init__(self, limits, **others):
+        super().__init__(**others)
+        self.least, self.most = limits
+
     def __call__(self, parser, namespace, values, option_string=None):
+        if not (isinstance(values, str) or self.least <= values <= self.most):  # nor NaN
+            limits = f"must be from {self.least} to {self.most}"
+            raise argparse.ArgumentError(self, f"{values:g}: {limits}")
         setattr(namespace, self.dest, values)
         namespace.given = (*namespace.given, self.dest)
 
 def add_option(parser, one, default):
     """Give a parser the option of a setting, with its meaning, limits and default."""
     flag = "--" + one.name.replace("_", "-")
-    limits = one.metadata
-    meaning = limits["help"].replace("%", "%%")
-    if limits.get("positional"):
-        name = one.name.upper()
-        count = limits["count"]
-        parser.add_argument(one.name, help=meaning, nargs=count, metavar=name)
+    how = dict(help=one.metadata["help"], default=default, metavar=one.name.upper())
+    if "positional" in one.metadata:
+        parser.add_argument(one.name, nargs=one.metadata["count"], **how)
     elif isinstance(default, bool):
-        yes_or_no = argparse.BooleanOptionalAction
-        parser.add_argument(flag, action=yes_or_no, default=default, help=meaning)
+        how.pop("metavar")
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, **how)
     else:
-        if limits["choices"]:
-            meaning += ": " + ", ".join(map(str, limits["choices"]))
+        limits = (one.metadata["least"], one.metadata["most"])
+        if one.metadata["choices"]:
+            how |= dict(choices=one.metadata["choices"], metavar=None)
         if default != "":
-            meaning += f" (default: {default})"
-        read = reader_of(limits, type(default))
-        how = dict(type=read, default=default, metavar=one.name.upper())
-        parser.add_argument(flag, action=Given, help=meaning, **how)
+            how["help"] += f" (default: {default})"
+        parser.add_argument(flag, action=Given, limits=limits, type=type(default), **how)
 
-def preset_table(mode):
-    """What the presets of a mode say, in words."""
-    rows = []
-    for preset, values in PRESETS.items():
-        words = []
-        for name, value in values.get(mode, {}).items():
-            flag = "--" + name.replace("_", "-")
-            words.append(flag if value is True else f"{flag} {value}")
-        rows.append(f"{preset}: {' '.join(words) or 'the defaults'}")
-    return "Presets. " + "; ".join(rows)
+def preset_of(argv):
+    """The --preset of a command line; its values are the defaults that a parser knows."""
+    parser = Parser("cspine.py", add_help=False)
+    parser.add_argument("--preset")
+    return parser.parse_known_args(argv)[0].preset
 
 def build_parser(modes, others=(), preset=""):
     """The parser of {name: Mode}; the others, {name: text}, are told in --help alone.
@@ -3234,60 +3200,47 @@ def build_parser(modes, others=(), preset=""):
         text = mode.run.__doc__
         one = parsers.add_parser(name, help=text.splitlines()[0], description=text)
         one.set_defaults(given=())
-        for shared in fields(Shared):
-            if shared.name in mode.shared.split():
-                add_option(one, shared, shared.default)
-        for own in fields(mode.own) if mode.own else ():
-            add_option(one, own, getattr(mode.own, own.name))
         if "preset" in mode.shared:
-            one.epilog = preset_table(name)
-        one.set_defaults(**PRESETS.get(preset, {}).get(name, {}))
+            one.epilog = "The defaults of a preset: --preset NAME --help."
+        defaults = vars(Shared()) | vars(mode.own) | PRESETS.get(preset, {}).get(name, {})
+        shared = [part for part in fields(Shared) if part.name in mode.shared.split()]
+        for part in (*shared, *fields(mode.own)):
+            add_option(one, part, defaults[part.name])
     for name in others:
         parsers.add_parser(name, help=others[name])
     return parser
-
-def run_tool(argv):
-    """The exit status of a mode that stands in tests/tools."""
-    folder = HERE / "tests" / "tools"
-    if not folder.exists():
-        say(f"cspine: {argv[0]} needs the repository: no {folder}")
-        return 2
-    path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, str(folder), *argv]
-    return subprocess.call(command, env=os.environ | {"PYTHONPATH": path})
 
 def run_mode(modes, argv, others=()):
     """Run a mode of {name: Mode}: its exit status, and one line if it failed."""
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)  # the threads of prefetch share the cores
+    benchmark = torch.backends.cudnn.benchmark  # which trainings switch on
     try:
-        options = build_parser(modes, others).parse_args(argv)
-        preset = getattr(options, "preset", "")
-        options = build_parser(modes, others, preset).parse_args(argv)
+        options = build_parser(modes, others, preset_of(argv)).parse_args(argv)
         modes[options.mode].run(options)
         return 0
     except (torch.OutOfMemoryError, MemoryError):
-        ways = [way for way in ("batch_size", "checkpoint") if hasattr(options, way)]
-        advice = " or ".join("--" + way.replace("_", "-") for way in ways) or "--device cpu"
-        say(f"cspine: out of memory: try {advice}")
+        say("cspine: out of memory: try --device cpu, a smaller --batch-size, --checkpoint")
         return 2
-    except UserError as error:
+    except (UserError, Stopped) as error:
         say(f"cspine: {error}")
-        return 2
-    except Stopped as stopped:
-        say(f"cspine: {stopped}")
-        return stopped.status
+        return error.status if isinstance(error, Stopped) else 2
     except KeyboardInterrupt:
         say("cspine: interrupted")
         return 130
     finally:
         cv2.setNumThreads(threads)
+        torch.backends.cudnn.benchmark = benchmark
 
 def main(argv=None):
     """Run a mode of the command line: its exit status."""
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in TOOL_MODES:
-        return run_tool(argv)
+        tools = HERE / "tests" / "tools"
+        if tools.exists():
+            return subprocess.call([sys.executable, str(tools), *argv])
+        say(f"cspine: {argv[0]} needs the repository: no {tools}")
+        return 2
     return run_mode(MODES, argv, TOOL_MODES)
 
 if __name__ == "__main__" and "__file__" in globals():

@@ -17,6 +17,7 @@ import torch
 import cspine
 import kaggle_training
 import modes
+import train_all
 from small_kernel import make_weights
 
 
@@ -41,21 +42,26 @@ NAME = Path(cspine.KAGGLE_DATA).name
 TINY = dict(fold="0", folds=2, epochs=2, backbone="test_resnet", size=32, batch_size=2)
 
 
-@pytest.fixture
-def kaggle(tmp_path, monkeypatch, phantom_data, one_thread):
-    """start(root, cut, layout, earlier) -> what a session prints; Kaggle's folders under root.
-
-    The commands run in this process, which saves their imports; the one named by `cut` gets a
-    clock by which its time ends within its work. Segmenters as tiny as these see nothing, so
-    that all vertebrae are where extract looks."""
+def tiny_preset(monkeypatch):
+    """Make "fast" faster. Segmenters as tiny as these see nothing, so that all vertebrae are
+    where extract looks."""
     monkeypatch.setitem(cspine.PRESETS, "fast", {
         mode: TINY | (dict(hidden=8, thin=15) if STEP else {})
         for mode, STEP in (("train-seg", 0), ("train-cls", 1), ("train-patient", 1))})
     everywhere = np.full((7, 32, 32, 32), 0.4, np.float32)
     monkeypatch.setattr(cspine, "segment", lambda *given: everywhere)
+
+
+@pytest.fixture
+def kaggle(tmp_path, monkeypatch, phantom_data, one_thread):
+    """start(root, cut, layout, earlier) -> what a session prints; Kaggle's folders under root.
+
+    The commands run in this process, which saves their imports; the one named by `cut` gets a
+    clock by which its time ends within its work."""
+    tiny_preset(monkeypatch)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    count = functools.cache(cspine.training_flops)  # once in all sessions
-    monkeypatch.setattr(cspine, "training_flops", count)
+    count = functools.cache(kaggle_training.training_flops)  # once in all sessions
+    monkeypatch.setattr(kaggle_training, "training_flops", count)
     commands, real_stop = [], cspine.stop_signals
 
     def start(root, cut, layout, earlier, capsys):
@@ -130,9 +136,27 @@ def test_sessions_cut_short_end_with_the_weights_of_one_uncut(kaggle, tmp_path, 
         assert one.keys() == other.keys() and all(torch.equal(one[t], other[t]) for t in one)
 
 
+def test_one_command_trains_all_models_of_a_preset_and_goes_on(
+        phantom_data, tmp_path, monkeypatch, capsys, one_thread):
+    """Cut short it says so; the same command ends in the weights and their calibration."""
+    tiny_preset(monkeypatch)
+    command = ["--preset", "fast", "--data", str(phantom_data), "--weights", str(tmp_path),
+               "--work", str(tmp_path / "work"), "--workers", "1", "--device", "cpu"]
+    assert train_all.main([*command, "--time-limit", "1e-6"]) == 0
+    assert "train-seg is not finished: the same command goes on" in capsys.readouterr().err
+    assert train_all.main(command) == 0
+    assert "weighted log loss" in capsys.readouterr().out
+    assert {f"{kind}_fold0.pt" for kind in cspine.KINDS} <= {p.name for p in tmp_path.iterdir()}
+    assert (tmp_path / "calibration.json").exists()
+    assert train_all.main(command) == 0
+    assert capsys.readouterr().err.count("finished before") == 3
+    assert train_all.main([*command, "--fold", "0"]) == 2  # no option of extract
+    assert "--fold" in capsys.readouterr().err
+
+
 def test_the_plan_is_the_work_over_the_rate(monkeypatch):
     """Twice the cards or the rate halve the hours; of five folds each trains on four."""
-    monkeypatch.setattr(cspine, "training_flops", lambda kind, recipe, samples: 3.6e15 * samples)
+    monkeypatch.setattr(kaggle_training, "training_flops", lambda kind, recipe, samples: 3.6e15 * samples)
     plan = kaggle_training.planned_hours
     hours = plan("standard", 100, 10, 1, 1.0)
     assert hours == pytest.approx({"train-seg": 5 * 8, "train-cls": 5 * 560, "train-patient": 5 * 80,

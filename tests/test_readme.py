@@ -16,6 +16,7 @@ import pytest
 import cspine
 import demo
 import modes
+import train_all
 import tubes
 import writers
 from small_kernel import make_weights
@@ -34,7 +35,7 @@ SMALLER = (
     (r"cspine\.py phantom (\w+)", r"cspine.py phantom \1 --matrix 64"),
     (r"cspine\.py demo", "cspine.py demo --test-studies 1 --weights small"),
     (r"--data DIR", "--data data"),
-    (r"--preset \w+ ?", ""),
+    (r"(cspine\.py [\w-]+) --preset \w+", r"\1"),
     (r"cspine\.py extract", "cspine.py extract --size 32"),
     (r"predict neck", "predict --weights small neck"),
     (r"--(backbone|size|hidden|epochs) \S+ ?", ""),
@@ -43,6 +44,10 @@ SMALLER = (
     (r"(train-\w+) (.*?)( --fold 0)?$", r"\1 \2 --fold 0 --size 32 --epochs 1"),
     (r"(train-\w+)", r"\1 --backbone mobilenetv3_small_050"),
     (r"(train-cls|train-patient)", r"\1 --hidden 8"))
+TINY = dict(backbone="mobilenetv3_small_050", size=32, epochs=1, fold="0")
+TINY_PRESET = {  # in place of every preset
+    "train-seg": TINY, "train-cls": TINY | dict(hidden=8),
+    "train-patient": TINY | dict(hidden=8)}
 FORM_ONLY = ("pip install ", "python -m pytest", "kaggle ", "torchrun ")
 
 
@@ -70,6 +75,8 @@ def run(command):
         if script == "cspine.py":
             tool = arguments[0] in modes.MODES
             assert (modes.main if tool else cspine.main)(arguments) == 0, command
+        elif script == "tests/tools/train_all.py":
+            assert train_all.main([*arguments, "--device", "cpu"]) == 0, command
         else:
             assert (ROOT / script).is_file(), command
             generator = GENERATORS[Path(script).stem]
@@ -89,6 +96,7 @@ def ran(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(cspine, "LEAST_CM3", 0.0)  # make_weights' vertebrae are faint
+        patch.setattr(cspine, "PRESETS", dict.fromkeys(cspine.PRESETS, TINY_PRESET))
         patch.setattr(demo, "MATRIX", 64)
         patch.setattr(tubes, "MATRIX", 64)
         patch.setattr(cspine.vertebra_slices, "__defaults__", (64, "last", 1.0))  # crops

@@ -10,6 +10,8 @@ import torch
 
 import cspine
 from cspine import MODES, PRESETS, VertebraClassifier, build_parser, imagenet_file
+from bench import MASKED_STUDIES, TRAINED_STUDIES
+from kaggle_training import CARD_TFLOPS, crops_gb, planned_hours, training_flops
 from small_kernel import make_study, make_weights
 
 TIMM = "tf_efficientnetv2_s"
@@ -77,8 +79,8 @@ def test_from_scratch_is_said_once_and_loudly_but_not_where_it_is_wanted(capsys)
 
 def parsed(*arguments):
     """The values of a mode's options as run_mode makes them."""
-    preset = build_parser(MODES).parse_args(arguments).preset
-    options = vars(build_parser(MODES, preset=preset).parse_args(arguments))
+    parser = build_parser(MODES, preset=cspine.preset_of(arguments))
+    options = vars(parser.parse_args(arguments))
     return {name: options[name] for name in options if name not in ("preset", "given")}
 
 
@@ -113,25 +115,42 @@ def test_gold_is_what_its_sources_ask_for():
         assert recipe["backbone"] != second["backbone"] and second["name"] == "second"
 
 
-def test_help_prints_the_table(capsys):
-    with pytest.raises(SystemExit):
-        build_parser(MODES).parse_args(["train-patient", "--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    assert "fast: --fold 0 --epochs 6 --thin 3" in text and "standard: the defaults" in text
+def test_help_shows_the_defaults_of_the_preset_that_is_named(capsys):
+    def said(*arguments):
+        with pytest.raises(SystemExit):
+            cspine.main(["train-patient", *arguments, "--help"])
+        return " ".join(capsys.readouterr().out.split())
+    assert "passes over the training studies (default: 15)" in said()
+    assert "--preset NAME --help" in said()
+    for given in (["--preset", "fast"], ["--preset=fast"]):
+        text = said(*given)
+        assert "passes over the training studies (default: 6)" in text
+        assert "(default: 0)" in text and "from a random one on (default: 3)" in text
 
 
-def test_the_plan_counts_steps_and_operations(capsys):
+def test_the_plan_counts_operations():
     """A 1 x 1 network would be counted by hand; here twice the samples are twice the work."""
     recipe = dataclasses.replace(cspine.RECIPES["vertebra"], backbone="test_resnet", size=64)
-    once = cspine.training_flops("vertebra", recipe, 10)
+    once = training_flops("vertebra", recipe, 10)
     thin = dataclasses.replace(recipe, thin=3)
-    assert cspine.training_flops("vertebra", recipe, 20) == 2 * once
-    assert cspine.training_flops("patient", recipe, 10) == 7 * once
-    assert cspine.training_flops("vertebra", thin, 10) * 3 == once
-    task = cspine.Task("vertebra", recipe, None, None, None, None, None)
-    cspine.say_plan(Namespace(preset="fast"), task, 80, 5)
+    assert training_flops("vertebra", recipe, 20) == 2 * once
+    assert training_flops("patient", recipe, 10) == 7 * once
+    assert training_flops("vertebra", thin, 10) * 3 == once
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_plan_that_is_said_is_the_one_that_was_counted(preset, capsys):
+    """Hours of two T4 and disk, on the competition's studies; only if a preset was asked for."""
+    cspine.say_plan(Namespace(preset=preset, given=("fold",)))
+    assert not capsys.readouterr().err
+    cspine.say_plan(Namespace(preset=preset, given=("preset",)))
     said = capsys.readouterr().err
-    assert "5 times 20 epochs of 80 samples, 200 steps" in said and "assumed for a T4" in said
+    hours = planned_hours(preset, TRAINED_STUDIES, MASKED_STUDIES, 2, CARD_TFLOPS)
+    if preset == "gold-second":  # takes gold's crops
+        hours.pop("extract")
+    else:
+        assert f"{crops_gb(preset, TRAINED_STUDIES):.0f} GB" in said
+    assert f"{sum(hours.values()):.0f} hours" in said and "not timed" in said
 
 
 def test_crops_of_384_train_on_16_gb_with_their_blocks_computed_twice():

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -393,6 +394,32 @@ def test_the_last_epochs_weights_are_kept_whatever_it_scores(tmp_path):
     assert set(content["recipe"]) == set(type(TOY).__dataclass_fields__)
 
 
+def test_held_out_studies_are_read_while_others_are_scored(tmp_path):
+    """Before, each was read once the one before it was scored, and the device waited."""
+    begun = {uid: threading.Event() for uid in "ab"}
+
+    def score(model, uid):
+        assert begun["b"].wait(60)  # while a is scored
+        return [0.5]
+
+    task = toy_task(recipe=replace(TOY, epochs=1), held_out=["a", "b"], score=score,
+                    read=lambda uid: begun[uid].set() or uid)
+    cspine.train(task, tmp_path, Stop(), 1)
+    assert list(pd.read_csv(tmp_path / "vertebra_fold0_heldout.csv")[STUDY]) == ["a", "b"]
+
+
+def test_cudnn_tries_its_algorithms_in_trainings_on_a_gpu_and_not_after_them(
+        arguments, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        cspine, "train", lambda *_: seen.append(torch.backends.cudnn.benchmark))
+    for name in ("cpu", "cuda"):
+        monkeypatch.setattr(cspine, "pick_device", lambda _: torch.device(name))
+        assert cspine.main(arguments("vertebra", tmp_path)) == 0
+        assert not torch.backends.cudnn.benchmark
+    assert seen == [False, True]
+
+
 def test_the_log_has_a_row_an_epoch(tmp_path):
     cspine.train(toy_task(), tmp_path, Stop())
     log = pd.read_csv(tmp_path / "vertebra_fold0_log.csv")
@@ -492,7 +519,7 @@ def test_two_processes_of_one_sample_each_get_a_second_to_mix_with(
     assert set(sizes[6:]) == {(2, 2)}
 
 
-def test_the_average_follows_the_weights_and_copies_the_counts():
+def test_the_average_follows_the_weights_and_what_the_norms_measure():
     task = toy_task(recipe=replace(TOY, backbone="resnet18d"))
     trainer = Trainer(task)
     before = [t.clone() for t in trainer.averaged.state_dict().values()]
@@ -500,7 +527,7 @@ def test_the_average_follows_the_weights_and_copies_the_counts():
     share = 1 - 2 / 11  # of step 1, whose average is short
     after = zip(before, *(m.state_dict().values() for m in (trainer.averaged, trainer.model)))
     for old, slow, fast in after:
-        wanted = old.lerp(fast, share) if old.is_floating_point() else fast
+        wanted = old.lerp(fast, share) if old.is_floating_point() else old
         assert torch.allclose(slow, wanted, atol=1e-6)
 
 
@@ -553,7 +580,7 @@ def test_out_of_memory_names_the_options_to_lower(error, arguments, tmp_path, mo
     monkeypatch.setattr(cspine, "segmenter_loss", burst)
     assert cspine.main(arguments("segmenter", tmp_path)) == 2
     line, = capsys.readouterr().err.splitlines()[-1:]
-    assert "out of memory" in line and line.endswith("--batch-size")
+    assert "out of memory" in line and "--batch-size" in line
 
 
 def test_out_of_memory_in_extract_is_one_line(extraction, tmp_path, monkeypatch, capsys):
@@ -697,7 +724,7 @@ def test_extract_goes_on_with_what_is_missing(extraction, tmp_path, monkeypatch,
     files[1].unlink()
     assert cspine.main([*extraction, "--masks", str(tmp_path / "masks")]) == 0
     after = [(f.read_bytes(), f.stat().st_mtime_ns) for f in files]
-    assert [a == b for a, b in zip(before, after)] == [True, False, True, True]
+    assert [a[0] for a in after] == [b[0] for b in before]  # made again: the same bytes
     options = cspine.build_parser(cspine.MODES).parse_args(extraction)
     _, folds, masks = cspine.training_data(options)
     models = cspine.load_models(tmp_path / "weights", "segmenter", CPU)
@@ -763,4 +790,4 @@ def test_a_thinned_batch_shows_every_third_step_from_a_drawn_one():
 
 def test_a_thinning_that_does_not_divide_the_steps_is_refused(arguments, tmp_path, capsys):
     assert cspine.main(arguments("vertebra", tmp_path, "--thin", "4")) == 2
-    assert "--thin: 4: must be one of 1, 3, 5, 15" in capsys.readouterr().err
+    assert "--thin: invalid choice: 4 (choose from 1, 3, 5, 15)" in capsys.readouterr().err

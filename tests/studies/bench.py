@@ -12,7 +12,8 @@ one batch, nothing left out, nothing overlapped. Training: a plain contiguous fp
 augmented slice by slice on the CPU, a mask spread over 7 full-size channels that are resized each.
 
 gpu, not part of all: steps of the three trainings at their recipes' batch sizes, with and without
-half precision and channels_last; how long the card waits for samples; studies predicted on it.
+half precision, channels_last and cuDNN's search for the fastest algorithm; how long the card waits
+for samples; studies predicted on it.
 
 plan, not part of all: hours, card memory and disk of every preset; nothing is measured.
 """
@@ -565,10 +566,12 @@ def bench_scale(scale, root):
     estimate_t4(scale, seconds(lambda: our_crops(study)))
 
 
-def gpu_steps(kind, sample, scale, device, layout, half, count):
+def gpu_steps(kind, sample, scale, device, layout, half, search, count):
     """(seconds of a step, GB of the card), a batch as large as the recipe's."""
     flat = dict(channels_last=torch.contiguous_format, channels_last_3d=torch.contiguous_format)
+    torch.backends.cudnn.benchmark = search
     with contextlib.ExitStack() as stack:
+        stack.callback(setattr, torch.backends.cudnn, "benchmark", False)
         if layout == "contiguous":
             stack.enter_context(mock.patch.multiple(torch, **flat))
         if not half:
@@ -600,12 +603,13 @@ def bench_gpu(scale, root):
     for kind, sample in samples.items():
         size = cspine.RECIPES[kind].batch_size
         for half in (True, False):
-            for layout in ("channels_last", "contiguous"):
-                took, memory = gpu_steps(kind, sample, scale, device, layout, half, count)
+            for layout, search in (("channels_last", True), ("channels_last", False),
+                                   ("contiguous", True)):
+                took, memory = gpu_steps(kind, sample, scale, device, layout, half, search, count)
                 at_hand.setdefault(kind, took)
                 print(f"  {kind:10} batch {size}  {'half' if half else 'fp32'}  {layout:13} "
-                      f"{took * 1e3:8.1f} ms {size / took:8.1f} samples/s {memory:6.1f} GB",
-                      flush=True)
+                      f"{'search' if search else '':6} {took * 1e3:8.1f} ms "
+                      f"{size / took:8.1f} samples/s {memory:6.1f} GB", flush=True)
     cspine.write_crops(root / "crops.npz", crops)
     for kind, which in (("vertebra", [3]), ("patient", [*range(7)])):
         size, total = cspine.RECIPES[kind].batch_size, 8 * cspine.RECIPES[kind].batch_size
@@ -675,7 +679,7 @@ def estimate_t4(scale, others):
 # -------------------------------------------- the plan -------------------------------------------
 
 TRAINED_STUDIES, MASKED_STUDIES = 2019, 87  # of the competition
-MACHINES = {"2 x T4 16 GB": (2, cspine.CARD_TFLOPS), "one 24 GB card": (1, 15.0)}
+MACHINES = {"2 x T4 16 GB": (2, kaggle_training.CARD_TFLOPS), "one 24 GB card": (1, 15.0)}
 HEAD = """
 The plan of each preset on {studies} studies, {masked} of them with masks. Counted: operations, and
 what is kept for the backward pass (2 bytes a value) with 20 bytes a weight. Assumed, not measured:

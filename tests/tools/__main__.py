@@ -2,8 +2,11 @@
 modes."""
 
 import sys
+from pathlib import Path
 
-from modes import main
+sys.path.insert(1, str(Path(__file__).parents[2]))  # where cspine.py lies
+
+from modes import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -9,17 +9,20 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import cspine
 from cspine import KAGGLE, UserError
 
 STEPS = {"train-seg": "segmenter", "extract": "", "train-cls": "vertebra",
          "train-patient": "patient"}
+CARD_TFLOPS = 5.0  # TFLOP/s that a T4 is assumed to reach in training
 EXTRACT_S = 8.0  # s of a process a study, mostly reading on two cores; assumed
 CROPS_MB = 7.0  # a study's crops of 224 pixels; assumed
 MODELS_GB = 3.0  # models, and the states of the folds of one kind; assumed
@@ -56,6 +59,21 @@ def folds_of(options):
     return [k for k in range(options.folds) if options.fold in ("all", str(k))]
 
 
+def training_flops(kind, recipe, samples):
+    """FLOPs of a fold's training, counted on shapes; backward costs two forward passes."""
+    model = cspine.new_model(kind, asdict(recipe)).to("meta").eval()
+    size, images = recipe.size, 1
+    shape = (1, 1, size, size, size)
+    if kind != "segmenter":
+        model, shape = model.encoder.backbone, (1, cspine.CHANNELS, size, size)
+        vertebrae = 7 if kind == "patient" else 1
+        images = vertebrae * cspine.STEPS // recipe.thin
+    with FlopCounterMode(display=False) as counted, torch.no_grad():
+        model(torch.empty(shape, device="meta"))
+    passes = 3 + getattr(recipe, "checkpoint", False)
+    return counted.get_total_flops() * images * samples * recipe.epochs * passes
+
+
 def planned_hours(preset, studies, masked, cards, tflops):
     """{mode: hours} of a preset: operations counted, the rate of a card assumed."""
     hours = {}
@@ -67,7 +85,7 @@ def planned_hours(preset, studies, masked, cards, tflops):
         options = options_of(preset, mode)
         samples = count[kind] * max(options.folds - 1, 1) // options.folds
         recipe = cspine.recipe_from(options, kind)
-        flops = len(folds_of(options)) * cspine.training_flops(kind, recipe, samples)
+        flops = len(folds_of(options)) * training_flops(kind, recipe, samples)
         hours[mode] = flops / cards / tflops / 1e12 / 3600
     return hours
 
@@ -147,13 +165,13 @@ def preflight(preset, minutes):
         found = cspine.imagenet_file(name, data) or "NOT FOUND: attach timm's file of it"
         print(f"ImageNet weights of {name}: {found}")
 
-    hours = planned_hours(preset, len(truth), masked, cards, cspine.CARD_TFLOPS)
+    hours = planned_hours(preset, len(truth), masked, cards, CARD_TFLOPS)
     each = ", ".join(f"{mode} {value:.1f}" for mode, value in hours.items())
     total, again = sum(hours.values()), 0.0
     if KAGGLE not in work.parents:  # every session makes the crops
         again = hours["extract"]
     sessions = math.ceil((total - again) / max(minutes / 60 - again, 0.1))
-    print(f"hours by the plan, {cspine.CARD_TFLOPS:g} TFLOP/s a card assumed: {each}; in all "
+    print(f"hours by the plan, {CARD_TFLOPS:g} TFLOP/s a card assumed: {each}; in all "
           f"{total:.1f}, about {sessions} sessions of {minutes:g} minutes")
     weights = KAGGLE / "working" / "weights"
     return Session(preset, number + 1, end, cards, data, weights, work, earlier)
@@ -175,24 +193,25 @@ def take_over(session):
                     shutil.copyfile(path, target)
 
 
-def stems(session, mode):
+def stems(weights, preset, mode):
     """The names, without their endings, of what a training of the preset writes."""
-    options = options_of(session.preset, mode)
-    kind = f"{STEPS[mode]}_{options.name}".rstrip("_")
-    return [session.weights / f"{kind}_fold{fold}" for fold in folds_of(options)]
+    options = options_of(preset, mode)
+    names = [cspine.model_name(STEPS[mode], options.name, k) for k in folds_of(options)]
+    return [Path(weights) / name for name in names]
+
+
+def trained(weights, preset, mode):
+    """Whether every fold of a training is trained to its last epoch, by its log."""
+    epochs = options_of(preset, mode).epochs
+    logs = [Path(f"{stem}_log.csv") for stem in stems(weights, preset, mode)]
+    return all(log.exists() and pd.read_csv(log).epoch.iloc[-1] == epochs for log in logs)
 
 
 def finished(session, mode):
-    """Whether every fold is trained to its last epoch, by its log.
-    Crops are needed until the classifiers are."""
-    if mode == "extract":
-        return finished(session, "train-cls") and finished(session, "train-patient")
-    epochs = options_of(session.preset, mode).epochs
-    for stem in stems(session, mode):
-        log = Path(f"{stem}_log.csv")
-        if not log.exists() or pd.read_csv(log).epoch.iloc[-1] != epochs:
-            return False
-    return True
+    """Whether a step need not be taken; crops are needed until the classifiers are
+    trained."""
+    needed = ("train-cls", "train-patient") if mode == "extract" else (mode,)
+    return all(trained(session.weights, session.preset, one) for one in needed)
 
 
 def run_step(session, mode):
@@ -222,7 +241,7 @@ def train_all(session):
             if over if mode == "extract" else not finished(session, mode):
                 return f"the time was over in {mode}"
         if STEPS[mode]:  # the states of finished trainings; the logs tell that they are
-            for stem in stems(session, mode):
+            for stem in stems(session.weights, session.preset, mode):
                 Path(f"{stem}_last.pt").unlink(missing_ok=True)
     return ""
 

@@ -1,0 +1,54 @@
+"""All models of a preset, one command:
+
+    python tests/tools/train_all.py --preset gold --data DIR --weights real
+
+train-seg, extract, train-cls and train-patient, a process on each GPU, then evaluate
+--folds --calibrate. The same command goes on where it stopped. Other options that these
+four modes share, as --work or --workers, go to each of them.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(1, str(ROOT))
+
+import cspine  # noqa: E402
+import kaggle_training  # noqa: E402
+
+
+def run(arguments, cards):
+    """The exit status of a mode: in this process, or in one on each of several GPUs."""
+    if cards < 2:
+        return cspine.main(arguments)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                f"--nproc_per_node={cards}"]
+    return subprocess.call([*torchrun, str(ROOT / "cspine.py"), *arguments])
+
+
+def main(argv=None):
+    """Run the modes in a row, as far as each does its whole work; the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        options = cspine.build_parser(cspine.MODES).parse_args(["extract", *argv])
+    except cspine.UserError as error:
+        cspine.say(f"train_all: {error}")
+        return 2
+    cards = torch.cuda.device_count() if options.device == "auto" else 1
+    for mode, kind in kaggle_training.STEPS.items():
+        go_on = ["--resume"] if kind else []  # extract always does
+        status = run([mode, *argv, *go_on], cards)
+        if status:
+            return status
+        if kind and not kaggle_training.trained(options.weights, options.preset, mode):
+            cspine.say(f"train_all: {mode} is not finished: the same command goes on")
+            return 0
+    places = ["--data", options.data, "--weights", options.weights]
+    return run(["evaluate", "--folds", "--calibrate", *places], 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
