@@ -2007,30 +2007,37 @@ FAST_PNG = (cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, 3)
 
 def write_crops(path, crops, z_margin=0.0):
     """Write a study's crops, uint8 (7, 15, 6, S, S): each different image once, as PNG.
-    Steps share slices, and much of a crop is empty. `z_margin` says how they were cut."""
+    Steps share slices, and much of a crop is empty. A vertebra's images are a member of the
+    file, so that they are read alone. `z_margin` says how the crops were cut."""
+    content = dict(edge=crops.shape[-1], z_margin=z_margin)
     index = np.full(crops.shape[:3], -1, np.int16)
-    numbers = {}
-    images = [np.zeros(0, np.uint8)]
-    for place in zip(*crops.any((3, 4)).nonzero()):
-        pixels = crops[place].tobytes()
-        if pixels not in numbers:
-            numbers[pixels] = len(numbers)
-            images.append(cv2.imencode(".png", crops[place], FAST_PNG)[1].ravel())
-        index[place] = numbers[pixels]
-    ends = np.cumsum([len(image) for image in images])
-    content = dict(index=index, ends=ends, data=np.concatenate(images))
-    content |= dict(edge=crops.shape[-1], z_margin=z_margin)
+    ends = []
+    for name, steps, places in zip(VERTEBRAE, crops, index):
+        images = [np.zeros(0, np.uint8)]
+        numbers = {}
+        ends.append(0)  # in each member anew
+        for place in zip(*steps.any((2, 3)).nonzero()):
+            pixels = steps[place].tobytes()
+            if pixels not in numbers:
+                numbers[pixels] = len(ends) - 1
+                images.append(cv2.imencode(".png", steps[place], FAST_PNG)[1].ravel())
+                ends.append(ends[-1] + len(images[-1]))
+            places[place] = numbers[pixels]
+        content[name] = np.concatenate(images)
+    content |= dict(index=index, ends=np.array(ends))
     write_atomic(path, lambda new: np.savez(new, **content))
 
 def read_crops(path, vertebrae=range(7)):
     """uint8 (V, 15, 6, S, S) of some vertebrae of a study. StudyError if damaged."""
     with errors_as(StudyError, f"{path}: no crops"), np.load(path) as file:
-        index = file["index"][vertebrae]
-        ends, data, edge = (file[name] for name in ("ends", "data", "edge"))
-        out = np.zeros((*index.shape, edge, edge), np.uint8)
-        for k in np.unique(index[index >= 0]):
-            png = data[ends[k] : ends[k + 1]]
-            out[index == k] = cv2.imdecode(png, cv2.IMREAD_GRAYSCALE)
+        index, ends, edge = (file[name] for name in ("index", "ends", "edge"))
+        whole = file["data"] if "data" in file else None  # of older versions, all seven
+        out = np.zeros((len(vertebrae), *index.shape[1:], edge, edge), np.uint8)
+        for v, crops in zip(vertebrae, out):
+            data = file[VERTEBRAE[v]] if whole is None else whole
+            for k in np.unique(index[v][index[v] >= 0]):
+                png = data[ends[k] : ends[k + 1]]
+                crops[index[v] == k] = cv2.imdecode(png, cv2.IMREAD_GRAYSCALE)
     return out
 
 def crops_seen(path):
@@ -2059,25 +2066,42 @@ def draw_grid(rngs, ranges, shape, device):
     theta = torch.tensor(matrices, device=device)  # doubles: autocast would round them
     return F.affine_grid(theta, shape, align_corners=False).float()
 
-def grey_levels(image, rng, ranges):
-    """Change (N, C, ...) in 0..1, in place, to what another scanner would have given."""
-    width = image.shape[-1]
-    stretch, shift = ranges["window"] * rng.uniform(-1, 1, 2)
+class Greys(NamedTuple):
+    """What another scanner would have made of the grey levels 0..1, in this order."""
+    stretch: float
+    shift: float
+    gamma: float
+    blurred: bool
+    noise: float  # standard deviation
+    seed: int  # of the noise
+    hole: tuple  # slices of y and x that are 0
+
+def draw_greys(rng, ranges, width):
+    """Greys of a sample `width` pixels wide."""
+    stretch, shift = (ranges["window"] * rng.uniform(-1, 1, 2)).tolist()
     gamma = math.exp(ranges["gamma"] * rng.uniform(-1, 1))
     noise, coarse, hole = rng.random(3)
     seed = int(rng.integers(2**31))
-    seeded = torch.Generator(image.device).manual_seed(seed)
-    image.mul_(1 + stretch).add_(shift).clamp_(0, 1).pow_(gamma)
-    if coarse < ranges["blur"]:
-        mode = "trilinear" if image.ndim == 5 else "bilinear"
-        half = F.interpolate(image, scale_factor=0.5, mode=mode)
-        image[:] = F.interpolate(half, image.shape[2:], mode=mode)
-    grain = torch.empty_like(image).normal_(generator=seeded)
-    image.add_(grain, alpha=ranges["noise"] * noise**2)
+    edge = top = left = 0
     if hole < ranges["hole"]:
         edge = int(width * rng.uniform(0.05, 0.25))
         top, left = rng.integers(0, width - edge, 2)
-        image[..., top : top + edge, left : left + edge] = 0
+    gone = slice(top, top + edge), slice(left, left + edge)
+    noise = ranges["noise"] * noise**2
+    return Greys(1 + stretch, shift, gamma, coarse < ranges["blur"], noise, seed, gone)
+
+def grey_levels(image, rng, ranges):
+    """Change (N, C, ...) in 0..1, in place, to what another scanner would have given."""
+    greys = draw_greys(rng, ranges, image.shape[-1])
+    image.mul_(greys.stretch).add_(greys.shift).clamp_(0, 1).pow_(greys.gamma)
+    if greys.blurred:
+        mode = "trilinear" if image.ndim == 5 else "bilinear"
+        half = F.interpolate(image, scale_factor=0.5, mode=mode)
+        image[:] = F.interpolate(half, image.shape[2:], mode=mode)
+    seeded = torch.Generator(image.device).manual_seed(greys.seed)
+    grain = torch.empty_like(image).normal_(generator=seeded)
+    image.add_(grain, alpha=greys.noise)
+    image[..., *greys.hole] = 0
     image.clamp_(0, 1)
 
 def augment_volumes(cubes, labels, rngs, ranges=VOLUME_RANGES):
@@ -2091,7 +2115,15 @@ def augment_volumes(cubes, labels, rngs, ranges=VOLUME_RANGES):
     return cubes, labels[:, 0].byte()
 
 def augment_crops(crops, rngs, size=CROP, ranges=CROP_RANGES):
-    """(B, N, K, S, S) -> (B, N, K, size, size): a sample moves as one, masks keep grey."""
+    """(B, N, K, S, S), uint8 or 0..1 -> (B, N, K, size, size) in 0..1.
+    A sample moves as one, masks keep their grey. Bytes on a CPU take the faster way."""
+    if crops.dtype == torch.uint8 and crops.device.type == "cpu":
+        moved = torch.empty(*crops.shape[:3], size, size)
+        for sample, out, rng in zip(crops.numpy(), moved.numpy(), rngs):
+            augment_bytes(sample, out, rng, ranges)
+        return moved
+    if crops.dtype == torch.uint8:
+        crops = crops / 255
     shape = (len(crops), 1, size, size)
     grid = draw_grid(rngs, ranges, shape, crops.device)
     moved = F.grid_sample(crops.flatten(1, 2), grid, align_corners=False)
@@ -2099,6 +2131,46 @@ def augment_crops(crops, rngs, size=CROP, ranges=CROP_RANGES):
     for slices, rng in zip(moved[:, :, :-1], rngs):
         grey_levels(slices, rng, ranges)
     return moved
+
+def augment_bytes(crops, out, rng, ranges):
+    """Fill `out`, float32 (N, K, size, size), from a sample uint8 (N, K, S, S).
+    Tables instead of arithmetic: what was moved is rounded to bytes, and noise is one of
+    256 equally likely values of the normal distribution."""
+    size = out.shape[-1]
+    matrix = draw_matrix(rng, ranges, 2)
+    greys = draw_greys(rng, ranges, size)
+    plain = np.linspace(0, 1, 256, dtype=np.float32)
+    levels = (plain * greys.stretch + greys.shift).clip(0, 1) ** greys.gamma
+    chances = (torch.arange(256) + 0.5) / 256
+    grain = torch.special.ndtri(chances).numpy() * np.float32(greys.noise)
+    bits = np.random.PCG64(greys.seed)
+
+    moved = move_planes(crops.reshape(-1, *crops.shape[2:]), matrix, size)
+    for step in out:
+        for image in step[:-1]:
+            cv2.LUT(next(moved), levels, image)
+            if greys.blurred:
+                half = cv2.resize(image, (size // 2, size // 2))
+                cv2.resize(half, (size, size), image)
+            noise = bits.random_raw(-(-image.size // 8)).view(np.uint8)
+            noise = noise[: image.size].reshape(image.shape)
+            image += cv2.LUT(noise, grain)
+            image[greys.hole] = 0
+            image.clip(0, 1, image)
+        cv2.LUT(next(moved), plain, step[-1])  # the mask
+
+def move_planes(planes, matrix, size):
+    """Yields (size, size) of each of planes (N, S, S), moved by affine_grid's (2, 3)."""
+    edge = planes.shape[-1]
+    turn, shift = matrix[:, :2] * edge / size, matrix[:, 2] * edge / 2
+    centre = (edge - 1) / 2 - turn @ np.full(2, (size - 1) / 2)
+    source = np.c_[turn, shift + centre]  # of pixels, not of -1 to 1
+    how = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    for first in range(0, len(planes), 4):  # OpenCV moves four at the price of two
+        four = [planes[k % len(planes)] for k in range(first, first + 4)]  # rounded alike
+        four = cv2.merge(four)
+        moved = cv2.split(cv2.warpAffine(four, source, (size, size), flags=how))
+        yield from moved[: len(planes) - first]
 
 def segmenter_batch(model, tensors, rngs, recipe):
     """The loss of a batch of cubes and labels, uint8 (B, D, D, D) both."""
@@ -2110,8 +2182,7 @@ def classifier_batch(model, tensors, rngs, recipe):
     Mixup mixes the losses (first place); a mixed label would count as a positive."""
     crops, labels = tensors
     first = int(rngs[0].integers(recipe.thin))
-    crops = crops[:, first :: recipe.thin].float().div_(255)
-    crops = augment_crops(crops, rngs, recipe.size)
+    crops = augment_crops(crops[:, first :: recipe.thin], rngs, recipe.size)
     share = rngs[0].random() if rngs[0].random() < recipe.mixup else 1.0
     if share < 1:
         crops = crops.flip(0).lerp(crops, share)
