@@ -2003,42 +2003,50 @@ VOLUME_RANGES = dict(
 CROP_RANGES = dict(
     rotation=20, scale=0.15, shift=0.1, mirror=0.5, window=0.15, gamma=0.25, noise=0.04,
     blur=0.15, hole=0.3, still=0.2)
-FAST_PNG = (cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, 3)
 
 def write_crops(path, crops, z_margin=0.0):
-    """Write a study's crops, uint8 (7, 15, 6, S, S): each different image once, as PNG.
-    Steps share slices, and much of a crop is empty. A vertebra's images are a member of the
-    file, so that they are read alone. `z_margin` says how the crops were cut."""
-    content = dict(edge=crops.shape[-1], z_margin=z_margin)
+    """Write a study's crops, uint8 (7, 15, 6, S, S): each different image once, as steps
+    share slices. A vertebra's images are a member of the file, read without the others.
+    Differences in both directions are small and deflate well: less than PNG, read in half
+    its time. `z_margin` says how the crops were cut."""
     index = np.full(crops.shape[:3], -1, np.int16)
-    ends = []
+    content = dict(index=index, edge=crops.shape[-1], z_margin=z_margin)
     for name, steps, places in zip(VERTEBRAE, crops, index):
-        images = [np.zeros(0, np.uint8)]
         numbers = {}
-        ends.append(0)  # in each member anew
         for place in zip(*steps.any((2, 3)).nonzero()):
             pixels = steps[place].tobytes()
-            if pixels not in numbers:
-                numbers[pixels] = len(ends) - 1
-                images.append(cv2.imencode(".png", steps[place], FAST_PNG)[1].ravel())
-                ends.append(ends[-1] + len(images[-1]))
-            places[place] = numbers[pixels]
-        content[name] = np.concatenate(images)
-    content |= dict(index=index, ends=np.array(ends))
+            places[place] = numbers.setdefault(pixels, len(numbers))
+        images = np.frombuffer(b"".join(numbers), np.uint8)
+        images = images.reshape(-1, *crops.shape[3:])
+        for axis in (1, 2):
+            images = np.diff(images, axis=axis, prepend=np.uint8(0))
+        packer = zlib.compressobj(1, strategy=zlib.Z_RLE)
+        packed = packer.compress(images) + packer.flush()
+        content[name] = np.frombuffer(packed, np.uint8)
     write_atomic(path, lambda new: np.savez(new, **content))
 
 def read_crops(path, vertebrae=range(7)):
     """uint8 (V, 15, 6, S, S) of some vertebrae of a study. StudyError if damaged."""
     with errors_as(StudyError, f"{path}: no crops"), np.load(path) as file:
-        index, ends, edge = (file[name] for name in ("index", "ends", "edge"))
-        whole = file["data"] if "data" in file else None  # of older versions, all seven
+        index, edge = file["index"], file["edge"]
         out = np.zeros((len(vertebrae), *index.shape[1:], edge, edge), np.uint8)
         for v, crops in zip(vertebrae, out):
-            data = file[VERTEBRAE[v]] if whole is None else whole
-            for k in np.unique(index[v][index[v] >= 0]):
-                png = data[ends[k] : ends[k + 1]]
-                crops[index[v] == k] = cv2.imdecode(png, cv2.IMREAD_GRAYSCALE)
+            if "data" in file:
+                images = png_images(file, index[v])
+            else:
+                unpacked = bytearray(zlib.decompress(file[VERTEBRAE[v]]))
+                images = np.frombuffer(unpacked, np.uint8).reshape(-1, edge, edge)
+                for axis in (1, 2):  # numpy's takes twice as long
+                    images = torch.from_numpy(images).cumsum(axis, dtype=torch.uint8).numpy()
+            for place in zip(*(index[v] >= 0).nonzero()):
+                crops[place] = images[index[v][place]]
     return out
+
+def png_images(file, numbers):
+    """{number: image} out of a file of an older version."""
+    ends, data = file["ends"], file["data"]
+    parts = {k: data[ends[k] : ends[k + 1]] for k in np.unique(numbers[numbers >= 0])}
+    return {k: cv2.imdecode(part, cv2.IMREAD_GRAYSCALE) for k, part in parts.items()}
 
 def crops_seen(path):
     """(7,) which vertebrae a study's crops show. StudyError if damaged."""
