@@ -2816,6 +2816,8 @@ MAX_JPEG_2000 = 2**20  # pixels; more cost gigabytes
 # Halves of the left, the upper and the corner sample, by predictor (ITU-T T.81 table H.1).
 PREDICTOR_HALVES = {1: (2, 0, 0), 2: (0, 2, 0), 3: (0, 0, 2), 4: (2, 2, -2)}
 PREDICTOR_HALVES |= {5: (2, 1, -1), 6: (1, 2, -1), 7: (1, 1, 0)}
+PART_BITS = 1024  # bits of a stream that are walked beside others
+LEAST_PARTS = 64  # fewer are walked one by one
 
 def decode_pixels(data):
     """Stored values (frames, rows, columns), 16 or 32 bits, of a pydicom dataset.
@@ -2910,13 +2912,13 @@ def decode_lossless_jpeg(data):
             raise StudyError(
                 f"{rows}x{columns}x{parts} pixels of {bits} bits in {len(data)} bytes")
 
-        table = tables[destination >> 4]
+        lookup = huffman_lookup(tables[destination >> 4])
         band = restart // columns or rows  # rows between two restarts
         intervals = split_scan(data[at:])
         grid = np.zeros((-(-rows // band), band * columns), int)  # an interval a row
         for number, found in enumerate(grid):
             count = min(band, rows - number * band) * columns
-            found[:count] = differences(intervals[number], count, *huffman_lookup(table))
+            found[:count] = differences(intervals[number], count, *lookup)
         grid[:, 0] += 1 << bits - shift - 1
         grid = grid.reshape(-1, band, columns)
         samples = undo_prediction(grid, *PREDICTOR_HALVES[predictor])
@@ -2942,38 +2944,68 @@ def huffman_lookup(table):
     return category.repeat(share), advance.repeat(share)
 
 def differences(coded, count, category_of, advance_of):
-    """(count,) differences of an interval: walks from code to code.
-    Where a code would end is looked up for every bit at once, and doubled to jumps over
-    eight codes: a loop over every code would hold the interpreter's lock, and the other
-    threads."""
-    padded = coded[: 4 * count] + bytes(48)
-    stream = np.frombuffer(padded, np.uint8).astype(np.int32)
+    """(count,) differences of an interval. StudyError if it holds fewer."""
+    coded = coded[: 4 * count]  # at most 32 bits each
+    stream = np.frombuffer(coded + bytes(48), np.uint8).astype(np.int32)
     words = stream[:-2] << 16 | stream[1:-1] << 8 | stream[2:]
-    shifted = [words >> 8 - bit for bit in range(8)]
-    windows = np.stack(shifted, 1).astype(np.uint16).ravel()  # the 16 bits from each bit on
-    places = np.arange(len(windows))
-    jumps = [advance_of.take(windows)]
-    for _ in range(3):
-        near = jumps[-1]
-        jumps.append(near + near.take(places + near, mode="clip"))
-
-    far = jumps.pop().tobytes()
-    eighths = range(0, count, 8)
-    starts = np.array([*accumulate(eighths, lambda at, _: at + far[at], initial=0)])
-    while jumps:
-        between = starts + jumps.pop().take(starts, mode="clip")
-        starts = np.stack([starts, between], 1).ravel()
-    ends = starts[1 : count + 1]
-    starts = starts[:count]
-
-    category = category_of.take(windows.take(starts))
-    if ends[-1] > 8 * len(coded) or category.max() > 16:
+    windows = np.empty((len(words), 8), np.uint16)  # the 16 bits from each bit on
+    for bit in range(8):
+        windows[:, bit] = words >> 8 - bit
+    windows = windows.ravel()
+    places = code_places(windows, 8 * len(coded), advance_of)
+    ends = places[1 : count + 1]
+    category = category_of.take(windows.take(places[:count]))
+    if len(ends) < count or ends[-1] > 8 * len(coded) or category.max() > 16:
         raise StudyError("cut short or broken")
     extra = category % 16
-    value = windows.take(ends - extra).astype(int) >> 16 - extra
+    value = windows.take(ends - extra).astype(np.int32) >> 16 - extra
     negative = value < 1 << extra >> 1
     value -= np.where(negative, (1 << extra) - 1, 0)
     return value + (category >> 4 << 15)  # category 16 stands for 32768
+
+def code_places(windows, bits, advance_of):
+    """The bits where codes begin, in order, and where the last one ends.
+    Parts of a long stream are walked at once: a walk from a wrong bit soon meets the right
+    codes, so that the second half of a part shows where the next one begins. Where it has
+    not, as in runs of one value, and in short streams, codes are walked one by one."""
+    first = np.arange(0, bits, PART_BITS)
+    end = np.minimum(first + PART_BITS, bits)
+    begin = np.full_like(first, -1)
+    left = begin
+    codes = np.zeros(len(windows), bool)
+    if len(first) > LEAST_PARTS:
+        begin[1:] = walk(first + PART_BITS // 2, end, windows, advance_of, codes)[:-1]
+        codes[:] = False
+        begin[0] = 0
+        left = walk(begin, end, windows, advance_of, codes)
+
+    window_at = memoryview(windows)
+    is_code = memoryview(codes)
+    advance = bytes(advance_of)
+    at = 0
+    for part in np.stack([first, end, begin, left], 1).tolist():
+        first, end, begin, left = part
+        if at == begin:
+            at = left
+            continue
+        codes[first:end] = False
+        while at < end:
+            is_code[at] = True
+            at += advance[window_at[at]]
+    return np.append(codes.nonzero()[0], at)
+
+def walk(at, end, windows, advance_of, codes):
+    """Mark the codes from the bits `at` on, each up to its `end`; where they lead to."""
+    left = at.copy()
+    number = np.arange(len(at))
+    while len(at):
+        walking = at < end
+        if not walking.all():
+            left[number] = at
+            at, end, number = at[walking], end[walking], number[walking]
+        codes[at] = True
+        at = at + advance_of.take(windows.take(at))
+    return left
 
 def undo_prediction(grid, left, above, corner):
     """uint16 samples of differences (bands, rows, columns), modulo 2**16 (T.81 H.1.2.1).
