@@ -2926,7 +2926,7 @@ def decode_lossless_jpeg(data):
 
 def split_scan(scan):
     """The coded bytes between restart markers, without stuffed and fill bytes."""
-    scan = re.sub(rb"\xff+(?=\xff)", b"", scan)
+    scan = re.sub(rb"\xff\xff+", b"\xff", scan)
     scan = re.split(rb"\xff[^\x00\xd0-\xd7]", scan, maxsplit=1)[0]
     parts = re.split(rb"\xff[\xd0-\xd7]", scan)
     return [part.replace(b"\xff\0", b"\xff") for part in parts]
@@ -2946,24 +2946,24 @@ def huffman_lookup(table):
 def differences(coded, count, category_of, advance_of):
     """(count,) differences of an interval. StudyError if it holds fewer."""
     coded = coded[: 4 * count]  # at most 32 bits each
-    stream = np.frombuffer(coded + bytes(48), np.uint8).astype(np.int32)
-    words = stream[:-2] << 16 | stream[1:-1] << 8 | stream[2:]
-    windows = np.empty((len(words), 8), np.uint16)  # the 16 bits from each bit on
-    for bit in range(8):
-        windows[:, bit] = words >> 8 - bit
-    windows = windows.ravel()
-    places = code_places(windows, 8 * len(coded), advance_of)
+    stream = np.frombuffer(coded + bytes(8), np.uint8).astype(np.int32)
+    words = stream[:-2] << 16 | stream[1:-1] << 8 | stream[2:]  # 24 bits from each byte on
+    places = code_places(words, 8 * len(coded), advance_of)
     ends = places[1 : count + 1]
-    category = category_of.take(windows.take(places[:count]))
+    category = category_of.take(windows(words, places[:count]))
     if len(ends) < count or ends[-1] > 8 * len(coded) or category.max() > 16:
         raise StudyError("cut short or broken")
-    extra = category % 16
-    value = windows.take(ends - extra).astype(np.int32) >> 16 - extra
-    negative = value < 1 << extra >> 1
-    value -= np.where(negative, (1 << extra) - 1, 0)
+    extra = category & 15
+    value = windows(words, ends - extra) >> 16 - extra
+    half = 1 << extra >> 1
+    value -= (value < half) * (2 * half - 1)
     return value + (category >> 4 << 15)  # category 16 stands for 32768
 
-def code_places(windows, bits, advance_of):
+def windows(words, at):
+    """The 16 bits of a stream from each of the bits `at` on."""
+    return words.take(at >> 3, mode="clip") >> 8 - (at & 7) & 0xFFFF
+
+def code_places(words, bits, advance_of):
     """The bits where codes begin, in order, and where the last one ends.
     Parts of a long stream are walked at once: a walk from a wrong bit soon meets the right
     codes, so that the second half of a part shows where the next one begins. Where it has
@@ -2972,15 +2972,15 @@ def code_places(windows, bits, advance_of):
     end = np.minimum(first + PART_BITS, bits)
     begin = np.full_like(first, -1)
     left = begin
-    codes = np.zeros(len(windows), bool)
+    codes = np.zeros(bits, bool)
     if len(first) > LEAST_PARTS:
-        begin[1:] = walk(first + PART_BITS // 2, end, windows, advance_of, codes)[:-1]
+        begin[1:] = walk(first + PART_BITS // 2, end, words, advance_of, codes)[:-1]
         codes[:] = False
         begin[0] = 0
-        left = walk(begin, end, windows, advance_of, codes)
+        left = walk(begin, end, words, advance_of, codes)
 
-    window_at = memoryview(windows)
     is_code = memoryview(codes)
+    word_at = memoryview(words)
     advance = bytes(advance_of)
     at = 0
     for part in np.stack([first, end, begin, left], 1).tolist():
@@ -2991,10 +2991,10 @@ def code_places(windows, bits, advance_of):
         codes[first:end] = False
         while at < end:
             is_code[at] = True
-            at += advance[window_at[at]]
+            at += advance[word_at[at >> 3] >> 8 - (at & 7) & 0xFFFF]
     return np.append(codes.nonzero()[0], at)
 
-def walk(at, end, windows, advance_of, codes):
+def walk(at, end, words, advance_of, codes):
     """Mark the codes from the bits `at` on, each up to its `end`; where they lead to."""
     left = at.copy()
     number = np.arange(len(at))
@@ -3004,7 +3004,7 @@ def walk(at, end, windows, advance_of, codes):
             left[number] = at
             at, end, number = at[walking], end[walking], number[walking]
         codes[at] = True
-        at = at + advance_of.take(windows.take(at))
+        at = at + advance_of.take(windows(words, at))
     return left
 
 def undo_prediction(grid, left, above, corner):
