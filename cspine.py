@@ -2021,7 +2021,8 @@ def write_crops(path, crops, z_margin=0.0):
         for axis in (1, 2):
             images = np.diff(images, axis=axis, prepend=np.uint8(0))
         packer = zlib.compressobj(1, strategy=zlib.Z_RLE)
-        packed = packer.compress(images) + packer.flush()
+        packed = packer.compress(images)
+        packed += packer.flush()
         content[name] = np.frombuffer(packed, np.uint8)
     write_atomic(path, lambda new: np.savez(new, **content))
 
@@ -2034,19 +2035,29 @@ def read_crops(path, vertebrae=range(7)):
             if "data" in file:
                 images = png_images(file, index[v])
             else:
-                unpacked = bytearray(zlib.decompress(file[VERTEBRAE[v]]))
-                images = np.frombuffer(unpacked, np.uint8).reshape(-1, edge, edge)
-                for axis in (1, 2):  # numpy's takes twice as long
-                    images = torch.from_numpy(images).cumsum(axis, dtype=torch.uint8).numpy()
+                images = undo_differences(file[VERTEBRAE[v]], edge)
             for place in zip(*(index[v] >= 0).nonzero()):
                 crops[place] = images[index[v][place]]
     return out
 
+def undo_differences(packed, edge):
+    """uint8 (N, edge, edge): the images of a member that write_crops made."""
+    unpacked = bytearray(zlib.decompress(packed))
+    images = np.frombuffer(unpacked, np.uint8).reshape(-1, edge, edge)
+    images = torch.from_numpy(images)
+    for axis in (1, 2):
+        images = images.cumsum(axis, dtype=torch.uint8)  # numpy's takes twice as long
+    return images.numpy()
+
 def png_images(file, numbers):
-    """{number: image} out of a file of an older version."""
-    ends, data = file["ends"], file["data"]
-    parts = {k: data[ends[k] : ends[k + 1]] for k in np.unique(numbers[numbers >= 0])}
-    return {k: cv2.imdecode(part, cv2.IMREAD_GRAYSCALE) for k, part in parts.items()}
+    """{number: image} out of a file of an older version, with PNG in one member."""
+    ends = file["ends"]
+    data = file["data"]
+    images = {}
+    for k in np.unique(numbers[numbers >= 0]):
+        png = data[ends[k] : ends[k + 1]]
+        images[k] = cv2.imdecode(png, cv2.IMREAD_GRAYSCALE)
+    return images
 
 def crops_seen(path):
     """(7,) which vertebrae a study's crops show. StudyError if damaged."""
@@ -2086,7 +2097,8 @@ class Greys(NamedTuple):
 
 def draw_greys(rng, ranges, width):
     """Greys of a sample `width` pixels wide."""
-    stretch, shift = (ranges["window"] * rng.uniform(-1, 1, 2)).tolist()
+    window = ranges["window"] * rng.uniform(-1, 1, 2)
+    stretch, shift = window.tolist()
     gamma = math.exp(ranges["gamma"] * rng.uniform(-1, 1))
     noise, coarse, hole = rng.random(3)
     seed = int(rng.integers(2**31))
@@ -2170,15 +2182,16 @@ def augment_bytes(crops, out, rng, ranges):
 def move_planes(planes, matrix, size):
     """Yields (size, size) of each of planes (N, S, S), moved by affine_grid's (2, 3)."""
     edge = planes.shape[-1]
-    turn, shift = matrix[:, :2] * edge / size, matrix[:, 2] * edge / 2
-    centre = (edge - 1) / 2 - turn @ np.full(2, (size - 1) / 2)
-    source = np.c_[turn, shift + centre]  # of pixels, not of -1 to 1
+    turn = matrix[:, :2] * edge / size
+    shift = matrix[:, 2] * edge / 2
+    middle = (edge - 1) / 2 - turn.sum(1) * (size - 1) / 2
+    source = np.c_[turn, shift + middle]  # of pixels, not of -1 to 1
     how = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    for first in range(0, len(planes), 4):  # OpenCV moves four at the price of two
-        four = [planes[k % len(planes)] for k in range(first, first + 4)]  # rounded alike
-        four = cv2.merge(four)
-        moved = cv2.split(cv2.warpAffine(four, source, (size, size), flags=how))
-        yield from moved[: len(planes) - first]
+    count = len(planes)
+    for first in range(0, count, 4):  # OpenCV moves four at the price of two
+        four = [planes[k % count] for k in range(first, first + 4)]  # rounded alike
+        moved = cv2.warpAffine(cv2.merge(four), source, (size, size), flags=how)
+        yield from cv2.split(moved)[: count - first]
 
 def segmenter_batch(model, tensors, rngs, recipe):
     """The loss of a batch of cubes and labels, uint8 (B, D, D, D) both."""
