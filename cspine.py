@@ -2121,7 +2121,7 @@ def grey_levels(image, rng, ranges):
     seeded = torch.Generator(image.device).manual_seed(greys.seed)
     grain = torch.empty_like(image).normal_(generator=seeded)
     image.add_(grain, alpha=greys.noise)
-    image[..., *greys.hole] = 0
+    image[(..., *greys.hole)] = 0
     image.clamp_(0, 1)
 
 def augment_volumes(cubes, labels, rngs, ranges=VOLUME_RANGES):
@@ -2172,7 +2172,7 @@ def augment_bytes(crops, out, rng, ranges):
             if greys.blurred:
                 half = cv2.resize(image, (size // 2, size // 2))
                 cv2.resize(half, (size, size), image)
-            noise = bits.random_raw(-(-image.size // 8)).view(np.uint8)
+            noise = bits.random_raw(image.size // 8 + 1).view(np.uint8)
             noise = noise[: image.size].reshape(image.shape)
             image += cv2.LUT(noise, grain)
             image[greys.hole] = 0

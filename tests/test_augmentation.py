@@ -75,7 +75,7 @@ def test_bytes_on_a_cpu_come_out_as_floats_do(size):
         ours = augment_crops(images, generators(seed), size, ranges)
         exact = augment_crops(images / 255, generators(seed), size, ranges)
         off = 255 * (ours - exact).abs()
-        assert off.mean() < 0.4 and off.max() < 6, seed
+        assert off.mean() < 0.4 and off.max() < 10, seed
 
 
 def test_noise_of_bytes_is_that_of_floats():
