@@ -2829,8 +2829,10 @@ MAX_JPEG_2000 = 2**20  # pixels; more cost gigabytes
 # Halves of the left, the upper and the corner sample, by predictor (ITU-T T.81 table H.1).
 PREDICTOR_HALVES = {1: (2, 0, 0), 2: (0, 2, 0), 3: (0, 0, 2), 4: (2, 2, -2)}
 PREDICTOR_HALVES |= {5: (2, 1, -1), 6: (1, 2, -1), 7: (1, 1, 0)}
-PART_BITS = 1024  # bits of a stream that are walked beside others
-LEAST_PARTS = 64  # fewer are walked one by one
+PARTS = 2048  # of a stream, walked side by side
+LEAST_PART = 256  # bits; a code and its difference have 32 at most
+FEW_PARTS = 32  # so few are walked code by code
+ROUNDS = 4  # of walks of the parts that began at a wrong bit
 
 def decode_pixels(data):
     """Stored values (frames, rows, columns), 16 or 32 bits, of a pydicom dataset.
@@ -2950,7 +2952,7 @@ def huffman_lookup(table):
     """
     counts, categories = [*table[:16], 1], [*table[16:], 255]  # a last entry for no code
     length = np.repeat(range(1, 18), counts)
-    category = np.array(categories)
+    category = np.array(categories, np.int32)
     share = 2**16 >> length
     share[-1] = 2**16 - share.sum()
     advance = (length + category % 16).astype(np.uint8)
@@ -2978,20 +2980,27 @@ def windows(words, at):
 
 def code_places(words, bits, advance_of):
     """The bits where codes begin, in order, and where the last one ends.
-    Parts of a long stream are walked at once: a walk from a wrong bit soon meets the right
-    codes, so that the second half of a part shows where the next one begins. Where it has
-    not, as in runs of one value, and in short streams, codes are walked one by one."""
-    first = np.arange(0, bits, PART_BITS)
-    end = np.minimum(first + PART_BITS, bits)
+    The parts of a stream are walked at once: a walk from a wrong bit soon meets the right
+    codes, so that the second half of a part shows where the next one begins. Parts where it
+    has not, as in runs of one value, are walked again; the last few code by code."""
+    size = max(LEAST_PART, bits // PARTS)
+    first = np.arange(0, bits, size)
+    end = np.minimum(first + size, bits)
+    codes = np.zeros((len(first), size), bool)
     begin = np.full_like(first, -1)
-    left = begin
-    codes = np.zeros(bits, bool)
-    if len(first) > LEAST_PARTS:
-        begin[1:] = walk(first + PART_BITS // 2, end, words, advance_of, codes)[:-1]
-        codes[:] = False
-        begin[0] = 0
-        left = walk(begin, end, words, advance_of, codes)
+    left = begin.copy()
+    if len(first) > FEW_PARTS:
+        left = walk(first + size // 2, end, words, advance_of, codes.ravel())
+    for _ in range(ROUNDS):
+        right = np.append(0, left[:-1])
+        stale = np.flatnonzero(begin != right)
+        if len(stale) <= FEW_PARTS:
+            break
+        begin[stale] = right[stale]
+        codes[stale] = False
+        left[stale] = walk(right[stale], end[stale], words, advance_of, codes.ravel())
 
+    codes = codes.ravel()
     is_code = memoryview(codes)
     word_at = memoryview(words)
     advance = bytes(advance_of)
