@@ -1911,35 +1911,61 @@ VOLUME_RANGES = dict(
 CROP_RANGES = dict(
     rotation=20, scale=0.15, shift=0.1, mirror=0.5, window=0.15, gamma=0.25, noise=0.04,
     blur=0.15, hole=0.3, still=0.2)
-FAST_PNG = (cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, 3)
 
 def write_crops(path, crops, z_margin=0.0):
-    """Write a study's crops, uint8 (7, 15, 6, S, S): each different image once, as PNG.
-    Steps share slices, and much of a crop is empty. `z_margin` says how they were cut."""
+    """Write a study's crops, uint8 (7, 15, 6, S, S): each different image once, as steps
+    share slices. A vertebra's images are a member of the file, read without the others.
+    Differences in both directions are small and deflate well: less than PNG, read in half
+    its time. `z_margin` says how the crops were cut."""
     index = np.full(crops.shape[:3], -1, np.int16)
-    numbers = {}
-    images = [np.zeros(0, np.uint8)]
-    for place in zip(*crops.any((3, 4)).nonzero()):
-        pixels = crops[place].tobytes()
-        if pixels not in numbers:
-            numbers[pixels] = len(numbers)
-            images.append(cv2.imencode(".png", crops[place], FAST_PNG)[1].ravel())
-        index[place] = numbers[pixels]
-    ends = np.cumsum([len(image) for image in images])
-    content = dict(index=index, ends=ends, data=np.concatenate(images))
-    content |= dict(edge=crops.shape[-1], z_margin=z_margin)
+    content = dict(index=index, edge=crops.shape[-1], z_margin=z_margin)
+    for name, steps, places in zip(VERTEBRAE, crops, index):
+        numbers = {}
+        for place in zip(*steps.any((2, 3)).nonzero()):
+            pixels = steps[place].tobytes()
+            places[place] = numbers.setdefault(pixels, len(numbers))
+        images = np.frombuffer(b"".join(numbers), np.uint8)
+        images = images.reshape(-1, *crops.shape[3:])
+        for axis in (1, 2):
+            images = np.diff(images, axis=axis, prepend=np.uint8(0))
+        packer = zlib.compressobj(1, strategy=zlib.Z_RLE)
+        packed = packer.compress(images)
+        packed += packer.flush()
+        content[name] = np.frombuffer(packed, np.uint8)
     write_atomic(path, lambda new: np.savez(new, **content))
 
 def read_crops(path, vertebrae=range(7)):
     """uint8 (V, 15, 6, S, S) of some vertebrae of a study. StudyError if damaged."""
     with errors_as(StudyError, f"{path}: no crops"), np.load(path) as file:
-        index = file["index"][vertebrae]
-        ends, data, edge = (file[name] for name in ("ends", "data", "edge"))
-        out = np.zeros((*index.shape, edge, edge), np.uint8)
-        for k in np.unique(index[index >= 0]):
-            png = data[ends[k] : ends[k + 1]]
-            out[index == k] = cv2.imdecode(png, cv2.IMREAD_GRAYSCALE)
+        index, edge = file["index"], file["edge"]
+        out = np.zeros((len(vertebrae), *index.shape[1:], edge, edge), np.uint8)
+        for v, crops in zip(vertebrae, out):
+            if "data" in file:
+                images = png_images(file, index[v])
+            else:
+                images = undo_differences(file[VERTEBRAE[v]], edge)
+            for place in zip(*(index[v] >= 0).nonzero()):
+                crops[place] = images[index[v][place]]
     return out
+
+def undo_differences(packed, edge):
+    """uint8 (N, edge, edge): the images of a member that write_crops made."""
+    unpacked = bytearray(zlib.decompress(packed))
+    images = np.frombuffer(unpacked, np.uint8).reshape(-1, edge, edge)
+    images = torch.from_numpy(images)
+    for axis in (1, 2):
+        images = images.cumsum(axis, dtype=torch.uint8)  # numpy's takes twice as long
+    return images.numpy()
+
+def png_images(file, numbers):
+    """{number: image} out of a file of an older version, with PNG in one member."""
+    ends = file["ends"]
+    data = file["data"]
+    images = {}
+    for k in np.unique(numbers[numbers >= 0]):
+        png = data[ends[k] : ends[k + 1]]
+        images[k] = cv2.imdecode(png, cv2.IMREAD_GRAYSCALE)
+    return images
 
 def crops_seen(path):
     """(7,) which vertebrae a study's crops show. StudyError if damaged."""
@@ -1967,25 +1993,43 @@ def draw_grid(rngs, ranges, shape, device):
     theta = torch.tensor(matrices, device=device)  # doubles: autocast would round them
     return F.affine_grid(theta, shape, align_corners=False).float()
 
-def grey_levels(image, rng, ranges):
-    """Change (N, C, ...) in 0..1, in place, to what another scanner would have given."""
-    width = image.shape[-1]
-    stretch, shift = ranges["window"] * rng.uniform(-1, 1, 2)
+class Greys(NamedTuple):
+    """What another scanner would have made of the grey levels 0..1, in this order."""
+    stretch: float
+    shift: float
+    gamma: float
+    blurred: bool
+    noise: float  # standard deviation
+    seed: int  # of the noise
+    hole: tuple  # slices of y and x that are 0
+
+def draw_greys(rng, ranges, width):
+    """Greys of a sample `width` pixels wide."""
+    window = ranges["window"] * rng.uniform(-1, 1, 2)
+    stretch, shift = window.tolist()
     gamma = math.exp(ranges["gamma"] * rng.uniform(-1, 1))
     noise, coarse, hole = rng.random(3)
     seed = int(rng.integers(2**31))
-    seeded = torch.Generator(image.device).manual_seed(seed)
-    image.mul_(1 + stretch).add_(shift).clamp_(0, 1).pow_(gamma)
-    if coarse < ranges["blur"]:
-        mode = "trilinear" if image.ndim == 5 else "bilinear"
-        half = F.interpolate(image, scale_factor=0.5, mode=mode)
-        image[:] = F.interpolate(half, image.shape[2:], mode=mode)
-    grain = torch.empty_like(image).normal_(generator=seeded)
-    image.add_(grain, alpha=ranges["noise"] * noise**2)
+    edge = top = left = 0
     if hole < ranges["hole"]:
         edge = int(width * rng.uniform(0.05, 0.25))
         top, left = rng.integers(0, width - edge, 2)
-        image[..., top : top + edge, left : left + edge] = 0
+    gone = slice(top, top + edge), slice(left, left + edge)
+    noise = ranges["noise"] * noise**2
+    return Greys(1 + stretch, shift, gamma, coarse < ranges["blur"], noise, seed, gone)
+
+def grey_levels(image, rng, ranges):
+    """Change (N, C, ...) in 0..1, in place, to what another scanner would have given."""
+    greys = draw_greys(rng, ranges, image.shape[-1])
+    image.mul_(greys.stretch).add_(greys.shift).clamp_(0, 1).pow_(greys.gamma)
+    if greys.blurred:
+        mode = "trilinear" if image.ndim == 5 else "bilinear"
+        half = F.interpolate(image, scale_factor=0.5, mode=mode)
+        image[:] = F.interpolate(half, image.shape[2:], mode=mode)
+    seeded = torch.Generator(image.device).manual_seed(greys.seed)
+    grain = torch.empty_like(image).normal_(generator=seeded)
+    image.add_(grain, alpha=greys.noise)
+    image[(..., *greys.hole)] = 0
     image.clamp_(0, 1)
 
 def augment_volumes(cubes, labels, rngs, ranges=VOLUME_RANGES):
@@ -1999,7 +2043,15 @@ def augment_volumes(cubes, labels, rngs, ranges=VOLUME_RANGES):
     return cubes, labels[:, 0].byte()
 
 def augment_crops(crops, rngs, size=CROP, ranges=CROP_RANGES):
-    """(B, N, K, S, S) -> (B, N, K, size, size): a sample moves as one, masks keep grey."""
+    """(B, N, K, S, S), uint8 or 0..1 -> (B, N, K, size, size) in 0..1.
+    A sample moves as one, masks keep their grey. Bytes on a CPU take the faster way."""
+    if crops.dtype == torch.uint8 and crops.device.type == "cpu":
+        moved = torch.empty(*crops.shape[:3], size, size)
+        for sample, out, rng in zip(crops.numpy(), moved.numpy(), rngs):
+            augment_bytes(sample, out, rng, ranges)
+        return moved
+    if crops.dtype == torch.uint8:
+        crops = crops / 255
     shape = (len(crops), 1, size, size)
     grid = draw_grid(rngs, ranges, shape, crops.device)
     moved = F.grid_sample(crops.flatten(1, 2), grid, align_corners=False)
@@ -2007,6 +2059,47 @@ def augment_crops(crops, rngs, size=CROP, ranges=CROP_RANGES):
     for slices, rng in zip(moved[:, :, :-1], rngs):
         grey_levels(slices, rng, ranges)
     return moved
+
+def augment_bytes(crops, out, rng, ranges):
+    """Fill `out`, float32 (N, K, size, size), from a sample uint8 (N, K, S, S).
+    Tables instead of arithmetic: what was moved is rounded to bytes, and noise is one of
+    256 equally likely values of the normal distribution."""
+    size = out.shape[-1]
+    matrix = draw_matrix(rng, ranges, 2)
+    greys = draw_greys(rng, ranges, size)
+    plain = np.linspace(0, 1, 256, dtype=np.float32)
+    levels = (plain * greys.stretch + greys.shift).clip(0, 1) ** greys.gamma
+    chances = (torch.arange(256) + 0.5) / 256
+    grain = torch.special.ndtri(chances).numpy() * np.float32(greys.noise)
+    bits = np.random.PCG64(greys.seed)
+
+    moved = move_planes(crops.reshape(-1, *crops.shape[2:]), matrix, size)
+    for step in out:
+        for image in step[:-1]:
+            cv2.LUT(next(moved), levels, image)
+            if greys.blurred:
+                half = cv2.resize(image, (size // 2, size // 2))
+                cv2.resize(half, (size, size), image)
+            noise = bits.random_raw(image.size // 8 + 1).view(np.uint8)
+            noise = noise[: image.size].reshape(image.shape)
+            image += cv2.LUT(noise, grain)
+            image[greys.hole] = 0
+            image.clip(0, 1, image)
+        cv2.LUT(next(moved), plain, step[-1])  # the mask
+
+def move_planes(planes, matrix, size):
+    """Yields (size, size) of each of planes (N, S, S), moved by affine_grid's (2, 3)."""
+    edge = planes.shape[-1]
+    turn = matrix[:, :2] * edge / size
+    shift = matrix[:, 2] * edge / 2
+    middle = (edge - 1) / 2 - turn.sum(1) * (size - 1) / 2
+    source = np.c_[turn, shift + middle]  # of pixels, not of -1 to 1
+    how = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    count = len(planes)
+    for first in range(0, count, 4):  # OpenCV moves four at the price of two
+        four = [planes[k % count] for k in range(first, first + 4)]  # rounded alike
+        moved = cv2.warpAffine(cv2.merge(four), source, (size, size), flags=how)
+        yield from cv2.split(moved)[: count - first]
 
 def segmenter_batch(model, tensors, rngs, recipe):
     """The loss of a batch of cubes and labels, uint8 (B, D, D, D) both."""
@@ -2018,8 +2111,7 @@ def classifier_batch(model, tensors, rngs, recipe):
     Mixup mixes the losses (first place); a mixed label would count as a positive."""
     crops, labels = tensors
     first = int(rngs[0].integers(recipe.thin))
-    crops = crops[:, first :: recipe.thin].float().div_(255)
-    crops = augment_crops(crops, rngs, recipe.size)
+    crops = augment_crops(crops[:, first :: recipe.thin], rngs, recipe.size)
     share = rngs[0].random() if rngs[0].random() < recipe.mixup else 1.0
     if share < 1:
         crops = crops.flip(0).lerp(crops, share)
@@ -2650,6 +2742,10 @@ MAX_JPEG_2000 = 2**20  # pixels; more cost gigabytes
 # Halves of the left, the upper and the corner sample, by predictor (ITU-T T.81 table H.1).
 PREDICTOR_HALVES = {1: (2, 0, 0), 2: (0, 2, 0), 3: (0, 0, 2), 4: (2, 2, -2)}
 PREDICTOR_HALVES |= {5: (2, 1, -1), 6: (1, 2, -1), 7: (1, 1, 0)}
+PARTS = 2048  # of a stream, walked side by side
+LEAST_PART = 256  # bits; a code and its difference have 32 at most
+FEW_PARTS = 32  # so few are walked code by code
+ROUNDS = 4  # of walks of the parts that began at a wrong bit
 
 def decode_pixels(data):
     """Stored values (frames, rows, columns), 16 or 32 bits, of a pydicom dataset.
@@ -2744,13 +2840,13 @@ def decode_lossless_jpeg(data):
             raise StudyError(
                 f"{rows}x{columns}x{parts} pixels of {bits} bits in {len(data)} bytes")
 
-        table = tables[destination >> 4]
+        lookup = huffman_lookup(tables[destination >> 4])
         band = restart // columns or rows  # rows between two restarts
         intervals = split_scan(data[at:])
         grid = np.zeros((-(-rows // band), band * columns), int)  # an interval a row
         for number, found in enumerate(grid):
             count = min(band, rows - number * band) * columns
-            found[:count] = differences(intervals[number], count, *huffman_lookup(table))
+            found[:count] = differences(intervals[number], count, *lookup)
         grid[:, 0] += 1 << bits - shift - 1
         grid = grid.reshape(-1, band, columns)
         samples = undo_prediction(grid, *PREDICTOR_HALVES[predictor])
@@ -2758,7 +2854,7 @@ def decode_lossless_jpeg(data):
 
 def split_scan(scan):
     """The coded bytes between restart markers, without stuffed and fill bytes."""
-    scan = re.sub(rb"\xff+(?=\xff)", b"", scan)
+    scan = re.sub(rb"\xff\xff+", b"\xff", scan)
     scan = re.split(rb"\xff[^\x00\xd0-\xd7]", scan, maxsplit=1)[0]
     parts = re.split(rb"\xff[\xd0-\xd7]", scan)
     return [part.replace(b"\xff\0", b"\xff") for part in parts]
@@ -2769,45 +2865,82 @@ def huffman_lookup(table):
     """
     counts, categories = [*table[:16], 1], [*table[16:], 255]  # a last entry for no code
     length = np.repeat(range(1, 18), counts)
-    category = np.array(categories)
+    category = np.array(categories, np.int32)
     share = 2**16 >> length
     share[-1] = 2**16 - share.sum()
     advance = (length + category % 16).astype(np.uint8)
     return category.repeat(share), advance.repeat(share)
 
 def differences(coded, count, category_of, advance_of):
-    """(count,) differences of an interval: walks from code to code.
-    Where a code would end is looked up for every bit at once, and doubled to jumps over
-    eight codes: a loop over every code would hold the interpreter's lock, and the other
-    threads."""
-    padded = coded[: 4 * count] + bytes(48)
-    stream = np.frombuffer(padded, np.uint8).astype(np.int32)
-    words = stream[:-2] << 16 | stream[1:-1] << 8 | stream[2:]
-    shifted = [words >> 8 - bit for bit in range(8)]
-    windows = np.stack(shifted, 1).astype(np.uint16).ravel()  # the 16 bits from each bit on
-    places = np.arange(len(windows))
-    jumps = [advance_of.take(windows)]
-    for _ in range(3):
-        near = jumps[-1]
-        jumps.append(near + near.take(places + near, mode="clip"))
-
-    far = jumps.pop().tobytes()
-    eighths = range(0, count, 8)
-    starts = np.array([*accumulate(eighths, lambda at, _: at + far[at], initial=0)])
-    while jumps:
-        between = starts + jumps.pop().take(starts, mode="clip")
-        starts = np.stack([starts, between], 1).ravel()
-    ends = starts[1 : count + 1]
-    starts = starts[:count]
-
-    category = category_of.take(windows.take(starts))
-    if ends[-1] > 8 * len(coded) or category.max() > 16:
+    """(count,) differences of an interval. StudyError if it holds fewer."""
+    coded = coded[: 4 * count]  # at most 32 bits each
+    stream = np.frombuffer(coded + bytes(8), np.uint8).astype(np.int32)
+    words = stream[:-2] << 16 | stream[1:-1] << 8 | stream[2:]  # 24 bits from each byte on
+    places = code_places(words, 8 * len(coded), advance_of)
+    ends = places[1 : count + 1]
+    category = category_of.take(windows(words, places[:count]))
+    if len(ends) < count or ends[-1] > 8 * len(coded) or category.max() > 16:
         raise StudyError("cut short or broken")
-    extra = category % 16
-    value = windows.take(ends - extra).astype(int) >> 16 - extra
-    negative = value < 1 << extra >> 1
-    value -= np.where(negative, (1 << extra) - 1, 0)
+    extra = category & 15
+    value = windows(words, ends - extra) >> 16 - extra
+    half = 1 << extra >> 1
+    value -= (value < half) * (2 * half - 1)
     return value + (category >> 4 << 15)  # category 16 stands for 32768
+
+def windows(words, at):
+    """The 16 bits of a stream from each of the bits `at` on."""
+    return words.take(at >> 3, mode="clip") >> 8 - (at & 7) & 0xFFFF
+
+def code_places(words, bits, advance_of):
+    """The bits where codes begin, in order, and where the last one ends.
+    The parts of a stream are walked at once: a walk from a wrong bit soon meets the right
+    codes, so that the second half of a part shows where the next one begins. Parts where it
+    has not, as in runs of one value, are walked again; the last few code by code."""
+    size = max(LEAST_PART, bits // PARTS)
+    first = np.arange(0, bits, size)
+    end = np.minimum(first + size, bits)
+    codes = np.zeros((len(first), size), bool)
+    begin = np.full_like(first, -1)
+    left = begin.copy()
+    if len(first) > FEW_PARTS:
+        left = walk(first + size // 2, end, words, advance_of, codes.ravel())
+    for _ in range(ROUNDS):
+        right = np.append(0, left[:-1])
+        stale = np.flatnonzero(begin != right)
+        if len(stale) <= FEW_PARTS:
+            break
+        begin[stale] = right[stale]
+        codes[stale] = False
+        left[stale] = walk(right[stale], end[stale], words, advance_of, codes.ravel())
+
+    codes = codes.ravel()
+    is_code = memoryview(codes)
+    word_at = memoryview(words)
+    advance = bytes(advance_of)
+    at = 0
+    for part in np.stack([first, end, begin, left], 1).tolist():
+        first, end, begin, left = part
+        if at == begin:
+            at = left
+            continue
+        codes[first:end] = False
+        while at < end:
+            is_code[at] = True
+            at += advance[word_at[at >> 3] >> 8 - (at & 7) & 0xFFFF]
+    return np.append(codes.nonzero()[0], at)
+
+def walk(at, end, words, advance_of, codes):
+    """Mark the codes from the bits `at` on, each up to its `end`; where they lead to."""
+    left = at.copy()
+    number = np.arange(len(at))
+    while len(at):
+        walking = at < end
+        if not walking.all():
+            left[number] = at
+            at, end, number = at[walking], end[walking], number[walking]
+        codes[at] = True
+        at = at + advance_of.take(windows(words, at))
+    return left
 
 def undo_prediction(grid, left, above, corner):
     """uint16 samples of differences (bands, rows, columns), modulo 2**16 (T.81 H.1.2.1).

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from cspine import CROP_RANGES, VOLUME_RANGES, augment_crops, augment_volumes
 
@@ -31,21 +32,61 @@ def volumes(count=1, size=32):
     return body.repeat(count, 1, 1, 1, 1), (body * 3).to(torch.uint8).repeat(count, 1, 1, 1)
 
 
-def crops(count=1, steps=15, size=48):
+def crops(count=1, steps=15, size=48, seed=0):
     """Slices and mask of a step show the same picture."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     picture = torch.rand(count, steps, 1, size, size, generator=generator)
     return picture.repeat(1, 1, 6, 1, 1)
 
 
-def test_identity_settings_change_nothing():
+def crop_bytes(*arguments, **options):
+    """The same as bytes, which a CPU augments in a way of its own."""
+    return (crops(*arguments, **options) * 255).byte()
+
+
+both = pytest.mark.parametrize("shown", (crops, crop_bytes))
+
+
+def as_floats(images):
+    return images if images.is_floating_point() else images / 255
+
+
+def test_identity_settings_leave_volumes_alone():
     cubes, labels = volumes(2)
     cubes = cubes * 0.7 + 0.1
     moved, same = augment_volumes(cubes.clone(), labels.clone(), generators(1, 2), NOTHING)
     assert torch.allclose(moved, cubes, atol=1e-5) and torch.equal(same, labels)
-    images = crops(2)
-    assert torch.allclose(augment_crops(images.clone(), generators(1, 2), 48, NOTHING), images,
-                          atol=1e-4)  # a cell's place is exact to 1e-5
+
+
+@both
+def test_identity_settings_leave_crops_alone(shown):
+    images = shown(2)
+    same = augment_crops(images.clone(), generators(1, 2), 48, NOTHING)
+    assert torch.allclose(same, as_floats(images), atol=1e-4)  # a cell's place is exact to 1e-5
+
+
+@pytest.mark.parametrize("size", (96, 70))
+def test_bytes_on_a_cpu_come_out_as_floats_do(size):
+    """Rounded once, and moved by 32nds of a pixel in older versions of OpenCV."""
+    smooth = F.interpolate(crops(1, 15, 12).flatten(0, 1), 96, mode="bicubic").clamp(0, 1)
+    images = (smooth * 255).byte()[None]
+    ranges = CROP_RANGES | {"noise": 0, "still": 0, "blur": 0.5, "hole": 0.5}
+    for seed in range(12):
+        ours = augment_crops(images, generators(seed), size, ranges)
+        exact = augment_crops(images / 255, generators(seed), size, ranges)
+        off = 255 * (ours - exact).abs()
+        assert off.mean() < 0.4 and off.max() < 10, seed
+
+
+def test_noise_of_bytes_is_that_of_floats():
+    grey, ranges = torch.full((1, 15, 6, 96, 96), 128, dtype=torch.uint8), NOTHING | {"noise": 0.1}
+    for seed in range(5):
+        pair = [augment_crops(images, generators(seed), 96, ranges)[:, :, :-1] - 128 / 255
+                for images in (grey, grey / 255)]
+        (mean, other_mean), (sd, other_sd) = [[getattr(one, f)().item() for one in pair] for f in ("mean", "std")]
+        assert sd == pytest.approx(other_sd, rel=0.01) and abs(mean) < sd / 200, seed
+        near = (pair[0][0, 0, 0] * pair[0][0, 0, 1]).mean()
+        assert abs(near) < sd**2 / 20, "each image has its own"
 
 
 def centre(mask):
@@ -104,27 +145,30 @@ def test_volumes_are_mirrored_left_to_right_alone():
     assert seen == {True, False}
 
 
-def test_crops_take_all_eight_views():
-    image, seen = crops(steps=1, size=16), set()
+@both
+def test_crops_take_all_eight_views(shown):
+    image, seen = shown(steps=1, size=16), set()
     views = [torch.rot90(v, k, (-2, -1)) for v in (image, image.flip(-1)) for k in range(4)]
     for seed in range(60):
         moved = augment_crops(image.clone(), generators(seed), 16, only(CROP_RANGES, ["mirror"]))
-        fits = [k for k, view in enumerate(views) if torch.allclose(moved, view, atol=1e-3)]
+        fits = [k for k, view in enumerate(views) if torch.allclose(moved, as_floats(view), atol=1e-3)]
         assert len(fits) == 1, seed
         seen.update(fits)
     assert seen == set(range(8))
 
 
-def test_the_six_channels_of_all_steps_share_one_geometry():
-    image = crops(steps=1).repeat(1, 15, 1, 1, 1)
+@both
+def test_the_six_channels_of_all_steps_share_one_geometry(shown):
+    image = shown(steps=1).repeat(1, 15, 1, 1, 1)
     for seed in range(6):
         moved = augment_crops(image.clone(), generators(seed), 40, only(CROP_RANGES, MOVES))
         assert moved.shape == (1, 15, 6, 40, 40)
         assert torch.allclose(moved, moved[:, :1, :1].expand_as(moved), atol=1e-6), seed
 
 
-def test_the_mask_channel_is_moved_and_never_brightened():
-    image = crops()
+@both
+def test_the_mask_channel_is_moved_and_never_brightened(shown):
+    image = shown()
     for seed in range(6):
         full = augment_crops(image.clone(), generators(seed), 48, CROP_RANGES | {"still": 0.0})
         moved = augment_crops(image.clone(), generators(seed), 48, only(CROP_RANGES, MOVES))
@@ -140,24 +184,30 @@ def test_labels_are_never_brightened():
     assert torch.equal(same, labels) and not torch.allclose(cube, cubes * 0.5, atol=1e-3)
 
 
+@both
 @pytest.mark.parametrize("name", GREY)
-def test_each_grey_setting_does_something_alone(name):
-    image = crops()
+def test_each_grey_setting_does_something_alone(name, shown):
+    image = shown()
     ranges = NOTHING | {name: 1.0 if name in ("blur", "hole") else CROP_RANGES[name]}
     changed = augment_crops(image.clone(), generators(4), 48, ranges)
+    image = as_floats(image)
     assert not torch.allclose(changed[:, :, :-1], image[:, :, :-1], atol=1e-3)
     if name == "hole":
         gone = (changed[0, :, :-1] == 0) & (image[0, :, :-1] > 0)
         assert torch.equal(gone[0, 0], gone[14, 4]) and 0 < gone[0, 0].float().mean() < 0.1
 
 
-def test_a_sample_does_not_depend_on_its_batch():
-    images = torch.cat([crops(), crops() ** 2, 1 - crops()])
+@both
+def test_a_crop_does_not_depend_on_its_batch(shown):
+    images = torch.cat([shown(), shown(seed=1), shown(seed=2)])
     together = augment_crops(images.clone(), generators(1, 2, 3), 48)
     alone = augment_crops(images[1:2].clone(), generators(2), 48)
     assert torch.allclose(together[1:2], alone, atol=1e-4)
     other_way = augment_crops(images.flip(0), generators(3, 2, 1), 48)
     assert torch.allclose(together, other_way.flip(0), atol=1e-4)
+
+
+def test_a_volume_does_not_depend_on_its_batch():
     cubes, labels = volumes(3)
     several, marked = augment_volumes(cubes.clone(), labels.clone(), generators(1, 2, 3))
     one, mark = augment_volumes(cubes[2:].clone(), labels[2:].clone(), generators(3))
@@ -165,9 +215,10 @@ def test_a_sample_does_not_depend_on_its_batch():
     assert not torch.allclose(several[0], several[1], atol=1e-2)
 
 
-def test_a_seed_repeats_itself_and_the_global_generator_is_left_alone():
+@both
+def test_a_seed_repeats_itself_and_the_global_generator_is_left_alone(shown):
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    first = augment_crops(crops(), generators(7), 48)
-    assert torch.equal(first, augment_crops(crops(), generators(7), 48))
+    first = augment_crops(shown(), generators(7), 48)
+    assert torch.equal(first, augment_crops(shown(), generators(7), 48))
     assert torch.equal(torch.get_rng_state(), before)

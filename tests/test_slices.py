@@ -202,6 +202,39 @@ def test_a_damaged_file_of_crops_is_a_study_error(tmp_path):
             cspine.read_crops(tmp_path / "b.npz")
 
 
+def write_as_before(path, crops, **more):
+    """As versions wrote crops that had one member of PNG for all vertebrae."""
+    index, images = np.full(crops.shape[:3], -1, np.int16), {}
+    for place in zip(*crops.any((3, 4)).nonzero()):
+        number, _ = images.setdefault(crops[place].tobytes(), (len(images), crops[place]))
+        index[place] = number
+    parts = [cv2.imencode(".png", image)[1].ravel() for _, image in images.values()]
+    ends, data = np.cumsum([0, *map(len, parts)]), np.concatenate([np.zeros(0, np.uint8), *parts])
+    np.savez(path, index=index, ends=ends, data=data, edge=crops.shape[-1], **more)
+
+
+def test_crops_of_older_versions_are_still_read(tmp_path):
+    crops = np.random.default_rng(0).integers(0, 256, (7, 15, 6, 16, 16), dtype=np.uint8)
+    crops[2] = 0
+    crops[4, 3:9, :5] = crops[4, 2, 0]
+    for k, more in enumerate(({}, {"z_margin": 1.0})):
+        write_as_before(tmp_path / f"{k}.npz", crops, **more)
+        assert np.array_equal(cspine.read_crops(tmp_path / f"{k}.npz"), crops)
+        assert np.array_equal(cspine.read_crops(tmp_path / f"{k}.npz", [5, 2, 4]), crops[[5, 2, 4]])
+        assert cspine.crops_seen(tmp_path / f"{k}.npz").tolist() == [v != 2 for v in range(7)]
+
+
+def test_a_vertebra_is_read_without_the_others(tmp_path):
+    crops = np.random.default_rng(0).integers(0, 256, (7, 15, 6, 16, 16), dtype=np.uint8)
+    cspine.write_crops(tmp_path / "a.npz", crops)
+    with np.load(tmp_path / "a.npz") as file:
+        others = {name: file[name] for name in file if name not in ("C1", "C3", "C6")}
+    np.savez(tmp_path / "b.npz", **others)
+    assert np.array_equal(cspine.read_crops(tmp_path / "b.npz", [4, 1]), crops[[4, 1]])
+    with pytest.raises(cspine.StudyError, match="C6"):
+        cspine.read_crops(tmp_path / "b.npz", [4, 5])
+
+
 def test_noisy_crops_take_little_more_than_a_quarter_and_are_without_loss(tmp_path):
     noise = np.random.default_rng(0).normal(128, 40, (7 * 15 * 96, 6 * 96))
     noise = cv2.GaussianBlur(noise, (0, 0), 2).clip(0, 255).astype(np.uint8)

@@ -497,7 +497,7 @@ def bench_loading(scale, root, study):
         np.save(path, np.ascontiguousarray(step.transpose(1, 2, 0)))
 
     def ours():
-        sample = torch.from_numpy(cspine.read_crops(root / "crops.npz", [3])).float() / 255
+        sample = torch.from_numpy(cspine.read_crops(root / "crops.npz", [3]))
         cspine.augment_crops(sample, [rng])
 
     def other():
