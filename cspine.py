@@ -1251,8 +1251,11 @@ def answer_study(volume, read_s, ensemble, folds):
     segmenters = ensemble.models["segmenter"][:folds]
     probability = segment(segmenters, volume, ensemble.device, problems.append)
     found = monotonic()
-    first = (ensemble.models["vertebra"] + ensemble.models["patient"])[0]
-    wanted = {name: first.settings[name] for name in ("mask_of", "z_margin")}
+    classifiers = ensemble.models["vertebra"] + ensemble.models["patient"]
+    wanted = {name: classifiers[0].settings[name] for name in ("mask_of", "z_margin")}
+    largest = max(model.settings["size"] for model in classifiers)
+    if largest > CROP:  # else the usual crops are made smaller
+        wanted["size"] = largest
     crops = vertebra_slices(volume, probability, **wanted)
     cut = monotonic()
     outputs = classify(ensemble, crops, folds)

@@ -183,6 +183,21 @@ def test_models_with_names_are_found_beside_the_others(tmp_path):
     assert len(cspine.model_hashes(tmp_path)) == 4
 
 
+def test_classifiers_of_large_crops_are_shown_large_crops(tmp_path, monkeypatch):
+    """As they were trained, not crops of 224 pixels made larger."""
+    weights = make_weights(tmp_path / "weights", size=256)
+    ensemble = cspine.load_ensemble(weights, torch.device("cpu"))
+    for model in ensemble.models["segmenter"]:
+        model.settings["size"] = 32
+    make_study(tmp_path / "study")
+    shown = []
+    whole = cspine.classify
+    monkeypatch.setattr(
+        cspine, "classify", lambda e, crops, folds: shown.append(crops) or whole(e, crops, folds))
+    cspine.answer_study(cspine.read_volume(tmp_path / "study"), 0, ensemble, 1)
+    assert shown[0].shape == (7, 15, 6, 256, 256)
+
+
 def test_segmenters_of_other_sizes_answer_together(tmp_path):
     """Each at its own size; two that say 0.4 everywhere say 0.4 together."""
     make_study(tmp_path / "study")
