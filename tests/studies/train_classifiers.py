@@ -75,6 +75,7 @@ TRAININGS = dict(
 # The calibration that is fitted is drawn towards the prior: this share of it stays.
 FIT_SHARES = 0.7, 0.85, 1.0
 UNUSUAL = math.inf, 1.0, 0.0, -1.0, -2.0
+LEAST_GAIN = 0.005  # of the mean left-out score, or the plain fit stays
 TRAINED_ON = "phantoms and 57 real necks; no real fracture"
 
 
@@ -348,12 +349,22 @@ def calibrate(o):
     constants = table.loc["the best constants"].iloc[0]
     tried = table.drop("the best constants")
     safe = tried[(tried <= constants).all(axis=1)]
-    share, unusual = (safe if len(safe) else tried).mean(axis=1).idxmin()
+    means = (safe if len(safe) else tried).mean(axis=1)
+    plain = 1.0, math.inf
+    gains = means.get(plain, math.inf) - means.min()
+    share, unusual = means.idxmin() if gains > LEAST_GAIN else plain
     print(f"chosen: {share} of the fit, unusual {unusual}; rows never worse: {len(safe)}")
     found = cspine.fit_calibration(outputs, labels)
-    cspine.write_calibration(weights, towards_prior(found, share, unusual))
+    write_calibration(weights, towards_prior(found, share, unusual))
+
+
+def write_calibration(weights, found):
+    """calibration.json, with what the program itself never fits."""
+    cspine.write_calibration(weights, found)
     path = weights / "calibration.json"
     content = json.loads(path.read_text()) | dict(trained_on=TRAINED_ON)
+    if found.unusual < math.inf:
+        content["unusual"] = found.unusual
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
