@@ -996,7 +996,8 @@ class StepEncoder(nn.Module):
         self.backbone = create_backbone(
             backbone, in_chans=CHANNELS, num_classes=0, global_pool="avg",
             drop_path_rate=drop_path)
-        width = self.backbone.head_hidden_size
+        probe = torch.zeros(1, CHANNELS, 64, 64)  # refuses backbones of one image size
+        width = self.backbone.eval()(probe).shape[1]
         if checkpoint:  # the blocks run again in the backward pass
             self.backbone.set_grad_checkpointing()
         self.absent = nn.Parameter(torch.zeros(width))  # features of a step not in view
@@ -3298,9 +3299,11 @@ class Given(argparse.Action):
         self.least, self.most = limits
 
     def __call__(self, parser, namespace, values, option_string=None):
-        if not (isinstance(values, str) or self.least <= values <= self.most):  # nor NaN
-            limits = f"must be from {self.least} to {self.most}"
-            raise argparse.ArgumentError(self, f"{values:g}: {limits}")
+        if not isinstance(values, str):
+            within = self.least <= values <= self.most  # NaN is not
+            if not within or math.isinf(values):
+                limits = f"must be from {self.least} to {self.most}"
+                raise argparse.ArgumentError(self, f"{values:g}: {limits}")
         setattr(namespace, self.dest, values)
         namespace.given = (*namespace.given, self.dest)
 

@@ -1,11 +1,13 @@
 """How many levels of real necks the segmenters of a folder name right.
 
     python tests/studies/levels.py NECKS --weights weights --part test --views 2
+    python tests/studies/levels.py NECKS --weights weights --part test --answers
 
 A level is named right if the mask that holds most cells within NEAR_MM of its landmark
 has its name; C1 counts by both arches. Views are cut as the competition's studies are, the
 same for all weights; `whole` is the whole CT. T1 is called C7 where C7's mask holds more
-than half of the cells that near to its body, and touched where it holds any.
+than half of the cells that near to its body, and touched where it holds any. --answers
+prints what the classifiers say of one neck view a patient instead; no fracture is known there.
 """
 
 import argparse
@@ -121,6 +123,26 @@ def summary(table):
     return pd.DataFrame(rows)
 
 
+def answers(folder, ensemble, part, most=None):
+    """The eight answers to one neck view of every patient, a row each."""
+    rows = []
+    for coarse in islice(real_necks.read_necks(folder, part), most):
+        neck = real_necks.finer(coarse)
+        volume, _ = cut_volume(neck, real_necks.make_mask(neck), "neck", 0)
+        row, *_ = cspine.answer_study(volume, 0, ensemble, 100)
+        rows.append([row[target] for target in cspine.TARGETS])
+    return pd.DataFrame(rows, columns=cspine.TARGETS)
+
+
+def print_answers(table):
+    vertebrae = table[[*cspine.VERTEBRAE]].to_numpy()
+    prior = cspine.PRIOR
+    print(f"{len(table)} patients; mean answer of C1 to C7: {vertebrae.mean():.3f} (the prior: "
+          f"{prior[:7].mean():.3f}), above its prior {(vertebrae > prior[:7]).mean():.1%}, "
+          f"above 0.5 {(vertebrae > 0.5).mean():.1%}; of the patient: "
+          f"{table.patient_overall.mean():.3f} ({prior[7]:.3f})")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("necks", help="folder of <patient>.nii.gz")
@@ -128,8 +150,14 @@ def main():
     parser.add_argument("--part", default="test", help="test, choice or train")
     parser.add_argument("--views", type=int, default=2, help="cut ones a patient")
     parser.add_argument("--out", default="", help="csv of every study")
+    parser.add_argument("--answers", action="store_true", help="of the classifiers")
     o = parser.parse_args()
 
+    if o.answers:
+        calibration = cspine.read_calibration(o.weights)
+        ensemble = cspine.load_ensemble(o.weights, torch.device("cpu"), calibration)
+        print_answers(answers(o.necks, ensemble, o.part))
+        return
     models = [*cspine.load_models(o.weights, "segmenter", "cpu").values()]
     table = measure(o.necks, models, o.part, o.views)
     if o.out:
