@@ -1942,10 +1942,11 @@ def read_crops(path, vertebrae=range(7)):
     """uint8 (V, 15, 6, S, S) of some vertebrae of a study. StudyError if damaged."""
     with errors_as(StudyError, f"{path}: no crops"), np.load(path) as file:
         index, edge = file["index"], file["edge"]
+        older = {name: file[name] for name in ("ends", "data") if name in file}
         out = np.zeros((len(vertebrae), *index.shape[1:], edge, edge), np.uint8)
         for v, crops in zip(vertebrae, out):
-            if "data" in file:
-                images = png_images(file, index[v])
+            if older:
+                images = png_images(**older, numbers=index[v])
             else:
                 images = undo_differences(file[VERTEBRAE[v]], edge)
             for place in zip(*(index[v] >= 0).nonzero()):
@@ -1961,10 +1962,8 @@ def undo_differences(packed, edge):
         images = images.cumsum(axis, dtype=torch.uint8)  # numpy's takes twice as long
     return images.numpy()
 
-def png_images(file, numbers):
+def png_images(ends, data, numbers):
     """{number: image} out of a file of an older version, with PNG in one member."""
-    ends = file["ends"]
-    data = file["data"]
     images = {}
     for k in np.unique(numbers[numbers >= 0]):
         png = data[ends[k] : ends[k + 1]]

@@ -24,13 +24,10 @@ import importlib
 import importlib.util
 import json
 import math
-import multiprocessing
 import shutil
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pandas as pd
 import torch
@@ -42,6 +39,7 @@ sys.path[:0] = [str(ROOT / folder) for folder in FOLDERS]
 import breaks  # noqa: E402
 import cspine  # noqa: E402
 import real_necks  # noqa: E402
+from train_weights import run_all, save as write_arrays  # noqa: E402
 
 # Seed, number of studies, share with a copy; no seed that anything is measured on.
 HANDS = dict(
@@ -126,11 +124,7 @@ def stored(hu):
 
 
 def save(folder, uid, hu, spacing, broken):
-    def write(new):
-        with open(new, "wb") as file:
-            np.savez(file, hu=hu, spacing=spacing, broken=broken)
-
-    cspine.write_atomic(folder / f"{uid}.npz", write)
+    write_arrays(folder / f"{uid}.npz", hu=hu, spacing=spacing, broken=broken)
     print(uid, *broken, flush=True)
 
 
@@ -255,20 +249,6 @@ def crop_jobs(o):
         paths = (o.work / "studies" / part).glob("*.npz")
         for path in sorted(paths):
             yield cut_crops, o.weights, o.device, o.work, path
-
-
-def start_worker(paths):
-    sys.path[:] = paths
-    cv2.setNumThreads(1)
-    torch.set_num_threads(1)
-
-
-def run_all(jobs, workers):
-    """Do every job, in processes; the first error ends all."""
-    context = multiprocessing.get_context("spawn")  # a forked process cannot use a GPU
-    with ProcessPoolExecutor(workers, context, start_worker, [sys.path]) as pool:
-        for done in [pool.submit(*job) for job in jobs]:
-            done.result()
 
 
 # ==== Training ====

@@ -15,10 +15,10 @@ tests/necks/real_necks.py.
 import argparse
 import copy
 import math
+import multiprocessing
 import sys
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import cv2
@@ -114,12 +114,19 @@ def save(path, **arrays):
 def make_all(make, folder, items, workers):
     """Call make(folder, item) for all items, in processes."""
     folder.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(workers, initializer=use_one_thread) as pool:
-        for _ in pool.map(partial(make, folder), items):
-            pass
+    run_all(((make, folder, item) for item in items), workers)
 
 
-def use_one_thread():
+def run_all(jobs, workers):
+    """Do every job (function, *arguments), in processes; the first error ends all."""
+    context = multiprocessing.get_context("spawn")  # a forked process cannot use a GPU
+    with ProcessPoolExecutor(workers, context, start_worker, [sys.path]) as pool:
+        for done in [pool.submit(*job) for job in jobs]:
+            done.result()
+
+
+def start_worker(paths):
+    sys.path[:] = paths
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
 

@@ -214,12 +214,17 @@ def finished(session, mode):
     return all(trained(session.weights, session.preset, one) for one in needed)
 
 
+def torchrun(cards, script):
+    """A command that runs a script with a process a GPU, but for its arguments."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*launcher, f"--nproc_per_node={cards}", str(script)]
+
+
 def run_step(session, mode):
     """Run a command with a process a GPU, in the time that is left; its exit status."""
     left = (session.end - time.monotonic()) / 60
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone",
-        f"--nproc_per_node={session.cards}", "cspine.py", mode, "--preset", session.preset,
+    command = torchrun(session.cards, "cspine.py") + [
+        mode, "--preset", session.preset,
         "--data", str(session.data), "--weights", str(session.weights),
         "--work", str(session.work), "--time-limit", f"{left:.3f}"]
     if mode != "extract":  # which always goes on

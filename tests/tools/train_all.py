@@ -24,9 +24,8 @@ def run(arguments, cards):
     """The exit status of a mode: in this process, or in one on each of several GPUs."""
     if cards < 2:
         return cspine.main(arguments)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                f"--nproc_per_node={cards}"]
-    return subprocess.call([*torchrun, str(ROOT / "cspine.py"), *arguments])
+    command = kaggle_training.torchrun(cards, ROOT / "cspine.py")
+    return subprocess.call([*command, *arguments])
 
 
 def main(argv=None):
