@@ -9,10 +9,10 @@ For the RSNA 2022 Cervical Spine Fracture Detection task; not a medical device. 
 
     study folder --read_volume--> Volume (HU, Z Y X, head first)
     Volume --segmenter_input--> (1, D, D, D) --Segmenter--> probability (7, D, D, D)
-    Volume + probability --vertebra_slices--> uint8 (7, T, K, S, S): a step is 5 slices, 1
-    mask (T, K, S, S) --VertebraClassifier--> T logits --> P(Ck) (7 * T, K, S, S)
-    --PatientClassifier--> 7 * T + 1 logits --> P(C1..C7), P(patient) the outputs of all
-    models --combine--> submission.csv
+    Volume + probability --vertebra_slices--> uint8 (7, T, K, S, S): 5 slices, 1 mask a step
+    (T, K, S, S) --VertebraClassifier--> T logits --> P(Ck)
+    (7 * T, K, S, S) --PatientClassifier--> 7 * T + 1 logits --> P(C1..C7), P(patient)
+    the outputs of all models --combine--> submission.csv
 
 Shapes: B batch, C channels, Z Y X voxel axes (head to foot, front to back, right to left),
 D 128 cube edge, V 7 vertebrae, T 15 steps, K 6 channels of a step, S 224 crop edge, N steps
@@ -21,9 +21,10 @@ that a classifier sees at once (T or V * T), F features of a step.
 Modes, in the order of the work: phantom, train-seg, extract, train-cls, train-patient,
 predict, evaluate; eda, show, notebook, demo. `python cspine.py MODE --help` tells what each
 reads and writes. On two GPUs: torchrun --nproc_per_node=2 cspine.py MODE. Pasted into a
-notebook, the file runs nothing; main(["predict", "--weights", "..."]) runs a mode. Exit
-status: 0 done, or ended by --time-limit; 2 what you can mend, in one line; 3 most studies
-got the prior; 130 interrupted, with what was finished on disk; 1 a fault of ours.
+notebook, the file runs nothing; main(["predict", "--weights", "..."]) runs a mode.
+
+Exit status: 0 done, or ended by --time-limit; 2 what you can mend, in one line; 3 most
+studies got the prior; 130 interrupted, with what was finished on disk; 1 a fault of ours.
 """
 
 import argparse
@@ -44,7 +45,7 @@ import subprocess
 import sys
 import zipfile
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import accumulate, permutations
@@ -118,7 +119,7 @@ KAGGLE = Path(os.environ.get("KAGGLE_ROOT", "/kaggle"))  # elsewhere in the test
 KAGGLE_DATA = f"{KAGGLE}/input/rsna-2022-cervical-spine-fracture-detection"
 KAGGLE_MINUTES = 510.0  # minutes, of the 540 that a submission has
 MAX_READ_S = 600  # s, or a quarter of the time left, that a file which hangs may cost
-READ_AHEAD = 99  # threads that read studies: each may be stuck in a file that hangs
+READING_THREADS = 99  # threads that read studies: each may be stuck in a file that hangs
 CROPS_ON_CPU = STEPS  # crops in one pass of a backbone: about a CPU's cache
 CROPS_ON_GPU = 2 * 7 * STEPS  # crops in one pass: those of two patients
 LEAST_INSIDE = 0.5  # share of a mask's labels that lie in its study, or it is another's
@@ -128,19 +129,22 @@ LEAST_SEEN = 0.5  # share of all vertebrae that the crops must show, to train on
 MAX_SKIPPED_STEPS = 20  # steps in a row without a finite gradient
 VALIDATION_SHARE = 0.1  # of the studies trained on between two scorings of a segmenter
 INIT_LEVELS = 4  # folders below /kaggle/input: model, framework, variation, version
-SCRATCH = (  # by the public code and write-ups of the top teams
+FROM_SCRATCH = (  # by the public code and write-ups of the top teams
     "training from scratch, where a score of 0.43 to 0.52 is expected instead of 0.32 to "
     "0.35; the third to sixth places and the starting solution began from ImageNet")
 
 class UserError(Exception):
     """Something that the user can mend; main prints it in one line, status 2."""
+
 class StudyError(UserError):
     """One study or one of its files cannot be used; the run goes on with the others."""
+
 class Stopped(Exception):
-    """A run that ended before its work was done, with all of it saved."""
+    """A run that ends with a status of its own; whatever was finished is on disk."""
     def __init__(self, message, status):
         super().__init__(message)
         self.status = status
+
 def setting(default, meaning, choices=(), least=-math.inf, most=math.inf):
     """A field of settings: its meaning is the text of --help, the rest what it may be."""
     limits = dict(help=meaning, choices=choices, least=least, most=most)
@@ -158,7 +162,7 @@ FAST = {  # ours: a fold whose trainings end within an hour on two T4
     "train-patient": dict(fold="0", epochs=6, thin=3)}
 STRONG = dict(size=384, epochs=50, thin=3, mixup=0.5, drop_path=0.3)
 GOLD = {  # first place's crops of 384..512, 50..75 epochs, mixup 0.5, drop path 0.2..0.3
-    "train-seg": dict(epochs=480, drop_path=0.2),  # 8,160 steps; first: 17,400
+    "train-seg": dict(epochs=480, drop_path=0.2),  # 8,160 steps; first place: 17,400
     "extract": dict(size=384),
     "train-cls": STRONG,
     "train-patient": STRONG | dict(batch_size=4, checkpoint=True)}  # for 16 GB
@@ -190,8 +194,12 @@ class Shared:
         "timm's under /kaggle/input, in --data and in weights/pretrained")
     name: str = setting("", "keeps a second set apart, as vertebra_NAME_fold0.pt")
     preset: str = setting("standard", "defaults of a whole training", tuple(PRESETS))
+
+@dataclass(frozen=True)
+class Cut:
+    """How crops are cut; options of extract and of the classifiers' trainings."""
     mask_of: str = setting("last", "which slice of a step the mask is of", MASKED_SLICES)
-    z_margin: float = setting(BOX_MARGIN, "z margin of crops, 128ths of a study", least=0)
+    z_margin: float = setting(BOX_MARGIN, "z margin of crops, cells of the cube", least=0)
 
 @dataclass(frozen=True)
 class Recipe:
@@ -210,18 +218,16 @@ class Recipe:
         0.05, "share of residual branches left out at random", least=0, most=0.9)
     dropout: float = setting(0.1, "share left out before the last layer", least=0, most=0.9)
     half: bool = setting(False, "bfloat16 on a CPU that has it; a GPU always halves")
-    seed: int = setting(0, "of everything random", least=0)
+    seed: int = setting(0, "of everything random", least=0, most=2**32)
 
 @dataclass(frozen=True)
-class ClassifierRecipe(Recipe):
+class ClassifierRecipe(Cut, Recipe):
     """What the training of a classifier has besides."""
     mixup: float = setting(0.2, "share of batches with mixed losses", least=0, most=1)
     hidden: int = setting(256, "width of the LSTMs", least=1)
     thin: int = setting(
         1, "3: a batch sees a third of the steps, from a random one on", (1, 3, 5, 15))
     checkpoint: bool = setting(False, "compute blocks twice: less memory, a third slower")
-    mask_of: str = setting("last", "which slice of a step the mask is of", MASKED_SLICES)
-    z_margin: float = setting(BOX_MARGIN, "z margin of crops, 128ths of a study", least=0)
 
 # Rates and epochs are ours; dropout is Tan and Le's (2021), mixup first place's.
 RECIPES = dict(
@@ -275,7 +281,7 @@ class Slice(NamedTuple):
 
 PASS_TAGS = (  # what tells two scans of the same places in one series apart
     "AcquisitionNumber", "ConvolutionKernel", "ImageType", "TemporalPositionIdentifier",
-    "AcquisitionTime", "ContentTime")
+    "AcquisitionTime", "ContentTime")  # these two order what none parts
 
 def read_slices(path):
     """The Slices of a DICOM file, one of each frame, with or without its preamble."""
@@ -434,7 +440,7 @@ def read_series(path, workers, give_up):
     sources = [one.source for one in run]
     return [one.hu for one in run], steps, affine, problems, sources
 
-def read_ct(path):
+def read_nifti_ct(path):
     """What read_series gives, of a CT as NIfTI-1; it has no sources.
     StudyError if its values are no Hounsfield units of a body: labels, MR, another unit."""
     stored, slope, intercept, voxel_from_lps = read_nifti(path)
@@ -482,7 +488,7 @@ def read_volume(folder, workers=2, give_up=lambda: False):
     path = Path(folder)
     nifti = is_nifti(path)
     with errors_as(StudyError, path):
-        found = read_ct(path) if nifti else read_series(path, workers, give_up)
+        found = read_nifti_ct(path) if nifti else read_series(path, workers, give_up)
         planes, steps, affine, problems, sources = found
         shape = (len(steps), *planes[0].shape)
         if math.prod(shape) > MAX_VOXELS:
@@ -601,8 +607,9 @@ def write_nifti(path, labels, volume):
     write_atomic(path, lambda new: new.write_bytes(content))
 
 def read_mask(path, volume, shape=None):
-    """uint8 (Z, Y, X), or a coarser `shape`: the nearest label, 1-7 = C1-C7, or 0 outside.
-    The mask may lie on any grid: its affine places it. StudyError if it is damaged."""
+    """uint8 (Z, Y, X), or a coarser `shape`: the nearest label, 1-7 = C1-C7, others as
+    they are stored, 0 outside. The mask may lie on any grid: its affine places it.
+    StudyError if it is damaged."""
     with errors_as(StudyError, f"{path}: no whole NIfTI-1 mask"):
         stored, slope, intercept, voxel_from_lps = read_nifti(path)
     out = np.zeros(shape or volume.hu.shape, np.uint8)
@@ -836,8 +843,9 @@ def mean_probability(models, volume, device):
     return (total / len(models)).cpu()
 
 def neck_part(probability, shape):
-    """(low, high) voxels of the neck and its surroundings, or None if it fills the study.
-    Where C1..C7 fill little of the cube, their cells are too coarse for a good mask."""
+    """(low, high) voxels, (3,) each, of the neck and its surroundings, or None if it fills
+    the study. Where C1..C7 fill little of the cube, their cells are too coarse for a good
+    mask."""
     cells = probability.shape[-1]
     box = vertebra_box(probability.amax(0).numpy(), gap=cells)
     if box is None:
@@ -850,7 +858,8 @@ def neck_part(probability, shape):
     return (low, high) if min((high - low) / shape) < LOOK_CLOSER else None
 
 def place_back(part, low, high, shape):
-    """The probability (7, D, D, D) of a study, from that of its voxels low to high."""
+    """The probability (7, D, D, D) of a study of a shape (3,), from that of its voxels
+    from `low` to `high`, (3,) each: z, y, x."""
     size = high - low
     scale = np.divide(shape, size)
     shift = np.subtract(shape, low + high) / size
@@ -945,8 +954,9 @@ def interleave(images, masks):
 def vertebra_slices(volume, probability, size=CROP, mask_of="last", z_margin=BOX_MARGIN):
     """The ninety images of every vertebra: uint8 (7, 15, 6, S, S), a mask after 5 slices.
     `probability` (7, D, D, D) covers the whole study. `mask_of` says of which of a step's
-    slices the mask is, the "last" or the "center". The steps reach `z_margin` cells beyond
-    it. A vertebra that is not seen is all 0; the mask of one that is seen is nowhere 0."""
+    slices the mask is, the "last" or the "center". The steps cover the vertebra's mask and
+    `z_margin` cells beyond it, above and below. A vertebra that is not seen
+    is all 0; the mask of one that is seen is nowhere 0."""
     out = np.zeros((7, STEPS, CHANNELS, size, size), np.uint8)
     for v, cells in enumerate(probability):
         found = vertebra_box(cells)
@@ -1092,7 +1102,6 @@ class Calibration(NamedTuple):
     scale: Any = (1.0,) * 8
     shift: Any = (0.0,) * 8
     unseen: Any = PRIOR  # the answer of a target that is not in view
-    unusual: float = math.inf  # median logit of C1..C7 above which a study is foreign
     answers: Answers = Answers()
     weights: dict = {}  # {model name: its weight in the blend}; else 1
     trained_on: str = "unknown"  # what the models were, in words
@@ -1107,9 +1116,9 @@ class Ensemble(NamedTuple):
 @torch.inference_mode()
 def classify(ensemble, crops, folds=100):
     """[Output], T = 15, of the first `folds` models of each kind.
-    `crops` is uint8 (7, 15, 6, S, S). NaN stands for a vertebra that is not seen, and for
-    the patient where a vertebra classifier has no answer. Model i sees dihedral view i mod
-    8 (first place), so that their errors differ."""
+    `crops` is uint8 (7, 15, 6, S, S). A vertebra that is not seen is NaN in `steps`;
+    `patient` is NaN from a vertebra classifier, which has no such answer. Model i sees
+    dihedral view i mod 8 (first place), so that their errors differ."""
     absent = ~crops.any((1, 2, 3, 4))
     vertebra, patient = (ensemble.models[kind][:folds] for kind in ("vertebra", "patient"))
     crops = torch.from_numpy(crops).to(ensemble.device)
@@ -1166,14 +1175,9 @@ def calibrated(raw, calibration):
     """(N, 8) probabilities of mean logits (N, 8).
     The patient's is a blend of its own and of the vertebrae's noisy-or, P(at least one).
     What is not in view gets calibration.unseen; with no vertebra in view the patient does,
-    too. Where a calibration says what is unusual, a study whose vertebrae seem mostly
-    broken is foreign to it, and leans to the prior."""
+    too."""
     scale, shift, unseen = map(torch.tensor, calibration[:3])
     logits = torch.tensor(raw) * scale + shift
-    median = logits[:, :7].nan_to_num(-9).median(1, keepdim=True).values
-    excess = (median - calibration.unusual).clamp(0)  # (N, 1)
-    logits = logits - excess
-
     whole = 1 - logits[:, :7].sigmoid()
     either = 1 - whole.nan_to_num(1).prod(1)  # not in view: not broken
     either = torch.where(either > 0, either, math.nan)
@@ -1183,9 +1187,7 @@ def calibrated(raw, calibration):
     patient = share * either + (1 - share) * own
     logits[:, 7] = patient.logit(LEAST_ANSWER) * scale[7] + shift[7]
 
-    trust = (-excess / 2).exp()
-    prior = torch.tensor(PRIOR).logit()
-    answers = prior.lerp(logits, trust).sigmoid()
+    answers = logits.sigmoid()
     answers = torch.where(answers.isnan(), unseen, answers)
     return answers.clamp(LEAST_ANSWER, 1 - LEAST_ANSWER).numpy()
 
@@ -1207,7 +1209,7 @@ class Submission(NamedTuple):
 def rows_asked(path):
     """[(row_id, uid, target)] of test.csv, each row once."""
     columns = ["row_id", STUDY, "prediction_type"]
-    table = read_csv(path, columns).fillna("").astype(str)
+    table = read_csv(path, columns).astype(object).fillna("").astype(str)
     table = table.drop_duplicates("row_id")
     target = table.row_id.str.extract(f"_({'|'.join(TARGETS)})$")[0]
     target = target.fillna(table.prediction_type)
@@ -1260,6 +1262,11 @@ def answer_study(volume, read_s, ensemble, folds):
     crops = vertebra_slices(volume, probability, **wanted)
     cut = monotonic()
     outputs = classify(ensemble, crops, folds)
+    seen = crops.any((1, 2, 3, 4))
+    mute = [one.name for one in outputs if np.isnan(one.steps[seen]).any()]
+    if len(mute) == len(outputs):
+        raise StudyError("no classifier gives a finite answer")
+    problems += [f"no finite answer by {name}: left out" for name in mute]
     answers = combine(outputs, ensemble.calibration)
     done = monotonic()
 
@@ -1284,7 +1291,9 @@ def answer_somewhere(volume, read_s, ensemble, folds):
 def answer_or_prior(uid, future, ensemble, folds, seconds):
     """A row of the report, of the study that `future` reads; else the prior, and why."""
     try:
-        volume, read_s = future.result(seconds)  # a file may hang
+        if not wait([future], seconds).done:  # a file may hang
+            raise StudyError(f"reading it took over {seconds:.0f} s")
+        volume, read_s = future.result()
         row, places, _ = answer_somewhere(volume, read_s, ensemble, folds)
         return row | as_columns(places)
     except Exception as error:  # damaged data raises nearly every kind
@@ -1292,13 +1301,13 @@ def answer_or_prior(uid, future, ensemble, folds, seconds):
         say(f"study {uid}: {reason}; answered with the prior")
         return dict(PRIOR_ANSWERS, status="failed", warnings=reason)
 
-def working(ensemble):
+def tried_on_device(ensemble):
     """The Ensemble, tried once on its device; on the CPU if its models do not run there."""
     if not ensemble.on_cpu:
         return ensemble
     try:
         volume = Volume("", np.zeros((16, 16, 16), np.int16), (1, 1, 1), np.eye(4))
-        segment(ensemble.models["segmenter"][:1], volume, ensemble.device, say)
+        segment(ensemble.models["segmenter"][:1], volume, ensemble.device, str)
         classify(ensemble, np.ones((7, STEPS, CHANNELS, 32, 32), np.uint8), 1)
         return ensemble
     except RuntimeError as error:
@@ -1307,42 +1316,51 @@ def working(ensemble):
 
 def report_paths(out):
     """{rank: report} of all processes that have written one beside the submission."""
-    paths = sorted(out.parent.glob("predict_report*.csv"))
-    return {int(path.stem[len("predict_report"):] or 0): path for path in paths}
+    found = {}
+    for path in sorted(out.parent.glob("predict_report*.csv")):
+        named = re.fullmatch(r"predict_report(\d*)", path.stem)
+        if named:  # not a copy by another name
+            found[int(named[1] or 0)] = path
+    return found
 
-def read_reports(task):
+def read_reports(submission):
     """{uid: row} of the studies that are answered, by any process of this run."""
     rows = {}
-    for path in report_paths(task.out).values():
-        table = read_csv(path, (STUDY, "status", *TARGETS))
+    for path in report_paths(submission.out).values():
+        try:
+            table = read_csv(path, (STUDY, "status", *TARGETS))
+        except UserError:
+            if path.exists():
+                raise
+            continue  # another process has just begun anew
         failed = table.status.isin(("failed", "no time"))
         made_by = table.get("made_by", "")  # older versions did not say
-        answered = table[~failed & (made_by == task.made_by)]
+        answered = table[~failed & (made_by == submission.made_by)]
         rows |= {row[STUDY]: row for row in answered.to_dict("records")}
     return rows
 
-def write_submission(task, reports=()):
+def write_submission(submission, reports=()):
     """Write this process's report, and every row asked for: an answer, or the prior."""
     if reports:
         name = f"predict_report{ranks()[0] or ''}.csv"
-        table = pd.DataFrame(reports).assign(made_by=task.made_by)
-        write_csv(task.out.parent / name, table)
-    answers = read_reports(task)
+        table = pd.DataFrame(reports).assign(made_by=submission.made_by)
+        write_csv(submission.out.parent / name, table)
+    answers = read_reports(submission)
     values = [
         (row_id, answers.get(uid, PRIOR_ANSWERS).get(target, 0.5))
-        for row_id, uid, target in task.rows]
-    write_csv(task.out, pd.DataFrame(values, columns=["row_id", "fractured"]))
-    if len(read_reports(task)) > len(answers):  # another process has reported meanwhile
-        write_submission(task)
+        for row_id, uid, target in submission.rows]
+    write_csv(submission.out, pd.DataFrame(values, columns=["row_id", "fractured"]))
+    if len(read_reports(submission)) > len(answers):  # another has reported meanwhile
+        write_submission(submission)
 
-def predict_studies(images, task, ensemble, stop, workers, resume=False):
+def predict_studies(images, submission, ensemble, stop, workers, resume=False):
     """Answer this process's share of the studies; everything is written after each of them.
     When time gets short, fewer folds answer; at the end the prior does."""
     rank, world = ranks()
-    done = read_reports(task) if resume else {}
+    done = read_reports(submission) if resume else {}
     if resume:
         say(f"--resume: {len(done)} studies have answers by these models and options")
-    uids = [*dict.fromkeys(uid for _, uid, _ in task.rows)]
+    uids = [*dict.fromkeys(uid for _, uid, _ in submission.rows)]
     todo = [uid for uid in uids[rank::world] if uid not in done]
     reports = [*done.values()]
     most = max(map(len, ensemble.models.values()))
@@ -1350,20 +1368,20 @@ def predict_studies(images, task, ensemble, stop, workers, resume=False):
 
     def read(uid):
         start = stop.clock()
-        until = stop.left() - min(MAX_READ_S, stop.left() / 4)
+        until = start + min(MAX_READ_S, stop.left() / 4)
         if uid in ("", "..") or Path(uid).name != uid:  # from a csv: it must stay inside
             raise StudyError(f"{uid!r}: no plain name")
-        volume = read_volume(images / uid, workers, lambda: stop.left() < until)
+        volume = read_volume(images / uid, workers, lambda: stop.clock() > until)
         return volume, stop.clock() - start
 
-    studies = prefetch(read, todo, READ_AHEAD)
+    studies = prefetch(read, todo, READING_THREADS)
     for k, (uid, future) in enumerate(progress(studies, "study", len(todo))):
         start, left = stop.clock(), stop.left()
         if seconds > left:
             say(f"time is short: {len(todo) - k} studies get the prior")
             blank = dict(PRIOR_ANSWERS, status="no time")
             reports += [{STUDY: uid, **blank} for uid in todo[k:]]
-            return write_submission(task, reports)
+            return write_submission(submission, reports)
         folds = most
         while folds > max(left / (len(todo) - k) / seconds, 1):
             folds //= 2
@@ -1371,10 +1389,10 @@ def predict_studies(images, task, ensemble, stop, workers, resume=False):
             say(f"study {uid}: time is short, {folds} of {most} folds")
         row = answer_or_prior(uid, future, ensemble, folds, min(MAX_READ_S, left / 4))
         reports.append({STUDY: uid, **row, "peak_gb": peak_gb()})
-        write_submission(task, reports)
+        write_submission(submission, reports)
         if stop.signal:
-            message = f"stopped by {stop.signal}; {task.out} is complete, --resume goes on"
-            raise Stopped(message, 130)
+            state = f"{submission.out} is complete, --resume goes on"
+            raise Stopped(f"stopped by {stop.signal}; {state}", 130)
         seconds = max((stop.clock() - start) / folds, 0.8 * seconds)
 
 
@@ -1395,8 +1413,11 @@ def studies_in(path):
         raise UserError(f"{path}: no such file or folder")
     inside = sorted(path.iterdir()) if path.is_dir() else []
     inner = [one for one in inside if one.is_dir() or is_nifti(one)]
-    if not inner or len(inside) - len(inner) >= MIN_SLICES:
+    others = len(inside) - len(inner)
+    if not inner or others >= MIN_SLICES:
         return [path]
+    if others:
+        say(f"{path}: a folder of studies; the {others} other files in it are left out")
     return sum(map(studies_in, inner), [])
 
 def named_studies(paths):
@@ -1456,8 +1477,7 @@ def lower_end(voxels, volume):
     aside = abs(voxels[:, 2] - x) * volume.spacing[2]
     z, y = voxels[aside < SLAB_MM, :2].T
     rows = np.unique(y)
-    gaps = np.flatnonzero(np.diff(rows) > 1)
-    body = np.split(rows, gaps + 1)[0]
+    body = parts_of(rows, rows, 1)[0]
     depth_mm = len(body) * volume.spacing[1]
     if len(body) < LEAST_ROWS or depth_mm > BODY_MM:
         return None
@@ -1542,7 +1562,7 @@ def predict_own(options):
     weights = f"weights {hash_of(hashes)}, trained on: {calibration.trained_on}"
     note = f"For research, not for diagnosis; {weights}"
     device = pick_device(options.device)
-    ensemble = working(load_ensemble(options.weights, device, calibration))
+    ensemble = tried_on_device(load_ensemble(options.weights, device, calibration))
 
     def read(name):
         start = monotonic()
@@ -1703,7 +1723,8 @@ def read_answers(path):
     table = read_csv(path, ("row_id", "fractured"))
     table[["uid", "target"]] = table.row_id.str.extract(f"^(.*)_({'|'.join(TARGETS)})$")
     table["fractured"] = pd.to_numeric(table.fractured, "coerce")
-    return table.pivot_table("fractured", "uid", "target").reindex(columns=TARGETS)
+    wide = table.pivot_table("fractured", "uid", "target").reindex(columns=TARGETS)
+    return wide.reindex(table.uid.dropna().unique())
 
 def read_held_out(weights):
     """({uid: outputs as classify's}, {uid: fold}) of the folds' held-out answers.
@@ -1759,14 +1780,16 @@ def reliability(answers, labels):
     """How often answers of about a size are right, of C1 to C7 and of the patient."""
     table = pd.DataFrame({"mean answer": answers.ravel(), "fractured": labels.ravel()})
     part = np.tile(["C1 to C7"] * 7 + ["patient_overall"], len(answers))
-    size = pd.cut(table["mean answer"], RELIABILITY_BINS)
+    size = pd.cut(table["mean answer"], RELIABILITY_BINS, include_lowest=True)
     groups = table.groupby([part, size], observed=True)
     means = groups.mean()
     means.insert(0, "answers", groups.size())
-    return means.set_axis([f"{name} {answers}" for name, answers in means.index])
+    names = [f"{name} {answers}" for name, answers in means.index]
+    return means.set_axis(names)
 
 def mask_table(data, uids, models, workers):
-    """Dice of every vertebra, and the share named right, of the studies that have masks."""
+    """A table of C1..C7 and all together, by Dice and share named right; empty without
+    masks. It is of all segmenters: that of studies they trained on is not held out."""
     masks = mask_files(data)
     device = next(models[0].parameters()).device
     # Found among the folders that are there: no path is made from a csv.
@@ -1774,9 +1797,13 @@ def mask_table(data, uids, models, workers):
     folders = [path for path in there if path.name in masks and path.name in uids]
     rows = []
     for folder in progress(folders, "study"):
-        volume = read_volume(folder, workers)
-        probability = segment(models, volume, device, say)
-        labels = read_mask(masks[folder.name], volume, probability.shape[1:])
+        try:
+            volume = read_volume(folder, workers)
+            probability = segment(models, volume, device, say)
+            labels = read_mask(masks[folder.name], volume, probability.shape[1:])
+        except StudyError as error:
+            say(f"study {folder.name}: {error}; no Dice")
+            continue
         scores = dice_scores(probability, labels), named_right(probability, labels)
         row = pd.DataFrame(np.stack(scores, 1), VERTEBRAE, ["Dice", "named right"])
         rows.append(row.dropna())
@@ -1899,6 +1926,8 @@ def read_calibration(weights, hashes=None):
             say(f"{path} was fitted to other models: not used")
             return Calibration()
         content["answers"] = Answers(**content.get("answers", {}))
+        if content.pop("unusual", None):  # it gained nothing (RESULTS.md)
+            say(f"{path}: an older version's limit of what is unusual is not used")
         return Calibration(*rows.T, **content)
 
 
@@ -1906,9 +1935,9 @@ def read_calibration(weights, hashes=None):
 # In: samples from the disk, each with its own random generator. Out: a batch on the device.
 # The trap: whatever moves an image moves its mask with it, and labels are never mixed.
 
-# How far the augmentation goes, either way, in degrees, logarithms, shares of the edge or
-# of the grey levels 0..1; mirror, blur, hole and still are chances. Shifts of 30 %: first
-# place.
+# How far the augmentation goes, either way. rotation: degrees; scale, gamma: logarithms;
+# shift: shares of the edge (30 %: first place); window, noise: of the grey levels 0..1;
+# mirror, blur, hole, still: chances.
 VOLUME_RANGES = dict(
     rotation=15, scale=0.35, shift=0.3, mirror=0.5, window=0.2, gamma=0.3, noise=0.06,
     blur=0.3, hole=0, still=0.4)
@@ -1918,9 +1947,9 @@ CROP_RANGES = dict(
 
 def write_crops(path, crops, z_margin=0.0):
     """Write a study's crops, uint8 (7, 15, 6, S, S): each different image once, as steps
-    share slices. A vertebra's images are a member of the file, read without the others.
-    Differences in both directions are small and deflate well: less than PNG, read in half
-    its time. `z_margin` says how the crops were cut."""
+    share slices. A vertebra's images are a member of the file, read without the others:
+    the differences to the pixel above and to the left, deflated, which are smaller than PNG
+    and read in half its time. `z_margin` says how the crops were cut."""
     index = np.full(crops.shape[:3], -1, np.int16)
     content = dict(index=index, edge=crops.shape[-1], z_margin=z_margin)
     for name, steps, places in zip(VERTEBRAE, crops, index):
@@ -2124,9 +2153,9 @@ def classifier_batch(model, tensors, rngs, recipe):
 
 
 # ==== Checkpoints ====
-# In: files of weights. Out: models. A checkpoint says what is needed to build its model
-# again: kind, settings, tensors; <name>_last.pt holds the state of a training instead, and
-# starts no other. The trap: a pickle can run code; everything is loaded with weights_only.
+# In: files of weights. Out: models. A checkpoint says what builds its model again: kind,
+# settings, tensors; <name>_last.pt holds the state of a training, and starts no other.
+# The trap: a pickle can run code; everything is loaded with weights_only.
 
 KINDS = dict(segmenter=Segmenter, vertebra=VertebraClassifier, patient=PatientClassifier)
 
@@ -2265,17 +2294,20 @@ def files_below(folder, levels):
 def imagenet_file(backbone, data):
     """The Path of timm's file of a backbone, or None; its name, or a folder's, says so.
     Looks under /kaggle/input, in --data and in weights/pretrained."""
+    plain = re.sub(r"[-. ]", "_", backbone.lower())
     places = {KAGGLE / "input": INIT_LEVELS, Path(data): 0}
     places[HERE / "weights" / "pretrained"] = INIT_LEVELS
     for folder, levels in places.items():
         found = []
         for path in files_below(folder, levels):
             name = re.sub(r"[-. ]", "_", str(path.relative_to(folder)).lower())
-            named = re.search(rf"(^|/)(timm_)?{re.escape(backbone)}[_/]", name)
+            named = re.search(rf"(^|/)(timm_)?{re.escape(plain)}[_/]", name)
             if named and path.suffix in (".safetensors", ".bin", ".pth"):
                 found.append(path)
         if found:
-            return min(found, key=lambda path: (len(str(path)), path))
+            # convnext_nano_ols is another network, convnext_nano.in12k a training of it.
+            longer = [f"{backbone}_" in str(path.relative_to(folder)) for path in found]
+            return min(zip(longer, map(len, map(str, found)), found))[-1]
     return None
 
 def init_file(options, kind, fold):
@@ -2297,9 +2329,9 @@ def init_file(options, kind, fold):
 
 
 # ==== Training ====
-# In: a Task. Out: <name>.pt, <name>_log.csv and <name>_heldout.csv in the folder of
-# weights. The trap: whatever is random is drawn from (seed, step) or (seed, place in the
-# order), never from a state, so that a run that was killed goes on to the same bits.
+# In: a Task. Out: <name>.pt, <name>_log.csv, <name>_heldout.csv in the folder of weights.
+# The trap: whatever is random is drawn from (seed, step) or (seed, place in the order),
+# never from a state, so that a run that was killed goes on to the same bits.
 
 class Task(NamedTuple):
     """What differs between the trainings of the three kinds."""
@@ -2324,10 +2356,10 @@ class Progress:
     step: int = 0
     skipped: int = 0  # steps without a finite gradient
     in_a_row: int = 0  # of these, without a good one between
-    seconds: float = 0.0  # of this epoch's steps
+    seconds: float = 0.0  # of the steps since the last scoring
     slowest: float = 0.0  # seconds of a step with what followed it
-    losses: list = field(default_factory=list)  # of this epoch
-    history: list = field(default_factory=list)  # a dict an epoch
+    losses: list = field(default_factory=list)  # since the last scoring
+    history: list = field(default_factory=list)  # a dict a scoring
 
 class Trainer:
     """A model in training: its weights, their average, optimiser, scaler and progress."""
@@ -2352,7 +2384,8 @@ class Trainer:
         in_float16 = half_type(device) is torch.half
         self.scaler = torch.amp.GradScaler(device.type, enabled=in_float16)
         self.progress = Progress()
-        both = [part.state_dict().values() for part in (self.averaged, self.model)]
+        # Not state_dict's aliases: on a GPU, an LSTM that is moved changes its storage.
+        both = [[*one.parameters(), *one.buffers()] for one in (self.averaged, self.model)]
         self.floats = [[t for t in one if t.is_floating_point()] for one in both]
 
     def save(self, path, task):
@@ -2411,7 +2444,8 @@ class Trainer:
         self.scaler.update()
         now.step += 1
         share = 1 - min(recipe.ema, (1 + now.step) / (10 + now.step))
-        torch._foreach_lerp_(*self.floats, share)  # but counts of batches, which none reads
+        with torch.no_grad():
+            torch._foreach_lerp_(*self.floats, share)  # counts of batches are not read
 
     def close_epoch(self, task, weights, epoch, workers):
         """Score the averaged weights on the held-out studies; log them, and keep them."""
@@ -2455,7 +2489,7 @@ def learning_rate(recipe, done):
     return recipe.lr * warm * (0.505 + 0.495 * math.cos(math.pi * done))
 
 def train(task, weights, stop, workers=2, go_on=False, init=""):
-    """Train one fold to <name>.pt in `weights`: its history, a dict an epoch.
+    """Train one fold to <name>.pt in `weights`: its history, a dict a scoring.
     Raises Stopped, with all of it saved, if a signal or the time ends the run."""
     rank, world = ranks()
     recipe, name, samples = task.recipe, task.name, len(task.train)
@@ -2636,7 +2670,8 @@ def read_csv(path, columns):
     return table
 
 def prefetch(work, items, workers, ahead=1):
-    """(item, future of work(item)) in order, `ahead` of them under way in threads."""
+    """(item, future of work(item)) in order, `ahead` of them under way in threads.
+    Whoever leaves early drops what has not begun."""
     pool = ThreadPoolExecutor(max(1, workers))
     waiting = []
     try:
@@ -2696,7 +2731,8 @@ def autocast(device, wanted=True):
 
 def peak_gb():
     """GB that this process has held at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # of KiB
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # of bytes there, else of KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 class Stop:
     """Why a run should end: a signal that was noted, or its deadline."""
@@ -2809,6 +2845,8 @@ def decode_jpeg_2000(jpeg, negative=False):
     stream[42] = bits - 1  # OpenCV refuses signed; as unsigned, it adds half the range
     cv2.utils.logging.setLogLevel(0)  # else it prints a line a slice
     words = cv2.imdecode(np.frombuffer(stream, np.uint8), cv2.IMREAD_UNCHANGED)
+    if words is None:
+        raise StudyError("damaged JPEG 2000")
     if negative and not signed:
         return sign_extend(words, bits, True).astype(np.uint16)
     return words.astype(np.uint16) - np.uint16(signed << bits - 1)
@@ -2834,14 +2872,14 @@ def decode_lossless_jpeg(data):
     with errors_as(StudyError, "JPEG Lossless"):
         segments, tables, at = jpeg_segments(data)
         frame = segments.get(0xFFC3, bytes(6))
-        bits, rows, columns, parts = struct.unpack_from(">BHHB", frame)
+        bits, rows, columns, components = struct.unpack_from(">BHHB", frame)
         _, _, destination, predictor, _, shift = segments[0xFFDA][:6]
         restart = int.from_bytes(segments.get(0xFFDD, b""), "big")
-        known = parts == 1 and predictor in PREDICTOR_HALVES and shift < bits <= 16
+        known = components == 1 and predictor in PREDICTOR_HALVES and shift < bits <= 16
         too_many = rows * columns > 8 * len(data)  # a sample takes a bit
         if not known or restart % columns or too_many:
             raise StudyError(
-                f"{rows}x{columns}x{parts} pixels of {bits} bits in {len(data)} bytes")
+                f"{rows}x{columns}x{components} pixels of {bits} bits in {len(data)} bytes")
 
         lookup = huffman_lookup(tables[destination >> 4])
         band = restart // columns or rows  # rows between two restarts
@@ -2863,9 +2901,9 @@ def split_scan(scan):
     return [part.replace(b"\xff\0", b"\xff") for part in parts]
 
 def huffman_lookup(table):
-    """For each value of the next 16 bits: category, and bits of code and difference.
-    `table` holds the number of codes of each length, then their categories (T.81 annex C).
-    """
+    """For each value of the next 16 bits: category, and bits of code and difference, as
+    int32 and uint8 (65536,). `table` holds the number of codes of each length, then their
+    categories (T.81 annex C)."""
     counts, categories = [*table[:16], 1], [*table[16:], 255]  # a last entry for no code
     length = np.repeat(range(1, 18), counts)
     category = np.array(categories, np.int32)
@@ -2891,7 +2929,8 @@ def differences(coded, count, category_of, advance_of):
     return value + (category >> 4 << 15)  # category 16 stands for 32768
 
 def windows(words, at):
-    """The 16 bits of a stream from each of the bits `at` on."""
+    """(N,) the 16 bits of a stream from each of the bits `at` (N,) on; `words` holds the
+    24 bits from each of its bytes on."""
     return words.take(at >> 3, mode="clip") >> 8 - (at & 7) & 0xFFFF
 
 def code_places(words, bits, advance_of):
@@ -3023,9 +3062,9 @@ def say_start(options, starts):
         say(f"--init {options.init}: {', '.join(found)}")
     elif options.init == "auto":
         name = options.backbone
-        say(f"NO IMAGENET WEIGHTS of {name}: {SCRATCH}. Attach timm's file of it, {name}*"
-            f".safetensors, .bin or .pth, under {KAGGLE}/input, or put it into --data or "
-            "weights/pretrained; --init none does without")
+        say(f"NO IMAGENET WEIGHTS of {name}: {FROM_SCRATCH}. Attach timm's file of it, "
+            f"{name}*.safetensors, .bin or .pth, under {KAGGLE}/input, or put it into "
+            "--data or weights/pretrained; --init none does without")
 
 def say_plan(options):
     """Say before the first step what all modes of a preset cost, if one was asked for."""
@@ -3043,6 +3082,8 @@ def run_training(options, samples, folds, task):
     go_on = options.resume or options.fold == "all"
     if ranks()[1] > 1:
         dist.init_process_group()
+        if len({*over_ranks(task.device.type)}) > 1:
+            raise UserError("more processes than GPUs that run: lower --nproc_per_node")
     starts = {fold: init_file(options, task.kind, fold) for fold in wanted}
     if ranks()[0] == 0:
         say_start(options, starts)
@@ -3079,7 +3120,7 @@ def train_segmenters(options):
     run_training(options, samples, folds, task)
 
 @dataclass(frozen=True)
-class Extraction:
+class Extraction(Cut):
     """Options of extract."""
     size: int = setting(CROP, "edge of the crops, pixels", least=32, most=512)
 
@@ -3089,6 +3130,13 @@ def crops_made(folder):
         with errors_as(UserError, f"{path}: no crops"), np.load(path) as file:
             return int(file["edge"]), float(file.get("z_margin", 0))  # older: no margin
     return None
+
+def write_study(volume, probability, options, file, mask=None):
+    """Write a study's crops to a file, and its mask where one is asked for."""
+    how = (options.size, options.mask_of, options.z_margin)
+    write_crops(file, vertebra_slices(volume, probability, *how), options.z_margin)
+    if mask:
+        write_nifti(mask, vertebra_labels(volume, probability), volume)
 
 def extract(options):
     """Write the crops of all studies, for the classifiers.
@@ -3128,12 +3176,7 @@ def extract(options):
             try:
                 volume = future.result()
                 probability = segment(own or [*models.values()], volume, device, say)
-                how = (options.size, options.mask_of, options.z_margin)
-                crops = vertebra_slices(volume, probability, *how)
-                file, *masks = files(uid)
-                write_crops(file, crops, options.z_margin)
-                for path in masks:
-                    write_nifti(path, vertebra_labels(volume, probability), volume)
+                write_study(volume, probability, options, *files(uid))
             except StudyError as error:
                 say(f"study {uid}: {error}; left out")
     made = [out / f"{uid}.npz" for uid in truth if (out / f"{uid}.npz").exists()]
@@ -3195,28 +3238,28 @@ def predict(options):
     if options.json or options.masks:
         raise UserError("--json and --masks go with a PATH, as in: predict STUDY --json")
     data = data_folder(options, "test.csv")
-    task = Submission(Path(options.out), rows_asked(data / "test.csv"))
+    submission = Submission(Path(options.out), rows_asked(data / "test.csv"))
     rank, world = ranks()
     with stop_signals(minutes_of(options)) as stop:
-        for number, path in report_paths(task.out).items():
+        for number, path in report_paths(submission.out).items():
             if number % world == rank and not options.resume:  # of an earlier run
                 path.unlink(missing_ok=True)
         if not options.resume:
-            write_submission(task)  # the prior, whatever fails from here on
+            write_submission(submission)  # the prior, whatever fails from here on
         hashes = model_hashes(options.weights)
         calibration = calibration_asked(options, hashes)
         made_by = hash_of(hashes, calibration)
-        task = task._replace(made_by=made_by)
-        write_submission(task)
+        submission = submission._replace(made_by=made_by)
+        write_submission(submission)
         device = pick_device(options.device)
-        ensemble = working(load_ensemble(options.weights, device, calibration))
+        ensemble = tried_on_device(load_ensemble(options.weights, device, calibration))
         images = data / "test_images"
-        predict_studies(images, task, ensemble, stop, options.workers, options.resume)
-    uids = [*dict.fromkeys(uid for _, uid, _ in task.rows)]
+        predict_studies(images, submission, ensemble, stop, options.workers, options.resume)
+    uids = [*dict.fromkeys(uid for _, uid, _ in submission.rows)]
     mine = uids[rank::world]  # each process speaks of its share
-    reports = read_reports(task)
+    reports = read_reports(submission)
     good = sum(reports.get(uid, {}).get("status") in ("ok", "partial") for uid in mine)
-    print(f"{task.out}: {len(task.rows)} rows, {len(mine)} studies, "
+    print(f"{submission.out}: {len(submission.rows)} rows, {len(mine)} studies, "
           f"{len(mine) - good} fell back to a prior")
     if 2 * good < len(mine):
         raise Stopped("most studies got the prior: see predict_report.csv", 3)
@@ -3256,14 +3299,13 @@ def evaluate(options):
         print("The same, each fold blended and calibrated by a fit to the others:")
         found = cross_fitted(outputs, folds, table).loc[found.index]
         print_scores(found.to_numpy(), labels)
-        if read_calibration(weights).unusual < math.inf:
-            say("the threshold of unusual studies was not fitted again, and is dropped")
         write_calibration(weights, fit_calibration(outputs, table))
     table = score_table(found.to_numpy(), labels)
-    models = load_models(weights, "segmenter", pick_device(options.device))
-    if models and not options.folds:
-        dice = mask_table(data, found.index, [*models.values()], options.workers)
-        table = table.join(dice)
+    if not options.folds:
+        device = pick_device(options.device)
+        models = [*load_models(weights, "segmenter", device).values()]
+        if models:
+            table = table.join(mask_table(data, found.index, models, options.workers))
     print("\nEvery target; fractured: how many are:")
     print(table.round(4).to_string(na_rep=""))
     if len(labels) >= LEAST_STUDIES:
@@ -3280,7 +3322,7 @@ READING = "data weights device workers"
 TRAINING = f"{READING} work fold folds resume time_limit init name preset"
 MODES = {"train-seg": Mode(train_segmenters, TRAINING, RECIPES["segmenter"])}
 MODES["extract"] = Mode(
-    extract, f"{READING} work masks folds mask_of z_margin time_limit preset", Extraction())
+    extract, f"{READING} work masks folds time_limit preset", Extraction())
 MODES["train-cls"] = Mode(train_classifiers, TRAINING, RECIPES["vertebra"])
 MODES["train-patient"] = Mode(train_classifiers, TRAINING, RECIPES["patient"])
 MODES["predict"] = Mode(predict, f"{READING} out masks resume time_limit", Asked())
@@ -3350,7 +3392,7 @@ def build_parser(modes, others=(), preset=""):
 
 def run_mode(modes, argv, others=()):
     """Run a mode of {name: Mode}: its exit status, and one line if it failed."""
-    threads = cv2.getNumThreads()
+    threads, level = cv2.getNumThreads(), cv2.utils.logging.getLogLevel()
     cv2.setNumThreads(1)  # the threads of prefetch share the cores
     benchmark = torch.backends.cudnn.benchmark  # which trainings switch on
     try:
@@ -3360,7 +3402,7 @@ def run_mode(modes, argv, others=()):
     except (torch.OutOfMemoryError, MemoryError):
         say("cspine: out of memory: try --device cpu, a smaller --batch-size, --checkpoint")
         return 2
-    except (UserError, Stopped) as error:
+    except (UserError, Stopped, OSError) as error:  # such as a folder one may not read
         say(f"cspine: {error}")
         return error.status if isinstance(error, Stopped) else 2
     except KeyboardInterrupt:
@@ -3368,11 +3410,12 @@ def run_mode(modes, argv, others=()):
         return 130
     finally:
         cv2.setNumThreads(threads)
+        cv2.utils.logging.setLogLevel(level)
         torch.backends.cudnn.benchmark = benchmark
 
 def main(argv=None):
     """Run a mode of the command line: its exit status."""
-    argv = sys.argv[1:] if argv is None else argv
+    argv = [*map(str, sys.argv[1:] if argv is None else argv)]
     if argv and argv[0] in TOOL_MODES:
         tools = HERE / "tests" / "tools"
         if tools.exists():
@@ -3383,5 +3426,8 @@ def main(argv=None):
 
 if __name__ == "__main__" and "__file__" in globals():
     status = main()
-    sys.stdout.flush()
+    with suppress(BrokenPipeError):  # whoever read it has gone
+        sys.stdout.flush()
+    if "ipykernel" in sys.modules:  # %run in a notebook, whose kernel lives on
+        sys.exit(status)
     os._exit(status)  # threads that hang in a file would be waited for

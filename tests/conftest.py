@@ -1,9 +1,11 @@
 """What every test file shares: the way to cspine.py, DICOM series made to order,
-phantoms."""
+phantoms; and the whole suite in two processes."""
 
 import multiprocessing
 import os
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +15,57 @@ import torch
 TESTS = Path(__file__).parent
 ROOMS = [TESTS.parent, TESTS / "tools", TESTS / "necks", TESTS / "studies"]
 sys.path[:0] = map(str, ROOMS)
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 from dicom_files import AXIAL, dicom_bytes  # noqa: E402
 from phantoms import make_dataset  # noqa: E402
+
+# What a second process runs beside the first when the whole suite is asked for: about half of
+# the time. Most tests keep one core busy, and the other would wait.
+SECOND_HALF = "test_training", "test_readme", "test_predict"
+second_half = pytest.StashKey()
+
+
+def pytest_configure(config):
+    """Start the second half, if nothing was selected."""
+    chosen = {"file_or_dir", "keyword", "markexpr", "lf", "collectonly", "deselect", "usepdb"}
+    if any(config.getoption(name) for name in chosen) or (os.cpu_count() or 1) < 2:
+        return
+    os.environ["OMP_NUM_THREADS"] = "1"  # of each half: threads that share a core wait
+    torch.set_num_threads(1)
+    files = [str(TESTS / f"{name}.py") for name in SECOND_HALF]
+    printed = tempfile.TemporaryFile("w+")
+    command = [sys.executable, "-m", "pytest", *config.invocation_params.args, *files]
+    process = subprocess.Popen(command, cwd=TESTS.parent, stdout=printed, stderr=printed)
+    config.stash[second_half] = process, printed
+
+
+def pytest_ignore_collect(collection_path, config):
+    if second_half in config.stash and collection_path.stem in SECOND_HALF:
+        return True
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session):
+    """The exit status is that of both halves."""
+    if second_half in session.config.stash:
+        process, _ = session.config.stash[second_half]
+        if process.wait() != 0 and session.exitstatus == 0:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if second_half in config.stash:
+        _, printed = config.stash[second_half]
+        printed.seek(0)
+        terminalreporter.section("the second half, run in another process")
+        terminalreporter.write(printed.read())
+
+
+def pytest_unconfigure(config):
+    """Whoever interrupts the first half ends the second."""
+    if second_half in config.stash:
+        config.stash[second_half][0].kill()
 
 
 @pytest.fixture

@@ -3,6 +3,8 @@
 import dataclasses
 import math
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -12,7 +14,7 @@ import torch
 import cspine
 import demo
 import modes
-from small_kernel import make_test_set, make_weights, write_test_csv
+from small_kernel import make_study, make_test_set, make_weights, write_test_csv
 
 
 @pytest.fixture(scope="module")
@@ -300,6 +302,60 @@ def test_evaluate_scores_a_submission_with_holes(data, weights, tmp_path, capsys
     weight = np.where(label, 2, 1) * [1, 1, 1, 1, 1, 1, 1, 7]
     loss = -np.where(label, np.log(answer), np.log(1 - answer))
     assert f"{(weight * loss).sum() / weight.sum():.4f} per study" in capsys.readouterr().out
+
+
+def test_a_study_whose_answers_are_all_missing_is_scored_as_the_prior(tmp_path):
+    path = tmp_path / "submission.csv"
+    rows = [("a_C1", "0.9"), ("b_C1", "none"), ("b_C2", ""), ("odd", "0.5")]
+    pd.DataFrame(rows, columns=["row_id", "fractured"]).to_csv(path, index=False)
+    found = cspine.read_answers(path)
+    assert [*found.index] == ["a", "b"] and found.loc["b"].isna().all()
+    assert found.C1["a"] == 0.9 and found.loc["a"].isna().sum() == 7
+
+
+def test_a_damaged_study_costs_evaluate_its_dice_alone(tmp_path, capsys):
+    data = tmp_path / "data"
+    for uid in ("bad", "good"):
+        make_study(data / "train_images" / uid)
+        (data / "segmentations").mkdir(exist_ok=True)
+    volume = cspine.read_volume(data / "train_images" / "good")
+    labels = np.ones(volume.hu.shape, np.uint8)
+    cspine.write_nifti(data / "segmentations" / "good.nii.gz", labels, volume)
+    (data / "segmentations" / "bad.nii.gz").write_bytes(b"damaged")
+    make_weights(tmp_path / "weights")
+    models = [*cspine.load_models(tmp_path / "weights", "segmenter", "cpu").values()]
+    table = cspine.mask_table(data, ["bad", "good"], models, 1)
+    assert table.Dice["C1"] >= 0 and "study bad" in capsys.readouterr().err
+
+
+def test_a_notebook_may_give_paths_and_numbers(tmp_path, capsys):
+    assert cspine.main(["predict", "--data", tmp_path / "none", "--workers", 2]) == 2
+    assert "no test.csv" in capsys.readouterr().err
+
+
+def test_a_folder_that_may_not_be_read_ends_in_one_line(tmp_path, monkeypatch, capsys):
+    def forbidden(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(cspine.Path, "exists", forbidden)
+    assert cspine.main(["predict", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_run_in_a_notebook_the_file_leaves_the_kernel_alive(tmp_path):
+    """%run gives a file its name and its path, in the process of the kernel."""
+    program = f"""
+import runpy, sys, types
+sys.modules["ipykernel"] = types.ModuleType("ipykernel")
+sys.argv = ["cspine.py", "predict", "--data", "nowhere"]
+try:
+    runpy.run_path({cspine.__file__!r}, run_name="__main__")
+except SystemExit as end:
+    print("alive", end.code)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.split() == ["alive", "2"], done.stderr
 
 
 def test_evaluate_reads_no_mask_outside_the_data(data, weights, tmp_path, capsys):

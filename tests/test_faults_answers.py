@@ -67,7 +67,7 @@ def sigmoid(x):
 
 @pytest.mark.parametrize("found", [PLAIN, SEVERAL])
 def test_no_number_of_fractures_changes_another_answer(found):
-    """Without `unusual`; and the patient's answer never falls with another fracture."""
+    """And the patient's answer never falls with another fracture."""
     patients = []
     for broken in range(8):
         chances = [0.9] * broken + [0.1] * (7 - broken)
@@ -86,19 +86,6 @@ def test_a_calibration_of_the_identitys_numbers_answers_as_none():
         outputs = outputs_of(rng.random(7), rng.random())
         plain = combine(outputs)
         assert np.array_equal(plain, combine(outputs, identity))
-
-
-def test_where_a_calibration_says_what_is_unusual_the_answers_lean_to_the_prior():
-    """By hand: four of seven at logit 3 are 2 above 1: all fall by 2, then e^-1 is left."""
-    found = PLAIN._replace(unusual=1.0)
-    logits = np.array([3.0] * 4 + [-3.0] * 3)
-    answers = combine(outputs_of(sigmoid(logits)), found)
-    trust = math.exp(-1)
-    expected = sigmoid(trust * (logits - 2) + (1 - trust) * logit(PRIOR[:7]))
-    assert answers[:7] == pytest.approx(expected, abs=1e-9)
-    usual = outputs_of(sigmoid(np.array([3.0] * 3 + [0.9] + [-3.0] * 3)))
-    plain = combine(usual)
-    assert np.array_equal(combine(usual, found), plain)
 
 
 def folds_of_answers(weights, count=40, seed=0):
@@ -140,7 +127,6 @@ def test_evaluate_prints_the_score_before_and_the_cross_fitted_one_after(said, t
         expected = cspine.competition_scores(answers.to_numpy(), right)
         assert printed == tuple(f"{score:.4f}" for score in expected)
     assert float(scores[1][0]) < float(scores[0][0])  # three times too bold
-    assert "unusual" not in json.loads((weights / "calibration.json").read_text())
 
 
 def test_a_studys_labels_do_not_move_its_own_cross_fitted_answer(tmp_path):
@@ -214,10 +200,8 @@ def test_an_unseen_vertebra_is_answered_by_how_often_unseen_ones_were_broken():
 def test_a_calibration_is_used_with_the_models_it_was_fitted_to_and_no_others(
         tmp_path, capsys):
     weights = make_weights(tmp_path / "a", folds=2, patient=False)
-    found = Calibration(np.arange(1.0, 9), np.arange(8.0) / 7, PRIOR / 3, 2.5)
+    found = Calibration(np.arange(1.0, 9), np.arange(8.0) / 7, PRIOR / 3)
     cspine.write_calibration(weights, found)
-    written = json.loads((weights / "calibration.json").read_text())
-    (weights / "calibration.json").write_text(json.dumps(written | {"unusual": 2.5}))
     same = cspine.read_calibration(weights)
     for one, other in zip(found, same):
         assert np.array_equal(one, other)
@@ -230,8 +214,12 @@ def test_a_calibration_is_used_with_the_models_it_was_fitted_to_and_no_others(
         assert cspine.read_calibration(weights) == Calibration()
         assert "fitted to other models: not used" in capsys.readouterr().err
         path.write_bytes(before) if before else path.unlink()
-    assert cspine.read_calibration(weights).unusual == 2.5
+    assert cspine.read_calibration(weights).scale[7] == 8
     assert not capsys.readouterr().err
+    written = json.loads((weights / "calibration.json").read_text())
+    (weights / "calibration.json").write_text(json.dumps(written | {"unusual": 2.5}))
+    assert cspine.read_calibration(weights).scale[7] == 8  # a file of an older version
+    assert "unusual is not used" in capsys.readouterr().err
 
 
 # ---- 6, 7: machines ----
@@ -267,14 +255,14 @@ def broken_ensemble(weights, good=0):
 
 def test_a_device_that_runs_no_model_is_left_for_the_cpu_and_said(weights, capsys):
     ensemble = broken_ensemble(weights)
-    assert cspine.working(ensemble) is ensemble.on_cpu
+    assert cspine.tried_on_device(ensemble) is ensemble.on_cpu
     line = capsys.readouterr().err.strip()
     assert "\n" not in line and "no kernel image" in line and "CPU" in line
 
 
 def test_a_device_that_works_is_kept_without_a_word(weights, capsys):
     ensemble = broken_ensemble(weights, good=10)
-    assert cspine.working(ensemble) is ensemble
+    assert cspine.tried_on_device(ensemble) is ensemble
     assert not capsys.readouterr().err
 
 

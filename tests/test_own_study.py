@@ -212,6 +212,14 @@ def test_a_folder_of_studies_and_one_that_fails(predict, ct, tmp_path, capsys):
     assert table.C1.isna()[0] and "usable slices" in table.warnings[0]
 
 
+def test_files_beside_folders_of_studies_are_said_to_be_left_out(ct, tmp_path, capsys):
+    (tmp_path / "all").mkdir()
+    (tmp_path / "dicom").rename(tmp_path / "all" / "good")
+    (tmp_path / "all" / "enhanced.dcm").write_bytes(b"")
+    assert cspine.studies_in(tmp_path / "all") == [tmp_path / "all" / "good"]
+    assert "the 1 other files in it are left out" in capsys.readouterr().err
+
+
 BAD = {
     "labels": (lambda hu: np.clip(hu, 0, 7), "no CT in HU"),
     "unsigned": (lambda hu: hu + 1024, "no CT in HU"),

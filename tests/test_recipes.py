@@ -38,6 +38,27 @@ def test_kaggles_layouts_are_searched(place, tmp_path, monkeypatch):
     assert imagenet_file("convnext_nano", tmp_path / "data") is None
 
 
+def test_a_name_with_a_tag_is_found_and_a_longer_name_is_another_network(tmp_path, monkeypatch):
+    monkeypatch.setattr(cspine, "KAGGLE", tmp_path)
+    longer = touch(tmp_path / "input" / "convnext_nano_ols.d1h_in1k.safetensors")
+    assert imagenet_file("convnext_nano_ols", tmp_path) == longer
+    tagged = touch(tmp_path / "input" / "convnext_nano.in12k_ft_in1k-a-long-name.safetensors")
+    assert imagenet_file("convnext_nano", tmp_path) == tagged
+    exact = touch(tmp_path / "input" / "convnext_nano.in12k_ft_in1k" / "model.safetensors")
+    assert imagenet_file("convnext_nano.in12k_ft_in1k", tmp_path) == exact
+
+
+def test_processes_of_unlike_devices_are_refused_before_they_wait_for_each_other(
+        tmp_path, monkeypatch):
+    options = Namespace(folds=2, fold="0", name="", resume=False)
+    task = cspine.Task("vertebra", None, torch.device("cpu"), *[None] * 4)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(cspine.dist, "init_process_group", lambda: None)
+    monkeypatch.setattr(cspine, "over_ranks", lambda kind: [kind, "cuda"])
+    with pytest.raises(cspine.UserError, match="lower --nproc_per_node"):
+        cspine.run_training(options, [], {}, task)
+
+
 @pytest.mark.parametrize("place", [
     "a/b/c/d/e/tf_efficientnetv2_s.pth", "x/tf_efficientnetv2_small.pth", "x/efficientnetv2_s.pth",
     "x/tf_efficientnetv2_s.txt", "x/train_images/tf_efficientnetv2_s.pth"])

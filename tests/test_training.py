@@ -531,6 +531,27 @@ def test_the_average_follows_the_weights_and_what_the_norms_measure():
         assert torch.allclose(slow, wanted, atol=1e-6)
 
 
+def test_the_average_follows_an_lstm_whose_weights_change_their_storage(monkeypatch):
+    """On a GPU, `to` puts an LSTM's weights elsewhere; here it is made to on the CPU."""
+    def move(lstm):
+        with torch.no_grad():
+            for weight in lstm.parameters():
+                weight.set_(weight.detach().clone())
+
+    task = toy_task(recipe=replace(TOY, backbone="resnet18d"))
+    trainer = Trainer(task)
+    monkeypatch.setattr(torch.nn.RNNBase, "flatten_parameters", move)
+    trainer.averaged.to("cpu")
+    before = {n: p.detach().clone() for n, p in trainer.averaged.named_parameters()}
+    trainer.update(task, toy_batch(task), 10)
+    fast = dict(trainer.model.named_parameters())
+    moved = [n for n, p in trainer.averaged.named_parameters()
+             if torch.allclose(p, before[n].lerp(fast[n], 1 - 2 / 11), atol=1e-6)]
+    assert moved == [*fast] and any("lstm" in name for name in moved)
+    lstm = [n for n in moved if "lstm" in n and not torch.equal(fast[n], before[n])]
+    assert lstm
+
+
 @pytest.mark.parametrize("kind", MODE)
 def test_two_processes_train_as_one(kind, arguments, launch, tmp_path):
     """Without what is drawn or measured per process (dropout, BatchNorm's batches) the same."""

@@ -72,7 +72,6 @@ TRAININGS = dict(
 
 # The calibration that is fitted is drawn towards the prior: this share of it stays.
 FIT_SHARES = 0.7, 0.85, 1.0
-UNUSUAL = math.inf, 1.0, 0.0, -1.0, -2.0
 LEAST_GAIN = 0.005  # of the mean left-out score, or the plain fit stays
 TRAINED_ON = "phantoms and 57 real necks; no real fracture"
 
@@ -286,12 +285,11 @@ def train(step, o):
 
 # ==== Calibration ====
 
-def towards_prior(found, share, unusual):
+def towards_prior(found, share):
     """The Calibration with a share of its scale and shift, and the rest of the prior's."""
     prior = np.log(cspine.PRIOR / (1 - cspine.PRIOR))
     shift = share * np.array(found.shift) + (1 - share) * prior
-    return found._replace(
-        scale=share * np.array(found.scale), shift=shift, unusual=unusual)
+    return found._replace(scale=share * np.array(found.scale), shift=shift)
 
 
 def calibrate(o):
@@ -314,28 +312,26 @@ def calibrate(o):
         fits[name] = cspine.fit_calibration({u: outputs[u] for u in others}, labels)
         truth = labels[generator == name].to_numpy()
         prior = np.broadcast_to(cspine.PRIOR, truth.shape)
-        table["the best constants", "", name] = score(prior, truth)
+        table["the best constants", name] = score(prior, truth)
     for share in FIT_SHARES:
-        for unusual in UNUSUAL:
-            for name, fit in fits.items():
-                found = towards_prior(fit, share, unusual)
-                left_out = labels.index[generator == name]
-                answers = cspine.blend({u: outputs[u] for u in left_out}, found)
-                truth = labels.loc[left_out].to_numpy()
-                table[share, unusual, name] = score(answers.to_numpy(), truth)
+        for name, fit in fits.items():
+            left_out = labels.index[generator == name]
+            found = towards_prior(fit, share)
+            answers = cspine.blend({u: outputs[u] for u in left_out}, found)
+            truth = labels.loc[left_out].to_numpy()
+            table[share, name] = score(answers.to_numpy(), truth)
     table = pd.Series(table).unstack()
     print(table.round(3).to_string())
 
-    constants = table.loc["the best constants"].iloc[0]
+    constants = table.loc["the best constants"]
     tried = table.drop("the best constants")
     safe = tried[(tried <= constants).all(axis=1)]
     means = (safe if len(safe) else tried).mean(axis=1)
-    plain = 1.0, math.inf
-    gains = means.get(plain, math.inf) - means.min()
-    share, unusual = means.idxmin() if gains > LEAST_GAIN else plain
-    print(f"chosen: {share} of the fit, unusual {unusual}; rows never worse: {len(safe)}")
+    gains = means.get(1.0, math.inf) - means.min()
+    share = means.idxmin() if gains > LEAST_GAIN else 1.0
+    print(f"chosen: {share} of the fit; rows never worse: {len(safe)}")
     found = cspine.fit_calibration(outputs, labels)
-    write_calibration(weights, towards_prior(found, share, unusual))
+    write_calibration(weights, towards_prior(found, share))
 
 
 def write_calibration(weights, found):
@@ -343,8 +339,6 @@ def write_calibration(weights, found):
     cspine.write_calibration(weights, found)
     path = weights / "calibration.json"
     content = json.loads(path.read_text()) | dict(trained_on=TRAINED_ON)
-    if found.unusual < math.inf:
-        content["unusual"] = found.unusual
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
