@@ -87,7 +87,7 @@ MIN_SLICES = 16  # slices; fewer are no study (the competition's shortest has 69
 MAX_VOXELS = 2**30  # voxels, 2 GB of int16; more is damage or does not fit
 MAX_GAP_MM = 30.0  # mm; a longer hole along the normal separates two scans
 SAME_PLACE_MM = 0.05  # mm; closer slices lie at one place (spacings begin at 0.3)
-WHOLE_PASS = 0.9  # share of a series' places that one pass over them covers at least
+MIXED = 0.75  # share of a pass's step; a slice of another pass that near doubles its own
 SAME_STEP = 0.01  # share of a pixel by which the pixels of slices of one series may differ
 UNEVEN = 0.25  # share of a step by which a slice may miss its even place
 STRAIGHT = 0.999  # least cosine of a stack's axis and its normal; below: a tilted gantry
@@ -276,6 +276,7 @@ class Slice(NamedTuple):
     hu: np.ndarray  # int16 (Y, X)
     lps_from_pixel: np.ndarray  # (3, 3) mm from (row, column, 1)
     source: tuple = ("", "")  # file, SOPInstanceUID
+    study: str = ""  # StudyInstanceUID
     series: str = ""  # SeriesInstanceUID
     of_pass: tuple = ()  # what PASS_TAGS say of it, and its InstanceNumber
 
@@ -290,6 +291,8 @@ def read_slices(path):
     data = pydicom.dcmread(path, force=True)
     if data.get("Modality") not in (None, "", "CT"):  # a dose or a segmentation beside it
         raise StudyError(f"no CT image but {data.Modality}")
+    if "Rows" not in data:
+        raise StudyError("no DICOM image")
     frames = decode_pixels(data)
     uid = str(data.get("SOPInstanceUID", ""))
     found = []
@@ -320,19 +323,25 @@ def place_frame(stored, data, k, source):
 
     memory = mmap.mmap(-1, 2 * stored.size, mmap.MAP_PRIVATE)  # malloc would not free it
     hu = np.ndarray(stored.shape, np.int16, memory)
-    rescaled = stored * tag("RescaleSlope", 1) + tag("RescaleIntercept", 0)
+    slope, intercept = tag("RescaleSlope", 1), tag("RescaleIntercept", 0)
+    if not (0 < abs(slope) < math.inf and abs(intercept) < math.inf):
+        raise StudyError(f"slope {slope}, intercept {intercept}")
+    rescaled = stored * slope + intercept
     if "ModalityLUTSequence" in data:
         rescaled = pydicom.pixels.apply_modality_lut(stored, data)
     hu[:] = np.rint(rescaled).clip(AIR_HU, MAX_HU)
     padding = map(data.get, ("PixelPaddingValue", "PixelPaddingRangeLimit"))
     padding = [value for value in padding if isinstance(value, int)]
+    padding = np.array(padding, np.int64).astype(stored.dtype).tolist()  # as US or as SS
     if padding:  # also at the top of an unsigned range, where it would be the densest metal
         low, high = min(padding), max(padding)
         hu[(stored >= low) & (stored <= high)] = AIR_HU
-    series = str(data.get("SeriesInstanceUID"))
+    study, series = (str(data.get(f"{what}InstanceUID")) for what in ("Study", "Series"))
     of_pass = [str(data.get(name, "")) for name in PASS_TAGS]
-    number = int(data.get("InstanceNumber") or 0)
-    return Slice(hu, lps_from_pixel, source, series, (*of_pass, number))
+    number = 0
+    with suppress(ValueError, TypeError):  # it only orders what nothing else does
+        number = int(data.get("InstanceNumber") or 0)
+    return Slice(hu, lps_from_pixel, source, study, series, (*of_pass, number))
 
 def read_stacks(path, workers, give_up):
     """([Slices of one series and geometry, ...] of a folder, [what was left out, why])."""
@@ -383,19 +392,26 @@ def places_of(mm):
     return np.array([min(place) for place in places])
 
 def one_pass(stack):
-    """The slices of one acquisition: of several at the same places, one pass whole.
-    Each of PASS_TAGS keeps the pass that covers most places, of equals the first, if it
-    covers nearly all. Where no tag does, a place's earliest slice comes first."""
+    """The slices of one acquisition: of several passes over a neck, one whole.
+    By each of PASS_TAGS the pass that covers most places, of equals the first, is whole; of
+    the others stays what fills its holes or prolongs it, for passes may lie between each
+    other's slices. Where no tag parts them, a place's earliest slice comes first."""
     for k in range(len(PASS_TAGS)):
-        most = len(places_of(along_normal(stack)))
-        if most == len(stack):
-            return stack
+        mm = along_normal(stack)
         passes = {}
-        for one in sorted(stack, key=lambda one: one.of_pass[k]):
-            passes.setdefault(one.of_pass[k], []).append(one)
-        covered = [len(places_of(along_normal(part))) for part in passes.values()]
-        if max(covered) >= WHOLE_PASS * most:
-            stack = [*passes.values()][np.argmax(covered)]
+        for at, one in zip(mm, stack):
+            passes.setdefault(one.of_pass[k], []).append(at)
+        covered = {name: len(places_of(np.array(passes[name]))) for name in sorted(passes)}
+        name = max(covered, key=covered.get)
+        own = np.unique(passes[name])
+        if len(passes) == 1 or covered[name] < MIN_SLICES:
+            continue
+        gaps = np.diff(own)
+        step = np.median(gaps[gaps > SAME_PLACE_MM])
+        after = np.searchsorted(own, mm).clip(1, len(own) - 1)
+        apart = np.minimum(abs(mm - own[after - 1]), abs(own[after] - mm))
+        kept = [one.of_pass[k] == name for one in stack] | (apart >= MIXED * step)
+        stack = [one for one, keep in zip(stack, kept) if keep]
     return sorted(stack, key=lambda one: one.of_pass[-3:])  # earliest first
 
 def even_steps(mm):
@@ -422,9 +438,14 @@ def read_series(path, workers, give_up):
     if left_out:
         why = "of another series, pass, size or position"
         problems.append(f"{left_out} images {why} left out")
+    studies = {stack[0].study for stack in stacks}
+    if len(studies) > 1:
+        problems.append(f"images of {len(studies)} studies: give each its own folder")
     if len(run) < MIN_SLICES:
         found = f"{len(run)} usable slices, not {MIN_SLICES}"
-        raise StudyError("; ".join([found, *problems[-1:]]))
+        reasons = [one.partition(": ")[2] for one in problems]  # behind a file's name
+        usual = sorted(zip(map(reasons.count, reasons), problems))[-1:]
+        raise StudyError("; ".join([found, *(problem for _, problem in usual)]))
 
     mm = along_normal(run)
     steps = even_steps(mm)
@@ -450,14 +471,19 @@ def read_nifti_ct(path):
     for plane in stored.T:  # (K, J, I)
         hu = np.nan_to_num(plane * slope + intercept, nan=AIR_HU)
         planes.append(np.rint(hu).clip(AIR_HU, MAX_HU).astype(np.int16))
+    if why := not_in_hu(planes):
+        raise StudyError(why)
+    affine = np.linalg.inv(voxel_from_lps)[:, [2, 1, 0, 3]]
+    return planes, np.arange(len(planes)), affine, [], []
+
+def not_in_hu(planes):
+    """Why planes (Y, X) show no body in HU, but labels, MR or another unit; else ""."""
     thin = np.array([hu[::2, ::2] for hu in planes])
     low, high = thin.min(), thin.max()
     tissue = ((thin > AIR_BELOW) & (thin < BONE_ABOVE)).mean()
-    if low > AIR_BELOW or high < BONE_ABOVE or tissue < LEAST_TISSUE:
-        values = f"values {low} to {high}, {tissue:.0%} soft tissue"
-        raise StudyError(f"no CT in HU: {values}")
-    affine = np.linalg.inv(voxel_from_lps)[:, [2, 1, 0, 3]]
-    return planes, np.arange(len(planes)), affine, [], []
+    if low <= AIR_BELOW and high >= BONE_ABOVE and tissue >= LEAST_TISSUE:
+        return ""
+    return f"no CT in HU: values {low} to {high}, {tissue:.0%} soft tissue"
 
 def is_nifti(path):
     """Whether a path is a file named .nii or .nii.gz."""
@@ -561,8 +587,11 @@ def read_nifti(path):
     start = int(header["vox_offset"])
     more = max(shape[3:rank], default=1) > 1  # times or vectors
     if header["magic"] != b"n+1" or rank < 3 or more or start < NIFTI_HEADER.itemsize:
-        raise ValueError("not one 3-D image")
-    kind = np.dtype(order + NIFTI_TYPES[int(header["datatype"])])
+        raise ValueError("not one 3-D image of NIfTI-1 in one file")
+    code = int(header["datatype"])
+    if code not in NIFTI_TYPES:
+        raise ValueError(f"datatype {code}: no plain numbers")
+    kind = np.dtype(order + NIFTI_TYPES[code])
     if start + math.prod(shape[:3]) * kind.itemsize > 2 * MAX_VOXELS:
         raise ValueError(f"{shape[:3]} voxels of {kind.itemsize} bytes: too large")
     stored = np.ndarray(shape[:3], kind, raw, start, order="F")
@@ -570,9 +599,16 @@ def read_nifti(path):
     ras_from_voxel = np.asarray_chkfinite(nifti_affine(header))
     voxel_from_lps = np.linalg.inv(ras_from_voxel) * (-1, -1, 1, 1)
     slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
-    if not 0 < abs(slope) < math.inf:  # 0 means: as stored
-        slope, intercept = 1, 0
+    if not (0 < abs(slope) < math.inf and abs(intercept) < math.inf):
+        slope, intercept = 1, 0  # a slope of 0 means: as stored
     return stored, slope, intercept, voxel_from_lps
+
+def keep_others(path):
+    """UserError if a path is a file that is no mask of ours, which would be overwritten."""
+    if path.exists():
+        with errors_as(UserError, f"{path}: not a mask of ours, and not overwritten"):
+            if WRITTEN_BY not in gzip.open(path).read(348):
+                raise ValueError("it is of another program")
 
 def write_nifti(path, labels, volume):
     """Write uint8 labels (Z, Y, X) on a Volume's grid as NIfTI-1, gzipped.
@@ -582,7 +618,8 @@ def write_nifti(path, labels, volume):
     axes, flip = volume.grid
     order = [*np.argsort(axes)]
     stored = np.flip(labels, np.flatnonzero(flip).tolist()).transpose(order)  # (K, J, I)
-    affine = flip_affine(volume.affine, labels.shape, flip)[:3, [*order[::-1], 3]]
+    stored_axes = [*order[::-1], 3]
+    affine = flip_affine(volume.affine, labels.shape, flip)[:3, stored_axes]
     affine *= [[-1], [-1], [1]]  # LPS -> RAS
     zooms = np.linalg.norm(affine[:, :3], axis=0)
     turn = affine[:, :3] / zooms
@@ -597,10 +634,7 @@ def write_nifti(path, labels, volume):
     for name, value in values.items():
         header[name] = value
 
-    if path.exists():
-        with errors_as(UserError, f"{path}: not a mask of ours, and not overwritten"):
-            if WRITTEN_BY not in gzip.open(path).read(348):
-                raise ValueError("it is of another program")
+    keep_others(path)
     content = header.tobytes() + bytes(4)
     content += stored.tobytes()
     content = gzip.compress(content, 1, mtime=0)
@@ -836,7 +870,7 @@ def mean_probability(models, volume, device):
     with autocast(device):
         for model in models:
             cube = cube_of(model.settings["size"], tuple(model.settings["window"]))
-            logits = model.to(device)(cube[None].to(device)).float()
+            logits = computed(model.to(device), cube[None].to(device)).float()
             if len(cube[0]) != size:
                 logits = F.interpolate(logits, (size,) * 3, mode="trilinear")
             total = total + logits[0].sigmoid().nan_to_num()
@@ -1132,9 +1166,10 @@ def classify(ensemble, crops, folds=100):
         head = torch.tensor(math.nan)
         with autocast(ensemble.device):
             if view < len(vertebra):
-                logits = model(shown)  # (7, 15, 6, S, S) -> (7, 15)
+                logits = computed(model, shown)  # (7, 15, 6, S, S) -> (7, 15)
             else:
-                logits, head = model(shown.flatten(0, 1)[None])  # (1, 105, 6, S, S)
+                flat = shown.flatten(0, 1)[None]  # (1, 105, 6, S, S)
+                logits, head = computed(model, flat)
         steps = logits.sigmoid().view(7, STEPS).cpu().numpy()
         steps[absent] = np.nan
         name = model.settings.get("name", "")
@@ -1212,7 +1247,10 @@ def rows_asked(path):
     table = read_csv(path, columns).astype(object).fillna("").astype(str)
     table = table.drop_duplicates("row_id")
     target = table.row_id.str.extract(f"_({'|'.join(TARGETS)})$")[0]
-    target = target.fillna(table.prediction_type)
+    target = target.fillna(table.prediction_type.str.strip())
+    unknown = target[~target.isin(TARGETS)]
+    if len(unknown):
+        say(f"{path}: {len(unknown)} rows ask for {unknown.iloc[0]!r}: answered 0.5")
     return [*zip(table.row_id, table[STUDY], target)]
 
 def strongest_steps(volume, probability, outputs, z_margin):
@@ -1249,7 +1287,7 @@ def as_columns(places):
 def answer_study(volume, read_s, ensemble, folds):
     """(row of the report, strongest_steps, segment's probability) of a study.
     The row holds its answers, what was seen, and the seconds of every stage."""
-    problems = [*volume.problems]
+    problems = [*volume.problems, *filter(None, [not_in_hu(volume.hu)])]
     start = monotonic()
     segmenters = ensemble.models["segmenter"][:folds]
     probability = segment(segmenters, volume, ensemble.device, problems.append)
@@ -1407,28 +1445,44 @@ LEAST_CM3 = 1.0  # cm3; a smaller mask is no vertebra (C1, the smallest, has sev
 LEAST_ROWS = 5  # voxels from front to back of a body, to fit a line to
 PLATE = (0.2, 0.8)  # shares of a body's depth between which its endplate is straight
 
-def studies_in(path):
-    """The studies of a path: itself, or those of a folder of folders and NIfTI files."""
+def has_preamble(path):
+    """Whether a file begins as DICOM."""
+    with suppress(OSError), open(path, "rb") as file:
+        return file.read(132).endswith(b"DICM")
+    return False
+
+def studies_in(path, left_out=()):
+    """The studies of a path: itself, or those of a folder of folders and NIfTI files.
+    Without what is hidden, the folders left out, and links to a folder above."""
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
+    above = {*left_out, path.resolve()}
     inside = sorted(path.iterdir()) if path.is_dir() else []
+    inside = [one for one in inside if one.name[0] != "." and one.name != "__MACOSX"]
     inner = [one for one in inside if one.is_dir() or is_nifti(one)]
-    others = len(inside) - len(inner)
-    if not inner or others >= MIN_SLICES:
+    others = [one for one in inside if one not in inner and one.is_file()]
+    if not inner or sum(map(has_preamble, others)) >= MIN_SLICES:
         return [path]
     if others:
-        say(f"{path}: a folder of studies; the {others} other files in it are left out")
-    return sum(map(studies_in, inner), [])
+        count = len(others)
+        say(f"{path}: a folder of studies; the {count} other files in it are left out")
+    inner = [one for one in inner if one.resolve() not in above]
+    return sum([studies_in(one, above) for one in inner], [])
 
-def named_studies(paths):
-    """{name: path} of all studies: the last parts of their paths that tell them apart."""
-    paths = [Path(path).absolute() for path in paths]
-    found = [*dict.fromkeys(sum(map(studies_in, paths), []))]
-    for count in range(1, 9):
-        names = ["_".join(path.parts[-count:]) for path in found]
-        names = [re.sub(r"(?i)\.(nii|nii\.gz|dcm)$", "", name) for name in names]
-        if len(set(names)) == len(found):
-            return dict(zip(names, found))
+def named_studies(paths, left_out=()):
+    """{name: path} of all studies: the last parts of their paths that tell them apart.
+    What stands in the folders left out is none."""
+    paths = [Path(os.path.abspath(path)) for path in paths]
+    found = sum([studies_in(path, left_out) for path in paths], [])
+    found = [*dict.fromkeys(found)]
+    if not found:
+        raise UserError(f"{paths[0]}: no study there")
+    for count in range(1, max(len(path.parts) for path in found)):
+        whole = ["_".join(path.parts[1:][-count:]) for path in found]
+        short = [re.sub(r"(?i)\.(nii|nii\.gz|dcm)$", "", name) for name in whole]
+        for names in (short, whole):
+            if len(set(names)) == len(found):
+                return dict(zip(names, found))
     raise UserError(f"{found[0]}: two studies of one name")
 
 def largest_piece(mask):
@@ -1512,6 +1566,8 @@ def answer_own(name, future, ensemble, masks):
     """A study's row of the answers; StudyError if no vertebra is seen.
     With a folder of masks, the vertebrae's go there."""
     volume, read_s = future.result()
+    if why := not_in_hu(volume.hu):
+        raise StudyError(f"{volume.uid}: {why}")
     most = max(map(len, ensemble.models.values()))
     row, places, probability = answer_somewhere(volume, read_s, ensemble, most)
     labels = vertebra_labels(volume, probability)
@@ -1550,13 +1606,18 @@ def print_own(table):
         file = f", {row[f'{name}_file']}" if row[f"{name}_file"] else ""
         where = f"slice {row[f'{name}_slice']} of {row.slices} from the head{file}"
         print(f"{row.study}: look at {where}: {name}, {row[name]:.2f}")
+        if isinstance(row.warnings, str) and row.warnings:
+            say(f"study {row.study}: {row.warnings:.300}")
 
 def predict_own(options):
     """predict, of the paths given."""
     out = Path(options.out if "out" in options.given else "answers")
-    studies = named_studies(options.path)
+    own = {Path(folder).resolve() for folder in (out, options.masks) if folder}
+    studies = named_studies(options.path, own)
     for folder in filter(None, (out, options.masks)):
         try_writing(folder)  # now, not after an hour
+    for name in studies if options.masks else ():
+        keep_others(Path(options.masks) / f"{name}.nii.gz")
     hashes = model_hashes(options.weights)
     calibration = calibration_asked(options, hashes)
     weights = f"weights {hash_of(hashes)}, trained on: {calibration.trained_on}"
@@ -1709,7 +1770,11 @@ def read_truth(path):
         expected = "a uid" if name == STUDY else "0, 1 or nothing"
         found = f"row {row + 2}, {name}: {table[name][row]!r}"
         raise UserError(f"{path}: {found}; must be {expected}")
-    return pd.concat([table[STUDY], labels], axis=1).drop_duplicates(STUDY)
+    table = pd.concat([table[STUDY], labels], axis=1).drop_duplicates()
+    twice = table[STUDY][table[STUDY].duplicated()]
+    if len(twice):
+        raise UserError(f"{path}: {twice.iloc[0]} stands there twice, with unlike labels")
+    return table
 
 def read_labels(data):
     """Labels (N, 8) by uid: train.csv, and the phantoms' test_labels.csv."""
@@ -1719,10 +1784,15 @@ def read_labels(data):
     return table.groupby(STUDY)[[*TARGETS]].first()
 
 def read_answers(path):
-    """The answers of a submission, a study a row; what is no number is NaN."""
+    """The answers of a submission, a study a row; what is no probability is NaN.
+    UserError if a row stands there twice."""
     table = read_csv(path, ("row_id", "fractured"))
     table[["uid", "target"]] = table.row_id.str.extract(f"^(.*)_({'|'.join(TARGETS)})$")
-    table["fractured"] = pd.to_numeric(table.fractured, "coerce")
+    twice = table.row_id[table.row_id.duplicated()]
+    if len(twice):
+        raise UserError(f"{path}: {twice.iloc[0]} stands there twice")
+    values = pd.to_numeric(table.fractured, "coerce")
+    table["fractured"] = values.where(values.between(0, 1))
     wide = table.pivot_table("fractured", "uid", "target").reindex(columns=TARGETS)
     return wide.reindex(table.uid.dropna().unique())
 
@@ -1945,59 +2015,81 @@ CROP_RANGES = dict(
     rotation=20, scale=0.15, shift=0.1, mirror=0.5, window=0.15, gamma=0.25, noise=0.04,
     blur=0.15, hole=0.3, still=0.2)
 
-def write_crops(path, crops, z_margin=0.0):
+def write_crops(path, crops, z_margin=0.0, made_by=()):
     """Write a study's crops, uint8 (7, 15, 6, S, S): each different image once, as steps
-    share slices. A vertebra's images are a member of the file, read without the others:
-    the differences to the pixel above and to the left, deflated, which are smaller than PNG
-    and read in half its time. `z_margin` says how the crops were cut."""
+    share slices. A vertebra's images are members of the file, read without the others: the
+    differences to the pixel above and to the left, deflated, which are smaller than PNG and
+    read in half its time. `z_margin` says how the crops were cut, `made_by` holds the
+    hashes of the segmenters."""
     index = np.full(crops.shape[:3], -1, np.int16)
-    content = dict(index=index, edge=crops.shape[-1], z_margin=z_margin)
-    for name, steps, places in zip(VERTEBRAE, crops, index):
-        numbers = {}
-        for place in zip(*steps.any((2, 3)).nonzero()):
-            pixels = steps[place].tobytes()
-            places[place] = numbers.setdefault(pixels, len(numbers))
-        images = np.frombuffer(b"".join(numbers), np.uint8)
-        images = images.reshape(-1, *crops.shape[3:])
-        for axis in (1, 2):
-            images = np.diff(images, axis=axis, prepend=np.uint8(0))
-        packer = zlib.compressobj(1, strategy=zlib.Z_RLE)
-        packed = packer.compress(images)
-        packed += packer.flush()
-        content[name] = np.frombuffer(packed, np.uint8)
+    edge = crops.shape[-1]
+    makers = np.array(sorted(made_by), "U16")
+    content = dict(index=index, edge=edge, z_margin=z_margin, made_by=makers)
+    for v, name in enumerate(VERTEBRAE):
+        images = number_images(crops[v], index[v])
+        packed = [pack_differences(pixels, edge) for pixels in images]
+        lengths = [0, *map(len, packed)]
+        whole = b"".join(packed)
+        content[name] = np.frombuffer(whole, np.uint8)
+        content[f"{name}_ends"] = np.cumsum(lengths)
     write_atomic(path, lambda new: np.savez(new, **content))
 
-def read_crops(path, vertebrae=range(7)):
-    """uint8 (V, 15, 6, S, S) of some vertebrae of a study. StudyError if damaged."""
+def number_images(steps, places):
+    """The bytes of the different images of steps (15, 6, S, S), in order; `places` (15, 6)
+    gets the number of each, and keeps -1 where nothing is seen."""
+    numbers = {}
+    for place in zip(*steps.any((2, 3)).nonzero()):
+        pixels = steps[place].tobytes()
+        places[place] = numbers.setdefault(pixels, len(numbers))
+    return numbers
+
+def pack_differences(pixels, edge):
+    """The deflated differences of an image's bytes, `edge` pixels a row."""
+    image = np.frombuffer(pixels, np.uint8).reshape(edge, edge)
+    for axis in (0, 1):
+        image = np.diff(image, axis=axis, prepend=np.uint8(0))
+    packer = zlib.compressobj(1, strategy=zlib.Z_RLE)
+    return packer.compress(image) + packer.flush()
+
+def read_crops(path, vertebrae=range(7), steps=slice(None)):
+    """uint8 (V, T, 6, S, S) of some vertebrae and steps of a study. StudyError if damaged.
+    Older versions wrote PNG, of all vertebrae in one member."""
     with errors_as(StudyError, f"{path}: no crops"), np.load(path) as file:
-        index, edge = file["index"], file["edge"]
-        older = {name: file[name] for name in ("ends", "data") if name in file}
+        older = "data" in file
+        index = file["index"][:, steps]
+        edge = int(file["edge"])
         out = np.zeros((len(vertebrae), *index.shape[1:], edge, edge), np.uint8)
         for v, crops in zip(vertebrae, out):
-            if older:
-                images = png_images(**older, numbers=index[v])
-            else:
-                images = undo_differences(file[VERTEBRAE[v]], edge)
-            for place in zip(*(index[v] >= 0).nonzero()):
-                crops[place] = images[index[v][place]]
+            name = VERTEBRAE[v]
+            data = file["data" if older else name]
+            ends = file["ends" if older else f"{name}_ends"]
+            numbers, which = np.unique(index[v], return_inverse=True)
+            packed = [data[ends[k] : ends[k + 1]] for k in numbers if k >= 0]
+            if not packed:
+                continue
+            images = png_images(packed) if older else undo_differences(packed, edge)
+            if numbers[0] < 0:  # of steps that are not seen
+                images = np.insert(images, 0, 0, 0)
+            crops[:] = images[which.reshape(index.shape[1:])]
     return out
 
+def png_images(packed):
+    """uint8 (N, S, S) of packed PNG files."""
+    return np.stack([cv2.imdecode(png, cv2.IMREAD_GRAYSCALE) for png in packed])
+
 def undo_differences(packed, edge):
-    """uint8 (N, edge, edge): the images of a member that write_crops made."""
-    unpacked = bytearray(zlib.decompress(packed))
+    """uint8 (N, S, S) of packed images of differences, S pixels an edge."""
+    unpacked = bytearray(b"".join(map(zlib.decompress, packed)))
     images = np.frombuffer(unpacked, np.uint8).reshape(-1, edge, edge)
     images = torch.from_numpy(images)
     for axis in (1, 2):
         images = images.cumsum(axis, dtype=torch.uint8)  # numpy's takes twice as long
     return images.numpy()
 
-def png_images(ends, data, numbers):
-    """{number: image} out of a file of an older version, with PNG in one member."""
-    images = {}
-    for k in np.unique(numbers[numbers >= 0]):
-        png = data[ends[k] : ends[k + 1]]
-        images[k] = cv2.imdecode(png, cv2.IMREAD_GRAYSCALE)
-    return images
+def makers_of(path):
+    """Hashes of the segmenters that a study's crops were cut by; older files: none."""
+    with errors_as(StudyError, f"{path}: no crops"), np.load(path) as file:
+        return {*file["made_by"].tolist()} if "made_by" in file else set()
 
 def crops_seen(path):
     """(7,) which vertebrae a study's crops show. StudyError if damaged."""
@@ -2142,8 +2234,7 @@ def classifier_batch(model, tensors, rngs, recipe):
     """The loss of a batch of crops, uint8 (B, N, K, S, S), and labels (B, 1 or 8).
     Mixup mixes the losses (first place); a mixed label would count as a positive."""
     crops, labels = tensors
-    first = int(rngs[0].integers(recipe.thin))
-    crops = augment_crops(crops[:, first :: recipe.thin], rngs, recipe.size)
+    crops = augment_crops(crops, rngs, recipe.size)
     share = rngs[0].random() if rngs[0].random() < recipe.mixup else 1.0
     if share < 1:
         crops = crops.flip(0).lerp(crops, share)
@@ -2216,7 +2307,8 @@ def load_ensemble(weights, device, calibration=Calibration()):
     models = {kind: [*load_models(weights, kind, "cpu").values()] for kind in KINDS}
     classifiers = models["vertebra"] + models["patient"]
     if not models["segmenter"] or not classifiers:
-        raise UserError(f"--weights {weights}: no segmenter or no classifier")
+        lacking = "classifier" if models["segmenter"] else "segmenter"
+        raise UserError(f"--weights {weights}: no {lacking} there")
     if len({(m.settings["mask_of"], m.settings["z_margin"]) for m in classifiers}) > 1:
         raise UserError(f"--weights {weights}: classifiers of unlike --mask-of, --z-margin")
     on_cpu = Ensemble(models, torch.device("cpu"), calibration)
@@ -2338,7 +2430,7 @@ class Task(NamedTuple):
     kind: str
     recipe: Recipe
     device: torch.device
-    load: Callable  # sample -> arrays
+    load: Callable  # (sample, first step of a batch that is thinned) -> arrays
     loss: Callable  # (model, tensors, generators, recipe) -> the loss of a batch
     score: Callable  # (model, what read gave) -> a value a target
     judge: Callable  # table of these values -> dict with "score", lower is better
@@ -2406,7 +2498,8 @@ class Trainer:
             raise UserError(f"{path}: made with other {names}; delete it to go on")
         with errors_as(UserError, f"{path}: made with another version; delete it"):
             for name in self.SAVED:
-                getattr(self, name).load_state_dict(saved["state"][name])
+                if saved["state"][name]:  # not of a scaler that was not needed
+                    getattr(self, name).load_state_dict(saved["state"][name])
             self.progress = Progress(**saved["state"]["progress"])
 
     def gradient(self, task, batch):
@@ -2476,12 +2569,13 @@ class Trainer:
         history = self.progress.history
         words = [f"{name} {value:.4g}" for name, value in history[-1].items()]
         say("  ".join([task.name, *words]))
-        write_csv(f"{stem}_log.csv", pd.DataFrame(history))
         weights = self.averaged.state_dict().items()
-        tensors = {name: t.half() if t.ndim > 1 else t for name, t in weights}
+        # On a GPU an LSTM's are views of one storage, of which each would be saved whole.
+        tensors = {name: t.half() if t.ndim > 1 else t.clone() for name, t in weights}
         content = dict(settings=self.model.settings, tensors=tensors)
         save_checkpoint(f"{stem}.pt", task.kind, task.recipe, **content)
         write_csv(f"{stem}_heldout.csv", table)
+        write_csv(f"{stem}_log.csv", pd.DataFrame(history))  # last: it tells what is done
 
 def learning_rate(recipe, done):
     """At a share of all steps: a linear warm-up, then half a cosine down to 1 %."""
@@ -2493,16 +2587,15 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
     Raises Stopped, with all of it saved, if a signal or the time ends the run."""
     rank, world = ranks()
     recipe, name, samples = task.recipe, task.name, len(task.train)
-    if getattr(recipe, "mixup", 0) and recipe.batch_size == world > 1:
-        recipe = replace(recipe, batch_size=2 * world)
+    least = 2 if world > 1 and getattr(recipe, "mixup", 0) else 1  # mixup needs two
+    size = world * max(least, math.ceil(recipe.batch_size / world))
+    if size != recipe.batch_size:
+        say(f"{name}: --batch-size {size}: {size // world} samples a process")
+        recipe = replace(recipe, batch_size=size)
         task = task._replace(recipe=recipe)
-        say(f"{name}: --batch-size {2 * world}: mixup needs two samples a process")
-    size = recipe.batch_size
     if not samples or not task.held_out:
         raise UserError(f"{name}: too few studies: {samples} samples to train on, "
                         f"{len(task.held_out)} studies held out")
-    if size % world:
-        raise UserError(f"--batch-size {size}: no multiple of the {world} processes")
     if rank == 0:  # which alone writes; better now than after an epoch
         try_writing(weights)
     run = Trainer(task, init)
@@ -2519,7 +2612,13 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
     order = [np.resize(rng.permutation(samples), steps * size) for rng in shuffles]
     order = np.concatenate(order)
     mine = range(now.step * size + rank, len(order), world)
-    loaded = prefetch(lambda k: task.load(task.train[order[k]]), mine, workers, 2 * size)
+    thin = getattr(recipe, "thin", 1)
+
+    def load(k):
+        first = np.random.default_rng([recipe.seed, k // size, 1]).integers(thin)
+        return task.load(task.train[order[k]], first)
+
+    loaded = prefetch(load, mine, workers, 2 * size)
     bar = progress(range(now.step, total), "step")
     for step in bar:
         started = stop.clock()
@@ -2563,8 +2662,8 @@ def segmenter_task(recipe, device, images, masks):
         return dict(dice.add_prefix("dice_"), score=1 - dice.mean())
 
     return Task(
-        "segmenter", recipe, device, load, segmenter_batch, score, judge,
-        read=lambda uid: load((uid,)))
+        "segmenter", recipe, device, lambda sample, first=0: load(sample), segmenter_batch,
+        score, judge, read=lambda uid: load((uid,)))
 
 def usable(samples, load, workers):
     """The samples that can be loaded; the others are said, each with its reason."""
@@ -2580,9 +2679,10 @@ def usable(samples, load, workers):
 def classifier_task(kind, recipe, device, folder, truth):
     """The Task of a classifier: crops in `folder`, labels {uid: (8,)}.
     A sample is a uid and the targets asked for: one vertebra, or all eight."""
-    def load(sample):
+    def load(sample, first=0):
         uid, targets = sample
-        crops = read_crops(folder / f"{uid}.npz", targets[:7])  # (V, T, K, S, S)
+        steps = slice(first, None, recipe.thin)
+        crops = read_crops(folder / f"{uid}.npz", targets[:7], steps)  # (V, T, K, S, S)
         labels = truth[uid][targets]
         unseen = ~crops.any((1, 2, 3, 4))
         labels[: len(crops)][unseen] = np.nan
@@ -2638,6 +2738,8 @@ def write_atomic(path, write):
     """Let write(temporary name) make a file, then move it into place: whole or not at all.
     Raises UserError if it cannot be written."""
     path = Path(path)
+    if path.exists() and not path.is_file():  # a folder; a device would be replaced
+        raise UserError(f"cannot write {path}: no plain file is there")
     new = path.parent / f".{os.getpid()}.{path.name}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -2687,6 +2789,17 @@ def ranks():
     """(number of this process, number of all), as torchrun sets them."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
+def join_processes(device):
+    """Let the processes of torchrun speak to each other, each on its device."""
+    if ranks()[1] == 1:
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # NCCL takes the current card
+    # Objects go by gloo: the default of a machine with GPUs knows NCCL alone.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if dist.is_nccl_available() else "gloo")
+    if len({*over_ranks(device.type)}) > 1:
+        raise UserError("more processes than GPUs that run: lower --nproc_per_node")
+
 def over_ranks(value):
     """[value of each process]."""
     values = [value] * ranks()[1]
@@ -2698,15 +2811,15 @@ def pick_device(name):
     """The torch.device of --device, on which something was computed; else UserError.
     auto takes the CPU where there is no GPU, or one that runs nothing: a card too old for
     today's torch counts as available, and fails at every launch."""
+    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if name != "auto":
         with errors_as(UserError, f"--device {name}"):
-            return computed_on(name)
+            return computed_on(own if name == "cuda" else name)
     if torch.cuda.is_available():
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         try:
-            return computed_on(name)
+            return computed_on(own)
         except RuntimeError as error:
-            say(f"{name} runs nothing ({error!r:.200}): going on with the CPU")
+            say(f"{own} runs nothing ({error!r:.200}): going on with the CPU")
     return torch.device("cpu")
 
 def computed_on(name):
@@ -2728,6 +2841,15 @@ def autocast(device, wanted=True):
     """Context: half precision where the device has it and it is wanted."""
     half = half_type(device) if wanted else None
     return torch.autocast(device.type, half, enabled=half is not None)
+
+def computed(model, given):
+    """A model's answer; computed again in float32 where half precision has overflowed."""
+    answer = model(given)
+    parts = answer if isinstance(answer, tuple) else (answer,)
+    if all(part.isfinite().all() for part in parts):
+        return answer
+    with torch.autocast(given.device.type, enabled=False):
+        return model(given)
 
 def peak_gb():
     """GB that this process has held at most."""
@@ -2792,7 +2914,7 @@ def decode_pixels(data):
     """
     with errors_as(StudyError, "pixel data"):
         shape = (int(data.get("NumberOfFrames") or 1), data.Rows, data.Columns)
-        samples = data.get("SamplesPerPixel", 1)
+        samples = data.get("SamplesPerPixel") or 1
         allocated = data.BitsAllocated
         stored = data.get("BitsStored") or allocated
         whole = allocated in (8, 16, 32) and 1 <= stored <= allocated
@@ -2801,6 +2923,8 @@ def decode_pixels(data):
             raise StudyError(
                 f"{samples} samples of {stored} bits in {allocated}, shape {shape}")
         words = decode_words(data, shape, allocated)
+        if words.ndim > 1 and words.shape[-2:] != shape[1:]:
+            raise StudyError(f"{words.shape[-2:]} pixels in place of {shape[1:]}")
         signed = data.get("PixelRepresentation") == 1
         return sign_extend(words.reshape(shape), stored, signed)
 
@@ -3080,10 +3204,7 @@ def run_training(options, samples, folds, task):
     if not re.fullmatch(r"\w*", options.name):
         raise UserError(f"--name {options.name}: only letters, digits and _")
     go_on = options.resume or options.fold == "all"
-    if ranks()[1] > 1:
-        dist.init_process_group()
-        if len({*over_ranks(task.device.type)}) > 1:
-            raise UserError("more processes than GPUs that run: lower --nproc_per_node")
+    join_processes(task.device)
     starts = {fold: init_file(options, task.kind, fold) for fold in wanted}
     if ranks()[0] == 0:
         say_start(options, starts)
@@ -3115,7 +3236,7 @@ def train_segmenters(options):
         raise UserError(f"no study of train.csv has images and a mask in {options.data}")
     task = segmenter_task(recipe, pick_device(options.device), images, masks)
     samples = usable(samples, task.load, options.workers)
-    sums = [(uid, zlib.crc32(task.load((uid,))[1].tobytes())) for uid, *_ in samples]
+    sums = [(uid, hash_of(masks[uid])) for uid, *_ in samples]
     task = task._replace(made_of={"masks": hash_of(sums)})
     run_training(options, samples, folds, task)
 
@@ -3125,16 +3246,39 @@ class Extraction(Cut):
     size: int = setting(CROP, "edge of the crops, pixels", least=32, most=512)
 
 def crops_made(folder):
-    """(edge in pixels, margin in z) of the crops in a folder, or None if there are none."""
-    for path in folder.glob("*.npz"):
-        with errors_as(UserError, f"{path}: no crops"), np.load(path) as file:
-            return int(file["edge"]), float(file.get("z_margin", 0))  # older: no margin
-    return None
+    """(edge in pixels, margin in z) of the crops in a folder, or None if there are none.
+    UserError if they differ, or one is damaged."""
+    made = {}
+    for path in sorted(folder.glob("[!.]*.npz")):  # not what a kill has left half written
+        damaged = f"{path}: no crops; delete it and run extract again"
+        with errors_as(UserError, damaged), np.load(path) as file:
+            how = int(file["edge"]), float(file.get("z_margin", 0))  # older: no margin
+        made[how] = path.name
+    if len(made) > 1:
+        raise UserError(f"{folder}: crops of unlike (edge, z margin): {made}")
+    return next(iter(made), None)
 
-def write_study(volume, probability, options, file, mask=None):
+def crops_identity(path):
+    """What tells crops by other segmenters apart: the hashes of these, else the bytes.
+    Other machines round otherwise: their crops by the same segmenters are the same."""
+    if makers := makers_of(path):
+        return sorted(makers)
+    return [part.CRC for part in zipfile.ZipFile(path).infolist()]  # an older file
+
+def refuse_others(folder, files, makers):
+    """UserError if some of these files are crops by other segmenters than `makers`."""
+    there = [path for path in files if path.exists()]
+    if not all(makers_of(path) <= makers for path in there):
+        raise UserError(
+            f"{folder}: has crops by other segmenters; these need another --work")
+    if there:
+        say(f"{folder}: the crops of {len(there)} studies are there, and taken over")
+
+def write_study(volume, probability, options, makers, file, mask=None):
     """Write a study's crops to a file, and its mask where one is asked for."""
     how = (options.size, options.mask_of, options.z_margin)
-    write_crops(file, vertebra_slices(volume, probability, *how), options.z_margin)
+    crops = vertebra_slices(volume, probability, *how)
+    write_crops(file, crops, options.z_margin, makers)
     if mask:
         write_nifti(mask, vertebra_labels(volume, probability), volume)
 
@@ -3155,6 +3299,8 @@ def extract(options):
         edge, z_margin = made
         raise UserError(f"{out}: has crops of --size {edge} --z-margin {z_margin}; others "
                         "need another --work")
+    makers = {hash_of(path) for *_, path in model_files(options.weights, "segmenter")}
+    refuse_others(out, [out / f"{uid}.npz" for uid in truth], makers)
     say_plan(options)
 
     def files(uid):
@@ -3176,7 +3322,7 @@ def extract(options):
             try:
                 volume = future.result()
                 probability = segment(own or [*models.values()], volume, device, say)
-                write_study(volume, probability, options, *files(uid))
+                write_study(volume, probability, options, makers, *files(uid))
             except StudyError as error:
                 say(f"study {uid}: {error}; left out")
     made = [out / f"{uid}.npz" for uid in truth if (out / f"{uid}.npz").exists()]
@@ -3201,11 +3347,12 @@ def train_classifiers(options):
     if share < LEAST_SEEN:
         found = f"only {share:.0%} of C1..C7 were found in {len(uids)} studies"
         raise UserError(f"{folder}: {found}: train better segmenters first")
-    sums = [[part.CRC for part in zipfile.ZipFile(files[uid]).infolist()] for uid in uids]
+    sums = [(uid, crops_identity(files[uid])) for uid in uids]
     labels = [truth[uid].tolist() for uid in uids]
     samples = [(uid, targets) for uid in uids for targets in asked]
     recipe = recipe_from(options, kind)
     edge, z_margin = crops_made(folder)
+    sums.append(edge)
     if recipe.size > edge:
         say(f"--size {recipe.size} but enlarges crops of {edge}: extract has --size")
     if "z_margin" in options.given and options.z_margin != z_margin:
@@ -3289,7 +3436,7 @@ def evaluate(options):
     found = found[found.index.isin(table.index)]
     missing = int(found.isna().sum().sum())
     if missing:
-        say(f"{missing} answers are missing or no numbers: scored as the prior")
+        say(f"{missing} answers are missing or no probabilities: scored as the prior")
     found = found.fillna(PRIOR_ANSWERS)
     labels = table.loc[found.index].to_numpy()
     if np.isnan(labels).all():
@@ -3425,6 +3572,8 @@ def main(argv=None):
     return run_mode(MODES, argv, TOOL_MODES)
 
 if __name__ == "__main__" and "__file__" in globals():
+    with suppress(AttributeError):  # a name that the terminal cannot show; not a notebook's
+        sys.stdout.reconfigure(errors="backslashreplace")
     status = main()
     with suppress(BrokenPipeError):  # whoever read it has gone
         sys.stdout.flush()

@@ -152,7 +152,8 @@ def test_a_mode_of_the_repository_runs_in_a_process_of_its_own(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     command = ["notebook", "--out", str(tmp_path)]
     assert cspine.main(command) == 0
-    assert capfd.readouterr().out.startswith("kaggle kernels push")
+    said = capfd.readouterr().out.splitlines()
+    assert "in place of OWNER" in said[0] and said[1].startswith("kaggle kernels push")
     assert cspine.main([*command, "--weights-dataset", "../x"]) == 2
     assert capfd.readouterr().err.count("\n") == 1
 

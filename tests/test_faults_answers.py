@@ -149,7 +149,7 @@ def fake_task(device=CPU, judge=None, load=None, recipe=None):
     crops = np.random.default_rng(0).integers(1, 255, (15, 6, SMALL, SMALL), np.uint8)
     labels = np.ones(1, np.float32)
     return cspine.Task(
-        "vertebra", recipe, device, load or (lambda sample: (crops, labels)),
+        "vertebra", recipe, device, load or (lambda *sample: (crops, labels)),
         cspine.classifier_batch, lambda model, uid: [0.5] * 8, judge, "vertebra_fold0",
         train=("a", "b", "c", "d"), held_out=("e",))
 
@@ -335,7 +335,7 @@ def test_the_report_of_the_twentieth_process_counts(said, weights, tmp_path, mon
 def test_weights_that_cannot_be_written_are_noticed_before_the_first_step(tmp_path):
     (tmp_path / "file").write_text("no folder")
 
-    def load(sample):
+    def load(sample, first):
         raise AssertionError("a sample was loaded")
 
     for weights in (tmp_path / "file", tmp_path / "file" / "below"):
@@ -472,6 +472,53 @@ def test_a_label_that_is_none_is_named_by_file_row_and_column(said, tmp_path, mo
     _, errors = said([mode, "--data", tmp_path, "--weights", tmp_path / "w"], 2)
     assert errors.count("\n") == 1 and "train.csv" in errors
     assert "row 3" in errors and f"{column}:" in errors
+
+
+def test_a_study_that_stands_twice_with_unlike_labels_is_refused(said, tmp_path):
+    write_labels(tmp_path, {"a": [0] * 8, "b": [1] * 8})
+    text = (tmp_path / "train.csv").read_text()
+    (tmp_path / "train.csv").write_text(text + "a" + ",0" * 8 + "\n")
+    assert len(cspine.read_truth(tmp_path / "train.csv")) == 2
+    (tmp_path / "train.csv").write_text(text + "a" + ",1" * 8 + "\n")
+    with pytest.raises(UserError, match="a stands there twice"):
+        cspine.read_truth(tmp_path / "train.csv")
+
+
+def test_answers_that_are_no_probabilities_count_as_missing_and_rows_stand_once(tmp_path):
+    path = tmp_path / "submission.csv"
+    path.write_text("row_id,fractured\na_C1,1.7\na_C2,inf\na_C3,-1\na_C4,0.5\na_C5,1\n")
+    found = cspine.read_answers(path)
+    assert found.loc["a"].notna().sum() == 2 and found.C4["a"] == 0.5 and found.C5["a"] == 1
+    path.write_text("row_id,fractured\na_C1,0.3\na_C1,0.9\n")
+    with pytest.raises(UserError, match="a_C1 stands there twice"):
+        cspine.read_answers(path)
+
+
+def test_a_row_that_asks_for_something_unknown_is_said(tmp_path, capsys):
+    path = tmp_path / "test.csv"
+    path.write_text(f"row_id,{STUDY},prediction_type\nr0,a,C1 \nr1,a,c1\nr2,a,C2\n")
+    assert [target for *_, target in cspine.rows_asked(path)] == ["C1", "c1", "C2"]
+    assert "1 rows ask for 'c1': answered 0.5" in capsys.readouterr().err
+
+
+def test_nothing_but_a_plain_file_is_written_over(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(UserError, match="no plain file is there"):
+            cspine.write_atomic(path, lambda new: new.write_text("x"))
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_what_overflows_in_half_precision_is_computed_again():
+    class Large(nn.Module):
+        def forward(self, x):
+            return x @ torch.full((1, 1), 7e4)
+
+    given = torch.full((1, 1), 2.0)
+    with torch.autocast("cpu", torch.half):
+        assert Large()(given).isinf().all()
+        answer = cspine.computed(Large(), given)
+    assert torch.allclose(answer.float(), torch.tensor([1.4e5]), rtol=0.01)
 
 
 def test_an_empty_label_is_unknown_in_score_auc_loss_and_calibration(said, tmp_path):

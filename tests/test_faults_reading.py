@@ -7,6 +7,7 @@ follows from how its input was made, or is pydicom's own reading.
 import gzip
 import importlib.util
 import io
+import math
 import os
 
 import cv2
@@ -72,7 +73,7 @@ PASSES = {
 }
 
 
-@pytest.mark.parametrize("apart", [0.0, 0.01])
+@pytest.mark.parametrize("apart", [0.0, 0.01, 0.3, 0.5])
 @pytest.mark.parametrize("name", PASSES)
 def test_one_of_two_passes_in_one_series_is_taken_whole(write_series, name, apart):
     """Files named as by uid: those of both passes come in any order."""
@@ -94,6 +95,20 @@ def test_the_pass_that_covers_more_places_is_taken(write_series):
     folder = write_series(long, positions=places(), numbers=range(30, 50),
                           AcquisitionNumber=2)
     assert np.array_equal(read_volume(folder).hu, long - 1024)
+
+
+def test_what_another_pass_adds_beyond_the_first_or_in_its_hole_stays(write_series):
+    """Two slabs that adjoin, and a rescan of what was left out."""
+    whole = noise(1, 40)
+    at = places(40)
+    hole = range(8, 12)
+    first = [k for k in range(24) if k not in hole]
+    write_series(whole[first], positions=[at[k] for k in first], numbers=range(1, 21),
+                 AcquisitionNumber=1)
+    rest = [*hole, *range(24, 40)]
+    folder = write_series(whole[rest], positions=[at[k] for k in rest],
+                          numbers=range(101, 121), AcquisitionNumber=2)
+    assert np.array_equal(read_volume(folder).hu, whole - 1024)
 
 
 def test_two_passes_without_a_word_that_tells_them_apart_are_not_woven(write_series):
@@ -371,3 +386,83 @@ def test_a_mask_moved_to_the_left_lies_inside_and_on_bone_by_its_share(
     path = write_mask(tmp_path / "mask.nii", labels, affine)
     inside, on_bone = cspine.mask_fit(path, volume, read_mask(path, volume))
     assert inside == pytest.approx(share_inside) and on_bone == pytest.approx(share_on_bone)
+
+
+# ---- Values ----
+
+
+@pytest.mark.parametrize("tags, word", [
+    (dict(slope=0), "slope"), (dict(slope="nan"), "slope"), (dict(intercept="inf"), "intercept")])
+def test_a_slope_that_tells_nothing_is_refused(tags, word, write_series):
+    with pytest.raises(StudyError, match=word):
+        read_volume(write_series(noise(), positions=places(), **tags))
+
+
+@pytest.mark.parametrize("signed, stored, padding, vr", [
+    (False, 63536, -2000, "SS"), (True, -2000, 63536, "US")])
+def test_a_padding_value_of_the_other_sign_is_found(signed, stored, padding, vr, tmp_path):
+    """Some scanners write it as if pixels were signed, or not."""
+    images = noise()
+    images[:, 0, 0] = stored
+    for k, image in enumerate(images):
+        data = pydicom.dcmread(io.BytesIO(dicom_bytes(
+            image, places()[k], number=k + 1, signed=signed, syntax=EXPLICIT)))
+        data.add_new("PixelPaddingValue", vr, padding)
+        data.save_as(tmp_path / f"{k}.dcm")
+    hu = read_volume(tmp_path).hu
+    assert (hu[:, 0, 0] == -1024).all() and np.array_equal(hu[:, 1:], images[:, 1:] - 1024)
+
+
+def test_a_stream_of_other_rows_and_columns_than_its_header_is_refused():
+    turned = np.arange(48, dtype=np.uint16).reshape(COLUMNS, ROWS)
+    stream = dicom_bytes(turned, places()[0], syntax="1.2.840.10008.1.2.4.70")
+    data = pydicom.dcmread(io.BytesIO(stream))
+    data.Rows, data.Columns = ROWS, COLUMNS
+    with pytest.raises(StudyError, match=r"\(8, 6\) pixels in place of \(6, 8\)"):
+        cspine.decode_pixels(data)
+
+
+def test_an_instance_number_of_letters_costs_no_slice(write_series):
+    stored = noise()
+    folder = write_series(stored, positions=places())
+    for path in folder.iterdir():
+        data = pydicom.dcmread(path)
+        data.add_new("InstanceNumber", "LO", "A1")
+        data.save_as(path)
+    assert np.array_equal(read_volume(folder).hu, stored - 1024)
+
+
+def test_the_reason_of_most_files_is_told_not_that_of_the_last(write_series):
+    folder = write_series(noise(), positions=places(), Modality="MR")
+    (folder / "zz_a_longer_name.zip").write_bytes(b"PK")
+    with pytest.raises(StudyError, match="no CT image but MR"):
+        read_volume(folder)
+    with pytest.raises(StudyError, match="no DICOM image"):
+        cspine.read_slices(folder / "zz_a_longer_name.zip")
+
+
+def test_images_of_two_patients_in_one_folder_are_said(write_series):
+    write_series(noise(1), positions=places(), StudyInstanceUID="1.1", series="1.1.1")
+    folder = write_series(noise(2, 30), positions=places(30), StudyInstanceUID="1.2",
+                          series="1.2.1", numbers=range(101, 131))
+    volume = read_volume(folder)
+    assert len(volume.hu) == 30
+    assert any("2 studies: give each its own folder" in one for one in volume.problems)
+
+
+def test_values_that_are_no_hu_are_said(write_series):
+    volume = read_volume(write_series(noise(), positions=places(), intercept=0))
+    assert "no CT in HU: values" in cspine.not_in_hu(volume.hu)
+
+
+@pytest.mark.parametrize("code, intercept, word", [(128, 0, "datatype 128"), (2, math.nan, "")])
+def test_odd_nifti_headers_have_a_reason_or_are_read_as_stored(code, intercept, word, tmp_path):
+    labels = np.ones((4, 4, 4), np.uint8)
+    path = tmp_path / "mask.nii"
+    path.write_bytes(nifti(labels, code, slope=1.0, intercept=intercept, sform=np.eye(4)[:3]))
+    if word:
+        with pytest.raises(ValueError, match=word):
+            cspine.read_nifti(path)
+    else:
+        stored, slope, shift, _ = cspine.read_nifti(path)
+        assert (stored * slope + shift == 1).all()

@@ -71,12 +71,14 @@ def kaggle(tmp_path, monkeypatch, phantom_data, one_thread):
             yield cspine.Stop(1, itertools.count(0, 6).__next__)
 
         def call(command, cwd):
+            if "evaluate" in command:
+                return cspine.main(command[2:])
             assert command[1:5] == ["-m", "torch.distributed.run", "--standalone",
                                     "--nproc_per_node=1"] and cwd == root / "working"
             at = command.index("cspine.py") + 1
             commands.append(command[at:])
             limit = float(command[command.index("--time-limit") + 1])
-            assert 500 < limit < 510 and (cwd / "cspine.py").exists()
+            assert 680 < limit < 690 and (cwd / "cspine.py").exists()
             if command[at] == cut:
                 monkeypatch.setattr(cspine, "stop_signals", short)
                 monkeypatch.setattr(time, "monotonic", lambda: math.inf)  # the cell's clock
@@ -96,7 +98,10 @@ def kaggle(tmp_path, monkeypatch, phantom_data, one_thread):
         (root / "working" / "cspine.py").write_text(write.partition("\n")[2])
         kernel = {"__name__": "__main__"}
         commands.clear()
-        for cell in (look.replace('DEVICE = "cuda"', 'DEVICE = "cpu"'), train, close):
+        look = look.replace('DEVICE = "cuda"', 'DEVICE = "cpu"')
+        assert look.endswith("minutes=690)")
+        look = look.replace("minutes=690)", "minutes=690, from_scratch=True)")
+        for cell in (look, train, close):
             exec(cell, kernel)
         return capsys.readouterr().out, [command[0] for command in commands]
 
@@ -112,7 +117,8 @@ def test_sessions_cut_short_end_with_the_weights_of_one_uncut(kaggle, tmp_path, 
     has the output of the one before attached, in either layout of Kaggle."""
     all_steps = ["train-seg", "extract", "train-cls", "train-patient"]
     said, ran = kaggle(tmp_path / "whole", None, "", None, capsys)
-    assert ran == all_steps and "ALL IS TRAINED" in said
+    assert ran == all_steps and "ALL IS TRAINED AND CALIBRATED" in said
+    assert (tmp_path / "whole" / "working" / "weights" / "calibration.json").exists()
     for line in ("GPU 0: runs", "4 studies with images, 4 with masks", "this is the first",
                  "crops are kept", "weights of test_resnet: NOT FOUND", "hours by the plan"):
         assert line in said
@@ -152,6 +158,40 @@ def test_one_command_trains_all_models_of_a_preset_and_goes_on(
     assert capsys.readouterr().err.count("finished before") == 3
     assert train_all.main([*command, "--fold", "0"]) == 2  # no option of extract
     assert "--fold" in capsys.readouterr().err
+
+
+def test_folds_may_be_fewer_and_crops_that_are_cut_short_are_not_taken_for_all(
+        phantom_data, tmp_path, monkeypatch, capsys, one_thread):
+    """A clock that goes a minute a look lets every mode end, but extract's limit is over."""
+    tiny_preset(monkeypatch)
+    monkeypatch.setitem(cspine.PRESETS, "fast", {
+        mode: {k: v for k, v in values.items() if k != "folds"} | dict(epochs=1)
+        for mode, values in cspine.PRESETS["fast"].items()})
+    command = ["--preset", "fast", "--data", str(phantom_data), "--weights", str(tmp_path),
+               "--work", str(tmp_path / "work"), "--workers", "1", "--device", "cpu",
+               "--folds", "2"]
+    ran = []
+
+    def run(arguments, cards):
+        ran.append(arguments[0])
+        return cspine.main(arguments)
+
+    monkeypatch.setattr(train_all, "run", run)
+    ticks = itertools.count(0, 60)
+    monkeypatch.setattr(train_all.time, "monotonic", lambda: next(ticks))
+    assert train_all.main([*command, "--time-limit", "1"]) == 0
+    assert ran == ["train-seg", "extract"]
+    assert "extract is not finished" in capsys.readouterr().err
+    monkeypatch.setattr(train_all.time, "monotonic", time.perf_counter)
+    assert train_all.main(command) == 0
+    assert ran[2:] == ["train-seg", "extract", "train-cls", "train-patient", "evaluate"]
+
+
+def test_without_imagenet_a_session_ends_before_it_begins(phantom_data, monkeypatch, tmp_path):
+    monkeypatch.setattr(cspine, "KAGGLE", tmp_path)
+    with pytest.raises(cspine.UserError, match="attach timm's files of convnext_nano, tf_eff"):
+        kaggle_training.find_imagenet("gold", phantom_data, False)
+    kaggle_training.find_imagenet("gold", phantom_data, True)
 
 
 def test_the_plan_is_the_work_over_the_rate(monkeypatch):

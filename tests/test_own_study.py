@@ -220,6 +220,44 @@ def test_files_beside_folders_of_studies_are_said_to_be_left_out(ct, tmp_path, c
     assert "the 1 other files in it are left out" in capsys.readouterr().err
 
 
+def test_what_is_no_study_of_the_users_is_left_alone(ct, tmp_path):
+    """Hidden files, a Mac's, our own answers, and links that lead back."""
+    home = tmp_path / "home"
+    for name in ("good", ".git", "__MACOSX", "answers"):
+        (home / name).mkdir(parents=True)
+    for name in ("n.nii.gz", "._n.nii.gz"):
+        (home / name).write_bytes((tmp_path / "ct.nii.gz").read_bytes())
+    for k in range(20):
+        (home / f"{k}.json").write_text("{}")  # as dcm2niix writes
+    (home / "self").symlink_to(home)
+    found = cspine.named_studies([home], {(home / "answers").resolve()})
+    assert found == {"good": home / "good", "n": home / "n.nii.gz"}
+
+
+def test_studies_have_names_that_tell_them_apart_and_stay_inside(ct, tmp_path, monkeypatch):
+    (tmp_path / "neck").mkdir()
+    (tmp_path / "neck.nii.gz").write_bytes(b"")
+    found = cspine.named_studies([tmp_path / "neck", tmp_path / "neck.nii.gz"])
+    assert len(found) == 2 and not any("/" in name for name in found)
+    monkeypatch.chdir(tmp_path / "neck")
+    assert [*cspine.named_studies([".."])][0][0] != "."
+
+
+def test_masks_over_files_of_others_are_refused_before_the_work(predict, ct, tmp_path, capsys):
+    (tmp_path / "cts").mkdir()
+    (tmp_path / "ct.nii.gz").rename(tmp_path / "cts" / "ct.nii.gz")
+    status, table = predict("cts/ct.nii.gz", "--masks", "cts")
+    assert status == 2 and table is None
+    assert "not a mask of ours" in capsys.readouterr().err
+
+
+def test_what_was_odd_is_said_below_the_table(predict, ct, tmp_path, capsys):
+    (tmp_path / "dicom" / "3.dcm").write_bytes(b"damaged")
+    status, table = predict("dicom")
+    assert status == 0 and "left out" in table.warnings[0]
+    assert "study dicom: 3.dcm" in capsys.readouterr().err
+
+
 BAD = {
     "labels": (lambda hu: np.clip(hu, 0, 7), "no CT in HU"),
     "unsigned": (lambda hu: hu + 1024, "no CT in HU"),

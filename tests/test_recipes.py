@@ -50,13 +50,25 @@ def test_a_name_with_a_tag_is_found_and_a_longer_name_is_another_network(tmp_pat
 
 def test_processes_of_unlike_devices_are_refused_before_they_wait_for_each_other(
         tmp_path, monkeypatch):
-    options = Namespace(folds=2, fold="0", name="", resume=False)
-    task = cspine.Task("vertebra", None, torch.device("cpu"), *[None] * 4)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(cspine.dist, "init_process_group", lambda: None)
+    backends = []
+    monkeypatch.setattr(cspine.dist, "init_process_group", backends.append)
     monkeypatch.setattr(cspine, "over_ranks", lambda kind: [kind, "cuda"])
     with pytest.raises(cspine.UserError, match="lower --nproc_per_node"):
-        cspine.run_training(options, [], {}, task)
+        cspine.join_processes(torch.device("cpu"))
+    assert "gloo" in backends[0]
+
+
+def test_each_process_sets_its_card_before_the_cards_speak(monkeypatch):
+    """NCCL takes the current card, and has no way for objects: these go by gloo."""
+    calls = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(cspine.dist, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(cspine.dist, "init_process_group", calls.append)
+    monkeypatch.setattr(cspine, "over_ranks", lambda kind: [kind])
+    cspine.join_processes(torch.device("cuda:1"))
+    assert calls == [torch.device("cuda:1"), "cpu:gloo,cuda:nccl"]
 
 
 @pytest.mark.parametrize("place", [

@@ -235,6 +235,32 @@ def test_a_vertebra_is_read_without_the_others(tmp_path):
         cspine.read_crops(tmp_path / "b.npz", [4, 5])
 
 
+@pytest.mark.parametrize("older", (False, True))
+def test_some_steps_are_read_without_the_others(older, tmp_path):
+    crops = np.random.default_rng(0).integers(1, 256, (7, 15, 6, 16, 16), dtype=np.uint8)
+    crops[2] = 0
+    (write_as_before if older else cspine.write_crops)(tmp_path / "a.npz", crops)
+    for first in range(3):
+        found = cspine.read_crops(tmp_path / "a.npz", [1, 2], slice(first, None, 3))
+        assert np.array_equal(found, crops[[1, 2], first::3])
+
+
+def test_crops_say_which_segmenters_made_them(tmp_path):
+    crops = np.ones((7, 15, 6, 8, 8), np.uint8)
+    cspine.write_crops(tmp_path / "a.npz", crops, made_by={"2" * 16, "1" * 16})
+    write_as_before(tmp_path / "b.npz", crops)
+    assert cspine.makers_of(tmp_path / "a.npz") == {"1" * 16, "2" * 16}
+    assert cspine.makers_of(tmp_path / "b.npz") == set()
+    cspine.write_crops(tmp_path / "c.npz", crops - 1, made_by={"1" * 16, "2" * 16})
+    same = [cspine.crops_identity(tmp_path / f"{name}.npz") for name in "acb"]
+    assert same[0] == same[1] != same[2]  # whatever another machine has rounded
+
+
+def test_a_half_written_file_of_crops_is_not_looked_at(tmp_path):
+    (tmp_path / ".4711.uid.npz").write_bytes(b"half")
+    assert cspine.crops_made(tmp_path) is None
+
+
 def test_noisy_crops_take_little_more_than_a_quarter_and_are_without_loss(tmp_path):
     noise = np.random.default_rng(0).normal(128, 40, (7 * 15 * 96, 6 * 96))
     noise = cv2.GaussianBlur(noise, (0, 0), 2).clip(0, 255).astype(np.uint8)

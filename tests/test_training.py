@@ -264,7 +264,7 @@ TOY = replace(RECIPES["vertebra"], backbone="test_convnext3", size=32, epochs=3,
               hidden=16, dropout=0, drop_path=0, mixup=0)
 
 
-def toy_load(sample):
+def toy_load(sample, first=0):
     k = sample[0]
     noise = np.random.default_rng(k).integers(1, 256, (15, 6, 48, 48), dtype=np.uint8)
     return noise, np.array([k % 3 == 0], np.float32)
@@ -455,7 +455,7 @@ def test_an_epoch_shows_every_sample_once_in_its_own_order(tmp_path):
     def epochs(seed):
         seen = []
         task = toy_task(recipe=replace(TOY, seed=seed, epochs=2),
-                        load=lambda sample: seen.append(sample) or toy_load(sample))
+                        load=lambda sample, first: seen.append(sample) or toy_load(sample))
         cspine.train(task, tmp_path, cspine.Stop(), 1)
         return seen[:8], seen[8:]
 
@@ -513,7 +513,7 @@ def test_two_processes_of_one_sample_each_get_a_second_to_mix_with(
     monkeypatch.setenv("WORLD_SIZE", "2")
     cspine.train(task, tmp_path, Stop())
     assert set(sizes) == {(2, 4)} and len(sizes) == 6
-    assert "--batch-size 4: mixup" in capsys.readouterr().err
+    assert "--batch-size 4: 2 samples a process" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "1")
     cspine.train(task, tmp_path / "alone", Stop())
     assert set(sizes[6:]) == {(2, 2)}
@@ -550,6 +550,41 @@ def test_the_average_follows_an_lstm_whose_weights_change_their_storage(monkeypa
     assert moved == [*fast] and any("lstm" in name for name in moved)
     lstm = [n for n in moved if "lstm" in n and not torch.equal(fast[n], before[n])]
     assert lstm
+
+
+def test_a_batch_of_fewer_samples_than_processes_grows(tmp_path, monkeypatch, capsys):
+    sizes = []
+    task = toy_task(recipe=replace(TOY, batch_size=2, epochs=1), held_out=list("abcd"))
+    monkeypatch.setattr(cspine.Trainer, "update", lambda self, task, batch, total: (
+        sizes.append((len(batch), task.recipe.batch_size)),
+        setattr(self.progress, "step", self.progress.step + 1)))
+    monkeypatch.setattr(Trainer, "close_epoch", lambda *_: None)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    cspine.train(task, tmp_path, Stop())
+    assert set(sizes) == {(1, 4)} and "--batch-size 4" in capsys.readouterr().err
+
+
+def test_a_thinned_batch_is_loaded_from_one_step_on_in_all_of_its_samples(tmp_path):
+    seen = {}
+
+    def load(sample, first):
+        seen.setdefault(int(first), []).append(sample)
+        return toy_load(sample)
+
+    task = toy_task(recipe=replace(TOY, thin=3, epochs=6, batch_size=2), load=load)
+    cspine.train(task, tmp_path, Stop(), 1)
+    assert set(seen) == {0, 1, 2} and all(len(one) % 2 == 0 for one in seen.values())
+
+
+def test_the_state_of_a_scaler_that_was_not_needed_goes_on_where_one_is(tmp_path):
+    """Begun in bfloat16, gone on with on a T4: a scaler refuses the state of none."""
+    task = toy_task()
+    before = Trainer(task)
+    before.save(tmp_path / "last.pt", task)
+    after = Trainer(task)
+    after.scaler = torch.amp.GradScaler("cpu", enabled=True)
+    after.load(tmp_path / "last.pt", task)
+    assert after.scaler.get_scale() == 2.0**16
 
 
 @pytest.mark.parametrize("kind", MODE)
@@ -761,6 +796,12 @@ def test_extract_goes_on_with_what_is_missing(extraction, tmp_path, monkeypatch,
         assert np.array_equal(labels, cspine.vertebra_labels(volume, probability))
     assert len([*(tmp_path / "masks").iterdir()]) == 4
 
+    capsys.readouterr()
+    first = next((tmp_path / "weights").glob("segmenter_fold*.pt"))
+    first.write_bytes(first.read_bytes() + b"trained anew")
+    assert cspine.main(extraction) == 2
+    assert "crops by other segmenters; these need another --work" in capsys.readouterr().err
+
 
 def test_processes_share_the_studies_of_extract_out(extraction, launch, tmp_path):
     """Two, told who they are as torchrun tells them."""
@@ -791,22 +832,17 @@ def test_the_crops_of_a_study_take_less_than_a_quarter_of_their_bytes(tmp_path):
     assert np.array_equal(cspine.read_crops(tmp_path / "crops.npz"), crops)
 
 
-def test_a_thinned_batch_shows_every_third_step_from_a_drawn_one():
-    shown = []
-
-    def model(crops):
-        shown.append((crops[0, :, 0, 0, 0] * 255).round().int().tolist())
-        return torch.zeros(crops.shape[:2])
-
-    numbers = torch.arange(15, dtype=torch.uint8).reshape(1, 15, 1, 1, 1).expand(1, 15, 6, 8, 8)
-    recipe = replace(TOY, thin=3, size=8)
-    still = dict.fromkeys(cspine.CROP_RANGES, 0.0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cspine.augment_crops, "__defaults__", (cspine.CROP, still))
-        for seed in range(20):
-            rngs = [np.random.default_rng(seed)]
-            cspine.classifier_batch(model, [numbers, torch.ones(1, 1)], rngs, recipe)
-    assert {tuple(steps) for steps in shown} == {tuple(range(k, 15, 3)) for k in range(3)}
+def test_a_thinned_sample_holds_every_third_step_from_the_one_asked_for(tmp_path):
+    crops = np.broadcast_to(np.arange(1, 16, dtype=np.uint8)[:, None, None, None],
+                            (7, 15, 6, 16, 16))
+    cspine.write_crops(tmp_path / "u.npz", crops)
+    truth = {"u": np.zeros(8, np.float32)}
+    for thin in (1, 3, 5):
+        recipe = replace(TOY, thin=thin)
+        task = cspine.classifier_task("vertebra", recipe, CPU, tmp_path, truth)
+        for first in range(thin):
+            sample, _ = task.load(("u", [4]), first)
+            assert (sample[:, 0, 0, 0] - 1).tolist() == [*range(first, 15, thin)]
 
 
 def test_a_thinning_that_does_not_divide_the_steps_is_refused(arguments, tmp_path, capsys):

@@ -107,7 +107,7 @@ def segmenter_task(options, device):
         BACKBONE, options.epochs, batch_size=8, lr=1e-3, size=SMALL, dropout=0.0,
         seed=options.seed)
 
-    def load(k):
+    def load(k, first=0):
         cube, labels = np.load(options.out / f"cubes/{k}.npy")
         cube = torch.from_numpy(cube)[None].float()
         cube = F.avg_pool3d(cube, EDGE // SMALL)[0]
@@ -142,9 +142,9 @@ def vertebra_task(options, device, truth):
             masks[:] = np.where(masks > 0, 128, 0)
         return crops
 
-    def load(sample):
+    def load(sample, first=0):
         k, v = sample
-        crops = crops_of(k, v)
+        crops = crops_of(k, v)[first :: recipe.thin]
         return crops, truth[k][[v]] if crops.any() else np.float32([np.nan])
 
     def score(model, k):

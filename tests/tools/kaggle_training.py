@@ -24,7 +24,7 @@ STEPS = {"train-seg": "segmenter", "extract": "", "train-cls": "vertebra",
          "train-patient": "patient"}
 CARD_TFLOPS = 5.0  # TFLOP/s that a T4 is assumed to reach in training
 EXTRACT_S = 8.0  # s of a process a study, mostly reading on two cores; assumed
-CROPS_MB = 7.0  # a study's crops of 224 pixels; assumed
+CROPS_MB = 13.0  # a study's crops of 224 pixels with noise of 80 HU; the real ones: assumed
 MODELS_GB = 3.0  # models, and the states of the folds of one kind; assumed
 LEAST_MINUTES = 1.0  # with less left no command is started
 LEVELS = 4  # folders below /kaggle/input: notebooks, owner, name, version
@@ -146,7 +146,20 @@ def try_cards():
     return cards
 
 
-def preflight(preset, minutes):
+def find_imagenet(preset, data, from_scratch):
+    """Say which ImageNet files the preset's trainings begin from; UserError without one."""
+    missing = []
+    for name in sorted({options_of(preset, mode).backbone for mode in STEPS if STEPS[mode]}):
+        found = cspine.imagenet_file(name, data)
+        print(f"ImageNet weights of {name}: {found or 'NOT FOUND'}")
+        if not found:
+            missing.append(name)
+    if missing and not from_scratch:
+        raise UserError(f"attach timm's files of {', '.join(missing)} (Add Input), or call "
+                        "preflight(..., from_scratch=True)")
+
+
+def preflight(preset, minutes, from_scratch=False):
     """Look whether all is there, say it in a line each, and make the Session.
     UserError if the training cannot begin."""
     end = time.monotonic() + 60 * minutes
@@ -161,10 +174,7 @@ def preflight(preset, minutes):
     earlier, number = earlier_session()
     print(f"earlier session: {earlier or 'none attached: this is the first'}")
     work = work_folder(crops_gb(preset, len(truth)) + MODELS_GB)
-    for name in sorted({options_of(preset, mode).backbone for mode in STEPS if STEPS[mode]}):
-        found = cspine.imagenet_file(name, data) or "NOT FOUND: attach timm's file of it"
-        print(f"ImageNet weights of {name}: {found}")
-
+    find_imagenet(preset, data, from_scratch)
     hours = planned_hours(preset, len(truth), masked, cards, CARD_TFLOPS)
     each = ", ".join(f"{mode} {value:.1f}" for mode, value in hours.items())
     total, again = sum(hours.values()), 0.0
@@ -193,17 +203,18 @@ def take_over(session):
                     shutil.copyfile(path, target)
 
 
-def stems(weights, preset, mode):
+def stems(weights, preset, mode, *more):
     """The names, without their endings, of what a training of the preset writes."""
-    options = options_of(preset, mode)
+    options = options_of(preset, mode, *more)
     names = [cspine.model_name(STEPS[mode], options.name, k) for k in folds_of(options)]
     return [Path(weights) / name for name in names]
 
 
-def trained(weights, preset, mode):
-    """Whether every fold of a training is trained to its last epoch, by its log."""
-    epochs = options_of(preset, mode).epochs
-    logs = [Path(f"{stem}_log.csv") for stem in stems(weights, preset, mode)]
+def trained(weights, preset, mode, *more):
+    """Whether every fold of a training is trained to its last epoch, by its log; `more`
+    options than the preset's may be given."""
+    epochs = options_of(preset, mode, *more).epochs
+    logs = [Path(f"{stem}_log.csv") for stem in stems(weights, preset, mode, *more)]
     return all(log.exists() and pd.read_csv(log).epoch.iloc[-1] == epochs for log in logs)
 
 
@@ -248,7 +259,10 @@ def train_all(session):
         if STEPS[mode]:  # the states of finished trainings; the logs tell that they are
             for stem in stems(session.weights, session.preset, mode):
                 Path(f"{stem}_last.pt").unlink(missing_ok=True)
-    return ""
+    command = [sys.executable, "cspine.py", "evaluate", "--folds", "--calibrate"]
+    command += ["--data", str(session.data), "--weights", str(session.weights)]
+    status = subprocess.call(command, cwd=KAGGLE / "working")
+    return f"evaluate FAILED with exit status {status}" if status else ""
 
 
 def close(session, stopped):
@@ -261,7 +275,6 @@ def close(session, stopped):
               "(Add Input, Your Work, this notebook; or make a data set of it), in place of "
               "any earlier output, and run all cells again: it goes on where this one stopped.")
     else:
-        print(f"Session {session.number}: ALL IS TRAINED. The models are in weights/ of this "
-              "output: download that folder, then `cspine.py evaluate --folds --calibrate "
-              "--weights weights` and `cspine.py notebook --weights weights "
-              "--weights-dataset OWNER/NAME`.")
+        print(f"Session {session.number}: ALL IS TRAINED AND CALIBRATED. The models are in "
+              "weights/ of this output: download that folder, then `cspine.py notebook "
+              "--weights weights --weights-dataset OWNER/NAME`.")

@@ -6,8 +6,9 @@ import re
 import shutil
 from pathlib import Path
 
-from cspine import (
-    HERE, KAGGLE_DATA, KAGGLE_MINUTES, KINDS, UserError, model_files, write_atomic)
+from cspine import HERE, KAGGLE_DATA, KINDS, UserError, model_files, write_atomic
+
+SESSION_MINUTES = 690  # of the 12 hours that Kaggle gives a session with GPUs
 
 RUN = """\
 import glob, os, subprocess, sys, torch
@@ -65,7 +66,7 @@ def prediction_cells(name):
 def training_cells(preset):
     """Cells that look whether all is there, train, and say what comes next."""
     source = (Path(__file__).parent / "kaggle_training.py").read_text()
-    start = f'session = preflight("{preset}", minutes={KAGGLE_MINUTES:g})'
+    start = f'session = preflight("{preset}", minutes={SESSION_MINUTES:g})'
     return [f"{source}\n\n{start}", "stopped = train_all(session)", "close(session, stopped)"]
 
 
@@ -108,4 +109,6 @@ def notebook(options):
     if name and not options.train:
         copy_weights(Path(options.weights), out / "weights", weights)
         print(f"kaggle datasets create -p {out / 'weights'}")
+    if not owner:
+        print(f"{out / 'kernel-metadata.json'}: write your name in place of OWNER")
     print(f"kaggle kernels push -p {out}")

@@ -7,8 +7,10 @@ train-seg, extract, train-cls and train-patient, a process on each GPU, then eva
 four modes share, as --work or --workers, go to each of them.
 """
 
+import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -39,10 +41,15 @@ def main(argv=None):
     cards = torch.cuda.device_count() if options.device == "auto" else 1
     for mode, kind in kaggle_training.STEPS.items():
         go_on = ["--resume"] if kind else []  # extract always does
+        start = time.monotonic()
         status = run([mode, *argv, *go_on], cards)
         if status:
             return status
-        if kind and not kaggle_training.trained(options.weights, options.preset, mode):
+        folds = "--folds", str(options.folds)
+        whole = time.monotonic() - start < 60 * (cspine.minutes_of(options) or math.inf)
+        if kind:
+            whole = kaggle_training.trained(options.weights, options.preset, mode, *folds)
+        if not whole:
             cspine.say(f"train_all: {mode} is not finished: the same command goes on")
             return 0
     places = ["--data", options.data, "--weights", options.weights]
