@@ -87,7 +87,7 @@ MIN_SLICES = 16  # slices; fewer are no study (the competition's shortest has 69
 MAX_VOXELS = 2**30  # voxels, 2 GB of int16; more is damage or does not fit
 MAX_GAP_MM = 30.0  # mm; a longer hole along the normal separates two scans
 SAME_PLACE_MM = 0.05  # mm; closer slices lie at one place (spacings begin at 0.3)
-MIXED = 0.75  # share of a pass's step; a slice of another pass that near doubles its own
+MIXED = 0.75  # of a pass's step; another pass's slice that is nearer to one of its own goes
 SAME_STEP = 0.01  # share of a pixel by which the pixels of slices of one series may differ
 UNEVEN = 0.25  # share of a step by which a slice may miss its even place
 STRAIGHT = 0.999  # least cosine of a stack's axis and its normal; below: a tilted gantry
@@ -282,7 +282,7 @@ class Slice(NamedTuple):
 
 PASS_TAGS = (  # what tells two scans of the same places in one series apart
     "AcquisitionNumber", "ConvolutionKernel", "ImageType", "TemporalPositionIdentifier",
-    "AcquisitionTime", "ContentTime")  # these two order what none parts
+    "AcquisitionTime", "ContentTime")  # both also order what no tag parts
 
 def read_slices(path):
     """The Slices of a DICOM file, one of each frame, with or without its preamble."""
@@ -393,9 +393,9 @@ def places_of(mm):
 
 def one_pass(stack):
     """The slices of one acquisition: of several passes over a neck, one whole.
-    By each of PASS_TAGS the pass that covers most places, of equals the first, is whole; of
-    the others stays what fills its holes or prolongs it, for passes may lie between each
-    other's slices. Where no tag parts them, a place's earliest slice comes first."""
+    By each of PASS_TAGS in turn, the pass that covers most places (of equals the first) is
+    kept. Of the others stays what fills its holes or prolongs it; what lies between its
+    slices goes. Where no tag parts them, a place's earliest slice comes first."""
     for k in range(len(PASS_TAGS)):
         mm = along_normal(stack)
         passes = {}
@@ -438,14 +438,15 @@ def read_series(path, workers, give_up):
     if left_out:
         why = "of another series, pass, size or position"
         problems.append(f"{left_out} images {why} left out")
-    studies = {stack[0].study for stack in stacks}
+    studies = {stack[0].study for stack in stacks} - {"", "None"}
     if len(studies) > 1:
         problems.append(f"images of {len(studies)} studies: give each its own folder")
     if len(run) < MIN_SLICES:
         found = f"{len(run)} usable slices, not {MIN_SLICES}"
         reasons = [one.partition(": ")[2] for one in problems]  # behind a file's name
-        usual = sorted(zip(map(reasons.count, reasons), problems))[-1:]
-        raise StudyError("; ".join([found, *(problem for _, problem in usual)]))
+        counts = [reasons.count(reason) for reason in reasons]
+        usual = [problems[np.argmax(counts)]] if problems else []  # of equals the first
+        raise StudyError("; ".join([found, *usual]))
 
     mm = along_normal(run)
     steps = even_steps(mm)
@@ -478,7 +479,8 @@ def read_nifti_ct(path):
 
 def not_in_hu(planes):
     """Why planes (Y, X) show no body in HU, but labels, MR or another unit; else ""."""
-    thin = np.array([hu[::2, ::2] for hu in planes])
+    apart = max(1, len(planes) // 64)  # 64 planes tell as much as all
+    thin = np.array([hu[::2, ::2] for hu in planes[::apart]])
     low, high = thin.min(), thin.max()
     tissue = ((thin > AIR_BELOW) & (thin < BONE_ABOVE)).mean()
     if low <= AIR_BELOW and high >= BONE_ABOVE and tissue >= LEAST_TISSUE:
@@ -870,7 +872,7 @@ def mean_probability(models, volume, device):
     with autocast(device):
         for model in models:
             cube = cube_of(model.settings["size"], tuple(model.settings["window"]))
-            logits = computed(model.to(device), cube[None].to(device)).float()
+            logits = finite_answer(model.to(device), cube[None].to(device)).float()
             if len(cube[0]) != size:
                 logits = F.interpolate(logits, (size,) * 3, mode="trilinear")
             total = total + logits[0].sigmoid().nan_to_num()
@@ -989,8 +991,8 @@ def vertebra_slices(volume, probability, size=CROP, mask_of="last", z_margin=BOX
     """The ninety images of every vertebra: uint8 (7, 15, 6, S, S), a mask after 5 slices.
     `probability` (7, D, D, D) covers the whole study. `mask_of` says of which of a step's
     slices the mask is, the "last" or the "center". The steps cover the vertebra's mask and
-    `z_margin` cells beyond it, above and below. A vertebra that is not seen
-    is all 0; the mask of one that is seen is nowhere 0."""
+    `z_margin` cells beyond it, above and below. A vertebra that is not seen is all 0; the
+    mask of one that is seen is nowhere 0."""
     out = np.zeros((7, STEPS, CHANNELS, size, size), np.uint8)
     for v, cells in enumerate(probability):
         found = vertebra_box(cells)
@@ -1166,10 +1168,10 @@ def classify(ensemble, crops, folds=100):
         head = torch.tensor(math.nan)
         with autocast(ensemble.device):
             if view < len(vertebra):
-                logits = computed(model, shown)  # (7, 15, 6, S, S) -> (7, 15)
+                logits = finite_answer(model, shown)  # (7, 15, 6, S, S) -> (7, 15)
             else:
                 flat = shown.flatten(0, 1)[None]  # (1, 105, 6, S, S)
-                logits, head = computed(model, flat)
+                logits, head = finite_answer(model, flat)
         steps = logits.sigmoid().view(7, STEPS).cpu().numpy()
         steps[absent] = np.nan
         name = model.settings.get("name", "")
@@ -1249,8 +1251,8 @@ def rows_asked(path):
     target = table.row_id.str.extract(f"_({'|'.join(TARGETS)})$")[0]
     target = target.fillna(table.prediction_type.str.strip())
     unknown = target[~target.isin(TARGETS)]
-    if len(unknown):
-        say(f"{path}: {len(unknown)} rows ask for {unknown.iloc[0]!r}: answered 0.5")
+    if len(unknown) and ranks()[0] == 0:
+        say(f"{path}: rows that ask for {unknown.iloc[0]!r}, answered 0.5: {len(unknown)}")
     return [*zip(table.row_id, table[STUDY], target)]
 
 def strongest_steps(volume, probability, outputs, z_margin):
@@ -1301,10 +1303,11 @@ def answer_study(volume, read_s, ensemble, folds):
     cut = monotonic()
     outputs = classify(ensemble, crops, folds)
     seen = crops.any((1, 2, 3, 4))
-    mute = [one.name for one in outputs if np.isnan(one.steps[seen]).any()]
-    if len(mute) == len(outputs):
+    lost = np.array([np.isnan(one.steps[seen]).any(1) for one in outputs])  # (M, seen)
+    if lost.size and lost.all():
         raise StudyError("no classifier gives a finite answer")
-    problems += [f"no finite answer by {name}: left out" for name in mute]
+    mute = {one.name for one, some in zip(outputs, lost) if some.any()}
+    problems += [f"no finite answer by {name}, left out there" for name in sorted(mute)]
     answers = combine(outputs, ensemble.calibration)
     done = monotonic()
 
@@ -1445,10 +1448,11 @@ LEAST_CM3 = 1.0  # cm3; a smaller mask is no vertebra (C1, the smallest, has sev
 LEAST_ROWS = 5  # voxels from front to back of a body, to fit a line to
 PLATE = (0.2, 0.8)  # shares of a body's depth between which its endplate is straight
 
-def has_preamble(path):
-    """Whether a file begins as DICOM."""
+def begins_as_dicom(path):
+    """Whether a file begins as DICOM, with or without its preamble."""
     with suppress(OSError), open(path, "rb") as file:
-        return file.read(132).endswith(b"DICM")
+        start = file.read(132)
+        return start.endswith(b"DICM") or start[:2] in (b"\2\0", b"\x08\0")  # its groups
     return False
 
 def studies_in(path, left_out=()):
@@ -1461,18 +1465,19 @@ def studies_in(path, left_out=()):
     inside = [one for one in inside if one.name[0] != "." and one.name != "__MACOSX"]
     inner = [one for one in inside if one.is_dir() or is_nifti(one)]
     others = [one for one in inside if one not in inner and one.is_file()]
-    if not inner or sum(map(has_preamble, others)) >= MIN_SLICES:
+    inner = [one for one in inner if one.resolve() not in above]
+    nothing_inside = not inner and (others or not inside)
+    if nothing_inside or sum(map(begins_as_dicom, others)) >= MIN_SLICES:
         return [path]
     if others:
-        count = len(others)
-        say(f"{path}: a folder of studies; the {count} other files in it are left out")
-    inner = [one for one in inner if one.resolve() not in above]
+        say(f"{path}: a folder of studies; other files in it, left out: {len(others)}")
     return sum([studies_in(one, above) for one in inner], [])
 
 def named_studies(paths, left_out=()):
     """{name: path} of all studies: the last parts of their paths that tell them apart.
     What stands in the folders left out is none."""
-    paths = [Path(os.path.abspath(path)) for path in paths]
+    paths = map(Path, paths)
+    paths = [path.resolve() if ".." in path.parts else path.absolute() for path in paths]
     found = sum([studies_in(path, left_out) for path in paths], [])
     found = [*dict.fromkeys(found)]
     if not found:
@@ -1788,7 +1793,8 @@ def read_answers(path):
     UserError if a row stands there twice."""
     table = read_csv(path, ("row_id", "fractured"))
     table[["uid", "target"]] = table.row_id.str.extract(f"^(.*)_({'|'.join(TARGETS)})$")
-    twice = table.row_id[table.row_id.duplicated()]
+    names = table.row_id.dropna()
+    twice = names[names.duplicated()]
     if len(twice):
         raise UserError(f"{path}: {twice.iloc[0]} stands there twice")
     values = pd.to_numeric(table.fractured, "coerce")
@@ -1858,8 +1864,8 @@ def reliability(answers, labels):
     return means.set_axis(names)
 
 def mask_table(data, uids, models, workers):
-    """A table of C1..C7 and all together, by Dice and share named right; empty without
-    masks. It is of all segmenters: that of studies they trained on is not held out."""
+    """Dice and share named right, of each of C1..C7 and of all together; empty without
+    masks. By all segmenters, so that studies they trained on are not held out."""
     masks = mask_files(data)
     device = next(models[0].parameters()).device
     # Found among the folders that are there: no path is made from a csv.
@@ -1996,7 +2002,7 @@ def read_calibration(weights, hashes=None):
             say(f"{path} was fitted to other models: not used")
             return Calibration()
         content["answers"] = Answers(**content.get("answers", {}))
-        if content.pop("unusual", None):  # it gained nothing (RESULTS.md)
+        if content.pop("unusual", None) is not None:  # it gained nothing (RESULTS.md)
             say(f"{path}: an older version's limit of what is unusual is not used")
         return Calibration(*rows.T, **content)
 
@@ -2017,10 +2023,10 @@ CROP_RANGES = dict(
 
 def write_crops(path, crops, z_margin=0.0, made_by=()):
     """Write a study's crops, uint8 (7, 15, 6, S, S): each different image once, as steps
-    share slices. A vertebra's images are members of the file, read without the others: the
-    differences to the pixel above and to the left, deflated, which are smaller than PNG and
-    read in half its time. `z_margin` says how the crops were cut, `made_by` holds the
-    hashes of the segmenters."""
+    share slices. An image is stored as its differences to the pixels above and to the left,
+    deflated: smaller than PNG, and read in half its time. A vertebra's images are a member
+    of their own, so that the others need not be read. `z_margin` says how the crops were
+    cut, `made_by` holds the hashes of the segmenters."""
     index = np.full(crops.shape[:3], -1, np.int16)
     edge = crops.shape[-1]
     makers = np.array(sorted(made_by), "U16")
@@ -2055,14 +2061,14 @@ def read_crops(path, vertebrae=range(7), steps=slice(None)):
     """uint8 (V, T, 6, S, S) of some vertebrae and steps of a study. StudyError if damaged.
     Older versions wrote PNG, of all vertebrae in one member."""
     with errors_as(StudyError, f"{path}: no crops"), np.load(path) as file:
-        older = "data" in file
+        older = {name: file[name] for name in ("ends", "data") if name in file}
         index = file["index"][:, steps]
         edge = int(file["edge"])
         out = np.zeros((len(vertebrae), *index.shape[1:], edge, edge), np.uint8)
         for v, crops in zip(vertebrae, out):
             name = VERTEBRAE[v]
-            data = file["data" if older else name]
-            ends = file["ends" if older else f"{name}_ends"]
+            data = older["data"] if older else file[name]
+            ends = older["ends"] if older else file[f"{name}_ends"]
             numbers, which = np.unique(index[v], return_inverse=True)
             packed = [data[ends[k] : ends[k + 1]] for k in numbers if k >= 0]
             if not packed:
@@ -2430,7 +2436,7 @@ class Task(NamedTuple):
     kind: str
     recipe: Recipe
     device: torch.device
-    load: Callable  # (sample, first step of a batch that is thinned) -> arrays
+    load: Callable  # (sample, first step that a thinned batch shows) -> arrays
     loss: Callable  # (model, tensors, generators, recipe) -> the loss of a batch
     score: Callable  # (model, what read gave) -> a value a target
     judge: Callable  # table of these values -> dict with "score", lower is better
@@ -2538,7 +2544,7 @@ class Trainer:
         now.step += 1
         share = 1 - min(recipe.ema, (1 + now.step) / (10 + now.step))
         with torch.no_grad():
-            torch._foreach_lerp_(*self.floats, share)  # counts of batches are not read
+            torch._foreach_lerp_(*self.floats, share)  # nothing reads the norms' counts
 
     def close_epoch(self, task, weights, epoch, workers):
         """Score the averaged weights on the held-out studies; log them, and keep them."""
@@ -2570,7 +2576,7 @@ class Trainer:
         words = [f"{name} {value:.4g}" for name, value in history[-1].items()]
         say("  ".join([task.name, *words]))
         weights = self.averaged.state_dict().items()
-        # On a GPU an LSTM's are views of one storage, of which each would be saved whole.
+        # On a GPU an LSTM's weights share one storage; each would be saved with all of it.
         tensors = {name: t.half() if t.ndim > 1 else t.clone() for name, t in weights}
         content = dict(settings=self.model.settings, tensors=tensors)
         save_checkpoint(f"{stem}.pt", task.kind, task.recipe, **content)
@@ -2590,7 +2596,8 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
     least = 2 if world > 1 and getattr(recipe, "mixup", 0) else 1  # mixup needs two
     size = world * max(least, math.ceil(recipe.batch_size / world))
     if size != recipe.batch_size:
-        say(f"{name}: --batch-size {size}: {size // world} samples a process")
+        if rank == 0:
+            say(f"{name}: --batch-size {size}: {size // world} samples a process")
         recipe = replace(recipe, batch_size=size)
         task = task._replace(recipe=recipe)
     if not samples or not task.held_out:
@@ -2738,10 +2745,10 @@ def write_atomic(path, write):
     """Let write(temporary name) make a file, then move it into place: whole or not at all.
     Raises UserError if it cannot be written."""
     path = Path(path)
-    if path.exists() and not path.is_file():  # a folder; a device would be replaced
-        raise UserError(f"cannot write {path}: no plain file is there")
     new = path.parent / f".{os.getpid()}.{path.name}"
     try:
+        if path.exists() and not path.is_file():  # a folder; a device would be replaced
+            raise OSError("no plain file is there")
         path.parent.mkdir(parents=True, exist_ok=True)
         write(new)
         new.replace(path)
@@ -2796,7 +2803,8 @@ def join_processes(device):
     if device.type == "cuda":
         torch.cuda.set_device(device)  # NCCL takes the current card
     # Objects go by gloo: the default of a machine with GPUs knows NCCL alone.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if dist.is_nccl_available() else "gloo")
+    has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if has_nccl else "gloo")
     if len({*over_ranks(device.type)}) > 1:
         raise UserError("more processes than GPUs that run: lower --nproc_per_node")
 
@@ -2842,7 +2850,7 @@ def autocast(device, wanted=True):
     half = half_type(device) if wanted else None
     return torch.autocast(device.type, half, enabled=half is not None)
 
-def computed(model, given):
+def finite_answer(model, given):
     """A model's answer; computed again in float32 where half precision has overflowed."""
     answer = model(given)
     parts = answer if isinstance(answer, tuple) else (answer,)
@@ -3139,8 +3147,8 @@ TOOL_MODES = {  # they need the repository, and stand in tests/tools
     "demo": "Make phantoms, predict and score them, draw one."}
 
 PLANS = {  # hours, and disk of the crops, on the competition's data: bench.py plan
-    "fast": "3 hours and 14 GB", "standard": "17 hours and 14 GB",
-    "gold": "47 hours and 42 GB", "gold-second": "46 hours more than gold"}
+    "fast": "3 hours and 21 GB", "standard": "17 hours and 21 GB",
+    "gold": "47 hours and 63 GB", "gold-second": "46 hours more than gold"}
 
 def data_folder(options, *needed):
     """The Path of --data, which must hold the files needed; else UserError."""
@@ -3253,14 +3261,16 @@ def crops_made(folder):
         damaged = f"{path}: no crops; delete it and run extract again"
         with errors_as(UserError, damaged), np.load(path) as file:
             how = int(file["edge"]), float(file.get("z_margin", 0))  # older: no margin
+            if not {"data", "C1_ends"} & {*file}:
+                raise ValueError("of an older version")
         made[how] = path.name
     if len(made) > 1:
         raise UserError(f"{folder}: crops of unlike (edge, z margin): {made}")
     return next(iter(made), None)
 
 def crops_identity(path):
-    """What tells crops by other segmenters apart: the hashes of these, else the bytes.
-    Other machines round otherwise: their crops by the same segmenters are the same."""
+    """What tells crops apart: the hashes of their segmenters, as other machines round
+    otherwise; of an older file the sums of its bytes."""
     if makers := makers_of(path):
         return sorted(makers)
     return [part.CRC for part in zipfile.ZipFile(path).infolist()]  # an older file
@@ -3271,7 +3281,7 @@ def refuse_others(folder, files, makers):
     if not all(makers_of(path) <= makers for path in there):
         raise UserError(
             f"{folder}: has crops by other segmenters; these need another --work")
-    if there:
+    if there and ranks()[0] == 0:
         say(f"{folder}: the crops of {len(there)} studies are there, and taken over")
 
 def write_study(volume, probability, options, makers, file, mask=None):

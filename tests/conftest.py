@@ -29,7 +29,7 @@ second_half = pytest.StashKey()
 def pytest_configure(config):
     """Start the second half, if nothing was selected."""
     chosen = {"file_or_dir", "keyword", "markexpr", "lf", "collectonly", "deselect", "usepdb"}
-    if any(config.getoption(name) for name in chosen) or (os.cpu_count() or 1) < 2:
+    if any(config.getoption(name, None) for name in chosen) or (os.cpu_count() or 1) < 2:
         return
     os.environ["OMP_NUM_THREADS"] = "1"  # of each half: threads that share a core wait
     torch.set_num_threads(1)
@@ -50,6 +50,8 @@ def pytest_sessionfinish(session):
     """The exit status is that of both halves."""
     if second_half in session.config.stash:
         process, _ = session.config.stash[second_half]
+        if session.exitstatus == pytest.ExitCode.INTERRUPTED:
+            process.kill()
         if process.wait() != 0 and session.exitstatus == 0:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

@@ -498,7 +498,7 @@ def test_a_row_that_asks_for_something_unknown_is_said(tmp_path, capsys):
     path = tmp_path / "test.csv"
     path.write_text(f"row_id,{STUDY},prediction_type\nr0,a,C1 \nr1,a,c1\nr2,a,C2\n")
     assert [target for *_, target in cspine.rows_asked(path)] == ["C1", "c1", "C2"]
-    assert "1 rows ask for 'c1': answered 0.5" in capsys.readouterr().err
+    assert "rows that ask for 'c1', answered 0.5: 1" in capsys.readouterr().err
 
 
 def test_nothing_but_a_plain_file_is_written_over(tmp_path):
@@ -517,7 +517,7 @@ def test_what_overflows_in_half_precision_is_computed_again():
     given = torch.full((1, 1), 2.0)
     with torch.autocast("cpu", torch.half):
         assert Large()(given).isinf().all()
-        answer = cspine.computed(Large(), given)
+        answer = cspine.finite_answer(Large(), given)
     assert torch.allclose(answer.float(), torch.tensor([1.4e5]), rtol=0.01)
 
 

@@ -217,7 +217,7 @@ def test_files_beside_folders_of_studies_are_said_to_be_left_out(ct, tmp_path, c
     (tmp_path / "dicom").rename(tmp_path / "all" / "good")
     (tmp_path / "all" / "enhanced.dcm").write_bytes(b"")
     assert cspine.studies_in(tmp_path / "all") == [tmp_path / "all" / "good"]
-    assert "the 1 other files in it are left out" in capsys.readouterr().err
+    assert "other files in it, left out: 1" in capsys.readouterr().err
 
 
 def test_what_is_no_study_of_the_users_is_left_alone(ct, tmp_path):
@@ -232,6 +232,25 @@ def test_what_is_no_study_of_the_users_is_left_alone(ct, tmp_path):
     (home / "self").symlink_to(home)
     found = cspine.named_studies([home], {(home / "answers").resolve()})
     assert found == {"good": home / "good", "n": home / "n.nii.gz"}
+
+
+def test_a_study_without_preambles_stays_one_beside_a_folder(ct, tmp_path):
+    study = tmp_path / "dicom"
+    for path in study.iterdir():
+        path.write_bytes(path.read_bytes()[132:])
+    (study / "masks").mkdir()
+    (study / "masks" / "x.nii.gz").write_bytes(b"")
+    assert cspine.studies_in(study) == [study]
+    assert cspine.named_studies([study], {study / "masks"}) == {"dicom": study}
+
+
+def test_a_way_up_is_followed_as_the_system_does(ct, tmp_path):
+    (tmp_path / "a" / "inner").mkdir(parents=True)
+    (tmp_path / "a" / "ct.nii.gz").write_bytes(b"")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "link").symlink_to(tmp_path / "a" / "inner")
+    found = cspine.named_studies([f"{tmp_path}/b/link/../ct.nii.gz"])
+    assert [*found.values()] == [tmp_path / "a" / "ct.nii.gz"]
 
 
 def test_studies_have_names_that_tell_them_apart_and_stay_inside(ct, tmp_path, monkeypatch):

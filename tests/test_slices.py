@@ -256,6 +256,12 @@ def test_crops_say_which_segmenters_made_them(tmp_path):
     assert same[0] == same[1] != same[2]  # whatever another machine has rounded
 
 
+def test_crops_of_a_form_that_is_read_no_more_are_refused_by_name(tmp_path):
+    np.savez(tmp_path / "a.npz", index=np.zeros((7, 15, 6)), edge=8, C1=np.zeros(4, np.uint8))
+    with pytest.raises(cspine.UserError, match="delete it and run extract again: of an older"):
+        cspine.crops_made(tmp_path)
+
+
 def test_a_half_written_file_of_crops_is_not_looked_at(tmp_path):
     (tmp_path / ".4711.uid.npz").write_bytes(b"half")
     assert cspine.crops_made(tmp_path) is None

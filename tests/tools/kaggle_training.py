@@ -24,7 +24,7 @@ STEPS = {"train-seg": "segmenter", "extract": "", "train-cls": "vertebra",
          "train-patient": "patient"}
 CARD_TFLOPS = 5.0  # TFLOP/s that a T4 is assumed to reach in training
 EXTRACT_S = 8.0  # s of a process a study, mostly reading on two cores; assumed
-CROPS_MB = 13.0  # a study's crops of 224 pixels with noise of 80 HU; the real ones: assumed
+CROPS_MB = 10.6  # a study's crops of 224 pixels with noise of 40 HU; real ones: assumed
 MODELS_GB = 3.0  # models, and the states of the folds of one kind; assumed
 LEAST_MINUTES = 1.0  # with less left no command is started
 LEVELS = 4  # folders below /kaggle/input: notebooks, owner, name, version
