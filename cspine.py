@@ -1856,7 +1856,7 @@ def reliability(answers, labels):
     """How often answers of about a size are right, of C1 to C7 and of the patient."""
     table = pd.DataFrame({"mean answer": answers.ravel(), "fractured": labels.ravel()})
     part = np.tile(["C1 to C7"] * 7 + ["patient_overall"], len(answers))
-    size = pd.cut(table["mean answer"], RELIABILITY_BINS, include_lowest=True)
+    size = pd.cut(table["mean answer"].clip(1e-9), RELIABILITY_BINS)  # 0 is in the first
     groups = table.groupby([part, size], observed=True)
     means = groups.mean()
     means.insert(0, "answers", groups.size())

@@ -162,6 +162,8 @@ def test_the_reliability_table_counts_every_answer_in_its_bin():
     assert list(table.loc["C1 to C7 (0.05, 0.1]"]) == pytest.approx([21, 0.1, 1 / 21])
     assert list(table.loc["patient_overall (0.8, 1.0]"]) == pytest.approx([1, 0.9, 1])
     assert table.answers.sum() == 32
+    sure = reliability(np.zeros((1, 8)), np.zeros((1, 8)))
+    assert sure.answers.tolist() == [7, 1] and "(0.0, 0.05]" in sure.index[0]
 
 
 def test_sensitivity_and_specificity_are_read_where_they_are_equal():
