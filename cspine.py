@@ -1617,6 +1617,8 @@ def print_own(table):
 def predict_own(options):
     """predict, of the paths given."""
     out = Path(options.out if "out" in options.given else "answers")
+    for folder in filter(Path.is_file, map(Path, (out, options.masks))):
+        raise UserError(f"{folder}: a file; with a PATH, --out and --masks are folders")
     own = {Path(folder).resolve() for folder in (out, options.masks) if folder}
     studies = named_studies(options.path, own)
     for folder in filter(None, (out, options.masks)):
@@ -2772,7 +2774,7 @@ def read_csv(path, columns):
     """A table that has these columns, names as text; else UserError."""
     text = dict.fromkeys((STUDY, "row_id", "made_by"), str)  # they may look like numbers
     with errors_as(UserError, f"{path}: no csv with {', '.join(columns)}"):
-        table = pd.read_csv(path, dtype=text)
+        table = pd.read_csv(path, dtype=text, index_col=False)  # also if lines end in ","
         missing = [name for name in columns if name not in table]
         if missing:
             raise ValueError(f"no column {missing[0]}")

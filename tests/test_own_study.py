@@ -298,6 +298,7 @@ def test_bad_paths_are_one_line(predict, ct, tmp_path, capsys):
     (tmp_path / "taken").write_text("")
     for arguments, words in ((["nowhere"], "no such file"), (["empty"], "usable slices"),
                              (["dicom", "--out", "taken/x"], "cannot write"),
+                             (["dicom", "--out", "taken"], "are folders"),
                              (["--json"], "go with a PATH"),
                              (["dicom", "--resume"], "for the competition")):
         status, _ = predict(*arguments)

@@ -480,6 +480,12 @@ def test_without_a_time_limit_too_a_study_is_given_up_and_its_threads_end(
     assert ended == [(False, True)]
 
 
+def test_lines_that_end_in_a_comma_keep_their_columns(tmp_path):
+    path = tmp_path / "test.csv"
+    path.write_text(f"row_id,{cspine.STUDY},prediction_type\na_C1,a,C1,\na_C2,a,C2,\n")
+    assert cspine.rows_asked(path) == [("a_C1", "a", "C1"), ("a_C2", "a", "C2")]
+
+
 def test_a_report_of_another_name_is_none_of_ours(predict, tmp_path):
     (tmp_path / "predict_report_old.csv").write_text("a copy\n")
     (tmp_path / "predict_report (1).csv").write_text("")
