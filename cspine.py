@@ -282,7 +282,7 @@ class Slice(NamedTuple):
 
 PASS_TAGS = (  # what tells two scans of the same places in one series apart
     "AcquisitionNumber", "ConvolutionKernel", "ImageType", "TemporalPositionIdentifier",
-    "AcquisitionTime", "ContentTime")  # both also order what no tag parts
+    "AcquisitionTime", "ContentTime")  # the times also order what no tag parts
 
 def read_slices(path):
     """The Slices of a DICOM file, one of each frame, with or without its preamble."""
@@ -403,9 +403,9 @@ def one_pass(stack):
             passes.setdefault(one.of_pass[k], []).append(at)
         covered = {name: len(places_of(np.array(passes[name]))) for name in sorted(passes)}
         name = max(covered, key=covered.get)
-        own = np.unique(passes[name])
         if len(passes) == 1 or covered[name] < MIN_SLICES:
             continue
+        own = np.unique(passes[name])
         gaps = np.diff(own)
         step = np.median(gaps[gaps > SAME_PLACE_MM])
         after = np.searchsorted(own, mm).clip(1, len(own) - 1)
@@ -605,7 +605,7 @@ def read_nifti(path):
         slope, intercept = 1, 0  # a slope of 0 means: as stored
     return stored, slope, intercept, voxel_from_lps
 
-def keep_others(path):
+def refuse_to_overwrite(path):
     """UserError if a path is a file that is no mask of ours, which would be overwritten."""
     if path.exists():
         with errors_as(UserError, f"{path}: not a mask of ours, and not overwritten"):
@@ -636,7 +636,7 @@ def write_nifti(path, labels, volume):
     for name, value in values.items():
         header[name] = value
 
-    keep_others(path)
+    refuse_to_overwrite(path)
     content = header.tobytes() + bytes(4)
     content += stored.tobytes()
     content = gzip.compress(content, 1, mtime=0)
@@ -1452,7 +1452,8 @@ def begins_as_dicom(path):
     """Whether a file begins as DICOM, with or without its preamble."""
     with suppress(OSError), open(path, "rb") as file:
         start = file.read(132)
-        return start.endswith(b"DICM") or start[:2] in (b"\2\0", b"\x08\0")  # its groups
+        # Without a preamble it begins with the number of a group, 2 or 8.
+        return start.endswith(b"DICM") or start[:2] in (b"\2\0", b"\x08\0")
     return False
 
 def studies_in(path, left_out=()):
@@ -1617,14 +1618,14 @@ def print_own(table):
 def predict_own(options):
     """predict, of the paths given."""
     out = Path(options.out if "out" in options.given else "answers")
-    for folder in filter(Path.is_file, map(Path, (out, options.masks))):
+    folders = [Path(folder) for folder in (out, options.masks) if folder]
+    for folder in filter(Path.is_file, folders):
         raise UserError(f"{folder}: a file; with a PATH, --out and --masks are folders")
-    own = {Path(folder).resolve() for folder in (out, options.masks) if folder}
-    studies = named_studies(options.path, own)
-    for folder in filter(None, (out, options.masks)):
+    studies = named_studies(options.path, {folder.resolve() for folder in folders})
+    for folder in folders:
         try_writing(folder)  # now, not after an hour
     for name in studies if options.masks else ():
-        keep_others(Path(options.masks) / f"{name}.nii.gz")
+        refuse_to_overwrite(Path(options.masks) / f"{name}.nii.gz")
     hashes = model_hashes(options.weights)
     calibration = calibration_asked(options, hashes)
     weights = f"weights {hash_of(hashes)}, trained on: {calibration.trained_on}"
@@ -2071,14 +2072,12 @@ def read_crops(path, vertebrae=range(7), steps=slice(None)):
             name = VERTEBRAE[v]
             data = older["data"] if older else file[name]
             ends = older["ends"] if older else file[f"{name}_ends"]
-            numbers, which = np.unique(index[v], return_inverse=True)
-            packed = [data[ends[k] : ends[k + 1]] for k in numbers if k >= 0]
-            if not packed:
-                continue
-            images = png_images(packed) if older else undo_differences(packed, edge)
-            if numbers[0] < 0:  # of steps that are not seen
-                images = np.insert(images, 0, 0, 0)
-            crops[:] = images[which.reshape(index.shape[1:])]
+            shown = index[v] >= 0  # the others stay 0
+            numbers, which = np.unique(index[v][shown], return_inverse=True)
+            packed = [data[ends[k] : ends[k + 1]] for k in numbers]
+            if packed:
+                images = png_images(packed) if older else undo_differences(packed, edge)
+                crops[shown] = images[which]
     return out
 
 def png_images(packed):
@@ -3277,7 +3276,7 @@ def crops_identity(path):
         return sorted(makers)
     return [part.CRC for part in zipfile.ZipFile(path).infolist()]  # an older file
 
-def refuse_others(folder, files, makers):
+def refuse_other_crops(folder, files, makers):
     """UserError if some of these files are crops by other segmenters than `makers`."""
     there = [path for path in files if path.exists()]
     if not all(makers_of(path) <= makers for path in there):
@@ -3312,7 +3311,7 @@ def extract(options):
         raise UserError(f"{out}: has crops of --size {edge} --z-margin {z_margin}; others "
                         "need another --work")
     makers = {hash_of(path) for *_, path in model_files(options.weights, "segmenter")}
-    refuse_others(out, [out / f"{uid}.npz" for uid in truth], makers)
+    refuse_other_crops(out, [out / f"{uid}.npz" for uid in truth], makers)
     say_plan(options)
 
     def files(uid):
