@@ -2061,28 +2061,20 @@ def pack_differences(pixels, edge):
     return packer.compress(image) + packer.flush()
 
 def read_crops(path, vertebrae=range(7), steps=slice(None)):
-    """uint8 (V, T, 6, S, S) of some vertebrae and steps of a study. StudyError if damaged.
-    Older versions wrote PNG, of all vertebrae in one member."""
+    """uint8 (V, T, 6, S, S) of some vertebrae and steps of a study.
+    StudyError if the file is damaged."""
     with errors_as(StudyError, f"{path}: no crops"), np.load(path) as file:
-        older = {name: file[name] for name in ("ends", "data") if name in file}
         index = file["index"][:, steps]
         edge = int(file["edge"])
         out = np.zeros((len(vertebrae), *index.shape[1:], edge, edge), np.uint8)
         for v, crops in zip(vertebrae, out):
-            name = VERTEBRAE[v]
-            data = older["data"] if older else file[name]
-            ends = older["ends"] if older else file[f"{name}_ends"]
+            data, ends = (file[VERTEBRAE[v] + part] for part in ("", "_ends"))
             shown = index[v] >= 0  # the others stay 0
             numbers, which = np.unique(index[v][shown], return_inverse=True)
             packed = [data[ends[k] : ends[k + 1]] for k in numbers]
             if packed:
-                images = png_images(packed) if older else undo_differences(packed, edge)
-                crops[shown] = images[which]
+                crops[shown] = undo_differences(packed, edge)[which]
     return out
-
-def png_images(packed):
-    """uint8 (N, S, S) of packed PNG files."""
-    return np.stack([cv2.imdecode(png, cv2.IMREAD_GRAYSCALE) for png in packed])
 
 def undo_differences(packed, edge):
     """uint8 (N, S, S) of packed images of differences, S pixels an edge."""
@@ -2093,15 +2085,32 @@ def undo_differences(packed, edge):
         images = images.cumsum(axis, dtype=torch.uint8)  # numpy's takes twice as long
     return images.numpy()
 
-def makers_of(path):
-    """Hashes of the segmenters that a study's crops were cut by; older files: none."""
-    with errors_as(StudyError, f"{path}: no crops"), np.load(path) as file:
-        return {*file["made_by"].tolist()} if "made_by" in file else set()
+class CropsHead(NamedTuple):
+    """What a file of crops says of itself, without its images.
+    `made_by` holds the hashes of the segmenters: whatever another machine rounds
+    otherwise, these tell the same crops from others."""
+    edge: int  # pixels
+    z_margin: float  # cells of the cube
+    made_by: set
+    seen: tuple = ()  # (7,) whether C1..C7 are shown
 
-def crops_seen(path):
-    """(7,) which vertebrae a study's crops show. StudyError if damaged."""
-    with errors_as(StudyError, f"{path}: no crops"), np.load(path) as file:
-        return (file["index"] >= 0).any((1, 2))
+def crops_head(path):
+    """The CropsHead of a file. UserError if it is damaged, or of an older version."""
+    damaged = f"{path}: no crops; delete it and run extract again"
+    with errors_as(UserError, damaged), np.load(path) as file:
+        if "made_by" not in file:
+            raise ValueError("of an older version")
+        seen = (file["index"] >= 0).any((1, 2))
+        makers = {*file["made_by"].tolist()}
+        return CropsHead(int(file["edge"]), float(file["z_margin"]), makers, seen)
+
+def crops_heads(folder, uids, workers):
+    """{uid: CropsHead} of the studies whose crops are in a folder, read in threads."""
+    files = {uid: folder / f"{uid}.npz" for uid in uids}
+    there = [uid for uid, path in files.items() if path.exists()]
+    ahead = 4 * workers  # a folder on a network answers many as fast as one
+    heads = prefetch(lambda uid: crops_head(files[uid]), there, workers, ahead)
+    return {uid: future.result() for uid, future in heads}
 
 def draw_matrix(rng, ranges, axes):
     """(A, A + 1) of affine_grid in A axes: turned, enlarged, mirrored, shifted."""
@@ -3254,36 +3263,18 @@ class Extraction(Cut):
     """Options of extract."""
     size: int = setting(CROP, "edge of the crops, pixels", least=32, most=512)
 
-def crops_made(folder):
-    """(edge in pixels, margin in z) of the crops in a folder, or None if there are none.
-    UserError if they differ, or one is damaged."""
-    made = {}
-    for path in sorted(folder.glob("[!.]*.npz")):  # not what a kill has left half written
-        damaged = f"{path}: no crops; delete it and run extract again"
-        with errors_as(UserError, damaged), np.load(path) as file:
-            how = int(file["edge"]), float(file.get("z_margin", 0))  # older: no margin
-            if not {"data", "C1_ends"} & {*file}:
-                raise ValueError("of an older version")
-        made[how] = path.name
-    if len(made) > 1:
-        raise UserError(f"{folder}: crops of unlike (edge, z margin): {made}")
-    return next(iter(made), None)
-
-def crops_identity(path):
-    """What tells crops apart: the hashes of their segmenters, as other machines round
-    otherwise; of an older file the sums of its bytes."""
-    if makers := makers_of(path):
-        return sorted(makers)
-    return [part.CRC for part in zipfile.ZipFile(path).infolist()]  # an older file
-
-def refuse_other_crops(folder, files, makers):
-    """UserError if some of these files are crops by other segmenters than `makers`."""
-    there = [path for path in files if path.exists()]
-    if not all(makers_of(path) <= makers for path in there):
-        raise UserError(
-            f"{folder}: has crops by other segmenters; these need another --work")
-    if there and ranks()[0] == 0:
-        say(f"{folder}: the crops of {len(there)} studies are there, and taken over")
+def refuse_other_crops(folder, heads, wanted):
+    """UserError if some crops, {uid: CropsHead}, were cut otherwise than the `wanted`
+    head says, or by other segmenters."""
+    for uid, head in heads.items():
+        if (head.edge, head.z_margin) != (wanted.edge, wanted.z_margin):
+            raise UserError(f"{folder}: has crops of --size {head.edge} --z-margin "
+                            f"{head.z_margin}, as of {uid}; others need another --work")
+        if not head.made_by <= wanted.made_by:
+            raise UserError(f"{folder}: has crops by other segmenters, as of {uid}; these "
+                            "need another --work")
+    if heads and ranks()[0] == 0:
+        say(f"{folder}: the crops of {len(heads)} studies are there, and taken over")
 
 def write_study(volume, probability, options, makers, file, mask=None):
     """Write a study's crops to a file, and its mask where one is asked for."""
@@ -3305,13 +3296,9 @@ def extract(options):
     if not models:
         raise UserError(f"no segmenter in {options.weights}: run train-seg first")
     out = Path(options.work) / options.mask_of
-    made = crops_made(out)
-    if made not in (None, (options.size, options.z_margin)):
-        edge, z_margin = made
-        raise UserError(f"{out}: has crops of --size {edge} --z-margin {z_margin}; others "
-                        "need another --work")
     makers = {hash_of(path) for *_, path in model_files(options.weights, "segmenter")}
-    refuse_other_crops(out, [out / f"{uid}.npz" for uid in truth], makers)
+    wanted = CropsHead(options.size, options.z_margin, makers)
+    refuse_other_crops(out, crops_heads(out, truth, options.workers), wanted)
     say_plan(options)
 
     def files(uid):
@@ -3336,10 +3323,10 @@ def extract(options):
                 write_study(volume, probability, options, makers, *files(uid))
             except StudyError as error:
                 say(f"study {uid}: {error}; left out")
-    made = [out / f"{uid}.npz" for uid in truth if (out / f"{uid}.npz").exists()]
-    count = sum((crops_seen(path).astype(int) for path in made), np.zeros(7, int))
+    heads = crops_heads(out, truth, options.workers)
+    count = np.sum([head.seen for head in heads.values()], axis=0, initial=np.zeros(7))
     found = ", ".join(f"{name} in {n}" for name, n in zip(VERTEBRAE, count))
-    print(f"{out}: crops of {len(made)} of {len(truth)} studies; {found}")
+    print(f"{out}: crops of {len(heads)} of {len(truth)} studies; {found}")
 
 def train_classifiers(options):
     """Train classifiers on the crops: of a vertebra, or of all seven and the patient.
@@ -3350,27 +3337,29 @@ def train_classifiers(options):
     asked = [[*range(8)]] if kind == "patient" else [[v] for v in range(7)]
     truth, folds, _ = training_data(options)
     folder = Path(options.work) / options.mask_of
-    files = {uid: folder / f"{uid}.npz" for uid in truth}
-    uids = [uid for uid in truth if files[uid].exists()]
-    if not uids:
+    heads = crops_heads(folder, truth, options.workers)
+    if not heads:
         raise UserError(f"no crops in {folder}: run extract first")
-    share = np.mean([crops_seen(files[uid]) for uid in uids])
+    share = np.mean([head.seen for head in heads.values()])
     if share < LEAST_SEEN:
-        found = f"only {share:.0%} of C1..C7 were found in {len(uids)} studies"
+        found = f"only {share:.0%} of C1..C7 were found in {len(heads)} studies"
         raise UserError(f"{folder}: {found}: train better segmenters first")
-    sums = [(uid, crops_identity(files[uid])) for uid in uids]
-    labels = [truth[uid].tolist() for uid in uids]
-    samples = [(uid, targets) for uid in uids for targets in asked]
+    cuts = {(head.edge, head.z_margin) for head in heads.values()}
+    if len(cuts) > 1:
+        raise UserError(f"{folder}: crops of unlike (edge, z margin): {cuts}")
+    edge, z_margin = cuts.pop()
+    makers = [(uid, sorted(head.made_by)) for uid, head in heads.items()]
+    labels = [truth[uid].tolist() for uid in heads]
+    samples = [(uid, targets) for uid in heads for targets in asked]
     recipe = recipe_from(options, kind)
-    edge, z_margin = crops_made(folder)
-    sums.append(edge)
     if recipe.size > edge:
         say(f"--size {recipe.size} but enlarges crops of {edge}: extract has --size")
     if "z_margin" in options.given and options.z_margin != z_margin:
         raise UserError(f"{folder}: has crops of --z-margin {z_margin}")
     recipe = replace(recipe, z_margin=z_margin)
     task = classifier_task(kind, recipe, pick_device(options.device), folder, truth)
-    task = task._replace(made_of={"labels": hash_of(labels), "crops": hash_of(sums)})
+    made_of = {"labels": hash_of(labels), "crops": hash_of([*makers, edge])}
+    task = task._replace(made_of=made_of)
     run_training(options, samples, folds, task)
 
 def calibration_asked(options, hashes):

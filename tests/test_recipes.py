@@ -247,7 +247,15 @@ def test_segmenters_of_other_sizes_answer_together(tmp_path):
     assert torch.allclose(mean, torch.tensor(-0.4).sigmoid().expand_as(mean), atol=0.01)
 
 
-def test_crops_of_another_size_are_not_mixed(tmp_path):
-    assert cspine.crops_made(tmp_path) is None
-    cspine.write_crops(tmp_path / "a.npz", np.ones((7, 15, 6, 8, 8), np.uint8), 2.0)
-    assert cspine.crops_made(tmp_path) == (8, 2.0)
+@pytest.mark.parametrize("wanted, why", [
+    (dict(edge=16), "--size 8 --z-margin 2.0, as of a"),
+    (dict(z_margin=1.0), "--size 8 --z-margin 2.0, as of a"),
+    (dict(made_by={"3"}), "other segmenters, as of a")])
+def test_crops_that_were_cut_otherwise_are_not_mixed(wanted, why, tmp_path):
+    crops = np.ones((7, 15, 6, 8, 8), np.uint8)
+    cspine.write_crops(tmp_path / "a.npz", crops, 2.0, {"1"})
+    heads = cspine.crops_heads(tmp_path, "a", 1)
+    alike = cspine.CropsHead(8, 2.0, {"1", "2"})
+    cspine.refuse_other_crops(tmp_path, heads, alike)
+    with pytest.raises(cspine.UserError, match=f"{why}; .*need another --work"):
+        cspine.refuse_other_crops(tmp_path, heads, alike._replace(**wanted))

@@ -202,28 +202,6 @@ def test_a_damaged_file_of_crops_is_a_study_error(tmp_path):
             cspine.read_crops(tmp_path / "b.npz")
 
 
-def write_as_before(path, crops, **more):
-    """As versions wrote crops that had one member of PNG for all vertebrae."""
-    index, images = np.full(crops.shape[:3], -1, np.int16), {}
-    for place in zip(*crops.any((3, 4)).nonzero()):
-        number, _ = images.setdefault(crops[place].tobytes(), (len(images), crops[place]))
-        index[place] = number
-    parts = [cv2.imencode(".png", image)[1].ravel() for _, image in images.values()]
-    ends, data = np.cumsum([0, *map(len, parts)]), np.concatenate([np.zeros(0, np.uint8), *parts])
-    np.savez(path, index=index, ends=ends, data=data, edge=crops.shape[-1], **more)
-
-
-def test_crops_of_older_versions_are_still_read(tmp_path):
-    crops = np.random.default_rng(0).integers(0, 256, (7, 15, 6, 16, 16), dtype=np.uint8)
-    crops[2] = 0
-    crops[4, 3:9, :5] = crops[4, 2, 0]
-    for k, more in enumerate(({}, {"z_margin": 1.0})):
-        write_as_before(tmp_path / f"{k}.npz", crops, **more)
-        assert np.array_equal(cspine.read_crops(tmp_path / f"{k}.npz"), crops)
-        assert np.array_equal(cspine.read_crops(tmp_path / f"{k}.npz", [5, 2, 4]), crops[[5, 2, 4]])
-        assert cspine.crops_seen(tmp_path / f"{k}.npz").tolist() == [v != 2 for v in range(7)]
-
-
 def test_a_vertebra_is_read_without_the_others(tmp_path):
     crops = np.random.default_rng(0).integers(0, 256, (7, 15, 6, 16, 16), dtype=np.uint8)
     cspine.write_crops(tmp_path / "a.npz", crops)
@@ -235,36 +213,35 @@ def test_a_vertebra_is_read_without_the_others(tmp_path):
         cspine.read_crops(tmp_path / "b.npz", [4, 5])
 
 
-@pytest.mark.parametrize("older", (False, True))
-def test_some_steps_are_read_without_the_others(older, tmp_path):
+def test_some_steps_are_read_without_the_others(tmp_path):
     crops = np.random.default_rng(0).integers(1, 256, (7, 15, 6, 16, 16), dtype=np.uint8)
     crops[2] = 0
-    (write_as_before if older else cspine.write_crops)(tmp_path / "a.npz", crops)
+    cspine.write_crops(tmp_path / "a.npz", crops)
     for first in range(3):
         found = cspine.read_crops(tmp_path / "a.npz", [1, 2], slice(first, None, 3))
         assert np.array_equal(found, crops[[1, 2], first::3])
 
 
-def test_crops_say_which_segmenters_made_them(tmp_path):
+def test_the_head_of_crops_tells_how_they_were_cut_and_by_whom(tmp_path):
     crops = np.ones((7, 15, 6, 8, 8), np.uint8)
-    cspine.write_crops(tmp_path / "a.npz", crops, made_by={"2" * 16, "1" * 16})
-    write_as_before(tmp_path / "b.npz", crops)
-    assert cspine.makers_of(tmp_path / "a.npz") == {"1" * 16, "2" * 16}
-    assert cspine.makers_of(tmp_path / "b.npz") == set()
-    cspine.write_crops(tmp_path / "c.npz", crops - 1, made_by={"1" * 16, "2" * 16})
-    same = [cspine.crops_identity(tmp_path / f"{name}.npz") for name in "acb"]
-    assert same[0] == same[1] != same[2]  # whatever another machine has rounded
+    crops[4] = 0
+    cspine.write_crops(tmp_path / "a.npz", crops, 1.5, made_by={"2" * 16, "1" * 16})
+    head = cspine.crops_head(tmp_path / "a.npz")
+    assert (head.edge, head.z_margin, head.made_by) == (8, 1.5, {"1" * 16, "2" * 16})
+    assert head.seen.tolist() == [v != 4 for v in range(7)]
 
 
-def test_crops_of_a_form_that_is_read_no_more_are_refused_by_name(tmp_path):
+def test_heads_are_read_of_the_studies_asked_for_that_have_crops(tmp_path):
+    for uid in "abc":
+        cspine.write_crops(tmp_path / f"{uid}.npz", np.ones((7, 15, 6, 8, 8), np.uint8))
+    (tmp_path / ".4711.d.npz").write_bytes(b"what a kill has left")
+    assert [*cspine.crops_heads(tmp_path, "dcxa", workers=2)] == ["c", "a"]
+
+
+def test_crops_of_an_older_version_are_refused_by_name(tmp_path):
     np.savez(tmp_path / "a.npz", index=np.zeros((7, 15, 6)), edge=8, C1=np.zeros(4, np.uint8))
-    with pytest.raises(cspine.UserError, match="delete it and run extract again: of an older"):
-        cspine.crops_made(tmp_path)
-
-
-def test_a_half_written_file_of_crops_is_not_looked_at(tmp_path):
-    (tmp_path / ".4711.uid.npz").write_bytes(b"half")
-    assert cspine.crops_made(tmp_path) is None
+    with pytest.raises(cspine.UserError, match="delete it and run extract again: .*of an older"):
+        cspine.crops_heads(tmp_path, "a", 1)
 
 
 def test_noisy_crops_take_little_more_than_a_quarter_and_are_without_loss(tmp_path):

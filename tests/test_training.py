@@ -800,7 +800,7 @@ def test_extract_goes_on_with_what_is_missing(extraction, tmp_path, monkeypatch,
     first = next((tmp_path / "weights").glob("segmenter_fold*.pt"))
     first.write_bytes(first.read_bytes() + b"trained anew")
     assert cspine.main(extraction) == 2
-    assert "crops by other segmenters; these need another --work" in capsys.readouterr().err
+    assert "crops by other segmenters, as of" in capsys.readouterr().err
 
 
 def test_processes_share_the_studies_of_extract_out(extraction, launch, tmp_path):
