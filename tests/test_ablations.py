@@ -1,11 +1,17 @@
-"""The small trainings of ablations.py run, and differ in what they say they differ in."""
+"""The small trainings of ablations.py run, and differ in what they say they differ in; the
+other measurements count what they say."""
+
+import subprocess
 
 import numpy as np
 import pytest
 import torch
 
 import ablations
+import choices
 import cspine
+import train_weights
+import versions
 from test_slices import block, numbered_volume
 
 
@@ -62,3 +68,45 @@ def test_a_run_trains_and_the_table_shows_it(variant, found, tmp_path, monkeypat
         ablations.main(more)
     table = capsys.readouterr().out
     assert f"{variant}, seed 0" in table and found in table
+
+
+# ---- The other measurements ----
+
+
+def test_choices_are_compared_with_the_calibration_that_ships():
+    """One that inverts every answer: the row without it must differ."""
+    rng = np.random.default_rng(0)
+    studies = [dict.fromkeys(("last", "centre", "even"), [
+        cspine.Output(rng.random((7, 15)), rng.random(), "vertebra")]) for _ in range(12)]
+    truth = rng.integers(0, 2, (12, 8)).astype(float)
+    fitted = cspine.Calibration(scale=-np.ones(8), answers=cspine.Answers(top_k=3))
+    rows = choices.compare(studies, truth, fitted)
+    assert rows["as shipped"] == rows["even mask"] != rows["no calibration"]
+    assert rows["as shipped"] == pytest.approx(choices.rate(studies, truth, fitted, top_k=3))
+    assert rows["mean of 15 steps"] != rows["as shipped"]
+
+
+def test_the_segmenter_that_is_taught_t1_too_answers_as_the_stored_one():
+    torch.manual_seed(0)
+    stored = cspine.Segmenter("test_resnet", 32).eval()
+    taught = train_weights.TeachingSegmenter(stored.settings, stored.state_dict()).eval()
+    cube = torch.rand(1, 1, 32, 48, 32)
+    with torch.inference_mode():
+        both = taught(cube)
+        assert both.shape == (1, 8, 32, 48, 32) and torch.allclose(both[:, :7], stored(cube))
+    kept = taught.shipped_tensors()
+    assert all(kept[name].shape == t.shape for name, t in stored.state_dict().items())
+
+
+@pytest.mark.parametrize("status, failed", [(0, 0), (1, 1)])
+def test_a_suite_that_ends_badly_counts_as_failed(status, failed, tmp_path, monkeypatch):
+    """Whatever its report says."""
+    report = tmp_path / "report.xml"
+    text = '<testsuites><testsuite tests="5" failures="0" errors="0" skipped="1"/></testsuites>'
+
+    def run(command, cwd):
+        report.write_text(text)
+        return subprocess.CompletedProcess(command, status)
+    monkeypatch.setattr(subprocess, "run", run)
+    passed, found, skipped, _ = versions.run_tests("python", report, [])
+    assert (passed, found, skipped) == (4, failed, 1)

@@ -17,6 +17,7 @@ import torch
 import cspine
 import kaggle_training
 import modes
+import notebooks
 import train_all
 from small_kernel import make_weights
 
@@ -34,6 +35,54 @@ def test_the_models_and_nothing_else_become_a_data_set(tmp_path, capsys):
     assert meta["id"] == "me/my-weights" and meta["licenses"] and 6 <= len(meta["title"]) <= 50
     assert capsys.readouterr().out.splitlines() == [
         f"kaggle datasets create -p {out / 'weights'}", f"kaggle kernels push -p {out}"]
+
+
+def notebook_of(out, *options):
+    return modes.main(["notebook", "--out", str(out), *map(str, options)])
+
+
+def test_models_of_an_earlier_data_set_do_not_stay(tmp_path):
+    five, one = (make_weights(tmp_path / name, folds=n) for name, n in (("five", 3), ("one", 1)))
+    (five / "calibration.json").write_text("{}")
+    for weights in (five, one):
+        named = ["--weights", weights, "--weights-dataset", "me/my-weights"]
+        assert notebook_of(tmp_path / "out", *named) == 0
+    names = {path.name for path in (tmp_path / "out" / "weights").iterdir()}
+    assert names == {f"{kind}_fold0.pt" for kind in cspine.KINDS} | {"dataset-metadata.json"}
+
+
+@pytest.mark.parametrize("wrong, said", [
+    (["--weights", "nowhere", "--weights-dataset", "me/my-weights"], "no models there"),
+    (["--weights-dataset", "me/gold"], "6 to 50 letters"),
+    (["--weights-dataset", "me/my_weights"], "6 to 50 letters"),
+    (["--weights-dataset", "weights"], "expected OWNER/NAME")])
+def test_a_data_set_that_kaggle_would_refuse_is_refused(wrong, said, tmp_path, capsys):
+    assert notebook_of(tmp_path / "out", *wrong) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_notebook_without_models_says_what_it_will_do(tmp_path, capsys):
+    assert notebook_of(tmp_path) == 0
+    assert "submits the prior" in capsys.readouterr().out
+
+
+def test_the_notebook_that_trains_is_not_pushed_as_the_owner_of_the_imagenet_files(
+        tmp_path, capsys):
+    assert notebook_of(tmp_path, "--train", "--weights-dataset", "other/imagenet") == 0
+    meta = json.loads((tmp_path / "kernel-metadata.json").read_text())
+    assert meta["id"] == "OWNER/cspine-train" and meta["dataset_sources"] == ["other/imagenet"]
+    assert "your name in place of OWNER" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("reports", [(), ("", "1")])
+def test_the_last_cell_looks_at_whatever_is_there(reports, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "submission.csv").write_text("row_id,fractured\na_C1,0.5\n")
+    for k in reports:
+        (tmp_path / f"predict_report{k}.csv").write_text(f"{cspine.STUDY},status\na{k},ok\n")
+    exec(notebooks.LOOK, {})
+    said = capsys.readouterr().out
+    assert "1 rows;" in said and ("{'ok': 2}" if reports else "NO STUDY ANSWERED") in said
 
 
 # ---- Training in sessions ----
@@ -156,8 +205,27 @@ def test_one_command_trains_all_models_of_a_preset_and_goes_on(
     assert (tmp_path / "calibration.json").exists()
     assert train_all.main(command) == 0
     assert capsys.readouterr().err.count("finished before") == 3
-    assert train_all.main([*command, "--fold", "0"]) == 2  # no option of extract
-    assert "--fold" in capsys.readouterr().err
+    assert train_all.main([*command, "--fold", "0"]) == 2  # and no short form of --folds
+    assert "unrecognized arguments: --fold" in capsys.readouterr().err
+
+
+def test_several_gpus_get_a_process_each(monkeypatch):
+    called = []
+    monkeypatch.setattr(subprocess, "call", lambda command: called.append(command) or 7)
+    assert train_all.run(["train-seg", "--data", "d"], 2) == 7
+    assert called[0][1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    assert Path(called[0][5]).samefile(cspine.__file__)
+    assert called[0][6:] == ["train-seg", "--data", "d"]
+
+
+def test_notes_and_logs_of_other_programs_are_no_sessions(tmp_path, monkeypatch):
+    monkeypatch.setattr(cspine, "KAGGLE", tmp_path)
+    monkeypatch.setattr(kaggle_training, "KAGGLE", tmp_path)
+    (tmp_path / "input" / "other").mkdir(parents=True)
+    (tmp_path / "input" / "other" / "session.json").write_text('{"user": 1}')
+    assert kaggle_training.earlier_session() == (None, 0)
+    (tmp_path / "segmenter_fold0_log.csv").write_text("stage,step\nlong,100\n")
+    assert not kaggle_training.trained(tmp_path, "fast", "train-seg")
 
 
 def test_folds_may_be_fewer_and_crops_that_are_cut_short_are_not_taken_for_all(

@@ -177,6 +177,21 @@ def test_eda_tells_from_headers_what_the_volumes_are(phantom_data, tmp_path, mon
     assert "Unusual" in capsys.readouterr().out
 
 
+def test_eda_takes_an_empty_label_as_unknown(phantom_data, tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(pictures, "chart", lambda title, counts, axes: drawn.update(
+        {axes[0]: counts}) or np.zeros((4, 4, 3), np.uint8))
+    (tmp_path / "train_images").symlink_to(phantom_data / "train_images")
+    table = pd.read_csv(phantom_data / "train.csv").astype({"C3": object})
+    table[[*cspine.VERTEBRAE]] = 0
+    table.loc[0, "C3"], table.loc[1, ["C1", "C7"]] = np.nan, 1
+    table.to_csv(tmp_path / "train.csv", index=False)
+    options = ["--data", str(tmp_path), "--weights", str(tmp_path), "--out", str(tmp_path / "o")]
+    assert modes.main(["eda", *options]) == 0
+    assert drawn["fractured vertebra"] == dict.fromkeys(cspine.VERTEBRAE, 0) | dict(C1=1, C7=1)
+    assert drawn["fractured vertebrae per patient"] == {0: 3, 2: 1}
+
+
 @pytest.mark.parametrize("numbers, order", [
     (range(1, 21), "head first"), (range(20, 0, -1), "foot first"),
     (np.random.default_rng(0).permutation(20) + 1, "mixed")])

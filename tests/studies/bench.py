@@ -160,9 +160,9 @@ def write_models(folder, scale):
     """A fold of each kind as checkpoints."""
     folder.mkdir(parents=True)
     for kind, model in random_models(scale).items():
-        torch.save(dict(program="cspine", kind=kind, recipe=asdict(cspine.RECIPES[kind]),
-                        settings=model.settings, tensors=model.state_dict(), result={}),
-                   folder / f"{kind}_fold0.pt")
+        content = dict(settings=model.settings, tensors=model.state_dict())
+        path = folder / f"{kind}_fold0.pt"
+        cspine.save_checkpoint(path, kind, cspine.RECIPES[kind], **content)
 
 
 def write_test_csv(root, uid, count):

@@ -10,6 +10,7 @@ the same outputs. The AUCs need no calibration; the log loss is after the calibr
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +24,13 @@ from cspine import (  # noqa: E402
     HERE,
     Calibration,
     TARGETS,
-    Answers,
     auc,
     classify,
     combine,
     competition_scores,
+    crops_wanted,
     load_ensemble,
+    read_calibration,
     read_labels,
     read_volume,
     segment,
@@ -40,9 +42,10 @@ def outputs_of(ensemble, folder):
     """{mask: what classify gives} of a study, with its own and with other masks."""
     volume = read_volume(folder)
     probability = segment(ensemble.models["segmenter"], volume, ensemble.device)
-    z_margin = ensemble.models["vertebra"][0].settings["z_margin"]
-    crops = vertebra_slices(volume, probability, z_margin=z_margin)
-    centre = vertebra_slices(volume, probability, mask_of="center", z_margin=z_margin)
+    wanted = crops_wanted(ensemble)
+    crops, centre = (
+        vertebra_slices(volume, probability, **wanted | dict(mask_of=one))
+        for one in ("last", "center"))
     even = crops.copy()
     even[:, :, -1] = np.where(crops[:, :, -1] > 0, 128, 0)
     shown = dict(last=crops, centre=centre, even=even)
@@ -51,7 +54,7 @@ def outputs_of(ensemble, folder):
 
 def rate(outputs, truth, calibration, mask="last", **options):
     """Log loss per study, AUC of C1 to C7 and of the patient, with one choice changed."""
-    chosen = calibration._replace(answers=Answers(**options))
+    chosen = calibration._replace(answers=replace(calibration.answers, **options))
     answers = np.array([combine(study[mask], chosen) for study in outputs])
     vertebrae = auc(answers[:, :7].ravel(), truth[:, :7].ravel())
     patient = auc(answers[:, 7], truth[:, 7])
@@ -79,7 +82,8 @@ def main():
     parser.add_argument("--weights", default=str(HERE / "weights"))
     options = parser.parse_args()
 
-    ensemble = load_ensemble(options.weights, torch.device("cpu"))
+    calibration = read_calibration(options.weights)
+    ensemble = load_ensemble(options.weights, torch.device("cpu"), calibration)
     labels = read_labels(options.data)
     folders = sorted(options.data.glob("test_images/*"))
     folders = [folder for folder in folders if folder.name in labels.index]

@@ -1,12 +1,12 @@
 """How many levels of real necks the segmenters of a folder name right.
 
-    python tests/studies/levels.py NECKS --weights weights --part test --views 2
+    python tests/studies/levels.py NECKS --weights weights --part test --views 3
     python tests/studies/levels.py NECKS --weights weights --part test --answers
 
 A level is named right if the mask that holds most cells within NEAR_MM of its landmark
 has its name; C1 counts by both arches. Views are cut as the competition's studies are, the
 same for all weights; `whole` is the whole CT. T1 is called C7 where C7's mask holds more
-than half of the cells that near to its body, and touched where it holds any. --answers
+than half of the cells within NEAR_MM of its body, and touched where it holds any. --answers
 prints what the classifiers say of one neck view a patient instead; no fracture is known there.
 """
 
@@ -147,8 +147,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("necks", help="folder of <patient>.nii.gz")
     parser.add_argument("--weights", default=str(ROOT / "weights"))
-    parser.add_argument("--part", default="test", help="test, choice or train")
-    parser.add_argument("--views", type=int, default=2, help="cut ones a patient")
+    parser.add_argument("--part", default="test", choices=real_necks.PARTS)
+    parser.add_argument("--views", type=int, default=3, help="cut ones of each kind a patient")
     parser.add_argument("--out", default="", help="csv of every study")
     parser.add_argument("--answers", action="store_true", help="of the classifiers")
     o = parser.parse_args()

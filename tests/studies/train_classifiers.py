@@ -175,6 +175,12 @@ def segmenters(weights, device):
     return [*models.values()]
 
 
+@functools.cache
+def segmenter_hashes(weights):
+    files = cspine.model_files(weights, "segmenter")
+    return {cspine.hash_of(path) for *_, path in files}
+
+
 def mask(weights, device, hu, spacing):
     volume = cspine.Volume("", hu, tuple(spacing), np.eye(4))
     models = segmenters(weights, device)
@@ -233,7 +239,8 @@ def cut_crops(weights, device, work, path):
     volume = cspine.Volume("", hu, tuple(spacing), np.eye(4))
     crops = cspine.vertebra_slices(
         volume, mask(weights, device, hu, spacing), z_margin=Z_MARGIN)
-    cspine.write_crops(work / part / "last" / f"{uid}.npz", crops, Z_MARGIN)
+    makers = segmenter_hashes(weights)
+    cspine.write_crops(work / part / "last" / f"{uid}.npz", crops, Z_MARGIN, makers)
     (work / part / "train_images" / uid).mkdir(parents=True, exist_ok=True)
     row = [uid, *map(int, broken), int(np.any(broken))]
     text = ",".join(map(str, row)) + "\n"
@@ -354,10 +361,13 @@ def main():
     parser.add_argument("--old-hands", help="folder of generators that left the repository")
     parser.add_argument("--weights", default=str(ROOT / "weights"), help="the segmenter's")
     parser.add_argument("--parts", nargs="+", default=[*HANDS], choices=[*HANDS])
-    parser.add_argument("--older", type=Path, help="folder of classifiers to start from")
+    parser.add_argument(
+        "--older", type=Path, default=ROOT / "weights", help="classifiers to start from")
     parser.add_argument("--workers", type=int, default=1, help="processes, or threads")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     o = parser.parse_args()
+    if o.step == "draw" and not o.necks:
+        parser.error("draw needs --necks")
     if o.old_hands:
         sys.path.append(str(Path(o.old_hands).resolve()))
     if o.step in ("draw", "crops"):

@@ -207,17 +207,6 @@ class TeachingSegmenter(cspine.Segmenter):
                 place = place[: len(tensor)]
             place.copy_(tensor)
 
-    def forward(self, x):
-        x = (x - 0.5) * 4
-        cells = x.unfold(2, 2, 2).unfold(3, 2, 2).unfold(4, 2, 2)
-        cells = cells.flatten(5)[:, 0].movedim(-1, 1)
-        *skips, x = self.encoder(x)
-        skips[0] = torch.cat([skips[0], cells], 1)
-        for block, skip in zip(self.decoder, skips[::-1]):
-            x = block(torch.cat([F.interpolate(x, skip.shape[2:]), skip], 1))
-        x = self.head(x).unflatten(1, (LEVELS, 2, 2, 2)).permute(0, 1, 5, 2, 6, 3, 7, 4)
-        return x.flatten(6).flatten(4, 5).flatten(2, 3)
-
     def shipped_tensors(self):
         """As cspine stores a segmenter, without T1."""
         out = {}

@@ -75,11 +75,14 @@ def versions(python, names):
 
 
 def run_tests(python, report, arguments):
-    """(passed, failed, skipped, seconds) of pytest with these arguments, its words shown."""
+    """(passed, failed, skipped, seconds) of pytest with these arguments, its words shown.
+
+    An exit status that the report does not explain counts as one that failed.
+    """
     report.unlink(missing_ok=True)
     started = time.monotonic()
     command = [python, "-m", "pytest", "-q", f"--junitxml={report}", *arguments]
-    subprocess.run(command, cwd=ROOT)
+    status = subprocess.run(command, cwd=ROOT).returncode
     seconds = time.monotonic() - started
     if not report.exists():
         sys.exit("pytest ended without a report")
@@ -87,7 +90,8 @@ def run_tests(python, report, arguments):
     suite = ElementTree.parse(report).getroot().find("testsuite")
     failures, errors, skipped = (int(suite.get(count)) for count in COUNTS)
     failed = failures + errors
-    return int(suite.get("tests")) - failed - skipped, failed, skipped, seconds
+    passed = int(suite.get("tests")) - failed - skipped
+    return passed, failed or int(status != 0), skipped, seconds
 
 
 def main():

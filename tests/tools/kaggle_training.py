@@ -112,14 +112,15 @@ def earlier_session():
     found = []
     for path in cspine.files_below(KAGGLE / "input", LEVELS):
         if path.name == NOTE:
-            found.append((json.loads(path.read_text())["session"], path.parent))
-    number, folder = max(found, default=(0, None))
+            number = json.loads(path.read_text()).get("session", 0)  # 0: another program's
+            found.append((number, path.parent))
+    number, folder = max([one for one in found if one[0]], default=(0, None))
     return folder, number
 
 
 def work_folder(needed):
     """Where the crops go: into the output if it holds them, else beside it."""
-    for folder, kept in ((KAGGLE / "working", "kept"), (TEMPORARY, "made anew a session")):
+    for folder, kept in ((KAGGLE / "working", "kept"), (TEMPORARY, "made anew in every session")):
         if (folder / "work").exists():  # this cell ran before
             return folder / "work"
         free = shutil.disk_usage(folder).free / 1e9
@@ -142,7 +143,9 @@ def try_cards():
             works = (ones @ ones).sum().item() == 64**3
         except RuntimeError as error:  # a P100, for which torch has no kernels
             raise UserError(f"GPU {k} runs nothing: choose T4 x2 ({error})") from error
-        print(f"GPU {k}: {'runs' if works else 'COUNTS WRONGLY'}")
+        if not works:
+            raise UserError(f"GPU {k} counts wrongly: restart the session")
+        print(f"GPU {k}: runs")
     return cards
 
 
@@ -215,7 +218,8 @@ def trained(weights, preset, mode, *more):
     options than the preset's may be given."""
     epochs = options_of(preset, mode, *more).epochs
     logs = [Path(f"{stem}_log.csv") for stem in stems(weights, preset, mode, *more)]
-    return all(log.exists() and pd.read_csv(log).epoch.iloc[-1] == epochs for log in logs)
+    tables = [pd.read_csv(log) if log.exists() else {} for log in logs]
+    return all("epoch" in table and table["epoch"].iloc[-1] == epochs for table in tables)
 
 
 def finished(session, mode):

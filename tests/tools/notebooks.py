@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cspine import HERE, KAGGLE_DATA, KINDS, UserError, model_files, write_atomic
 
+SLUG = r"([\w-]+/[A-Za-z0-9-]{6,50})?"  # of a data set; Kaggle refuses other names
 SESSION_MINUTES = 690  # of the 12 hours that Kaggle gives a session with GPUs
 
 RUN = """\
@@ -26,9 +27,10 @@ LOOK = """\
 import glob
 import pandas as pd
 submission = pd.read_csv("submission.csv")
-report = pd.concat(map(pd.read_csv, glob.glob("predict_report*.csv")))  # one a process
-report = report.drop_duplicates("StudyInstanceUID", keep="last")
-print(len(submission), "rows;", report.status.value_counts().to_dict())
+reports = [pd.read_csv(path) for path in glob.glob("predict_report*.csv")]  # one a process
+found = pd.concat(reports).drop_duplicates("StudyInstanceUID", keep="last") if reports else None
+counts = found.status.value_counts().to_dict() if reports else "NO STUDY ANSWERED: the prior"
+print(len(submission), "rows;", counts)
 submission.head(16)"""
 
 
@@ -45,10 +47,14 @@ def code_cell(source):
 
 def copy_weights(source, out, dataset):
     """The models and their calibration, without states of trainings, as a data set."""
+    models = [path for kind in KINDS for _, _, path in model_files(source, kind)]
+    if not models:
+        raise UserError(f"--weights {source}: no models there")
     out.mkdir(parents=True, exist_ok=True)
-    for kind in KINDS:
-        for _, _, path in model_files(source, kind):
-            shutil.copy(path, out)
+    for old in (*out.glob("*_fold*.pt"), out / "calibration.json"):
+        old.unlink(missing_ok=True)
+    for path in models:
+        shutil.copy(path, out)
     if (source / "calibration.json").exists():
         shutil.copy(source / "calibration.json", out)
     title = dataset.partition("/")[2]
@@ -80,9 +86,12 @@ def notebook(options):
     me/weights
     """
     weights, out = options.weights_dataset, Path(options.out)
-    if not re.fullmatch(r"([\w-]+/[\w-]+)?", weights):
-        raise UserError(f"--weights-dataset {weights}: expected OWNER/NAME")
+    if not re.fullmatch(SLUG, weights):
+        raise UserError(f"--weights-dataset {weights}: expected OWNER/NAME, the name of 6 to "
+                        "50 letters, digits and hyphens")
     owner, _, name = weights.partition("/")
+    if options.train:
+        owner = ""  # ImageNet's weights may be another's
     title = "cspine-train" if options.train else "cspine"
     source = (HERE / "cspine.py").read_text()
     cells = [f"%%writefile cspine.py\n{source}"]
@@ -109,6 +118,8 @@ def notebook(options):
     if name and not options.train:
         copy_weights(Path(options.weights), out / "weights", weights)
         print(f"kaggle datasets create -p {out / 'weights'}")
+    elif not options.train:
+        print("no --weights-dataset: this notebook finds no models, and submits the prior")
     if not owner:
         print(f"{out / 'kernel-metadata.json'}: write your name in place of OWNER")
     print(f"kaggle kernels push -p {out}")

@@ -20,7 +20,6 @@ from cspine import (
     MIN_SLICES,
     SLICES_PER_STEP,
     STUDY,
-    TARGETS,
     VERTEBRAE,
     Answers,
     StudyError,
@@ -28,6 +27,7 @@ from cspine import (
     apply_window,
     classify,
     combine,
+    crops_wanted,
     data_folder,
     dice_scores,
     errors_as,
@@ -39,6 +39,7 @@ from cspine import (
     read_calibration,
     read_csv,
     read_mask,
+    read_truth,
     read_volume,
     segment,
     strongest_steps,
@@ -355,9 +356,10 @@ def show(options):
     calibration = read_calibration(options.weights)
     ensemble = load_ensemble(options.weights, pick_device(options.device), calibration)
     models = ensemble.models["vertebra"] + ensemble.models["patient"]
+    models[0].to(ensemble.device)  # moved by classify, it would have no gradients
     volume = read_volume(folder)
     probability = segment(ensemble.models["segmenter"], volume, ensemble.device)
-    wanted = {name: models[0].settings[name] for name in ("mask_of", "z_margin")}
+    wanted = crops_wanted(ensemble)
     crops = vertebra_slices(volume, probability, **wanted)
     outputs = classify(ensemble, crops)
     answers = combine(outputs, ensemble.calibration)
@@ -470,7 +472,7 @@ def study_table(data, workers):
 
 def label_counts(labels):
     """{title: {label: count}} of what is fractured, alone, together and per patient."""
-    broken = labels[[*VERTEBRAE]]
+    broken = labels[[*VERTEBRAE]].fillna(0).astype(int)  # nothing: unknown
     both = broken.T @ broken
     pairs = {f"{a}+{b}": both.loc[a, b] for a, b in combinations(VERTEBRAE, 2)}
     return {
@@ -497,7 +499,7 @@ def eda(options):
     """
     data, out = data_folder(options, "train.csv"), Path(options.out)
     table = study_table(data, options.workers)
-    labels = read_csv(data / "train.csv", (STUDY, *TARGETS))
+    labels = read_truth(data / "train.csv")
     write_csv(out / "studies.csv", table.merge(labels, "left", STUDY))
     charts = label_counts(labels)
     for name in ("slices", "spacing_mm", "extent_mm", "transfer_syntax", "order"):
@@ -511,11 +513,11 @@ def eda(options):
         title = f"{name}, {len(table)} studies".capitalize()
         write_png(out / f"{file}.png", chart(title, counts, (name, "count")))
     logs = sorted(Path(options.weights).glob("*_fold*_log.csv"))
-    for log in logs:
-        name = log.name.replace("_log.csv", "_curves.png")
-        history = pd.read_csv(log)
-        if "epoch" in history:  # else the log of another program, by steps
-            draw_curves(out / name, history.to_dict("records"))
-    drawn = f"{len(charts)} charts and the curves of {len(logs)} trainings"
+    histories = {log.name: pd.read_csv(log) for log in logs}
+    histories = {name: one for name, one in histories.items() if "epoch" in one}  # by epochs
+    for name, history in histories.items():
+        path = out / name.replace("_log.csv", "_curves.png")
+        draw_curves(path, history.to_dict("records"))
+    drawn = f"{len(charts)} charts and the curves of {len(histories)} trainings"
     print(f"{len(table)} studies, {drawn} in {out}/. Unusual:")
     print(*unusual(table), sep="\n")

@@ -3,19 +3,21 @@
     python tests/tools/train_all.py --preset gold --data DIR --weights real
 
 train-seg, extract, train-cls and train-patient, a process on each GPU, then evaluate
---folds --calibrate. The same command goes on where it stopped. Other options that these
-four modes share, as --work or --workers, go to each of them.
+--folds --calibrate. The same command goes on where it stopped. Options go to each mode.
 """
 
+import argparse
 import math
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).parents[2]
+SHARED = "data", "weights", "work", "workers", "device", "folds", "preset", "time_limit"
 sys.path.insert(1, str(ROOT))
 
 import cspine  # noqa: E402
@@ -30,11 +32,23 @@ def run(arguments, cards):
     return subprocess.call([*command, *arguments])
 
 
+def parser():
+    """The parser of the options that go to each of the modes."""
+    how = "What a preset sets: cspine.py train-seg --preset NAME --help, and so on."
+    one = cspine.Parser("train_all.py", description=__doc__, epilog=how,
+                        formatter_class=argparse.RawDescriptionHelpFormatter)
+    one.set_defaults(given=())
+    for part in fields(cspine.Shared):
+        if part.name in SHARED:
+            cspine.add_option(one, part, part.default)
+    return one
+
+
 def main(argv=None):
     """Run the modes in a row, as far as each does its whole work; the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        options = cspine.build_parser(cspine.MODES).parse_args(["extract", *argv])
+        options = parser().parse_args(argv)
     except cspine.UserError as error:
         cspine.say(f"train_all: {error}")
         return 2

@@ -86,6 +86,8 @@ def dicom_header(phantom, uid, storage):
 def write_slices(folder, data, stored, affine, numbers):
     """A file <number>.dcm for each slice, with the header `data`."""
     folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.dcm"):  # of a study of the same name with more slices
+        old.unlink()
     for k, number in enumerate(numbers):
         position = (affine @ (k, 0, 0, 1))[:3]
         data.SOPInstanceUID = f"{data.StudyInstanceUID}.3.{number}"
