@@ -87,8 +87,9 @@ MIN_SLICES = 16  # slices; fewer are no study (the competition's shortest has 69
 MAX_VOXELS = 2**30  # voxels, 2 GB of int16; more is damage or does not fit
 MAX_GAP_MM = 30.0  # mm; a longer hole along the normal separates two scans
 SAME_PLACE_MM = 0.05  # mm; closer slices lie at one place (spacings begin at 0.3)
-MIXED = 0.75  # of a pass's step; another pass's slice that is nearer to one of its own goes
+MIXED = 0.75  # of a slice step; slices of other passes that lie nearer to a kept one go
 SAME_STEP = 0.01  # share of a pixel by which the pixels of slices of one series may differ
+PASS_APART_S = 30  # s; images of one pass are stamped in any order, but not this far apart
 UNEVEN = 0.25  # share of a step by which a slice may miss its even place
 STRAIGHT = 0.999  # least cosine of a stack's axis and its normal; below: a tilted gantry
 AIR_BELOW = -200  # HU; a neck has air, which labels, grey values and MR have not
@@ -102,7 +103,7 @@ MASK_THRESHOLDS = (0.2, 0.05)  # first place's; the second where the first finds
 MIN_CELLS = 12  # cells; fewer are no vertebra
 STRAY_SHARE = 0.05  # planes below this share of the fullest plane hold strays
 STRAY_GAP = 2  # cells; a wider gap parts a stray from its vertebra
-APART_CELLS = 2  # cells; masks out of order that lie further apart exchange names
+APART_CELLS = 2  # cells; two masks in the wrong order, further apart, exchange names
 LOOK_AROUND = (0.25, 0.75, 0.75)  # z y x: share of the neck's extent, added on either side
 LOOK_CLOSER = 0.57  # a second look where the neck needs less than this share of an axis
 BONE_WINDOW = (500, 2000)  # level, width; HU
@@ -118,16 +119,18 @@ HERE = Path(globals().get("__file__", "cspine.py")).resolve().parent
 KAGGLE = Path(os.environ.get("KAGGLE_ROOT", "/kaggle"))  # elsewhere in the tests
 KAGGLE_DATA = f"{KAGGLE}/input/rsna-2022-cervical-spine-fracture-detection"
 KAGGLE_MINUTES = 510.0  # minutes, of the 540 that a submission has
-MAX_READ_S = 600  # s, or a quarter of the time left, that a file which hangs may cost
-READING_THREADS = 99  # threads that read studies: each may be stuck in a file that hangs
+MAX_READ_S = 600  # s, or a quarter of the time left, that reading a study may cost
+LOG_S = 60  # s between two lines of progress in a log
+READING_THREADS = 99  # enough that studies stuck in hanging files leave the next one some
 CROPS_ON_CPU = STEPS  # crops in one pass of a backbone: about a CPU's cache
 CROPS_ON_GPU = 2 * 7 * STEPS  # crops in one pass: those of two patients
-LEAST_INSIDE = 0.5  # share of a mask's labels that lie in its study, or it is another's
+LEAST_INSIDE = 0.5  # share of a mask's labels that lie in its study; else it is another's
 BONE_HU = 100  # HU; cancellous bone of a vertebra has about 150 to 350
 LEAST_BONE = 0.25  # share of a mask's labels on bone, or it lies elsewhere
 LEAST_SEEN = 0.5  # share of all vertebrae that the crops must show, to train on them
 MAX_SKIPPED_STEPS = 20  # steps in a row without a finite gradient
-VALIDATION_SHARE = 0.1  # of the studies trained on between two scorings of a segmenter
+VALIDATION_SHARE = 0.1  # studies scored a study trained on, at most; sets a segmenter's
+# epochs between two scorings
 INIT_LEVELS = 4  # folders below /kaggle/input: model, framework, variation, version
 FROM_SCRATCH = (  # by the public code and write-ups of the top teams
     "training from scratch, where a score of 0.43 to 0.52 is expected instead of 0.32 to "
@@ -160,17 +163,19 @@ FAST = {  # ours: a fold whose trainings end within an hour on two T4
     "train-seg": dict(fold="0", epochs=60),  # 1,020 steps
     "train-cls": dict(fold="0", epochs=8, thin=3),
     "train-patient": dict(fold="0", epochs=6, thin=3)}
-STRONG = dict(size=384, epochs=50, thin=3, mixup=0.5, drop_path=0.3)
-GOLD = {  # first place's crops of 384..512, 50..75 epochs, mixup 0.5, drop path 0.2..0.3
-    "train-seg": dict(epochs=480, drop_path=0.2),  # 8,160 steps; first place: 17,400
-    "extract": dict(size=384),
-    "train-cls": STRONG,
-    "train-patient": STRONG | dict(batch_size=4, checkpoint=True)}  # for 16 GB
-SECOND = GOLD | {  # other backbones, kept beside the first (ours): their errors differ
-    "train-seg": dict(GOLD["train-seg"], name="second", backbone="resnet18d"),
-    "train-cls": dict(STRONG, name="second", backbone="convnext_nano"),
-    "train-patient": dict(
-        GOLD["train-patient"], name="second", backbone="tf_efficientnetv2_s")}
+STRONG = dict(  # first place's, but that its epochs, 50..75, show all steps, not a third
+    size=384, epochs=50, thin=3, mixup=0.5, drop_path=0.3, dropout=0.3, augment="strong")
+DEEP = dict(epochs=1000, drop_path=0.2)  # 17,000 steps; first place: 17,400
+VERTEBRA = dict(STRONG, batch_size=12, lr=2e-4, drop_path=0.2)
+PATIENT = dict(STRONG, batch_size=4, lr=6e-5, checkpoint=True)  # as 16 GB hold it
+GOLD = {
+    "train-seg": DEEP, "extract": dict(size=384), "train-cls": VERTEBRA,
+    "train-patient": PATIENT}
+OTHER = dict(name="second", lr=1e-4)  # kept beside the first: their errors differ
+SECOND = dict(GOLD)
+SECOND["train-seg"] = DEEP | OTHER | dict(backbone="resnet18d", lr=3e-4)
+SECOND["train-cls"] = VERTEBRA | OTHER | dict(backbone="convnext_nano")
+SECOND["train-patient"] = PATIENT | OTHER | dict(backbone="tf_efficientnetv2_s")
 PRESETS = {"fast": FAST, "standard": {}, "gold": GOLD, "gold-second": SECOND}
 
 @dataclass(frozen=True)
@@ -186,12 +191,14 @@ class Shared:
     workers: int = setting(os.cpu_count() or 1, "threads that read files", least=0)
     fold: str = setting("all", "the fold to train, from 0 on, or all of them")
     folds: int = setting(5, "parts of cross-validation; 1: train and score on all", least=1)
-    resume: bool = setting(False, "go on where it stopped; with --fold all always on")
+    resume: bool = setting(
+        False, "go on where it stopped, as a training with --fold all always does")
     time_limit: float = setting(
         0.0, "minutes until a run ends, saved; 0: none, on Kaggle 510", least=0)
     init: str = setting(
         "auto", "file of weights to start from, ours or timm's; or none; auto looks for "
-        "timm's under /kaggle/input, in --data and in weights/pretrained")
+        "timm's under /kaggle/input, in --data and in weights/pretrained beside cspine.py; "
+        "train-patient takes the vertebra classifier of its fold, where that fits")
     name: str = setting("", "keeps a second set apart, as vertebra_NAME_fold0.pt")
     preset: str = setting("standard", "defaults of a whole training", tuple(PRESETS))
 
@@ -199,7 +206,9 @@ class Shared:
 class Cut:
     """How crops are cut; options of extract and of the classifiers' trainings."""
     mask_of: str = setting("last", "which slice of a step the mask is of", MASKED_SLICES)
-    z_margin: float = setting(BOX_MARGIN, "z margin of crops, cells of the cube", least=0)
+    z_margin: float = setting(
+        BOX_MARGIN, "z margin of crops, cells of the cube; a training takes its crops'",
+        least=0)
 
 @dataclass(frozen=True)
 class Recipe:
@@ -217,7 +226,8 @@ class Recipe:
     drop_path: float = setting(
         0.05, "share of residual branches left out at random", least=0, most=0.9)
     dropout: float = setting(0.1, "share left out before the last layer", least=0, most=0.9)
-    half: bool = setting(False, "bfloat16 on a CPU that has it; a GPU always halves")
+    half: bool = setting(
+        False, "bfloat16 on a CPU that has it; a GPU always uses half precision")
     seed: int = setting(0, "of everything random", least=0, most=2**32)
 
 @dataclass(frozen=True)
@@ -225,8 +235,12 @@ class ClassifierRecipe(Cut, Recipe):
     """What the training of a classifier has besides."""
     mixup: float = setting(0.2, "share of batches with mixed losses", least=0, most=1)
     hidden: int = setting(256, "width of the LSTMs", least=1)
+    augment: str = setting(
+        "mild", "how far crops are changed; strong: as first place did, every step by "
+        "itself", ("mild", "strong"))
     thin: int = setting(
-        1, "3: a batch sees a third of the steps, from a random one on", (1, 3, 5, 15))
+        1, "3: a batch sees every third step, from one of the first three on",
+        (1, 3, 5, 15))
     checkpoint: bool = setting(False, "compute blocks twice: less memory, a third slower")
 
 # Rates and epochs are ours; dropout is Tan and Le's (2021), mixup first place's.
@@ -248,7 +262,8 @@ class Answers:
 @dataclass(frozen=True)
 class Asked(Answers):
     """What else predict may be given."""
-    path: tuple = argument("a CT: DICOM or NIfTI, a folder of it, or of such folders", "*")
+    path: tuple = argument(
+        "a CT: a NIfTI or DICOM file, a folder with one series, or of such folders", "*")
     json: bool = setting(False, "with PATH: write answers.json, all that is known")
 
 
@@ -287,10 +302,10 @@ PASS_TAGS = (  # what tells two scans of the same places in one series apart
 def read_slices(path):
     """The Slices of a DICOM file, one of each frame, with or without its preamble."""
     if not path.is_file():  # a pipe would wait for ever
-        raise StudyError("no plain file")
+        raise StudyError("not a regular file")
     data = pydicom.dcmread(path, force=True)
     if data.get("Modality") not in (None, "", "CT"):  # a dose or a segmentation beside it
-        raise StudyError(f"no CT image but {data.Modality}")
+        raise StudyError(f"not a CT image but {data.Modality}")
     if "Rows" not in data:
         raise StudyError("no DICOM image")
     frames = decode_pixels(data)
@@ -325,7 +340,7 @@ def place_frame(stored, data, k, source):
     hu = np.ndarray(stored.shape, np.int16, memory)
     slope, intercept = tag("RescaleSlope", 1), tag("RescaleIntercept", 0)
     if not (0 < abs(slope) < math.inf and abs(intercept) < math.inf):
-        raise StudyError(f"slope {slope}, intercept {intercept}")
+        raise StudyError(f"no usable rescaling: slope {slope}, intercept {intercept}")
     rescaled = stored * slope + intercept
     if "ModalityLUTSequence" in data:
         rescaled = pydicom.pixels.apply_modality_lut(stored, data)
@@ -359,11 +374,11 @@ def read_stacks(path, workers, give_up):
             problems.append(f"{error}; left out")
             continue
         for one in found:
-            alike = [stack for stack in stacks if one_stack(stack[0], one)]
-            if not alike:
-                stacks.append([one])
-            else:
-                alike[0].append(one)
+            alike = (stack for stack in stacks if one_stack(stack[0], one))
+            stack = next(alike, None)
+            if stack is None:
+                stacks.append(stack := [])
+            stack.append(one)
     return stacks, problems
 
 def one_stack(first, other):
@@ -391,6 +406,18 @@ def places_of(mm):
     places = parts_of(order, mm[order], SAME_PLACE_MM)
     return np.array([min(place) for place in places])
 
+def sittings(times):
+    """For each time, "HHMMSS...", the number of the pass it is of: another lies more than
+    PASS_APART_S away. Stamps of one pass need not follow its slices: several computers may
+    have reconstructed them."""
+    stamps = [time[:6] for time in times]
+    seconds = pd.to_datetime(stamps, format="%H%M%S", errors="coerce").to_series()
+    seconds = (seconds - seconds.min()).dt.total_seconds().to_numpy()  # NaN: no stamp
+    order = np.argsort(seconds)
+    number = np.zeros(len(times), int)
+    number[order[1:]] = np.cumsum(np.diff(seconds[order]) > PASS_APART_S)
+    return number.tolist()
+
 def one_pass(stack):
     """The slices of one acquisition: of several passes over a neck, one whole.
     By each of PASS_TAGS in turn, the pass that covers most places (of equals the first) is
@@ -398,9 +425,12 @@ def one_pass(stack):
     slices goes. Where no tag parts them, a place's earliest slice comes first."""
     for k in range(len(PASS_TAGS)):
         mm = along_normal(stack)
+        names = [one.of_pass[k] for one in stack]
+        if PASS_TAGS[k].endswith("Time"):
+            names = sittings(names)
         passes = {}
-        for at, one in zip(mm, stack):
-            passes.setdefault(one.of_pass[k], []).append(at)
+        for at, of_pass in zip(mm, names):
+            passes.setdefault(of_pass, []).append(at)
         covered = {name: len(places_of(np.array(passes[name]))) for name in sorted(passes)}
         name = max(covered, key=covered.get)
         if len(passes) == 1 or covered[name] < MIN_SLICES:
@@ -410,7 +440,7 @@ def one_pass(stack):
         step = np.median(gaps[gaps > SAME_PLACE_MM])
         after = np.searchsorted(own, mm).clip(1, len(own) - 1)
         apart = np.minimum(abs(mm - own[after - 1]), abs(own[after] - mm))
-        kept = [one.of_pass[k] == name for one in stack] | (apart >= MIXED * step)
+        kept = [of_pass == name for of_pass in names] | (apart >= MIXED * step)
         stack = [one for one, keep in zip(stack, kept) if keep]
     return sorted(stack, key=lambda one: one.of_pass[-3:])  # earliest first
 
@@ -442,7 +472,7 @@ def read_series(path, workers, give_up):
     if len(studies) > 1:
         problems.append(f"images of {len(studies)} studies: give each its own folder")
     if len(run) < MIN_SLICES:
-        found = f"{len(run)} usable slices, not {MIN_SLICES}"
+        found = f"only {len(run)} usable slices; at least {MIN_SLICES} are needed"
         reasons = [one.partition(": ")[2] for one in problems]  # behind a file's name
         counts = [reasons.count(reason) for reason in reasons]
         usual = [problems[np.argmax(counts)]] if problems else []  # of equals the first
@@ -467,7 +497,7 @@ def read_nifti_ct(path):
     StudyError if its values are no Hounsfield units of a body: labels, MR, another unit."""
     stored, slope, intercept, voxel_from_lps = read_nifti(path)
     if min(stored.shape) < MIN_SLICES:
-        raise StudyError(f"{stored.shape} voxels, not {MIN_SLICES} an axis")
+        raise StudyError(f"{stored.shape} voxels; each axis needs at least {MIN_SLICES}")
     planes = []
     for plane in stored.T:  # (K, J, I)
         hu = np.nan_to_num(plane * slope + intercept, nan=AIR_HU)
@@ -520,7 +550,7 @@ def read_volume(folder, workers=2, give_up=lambda: False):
         planes, steps, affine, problems, sources = found
         shape = (len(steps), *planes[0].shape)
         if math.prod(shape) > MAX_VOXELS:
-            raise StudyError(f"{shape} voxels")
+            raise StudyError(f"{shape} voxels: damaged, or too large")
 
         axes, flip = axial_axes(affine)
         hu = np.empty([shape[k] for k in axes], np.int16)
@@ -592,10 +622,12 @@ def read_nifti(path):
         raise ValueError("not one 3-D image of NIfTI-1 in one file")
     code = int(header["datatype"])
     if code not in NIFTI_TYPES:
-        raise ValueError(f"datatype {code}: no plain numbers")
+        raise ValueError(f"datatype {code}: not plain numbers")
     kind = np.dtype(order + NIFTI_TYPES[code])
     if start + math.prod(shape[:3]) * kind.itemsize > 2 * MAX_VOXELS:
         raise ValueError(f"{shape[:3]} voxels of {kind.itemsize} bytes: too large")
+    if len(raw) < start + math.prod(shape[:3]) * kind.itemsize:
+        raise ValueError("the file ends too early")
     stored = np.ndarray(shape[:3], kind, raw, start, order="F")
 
     ras_from_voxel = np.asarray_chkfinite(nifti_affine(header))
@@ -609,8 +641,9 @@ def refuse_to_overwrite(path):
     """UserError if a path is a file that is no mask of ours, which would be overwritten."""
     if path.exists():
         with errors_as(UserError, f"{path}: not a mask of ours, and not overwritten"):
-            if WRITTEN_BY not in gzip.open(path).read(348):
-                raise ValueError("it is of another program")
+            with gzip.open(path) as file:
+                if WRITTEN_BY not in file.read(348):
+                    raise ValueError("it is of another program")
 
 def write_nifti(path, labels, volume):
     """Write uint8 labels (Z, Y, X) on a Volume's grid as NIfTI-1, gzipped.
@@ -646,7 +679,7 @@ def read_mask(path, volume, shape=None):
     """uint8 (Z, Y, X), or a coarser `shape`: the nearest label, 1-7 = C1-C7, others as
     they are stored, 0 outside. The mask may lie on any grid: its affine places it.
     StudyError if it is damaged."""
-    with errors_as(StudyError, f"{path}: no whole NIfTI-1 mask"):
+    with errors_as(StudyError, f"{path}: not a readable NIfTI-1 mask"):
         stored, slope, intercept, voxel_from_lps = read_nifti(path)
     out = np.zeros(shape or volume.hu.shape, np.uint8)
     matrix = (voxel_from_lps @ volume.affine)[:3, :, None, None]
@@ -795,6 +828,8 @@ class Segmenter(nn.Module):
             drop_path=0, dropout=0, **_):  # a recipe holds more
         super().__init__()
         self.settings = dict(backbone=backbone, size=size, window=window)
+        if size % 16:
+            raise UserError(f"--size {size}: must be a multiple of 16")
         flat = create_backbone(
             backbone, features_only=True, out_indices=(0, 1, 2, 3), in_chans=1,
             drop_path_rate=drop_path)
@@ -817,7 +852,7 @@ class Segmenter(nn.Module):
     def forward(self, x):
         """(B, 1, Z, Y, X) in 0..1, multiples of 16 -> (B, 7, Z, Y, X) logits of C1..C7."""
         if any(length % 16 for length in x.shape[2:]):
-            raise UserError(f"cube {[*x.shape[2:]]}: no multiples of 16")
+            raise UserError(f"cube {[*x.shape[2:]]}: must be multiples of 16")
         x = (x - 0.5) * 4
         cells = x[:, 0]
         for axis in (1, 2, 3):
@@ -830,7 +865,7 @@ class Segmenter(nn.Module):
             x = F.interpolate(x, skip.shape[2:])
             x = block(torch.cat([x, skip], 1))
         x = self.head(self.dropout(x))  # (B, 7 * 8, Z/2, Y/2, X/2)
-        x = x.unflatten(1, (7, 2, 2, 2))
+        x = x.unflatten(1, (-1, 2, 2, 2))
         x = x.permute(0, 1, 5, 2, 6, 3, 7, 4)  # (B, 7, Z/2, 2, Y/2, 2, X/2, 2)
         return x.flatten(6).flatten(4, 5).flatten(2, 3)
 
@@ -908,9 +943,10 @@ def place_back(part, low, high, shape):
 @torch.inference_mode()
 def segment(models, volume, device, report=print, closer=True):
     """float32 (7, D, D, D): probability of C1..C7 in the cells of a cube over the study.
-    The mean of the models, named head to foot (in_order). Where the neck is small in the
-    study, it is looked at a second time by itself, unless `closer` is False; the mean of
-    both looks counts, each loses what the other sees. `report` is told everything odd."""
+    The mean of the models; what is out of order is renamed or emptied (in_order). Where
+    the neck is small in the study, it is looked at a second time by itself, unless `closer`
+    is False; the mean of both looks counts, each loses what the other sees. `report` is
+    told everything odd."""
     probability = mean_probability(models, volume, device)
     part = neck_part(probability, volume.hu.shape) if closer else None
     if part:
@@ -1205,8 +1241,7 @@ def mean_logits(studies, calibration):
 
 def logits_of(answers):
     """The logits of answers, LEAST_ANSWER away from 0 and 1."""
-    chance = answers.clip(LEAST_ANSWER, 1 - LEAST_ANSWER)
-    return np.log(chance / (1 - chance))
+    return torch.tensor(answers).logit(LEAST_ANSWER).numpy()
 
 def calibrated(raw, calibration):
     """(N, 8) probabilities of mean logits (N, 8).
@@ -1273,7 +1308,7 @@ def strongest_steps(volume, probability, outputs, z_margin):
         place = (volume.affine @ [z, y, x, 1])[:3].tolist()
         places[name] = dict(
             slice=z + 1, file=file, sop_instance_uid=uid, lps_mm=place,
-            steps=chances.tolist())
+            steps=chances.nan_to_num().tolist())
     return places
 
 def as_columns(places):
@@ -1286,6 +1321,15 @@ def as_columns(places):
             columns[f"{name}_{key}"] = value
     return columns
 
+def crops_wanted(ensemble):
+    """What vertebra_slices is asked for: crops as the classifiers were trained on."""
+    classifiers = ensemble.models["vertebra"] + ensemble.models["patient"]
+    wanted = {name: classifiers[0].settings[name] for name in ("mask_of", "z_margin")}
+    largest = max(model.settings["size"] for model in classifiers)
+    if largest > CROP:  # else the usual crops are made smaller
+        wanted["size"] = largest
+    return wanted
+
 def answer_study(volume, read_s, ensemble, folds):
     """(row of the report, strongest_steps, segment's probability) of a study.
     The row holds its answers, what was seen, and the seconds of every stage."""
@@ -1294,11 +1338,7 @@ def answer_study(volume, read_s, ensemble, folds):
     segmenters = ensemble.models["segmenter"][:folds]
     probability = segment(segmenters, volume, ensemble.device, problems.append)
     found = monotonic()
-    classifiers = ensemble.models["vertebra"] + ensemble.models["patient"]
-    wanted = {name: classifiers[0].settings[name] for name in ("mask_of", "z_margin")}
-    largest = max(model.settings["size"] for model in classifiers)
-    if largest > CROP:  # else the usual crops are made smaller
-        wanted["size"] = largest
+    wanted = crops_wanted(ensemble)
     crops = vertebra_slices(volume, probability, **wanted)
     cut = monotonic()
     outputs = classify(ensemble, crops, folds)
@@ -1338,7 +1378,8 @@ def answer_or_prior(uid, future, ensemble, folds, seconds):
         row, places, _ = answer_somewhere(volume, read_s, ensemble, folds)
         return row | as_columns(places)
     except Exception as error:  # damaged data raises nearly every kind
-        reason = f"{error!r:.300}"
+        in_words = str if isinstance(error, StudyError) else repr
+        reason = in_words(error)[:300]
         say(f"study {uid}: {reason}; answered with the prior")
         return dict(PRIOR_ANSWERS, status="failed", warnings=reason)
 
@@ -1375,7 +1416,7 @@ def read_reports(submission):
                 raise
             continue  # another process has just begun anew
         failed = table.status.isin(("failed", "no time"))
-        made_by = table.get("made_by", "")  # older versions did not say
+        made_by = table.get("made_by", "")
         answered = table[~failed & (made_by == submission.made_by)]
         rows |= {row[STUDY]: row for row in answered.to_dict("records")}
     return rows
@@ -1411,7 +1452,7 @@ def predict_studies(images, submission, ensemble, stop, workers, resume=False):
         start = stop.clock()
         until = start + min(MAX_READ_S, stop.left() / 4)
         if uid in ("", "..") or Path(uid).name != uid:  # from a csv: it must stay inside
-            raise StudyError(f"{uid!r}: no plain name")
+            raise StudyError(f"{uid!r}: not a folder's name")
         volume = read_volume(images / uid, workers, lambda: stop.clock() > until)
         return volume, stop.clock() - start
 
@@ -1581,9 +1622,11 @@ def answer_own(name, future, ensemble, masks):
     places = {v: one for v, one in places.items() if one.get("cm3", 0) >= LEAST_CM3}
     if not places:
         raise StudyError(f"{volume.uid}: no cervical vertebra seen")
+    absent = [v for v in VERTEBRAE if v not in places]
+    labels[np.isin(labels, [VERTEBRAE.index(v) + 1 for v in absent])] = 0
     if masks:
         write_nifti(Path(masks) / f"{name}.nii.gz", labels, volume)
-    row |= dict.fromkeys(v for v in VERTEBRAE if v not in places)  # None, not the prior
+    row |= dict.fromkeys(absent)  # None, not the prior
     row |= dict(status="ok" if len(places) == 7 else "partial", seen="+".join(places))
     return row | dict(lordosis_degrees=lordosis, vertebrae=places)
 
@@ -1806,22 +1849,16 @@ def read_answers(path):
     return wide.reindex(table.uid.dropna().unique())
 
 def read_held_out(weights):
-    """({uid: outputs as classify's}, {uid: fold}) of the folds' held-out answers.
-    Older versions wrote the mean of the largest steps, which here stands for each step."""
+    """({uid: outputs as classify's}, {uid: fold}) of the folds' held-out answers."""
     outputs, folds = {}, {}
     for path in sorted(weights.glob("*_heldout.csv")):
         named = re.fullmatch(r"((?:vertebra|patient)\w*)_fold(\d+)_heldout", path.stem)
         if not named:
             continue  # a segmenter's
         name, fold = named.groups()
-        old = VERTEBRAE[0] in read_csv(path, (STUDY,))
-        if old:
-            say(f"{path}: of an older version, without steps: top_k cannot be fitted to it")
-        columns = [*TARGETS] if old else STEP_TARGETS
-        table = read_csv(path, (STUDY, *columns)).set_index(STUDY)[columns]
+        table = read_csv(path, (STUDY, *STEP_TARGETS)).set_index(STUDY)[STEP_TARGETS]
         for uid, row in zip(table.index, table.to_numpy(float)):
-            steps = row[:-1].reshape(7, -1)
-            steps = np.broadcast_to(steps, (7, STEPS))
+            steps = row[:-1].reshape(7, STEPS)
             outputs.setdefault(uid, []).append(Output(steps, row[-1], name))
             folds[uid] = int(fold)
     if not outputs:
@@ -1878,7 +1915,7 @@ def mask_table(data, uids, models, workers):
     for folder in progress(folders, "study"):
         try:
             volume = read_volume(folder, workers)
-            probability = segment(models, volume, device, say)
+            probability = segment(models, volume, device, say_of(volume))
             labels = read_mask(masks[folder.name], volume, probability.shape[1:])
         except StudyError as error:
             say(f"study {folder.name}: {error}; no Dice")
@@ -2005,8 +2042,6 @@ def read_calibration(weights, hashes=None):
             say(f"{path} was fitted to other models: not used")
             return Calibration()
         content["answers"] = Answers(**content.get("answers", {}))
-        if content.pop("unusual", None) is not None:  # it gained nothing (RESULTS.md)
-            say(f"{path}: an older version's limit of what is unusual is not used")
         return Calibration(*rows.T, **content)
 
 
@@ -2015,14 +2050,19 @@ def read_calibration(weights, hashes=None):
 # The trap: whatever moves an image moves its mask with it, and labels are never mixed.
 
 # How far the augmentation goes, either way. rotation: degrees; scale, gamma: logarithms;
-# shift: shares of the edge (30 %: first place); window, noise: of the grey levels 0..1;
-# mirror, blur, hole, still: chances.
-VOLUME_RANGES = dict(
+# shift, edge (of a hole, at most): shares of the image's edge; window, noise: of the grey
+# levels 0..1; mirror, blur, hole, still: chances; beyond: what lies outside the image;
+# by_step: whether every step of a sample is drawn by itself.
+VOLUME_RANGES = dict(  # shift: first place's
     rotation=15, scale=0.35, shift=0.3, mirror=0.5, window=0.2, gamma=0.3, noise=0.06,
     blur=0.3, hole=0, still=0.4)
-CROP_RANGES = dict(
+MILD = dict(
     rotation=20, scale=0.15, shift=0.1, mirror=0.5, window=0.15, gamma=0.25, noise=0.04,
-    blur=0.15, hole=0.3, still=0.2)
+    blur=0.15, hole=0.3, edge=0.25, still=0.2, beyond="zeros", by_step=False)
+STRONG_MOVES = dict(rotation=45, scale=0.3, shift=0.3, still=0.3, beyond="reflection")
+STRONG_GREYS = dict(blur=0.25, hole=0.5, edge=0.5, by_step=True)
+CROP_RANGES = dict(mild=MILD, strong=MILD | STRONG_MOVES | STRONG_GREYS)  # first place's
+BEYOND = dict(zeros=cv2.BORDER_CONSTANT, reflection=cv2.BORDER_REFLECT)
 
 def write_crops(path, crops, z_margin=0.0, made_by=()):
     """Write a study's crops, uint8 (7, 15, 6, S, S): each different image once, as steps
@@ -2152,7 +2192,7 @@ def draw_greys(rng, ranges, width):
     seed = int(rng.integers(2**31))
     edge = top = left = 0
     if hole < ranges["hole"]:
-        edge = int(width * rng.uniform(0.05, 0.25))
+        edge = int(width * rng.uniform(0.05, ranges["edge"]))
         top, left = rng.integers(0, width - edge, 2)
     gone = slice(top, top + edge), slice(left, left + edge)
     noise = ranges["noise"] * noise**2
@@ -2182,9 +2222,15 @@ def augment_volumes(cubes, labels, rngs, ranges=VOLUME_RANGES):
         grey_levels(cube, rng, ranges)
     return cubes, labels[:, 0].byte()
 
-def augment_crops(crops, rngs, size=CROP, ranges=CROP_RANGES):
+def augment_crops(crops, rngs, size=CROP, ranges=CROP_RANGES["mild"]):
     """(B, N, K, S, S), uint8 or 0..1 -> (B, N, K, size, size) in 0..1.
-    A sample moves as one, masks keep their grey. Bytes on a CPU take the faster way."""
+    A sample moves as one, or each of its steps, and masks keep their grey. Bytes on a CPU
+    take the faster way."""
+    if ranges["by_step"]:
+        each = [rng.spawn(1)[0] for rng in rngs for _ in range(crops.shape[1])]
+        alone = crops.flatten(0, 1)[:, None]  # (B * N, 1, K, S, S)
+        moved = augment_crops(alone, each, size, ranges | dict(by_step=False))
+        return moved.view(*crops.shape[:3], size, size)
     if crops.dtype == torch.uint8 and crops.device.type == "cpu":
         moved = torch.empty(*crops.shape[:3], size, size)
         for sample, out, rng in zip(crops.numpy(), moved.numpy(), rngs):
@@ -2194,7 +2240,8 @@ def augment_crops(crops, rngs, size=CROP, ranges=CROP_RANGES):
         crops = crops / 255
     shape = (len(crops), 1, size, size)
     grid = draw_grid(rngs, ranges, shape, crops.device)
-    moved = F.grid_sample(crops.flatten(1, 2), grid, align_corners=False)
+    beyond = ranges["beyond"]
+    moved = F.grid_sample(crops.flatten(1, 2), grid, "bilinear", beyond, False)
     moved = moved.unflatten(1, crops.shape[1:3])
     for slices, rng in zip(moved[:, :, :-1], rngs):
         grey_levels(slices, rng, ranges)
@@ -2213,7 +2260,8 @@ def augment_bytes(crops, out, rng, ranges):
     grain = torch.special.ndtri(chances).numpy() * np.float32(greys.noise)
     bits = np.random.PCG64(greys.seed)
 
-    moved = move_planes(crops.reshape(-1, *crops.shape[2:]), matrix, size)
+    planes = crops.reshape(-1, *crops.shape[2:])
+    moved = move_planes(planes, matrix, size, BEYOND[ranges["beyond"]])
     for step in out:
         for image in step[:-1]:
             cv2.LUT(next(moved), levels, image)
@@ -2227,8 +2275,9 @@ def augment_bytes(crops, out, rng, ranges):
             image.clip(0, 1, image)
         cv2.LUT(next(moved), plain, step[-1])  # the mask
 
-def move_planes(planes, matrix, size):
-    """Yields (size, size) of each of planes (N, S, S), moved by affine_grid's (2, 3)."""
+def move_planes(planes, matrix, size, beyond):
+    """Yields (size, size) of each of planes (N, S, S), moved by affine_grid's (2, 3);
+    `beyond` is what OpenCV puts outside."""
     edge = planes.shape[-1]
     turn = matrix[:, :2] * edge / size
     shift = matrix[:, 2] * edge / 2
@@ -2238,7 +2287,8 @@ def move_planes(planes, matrix, size):
     count = len(planes)
     for first in range(0, count, 4):  # OpenCV moves four at the price of two
         four = [planes[k % count] for k in range(first, first + 4)]  # rounded alike
-        moved = cv2.warpAffine(cv2.merge(four), source, (size, size), flags=how)
+        whole = cv2.merge(four)
+        moved = cv2.warpAffine(whole, source, (size, size), flags=how, borderMode=beyond)
         yield from cv2.split(moved)[: count - first]
 
 def segmenter_batch(model, tensors, rngs, recipe):
@@ -2250,7 +2300,7 @@ def classifier_batch(model, tensors, rngs, recipe):
     """The loss of a batch of crops, uint8 (B, N, K, S, S), and labels (B, 1 or 8).
     Mixup mixes the losses (first place); a mixed label would count as a positive."""
     crops, labels = tensors
-    crops = augment_crops(crops, rngs, recipe.size)
+    crops = augment_crops(crops, rngs, recipe.size, CROP_RANGES[recipe.augment])
     share = rngs[0].random() if rngs[0].random() < recipe.mixup else 1.0
     if share < 1:
         crops = crops.flip(0).lerp(crops, share)
@@ -2294,7 +2344,7 @@ def new_model(kind, settings, device="cpu"):
 def load_model(path, kind, device="cpu"):
     """The model of a checkpoint, ready for inference; UserError if of another kind."""
     content = load_checkpoint(path)
-    with errors_as(UserError, f"{path}: a {content.get('kind')}, no {kind} that fits"):
+    with errors_as(UserError, f"{path}: a {content.get('kind')}, not a {kind} that fits"):
         model = new_model(kind, content["settings"], device)
         model.load_state_dict(content["tensors"])
         model.settings["name"] = Path(path).stem.rpartition("_fold")[0]
@@ -2318,13 +2368,23 @@ def load_models(weights, kind, device):
     files = model_files(weights, kind)
     return {(fold, name): load_model(path, kind, device) for fold, name, path in files}
 
+def held_out_by(weights, kind):
+    """{(fold, name): uids that a model did not train on}; none where its csv is lost."""
+    found = {}
+    for fold, name, path in model_files(weights, kind):
+        kept = path.with_name(f"{path.stem}_heldout.csv")
+        uids = read_csv(kept, (STUDY,))[STUDY] if kept.exists() else ()
+        found[fold, name] = {*uids}
+    return found
+
 def load_ensemble(weights, device, calibration=Calibration()):
     """The Ensemble of all models of a folder; UserError if a kind is missing."""
     models = {kind: [*load_models(weights, kind, "cpu").values()] for kind in KINDS}
     classifiers = models["vertebra"] + models["patient"]
     if not models["segmenter"] or not classifiers:
         lacking = "classifier" if models["segmenter"] else "segmenter"
-        raise UserError(f"--weights {weights}: no {lacking} there")
+        raise UserError(f"--weights {weights}: no {lacking} there; cspine.py comes with "
+                        f"some in {HERE / 'weights'}")
     if len({(m.settings["mask_of"], m.settings["z_margin"]) for m in classifiers}) > 1:
         raise UserError(f"--weights {weights}: classifiers of unlike --mask-of, --z-margin")
     on_cpu = Ensemble(models, torch.device("cpu"), calibration)
@@ -2413,13 +2473,20 @@ def imagenet_file(backbone, data):
             if named and path.suffix in (".safetensors", ".bin", ".pth"):
                 found.append(path)
         if found:
-            # convnext_nano_ols is another network, convnext_nano.in12k a training of it.
-            longer = [f"{backbone}_" in str(path.relative_to(folder)) for path in found]
-            return min(zip(longer, map(len, map(str, found)), found))[-1]
+            return min(found, key=lambda path: how_far(backbone, path, folder))
     return None
 
-def init_file(options, kind, fold):
+def how_far(backbone, path, folder):
+    """A key that sorts files of a backbone: what suits best comes first.
+    convnext_nano_ols is another network than convnext_nano, convnext_nano.in12k a training
+    of it; best is, as with timm, what saw more than ImageNet-1k and was tuned to it."""
+    name = str(path.relative_to(folder))
+    tuned = re.search(r"in\d+k?[-_. ]?ft", name)
+    return f"{backbone}_" in name, not tuned, len(name), name
+
+def init_file(options, kind, fold, held_out):
     """The Path that a training starts from, by --init, or None.
+    A vertebra classifier that has seen studies that are now held out is none to start from.
     UserError if the file that is named is not there."""
     if options.init == "none":
         return None
@@ -2431,7 +2498,8 @@ def init_file(options, kind, fold):
     if kind == "patient" and first.exists():
         made = load_checkpoint(first).get("settings", {})
         wanted = dict(backbone=options.backbone, hidden=options.hidden)
-        if wanted.items() <= made.items():
+        unseen = held_out_by(options.weights, "vertebra")[int(fold), options.name]
+        if wanted.items() <= made.items() and {*held_out} <= unseen:
             return first
     return imagenet_file(options.backbone, options.data)
 
@@ -2459,7 +2527,7 @@ class Task(NamedTuple):
     read: Callable = str  # uid -> what score needs of a study
 
 @dataclass
-class Progress:
+class TrainingState:
     """How far a training has come."""
     step: int = 0
     skipped: int = 0  # steps without a finite gradient
@@ -2491,7 +2559,7 @@ class Trainer:
             groups, recipe.lr, weight_decay=recipe.weight_decay)
         in_float16 = half_type(device) is torch.half
         self.scaler = torch.amp.GradScaler(device.type, enabled=in_float16)
-        self.progress = Progress()
+        self.state = TrainingState()
         # Not state_dict's aliases: on a GPU, an LSTM that is moved changes its storage.
         both = [[*one.parameters(), *one.buffers()] for one in (self.averaged, self.model)]
         self.floats = [[t for t in one if t.is_floating_point()] for one in both]
@@ -2499,7 +2567,7 @@ class Trainer:
     def save(self, path, task):
         """Write the whole state of the training."""
         state = {name: getattr(self, name).state_dict() for name in self.SAVED}
-        state["progress"] = asdict(self.progress)
+        state["progress"] = asdict(self.state)
         content = dict(made_of=task.made_of, state=state)
         save_checkpoint(path, task.kind, task.recipe, **content)
 
@@ -2511,12 +2579,13 @@ class Trainer:
         other = [name for name in now if now[name] != before.get(name)]
         if other:
             names = ", ".join(other)
-            raise UserError(f"{path}: made with other {names}; delete it to go on")
+            raise UserError(f"{path}: made with other {names}: give the same as before, or "
+                            "delete it to begin anew")
         with errors_as(UserError, f"{path}: made with another version; delete it"):
             for name in self.SAVED:
                 if saved["state"][name]:  # not of a scaler that was not needed
                     getattr(self, name).load_state_dict(saved["state"][name])
-            self.progress = Progress(**saved["state"]["progress"])
+            self.state = TrainingState(**saved["state"]["progress"])
 
     def gradient(self, task, batch):
         """Leave the gradient of [(arrays, generator)] in the model; gives the mean loss."""
@@ -2530,7 +2599,7 @@ class Trainer:
 
     def update(self, task, batch, total):
         """One step of `total`, on a batch of [(arrays, generator)]."""
-        recipe, now, model = task.recipe, self.progress, self.model.train()
+        recipe, now, model = task.recipe, self.state, self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(recipe, now.step / total)
         # For dropout: the same in a run that was resumed, another on every process.
@@ -2558,8 +2627,11 @@ class Trainer:
 
     def close_epoch(self, task, weights, epoch, workers):
         """Score the averaged weights on the held-out studies; log them, and keep them."""
-        now = self.progress
+        now = self.state
         rank, world = ranks()
+        if dist.is_initialized():  # each process has its own batches' norms: one's are kept
+            for statistics in self.averaged.buffers():
+                dist.broadcast(statistics, 0)
         mine = prefetch(task.read, task.held_out[rank::world], workers, workers)
         rows = []
         with torch.inference_mode(), autocast(task.device):
@@ -2582,7 +2654,7 @@ class Trainer:
     def write_epoch(self, task, stem, table):
         """Write the log, the weights and the held-out answers. The last epoch's stay: the
         best would be chosen by the studies that then calibrate and report."""
-        history = self.progress.history
+        history = self.state.history
         words = [f"{name} {value:.4g}" for name, value in history[-1].items()]
         say("  ".join([task.name, *words]))
         weights = self.averaged.state_dict().items()
@@ -2620,7 +2692,7 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
     if go_on and last.exists():
         run.load(last, task)
 
-    now = run.progress
+    now = run.state
     steps = max(1, samples // size)  # an epoch
     total = steps * recipe.epochs
     if now.step == total:
@@ -2636,8 +2708,11 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
         return task.load(task.train[order[k]], first)
 
     loaded = prefetch(load, mine, workers, 2 * size)
-    bar = progress(range(now.step, total), "step")
-    for step in bar:
+
+    def loss():
+        return f"loss {np.mean(now.losses[-20:] or math.nan):.3g}"
+
+    for step in progress(range(now.step, total), "step", note=loss):
         started = stop.clock()
         reason = max(over_ranks(stop.reason(1.1 * now.slowest)))
         if reason:
@@ -2649,7 +2724,6 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
             batch.append((future.result(), np.random.default_rng([recipe.seed, k])))
         run.update(task, batch, total)
         now.seconds += stop.clock() - started
-        bar.set_postfix(loss=np.mean(now.losses[-20:] or math.nan))
         if now.step % (steps * task.every) == 0 or now.step == total:
             run.close_epoch(task, weights, now.step // steps, workers)
             run.save(last, task)
@@ -2683,7 +2757,7 @@ def segmenter_task(recipe, device, images, masks):
         score, judge, read=lambda uid: load((uid,)))
 
 def usable(samples, load, workers):
-    """The samples that can be loaded; the others are said, each with its reason."""
+    """The samples that can be loaded; the others are reported, each with its reason."""
     good = []
     for sample, future in progress(prefetch(load, samples, workers), "study", len(samples)):
         try:
@@ -2745,11 +2819,28 @@ def errors_as(kind, where):
 
 def say(text):
     """A line on stderr, above the bar of progress."""
+    text = text.encode(errors="backslashreplace").decode()  # a file's name may be no UTF-8
     tqdm.write(text, file=sys.stderr)
 
-def progress(items, unit, total=None):
-    """The items, with a bar on a terminal."""
-    return tqdm(items, unit=unit, total=total, disable=None, leave=False)
+def say_of(volume):
+    """Say what was odd about a study; gives a function that says more of it."""
+    def more(text):
+        say(f"study {volume.uid}: {text}")
+    for problem in volume.problems:
+        more(problem)
+    return more
+
+def progress(items, unit, total=None, note=str):
+    """The items, with a bar on a terminal, and in a log or notebook a line a minute.
+    `note` gives what is to be told beside how far it is."""
+    bar = tqdm(items, unit=unit, total=total, disable=None, leave=False)
+    last = monotonic()
+    for done, item in enumerate(bar, 1):
+        yield item
+        bar.set_postfix_str(note(), refresh=False)
+        if bar.disable and monotonic() - last > LOG_S:
+            last = monotonic()
+            say(f"{unit} {done} of {bar.total} {note()}")
 
 def write_atomic(path, write):
     """Let write(temporary name) make a file, then move it into place: whole or not at all.
@@ -2758,7 +2849,7 @@ def write_atomic(path, write):
     new = path.parent / f".{os.getpid()}.{path.name}"
     try:
         if path.exists() and not path.is_file():  # a folder; a device would be replaced
-            raise OSError("no plain file is there")
+            raise OSError("what is there is not a regular file")
         path.parent.mkdir(parents=True, exist_ok=True)
         write(new)
         new.replace(path)
@@ -2816,7 +2907,7 @@ def join_processes(device):
     has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
     dist.init_process_group("cpu:gloo,cuda:nccl" if has_nccl else "gloo")
     if len({*over_ranks(device.type)}) > 1:
-        raise UserError("more processes than GPUs that run: lower --nproc_per_node")
+        raise UserError("more processes than usable GPUs: lower --nproc_per_node")
 
 def over_ranks(value):
     """[value of each process]."""
@@ -2831,7 +2922,7 @@ def pick_device(name):
     today's torch counts as available, and fails at every launch."""
     own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if name != "auto":
-        with errors_as(UserError, f"--device {name}"):
+        with errors_as(UserError, f"--device {name}: not auto, cpu, cuda or cuda:0, ..."):
             return computed_on(own if name == "cuda" else name)
     if torch.cuda.is_available():
         try:
@@ -2882,7 +2973,9 @@ class Stop:
         self.until = clock() + (60 * minutes if minutes else math.inf)
 
     def note(self, number, _frame):
-        """A signal's handler."""
+        """A signal's handler; the second time the run ends at once."""
+        if self.signal:
+            raise KeyboardInterrupt
         self.signal = signal.Signals(number).name
 
     def left(self):
@@ -3158,13 +3251,14 @@ TOOL_MODES = {  # they need the repository, and stand in tests/tools
 
 PLANS = {  # hours, and disk of the crops, on the competition's data: bench.py plan
     "fast": "3 hours and 21 GB", "standard": "17 hours and 21 GB",
-    "gold": "47 hours and 63 GB", "gold-second": "46 hours more than gold"}
+    "gold": "49 hours and 63 GB", "gold-second": "48 hours more than gold"}
 
 def data_folder(options, *needed):
     """The Path of --data, which must hold the files needed; else UserError."""
     for name in needed:
         if not (Path(options.data) / name).exists():
-            raise UserError(f"no {name} in --data {options.data}")
+            own = "; a CT of your own: predict PATH" if options.mode == "predict" else ""
+            raise UserError(f"no {name} in --data {options.data}{own}")
     return Path(options.data)
 
 def mask_files(data):
@@ -3214,16 +3308,23 @@ def say_plan(options):
         say(f"--preset {options.preset}: train-seg to train-patient need about "
             f"{PLANS[options.preset]} on two T4 (operations counted, not timed: README)")
 
-def run_training(options, samples, folds, task):
-    """Train the folds asked for, of samples (uid, ...)."""
+def folds_wanted(options, kind):
+    """The folds to train. UserError, before data is read, if the options make none."""
     wanted = [k for k in range(options.folds) if options.fold in ("all", str(k))]
     if not wanted:
         raise UserError(f"--fold {options.fold}: there are folds 0 to {options.folds - 1}")
     if not re.fullmatch(r"\w*", options.name):
         raise UserError(f"--name {options.name}: only letters, digits and _")
+    new_model(kind, asdict(recipe_from(options, kind)))
+    return wanted
+
+def run_training(options, wanted, samples, folds, task):
+    """Train the folds that are wanted, of samples (uid, ...)."""
     go_on = options.resume or options.fold == "all"
     join_processes(task.device)
-    starts = {fold: init_file(options, task.kind, fold) for fold in wanted}
+    uids = [*dict.fromkeys(uid for uid, *_ in samples)]
+    held_out = {k: [uid for uid in uids if folds[uid] == k] for k in wanted}
+    starts = {k: init_file(options, task.kind, k, held_out[k]) for k in wanted}
     if ranks()[0] == 0:
         say_start(options, starts)
     say_plan(options)
@@ -3232,13 +3333,13 @@ def run_training(options, samples, folds, task):
     with stop_signals(minutes_of(options)) as stop:
         for fold, init in starts.items():
             rest = [s for s in samples if folds[s[0]] != fold or options.folds == 1]
-            held_out = [*dict.fromkeys(uid for uid, *_ in samples if folds[uid] == fold)]
-            made_of = task.made_of | {"studies": hash_of(rest, held_out)}
+            kept = held_out[fold]
+            made_of = task.made_of | {"studies": hash_of(rest, kept)}
             made_of["--init"] = hash_of(init) if init else ""
-            seldom = math.ceil(len(held_out) / VALIDATION_SHARE / max(len(rest), 1))
+            seldom = math.ceil(len(kept) / VALIDATION_SHARE / max(len(rest), 1))
             every = getattr(task.recipe, "thin", seldom)  # epochs that show all steps
             name = model_name(task.kind, options.name, fold)
-            one = task._replace(name=name, train=rest, held_out=held_out)
+            one = task._replace(name=name, train=rest, held_out=kept)
             one = one._replace(made_of=made_of, every=every)
             train(one, Path(options.weights), stop, options.workers, go_on, init)
 
@@ -3246,6 +3347,7 @@ def train_segmenters(options):
     """Train segmenters on the studies with masks.
     Reads train.csv, train_images and segmentations of --data; writes segmenter_fold<k>.pt,
     its log and held-out Dice to --weights."""
+    wanted = folds_wanted(options, "segmenter")
     truth, folds, masks = training_data(options)
     samples = [(uid,) for uid in truth if uid in masks]
     recipe = recipe_from(options, "segmenter")
@@ -3256,7 +3358,7 @@ def train_segmenters(options):
     samples = usable(samples, task.load, options.workers)
     sums = [(uid, hash_of(masks[uid])) for uid, *_ in samples]
     task = task._replace(made_of={"masks": hash_of(sums)})
-    run_training(options, samples, folds, task)
+    run_training(options, wanted, samples, folds, task)
 
 @dataclass(frozen=True)
 class Extraction(Cut):
@@ -3274,7 +3376,7 @@ def refuse_other_crops(folder, heads, wanted):
             raise UserError(f"{folder}: has crops by other segmenters, as of {uid}; these "
                             "need another --work")
     if heads and ranks()[0] == 0:
-        say(f"{folder}: the crops of {len(heads)} studies are there, and taken over")
+        say(f"{folder}: crops of {len(heads)} studies exist already, and are kept")
 
 def write_study(volume, probability, options, makers, file, mask=None):
     """Write a study's crops to a file, and its mask where one is asked for."""
@@ -3287,10 +3389,10 @@ def write_study(volume, probability, options, makers, file, mask=None):
 def extract(options):
     """Write the crops of all studies, for the classifiers.
     Reads train_images of --data and the segmenters of --weights; writes one file a study
-    under --work. A study with a mask file is masked by its own fold's segmenters, which
-    did not train on it; any other by the mean of all, as predict does. The masks go to
-    --masks as NIfTI. A study that has all its files is not read again."""
-    truth, folds, with_mask = training_data(options)
+    under --work. A study that some segmenters held out is masked by the mean of these; any
+    other by the mean of all, as predict does. The masks go to --masks as NIfTI. A study
+    that has all its files is not read again."""
+    truth, _, masks = training_data(options)
     device = pick_device(options.device)
     models = load_models(options.weights, "segmenter", device)
     if not models:
@@ -3300,6 +3402,10 @@ def extract(options):
     wanted = CropsHead(options.size, options.z_margin, makers)
     refuse_other_crops(out, crops_heads(out, truth, options.workers), wanted)
     say_plan(options)
+    held_out = held_out_by(options.weights, "segmenter")
+    unseen = set().union(*held_out.values())
+    if known := truth.keys() & masks.keys() - unseen:
+        say(f"{len(known)} studies are masked by segmenters that may have trained on them")
 
     def files(uid):
         masks = [Path(options.masks) / f"{uid}.nii.gz"] if options.masks else []
@@ -3315,16 +3421,16 @@ def extract(options):
             if stop.reason():
                 message = f"extract: stopped by {stop.reason()}; the same command goes on"
                 raise Stopped(message, stop.status())
-            fold = folds[uid] if uid in with_mask else None
-            own = [model for (k, _), model in models.items() if k == fold]
+            own = [models[key] for key, uids in held_out.items() if uid in uids]
             try:
                 volume = future.result()
-                probability = segment(own or [*models.values()], volume, device, say)
+                probability = segment(
+                    own or [*models.values()], volume, device, say_of(volume))
                 write_study(volume, probability, options, makers, *files(uid))
             except StudyError as error:
                 say(f"study {uid}: {error}; left out")
     heads = crops_heads(out, truth, options.workers)
-    count = np.sum([head.seen for head in heads.values()], axis=0, initial=np.zeros(7))
+    count = sum((head.seen.astype(int) for head in heads.values()), np.zeros(7, int))
     found = ", ".join(f"{name} in {n}" for name, n in zip(VERTEBRAE, count))
     print(f"{out}: crops of {len(heads)} of {len(truth)} studies; {found}")
 
@@ -3335,11 +3441,15 @@ def train_classifiers(options):
     --weights."""
     kind = "patient" if options.mode == "train-patient" else "vertebra"
     asked = [[*range(8)]] if kind == "patient" else [[v] for v in range(7)]
+    wanted = folds_wanted(options, kind)
     truth, folds, _ = training_data(options)
     folder = Path(options.work) / options.mask_of
     heads = crops_heads(folder, truth, options.workers)
     if not heads:
         raise UserError(f"no crops in {folder}: run extract first")
+    if len(heads) < len(truth) and ranks()[0] == 0:
+        found = f"crops of {len(heads)} of {len(truth)} studies"
+        say(f"{folder}: {found}; the others are left out")
     share = np.mean([head.seen for head in heads.values()])
     if share < LEAST_SEEN:
         found = f"only {share:.0%} of C1..C7 were found in {len(heads)} studies"
@@ -3353,14 +3463,15 @@ def train_classifiers(options):
     samples = [(uid, targets) for uid in heads for targets in asked]
     recipe = recipe_from(options, kind)
     if recipe.size > edge:
-        say(f"--size {recipe.size} but enlarges crops of {edge}: extract has --size")
+        say(f"--size {recipe.size} only enlarges crops of {edge} pixels: extract --size "
+            "cuts larger ones")
     if "z_margin" in options.given and options.z_margin != z_margin:
         raise UserError(f"{folder}: has crops of --z-margin {z_margin}")
     recipe = replace(recipe, z_margin=z_margin)
     task = classifier_task(kind, recipe, pick_device(options.device), folder, truth)
     made_of = {"labels": hash_of(labels), "crops": hash_of([*makers, edge])}
     task = task._replace(made_of=made_of)
-    run_training(options, samples, folds, task)
+    run_training(options, wanted, samples, folds, task)
 
 def calibration_asked(options, hashes):
     """The Calibration of --weights; an option of Answers that was given wins over a fit."""
@@ -3443,7 +3554,10 @@ def evaluate(options):
         raise UserError(f"nothing to score: no answered study has labels in {data}/")
     print_scores(found.to_numpy(), labels)
     if options.calibrate:
-        print("The same, each fold blended and calibrated by a fit to the others:")
+        if len({folds[uid] for uid in outputs}) > 1:
+            print("The same, each fold blended and calibrated by a fit to the others:")
+        else:
+            say("only one fold: the fit that is written is not scored on others")
         found = cross_fitted(outputs, folds, table).loc[found.index]
         print_scores(found.to_numpy(), labels)
         write_calibration(weights, fit_calibration(outputs, table))
@@ -3477,8 +3591,11 @@ MODES["evaluate"] = Mode(evaluate, f"{READING} submission", Evaluation())
 
 class Parser(argparse.ArgumentParser):
     """A parser that raises UserError: main says it in one line."""
+    def __init__(self, *given, **named):  # --fold is no --folds
+        super().__init__(*given, allow_abbrev=False, **named)
+
     def error(self, message):
-        raise UserError(f"{message}; {self.prog} --help tells the options")
+        raise UserError(f"{message}; --help after the mode tells its options")
 
 class Given(argparse.Action):
     """Stores an option's value, if within its limits, and its name among those given."""
@@ -3490,8 +3607,8 @@ class Given(argparse.Action):
         if not isinstance(values, str):
             within = self.least <= values <= self.most  # NaN is not
             if not within or math.isinf(values):
-                limits = f"must be from {self.least} to {self.most}"
-                raise argparse.ArgumentError(self, f"{values:g}: {limits}")
+                limits = f"from {self.least} to {self.most}".replace(" to inf", " on")
+                raise argparse.ArgumentError(self, f"{values:g}: must be {limits}")
         setattr(namespace, self.dest, values)
         namespace.given = (*namespace.given, self.dest)
 
@@ -3521,7 +3638,8 @@ def preset_of(argv):
 def build_parser(modes, others=(), preset=""):
     """The parser of {name: Mode}; the others, {name: text}, are told in --help alone.
     A preset's values are its defaults, so that options which are given win."""
-    parser = Parser("cspine.py", description=__doc__.splitlines()[0])
+    how = "MODE --help tells what a mode reads, writes and takes."
+    parser = Parser("cspine.py", description=__doc__.splitlines()[0], epilog=how)
     parsers = parser.add_subparsers(dest="mode", required=True, metavar="MODE")
     for name, mode in modes.items():
         text = mode.run.__doc__

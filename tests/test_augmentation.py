@@ -7,9 +7,11 @@ import torch.nn.functional as F
 
 from cspine import CROP_RANGES, VOLUME_RANGES, augment_crops, augment_volumes
 
+MILD, STRONG = CROP_RANGES["mild"], CROP_RANGES["strong"]
+
 GREY = ("window", "gamma", "noise", "blur", "hole")
 MOVES = ("rotation", "scale", "shift", "mirror")
-NOTHING = dict.fromkeys(GREY + MOVES + ("still",), 0.0)
+NOTHING = MILD | dict.fromkeys(GREY + MOVES + ("still",), 0.0)
 
 
 def only(ranges, names):
@@ -65,12 +67,12 @@ def test_identity_settings_leave_crops_alone(shown):
     assert torch.allclose(same, as_floats(images), atol=1e-4)  # a cell's place is exact to 1e-5
 
 
-@pytest.mark.parametrize("size", (96, 70))
-def test_bytes_on_a_cpu_come_out_as_floats_do(size):
+@pytest.mark.parametrize("size, ranges", ((96, MILD), (70, MILD), (96, STRONG)))
+def test_bytes_on_a_cpu_come_out_as_floats_do(size, ranges):
     """Rounded once, and moved by 32nds of a pixel in older versions of OpenCV."""
     smooth = F.interpolate(crops(1, 15, 12).flatten(0, 1), 96, mode="bicubic").clamp(0, 1)
     images = (smooth * 255).byte()[None]
-    ranges = CROP_RANGES | {"noise": 0, "still": 0, "blur": 0.5, "hole": 0.5}
+    ranges = ranges | {"noise": 0, "still": 0, "blur": 0.5, "hole": 0.5}
     for seed in range(12):
         ours = augment_crops(images, generators(seed), size, ranges)
         exact = augment_crops(images / 255, generators(seed), size, ranges)
@@ -127,9 +129,9 @@ def test_a_still_sample_is_mirrored_and_no_more():
 
 def test_mixed_precision_never_rounds_where_a_sample_goes():
     """bfloat16 has 8 bits: an edge would wander by half a pixel."""
-    plain = augment_crops(crops(), generators(5), 48, only(CROP_RANGES, MOVES))
+    plain = augment_crops(crops(), generators(5), 48, only(MILD, MOVES))
     with torch.autocast("cpu", torch.bfloat16):
-        half = augment_crops(crops(), generators(5), 48, only(CROP_RANGES, MOVES))
+        half = augment_crops(crops(), generators(5), 48, only(MILD, MOVES))
     assert half.dtype == torch.float32 and torch.allclose(half, plain, atol=1e-4)
 
 
@@ -150,7 +152,7 @@ def test_crops_take_all_eight_views(shown):
     image, seen = shown(steps=1, size=16), set()
     views = [torch.rot90(v, k, (-2, -1)) for v in (image, image.flip(-1)) for k in range(4)]
     for seed in range(60):
-        moved = augment_crops(image.clone(), generators(seed), 16, only(CROP_RANGES, ["mirror"]))
+        moved = augment_crops(image.clone(), generators(seed), 16, only(MILD, ["mirror"]))
         fits = [k for k, view in enumerate(views) if torch.allclose(moved, as_floats(view), atol=1e-3)]
         assert len(fits) == 1, seed
         seen.update(fits)
@@ -161,17 +163,48 @@ def test_crops_take_all_eight_views(shown):
 def test_the_six_channels_of_all_steps_share_one_geometry(shown):
     image = shown(steps=1).repeat(1, 15, 1, 1, 1)
     for seed in range(6):
-        moved = augment_crops(image.clone(), generators(seed), 40, only(CROP_RANGES, MOVES))
+        moved = augment_crops(image.clone(), generators(seed), 40, only(MILD, MOVES))
         assert moved.shape == (1, 15, 6, 40, 40)
         assert torch.allclose(moved, moved[:, :1, :1].expand_as(moved), atol=1e-6), seed
+
+
+@both
+def test_strong_draws_every_step_by_itself_and_its_six_channels_together(shown):
+    image = shown(steps=1).repeat(1, 15, 1, 1, 1)
+    moves = only(STRONG, MOVES) | {"by_step": True}
+    moved = augment_crops(image.clone(), generators(3), 40, moves)
+    assert moved.shape == (1, 15, 6, 40, 40)
+    assert torch.allclose(moved, moved[:, :, :1].expand_as(moved), atol=1e-6)
+    alike = (moved[0, 1:] - moved[0, :-1]).abs().amax((1, 2, 3)) < 1e-3
+    assert not alike.any()
+
+
+@both
+def test_beyond_a_strongly_moved_image_lies_its_reflection(shown):
+    bright = (shown(steps=3) * 0 + (1 if shown is crops else 255))
+    for seed in range(6):
+        strong = augment_crops(bright.clone(), generators(seed), 48, only(STRONG, MOVES) | {
+            "beyond": "reflection"})
+        mild = augment_crops(bright.clone(), generators(seed), 48, only(STRONG, MOVES))
+        assert strong.min() > 0.99 and mild.min() < 0.01, seed
+
+
+def test_holes_of_strong_are_larger():
+    image = torch.ones(1, 1, 6, 100, 100)
+    gone = {}
+    for name, ranges in (("mild", MILD), ("strong", STRONG)):
+        hole = NOTHING | {"hole": 1.0, "edge": ranges["edge"]}
+        shown = [augment_crops(image.clone(), generators(k), 100, hole) for k in range(40)]
+        gone[name] = max((one[0, 0, 0] == 0).sum().item() for one in shown)
+    assert gone["mild"] <= 25**2 < gone["strong"] <= 50**2
 
 
 @both
 def test_the_mask_channel_is_moved_and_never_brightened(shown):
     image = shown()
     for seed in range(6):
-        full = augment_crops(image.clone(), generators(seed), 48, CROP_RANGES | {"still": 0.0})
-        moved = augment_crops(image.clone(), generators(seed), 48, only(CROP_RANGES, MOVES))
+        full = augment_crops(image.clone(), generators(seed), 48, MILD | {"still": 0.0})
+        moved = augment_crops(image.clone(), generators(seed), 48, only(MILD, MOVES))
         assert torch.equal(full[:, :, -1], moved[:, :, -1]), seed
         assert not torch.allclose(full[:, :, :-1], moved[:, :, :-1], atol=1e-3), seed
         assert 0 <= full.min() and full.max() <= 1, seed
@@ -188,7 +221,7 @@ def test_labels_are_never_brightened():
 @pytest.mark.parametrize("name", GREY)
 def test_each_grey_setting_does_something_alone(name, shown):
     image = shown()
-    ranges = NOTHING | {name: 1.0 if name in ("blur", "hole") else CROP_RANGES[name]}
+    ranges = NOTHING | {name: 1.0 if name in ("blur", "hole") else MILD[name]}
     changed = augment_crops(image.clone(), generators(4), 48, ranges)
     image = as_floats(image)
     assert not torch.allclose(changed[:, :, :-1], image[:, :, :-1], atol=1e-3)

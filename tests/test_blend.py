@@ -104,14 +104,11 @@ def test_no_fold_is_blended_by_a_fit_to_itself():
     assert np.array_equal(crossed.loc[zero], again.loc[zero])
 
 
-def write_held_out(folder, name, outputs, old=False):
-    """The files of two folds, with the steps or as older versions wrote them."""
+def write_held_out(folder, name, outputs):
+    """The files of two folds."""
     folder.mkdir(parents=True, exist_ok=True)
-    columns, rows = TARGETS if old else cspine.STEP_TARGETS, []
-    for uid, one in outputs.items():
-        steps = np.sort(one.steps, 1)[:, -5:].mean(1) if old else one.steps.ravel()
-        rows.append((uid, *steps, one.patient))
-    table = pd.DataFrame(rows, columns=[STUDY, *columns])
+    rows = [(uid, *one.steps.ravel(), one.patient) for uid, one in outputs.items()]
+    table = pd.DataFrame(rows, columns=[STUDY, *cspine.STEP_TARGETS])
     for fold in (0, 1):
         table[fold::2].to_csv(folder / f"{name}_fold{fold}_heldout.csv", index=False)
 
@@ -131,19 +128,6 @@ def test_held_out_answers_keep_their_steps_and_their_names(tmp_path, capsys):
         assert np.allclose(outputs[uid][0].patient, two[uid].patient)
     assert folds == {uid: k % 2 for k, uid in enumerate(labels.index)}
     assert not capsys.readouterr().err
-
-
-def test_held_out_answers_of_an_older_version_fit_all_but_the_steps(tmp_path, capsys):
-    labels = labelled(40)
-    labels.rename_axis(STUDY).to_csv(tmp_path / "train.csv")
-    write_held_out(tmp_path, "vertebra", answering(labels, "vertebra", patient=False), old=True)
-    argv = ["evaluate", "--folds", "--data", str(tmp_path), "--weights", str(tmp_path)]
-    assert cspine.main(argv) == 0
-    said = capsys.readouterr()
-    assert said.err.count("top_k cannot be fitted") == 2  # a file
-    assert "95 % interval" in said.out and "sensitivity" in said.out
-    outputs, _ = cspine.read_held_out(tmp_path)
-    assert cspine.fit_calibration(outputs, labels).answers.top_k == Answers().top_k
 
 
 def test_predict_blends_as_fitted_unless_it_is_told_otherwise(tmp_path, capsys):

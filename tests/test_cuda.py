@@ -111,7 +111,7 @@ def test_a_training_cut_short_on_a_gpu_goes_on_with_its_state(crops, tmp_path):
 
             def update(self, *arguments):
                 original(self, *arguments)
-                if self.progress.step == 3:
+                if self.state.step == 3:
                     os.kill(os.getpid(), 2)
             cspine.Trainer.update = update
             try:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import sys
 
 import numpy as np
 import pandas as pd
@@ -216,10 +217,6 @@ def test_a_calibration_is_used_with_the_models_it_was_fitted_to_and_no_others(
         path.write_bytes(before) if before else path.unlink()
     assert cspine.read_calibration(weights).scale[7] == 8
     assert not capsys.readouterr().err
-    written = json.loads((weights / "calibration.json").read_text())
-    (weights / "calibration.json").write_text(json.dumps(written | {"unusual": 2.5}))
-    assert cspine.read_calibration(weights).scale[7] == 8  # a file of an older version
-    assert "unusual is not used" in capsys.readouterr().err
 
 
 # ---- 6, 7: machines ----
@@ -365,7 +362,7 @@ def classes(tmp_path):
 def write_noise_crops(work, uid, seed, seen=7):
     crops = np.random.default_rng(seed).integers(1, 255, (7, 15, 6, SMALL, SMALL))
     crops[seen:] = 0
-    cspine.write_crops(work / "last" / f"{uid}.npz", crops.astype(np.uint8))
+    cspine.write_crops(work / "last" / f"{uid}.npz", crops.astype(np.uint8), made_by={f"{seed}"})
 
 
 def test_a_training_goes_on_with_what_it_was_made_of_and_names_what_differs(
@@ -377,7 +374,7 @@ def test_a_training_goes_on_with_what_it_was_made_of_and_names_what_differs(
 
     def other(*more):
         errors = said([*command, "--resume", *more], 2)[1]
-        return re.search("made with other (.*); delete", errors)[1]
+        return re.search("made with other (.*): give", errors)[1]
 
     changed = {uid: [1 - row[0], *row[1:]] for uid, row in LABELS.items()}
     write_labels(data, changed)
@@ -504,7 +501,7 @@ def test_a_row_that_asks_for_something_unknown_is_said(tmp_path, capsys):
 def test_nothing_but_a_plain_file_is_written_over(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path):
-        with pytest.raises(UserError, match="no plain file is there"):
+        with pytest.raises(UserError, match="not a regular file"):
             cspine.write_atomic(path, lambda new: new.write_text("x"))
     assert (tmp_path / "pipe").is_fifo()
 
@@ -596,6 +593,7 @@ def test_an_option_out_of_its_range_is_refused_by_name(said, mode, option, value
 # ---- 14: names ----
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
 def test_a_file_name_that_is_no_utf_8_ends_in_the_report(said, weights, tmp_path):
     """In a study that is read, and in one that is not."""
     data = make_test_set(tmp_path / "data", ["a", "b", "c"])

@@ -121,6 +121,21 @@ def test_two_passes_without_a_word_that_tells_them_apart_are_not_woven(write_ser
     assert np.array_equal(volume.hu, first - 1024)
 
 
+@pytest.mark.parametrize("seconds", ["one after the other", "in turns", "at random"])
+def test_one_pass_may_be_stamped_in_any_order(write_series, seconds):
+    """Several computers reconstruct; a series is sent on; midnight and a minute pass."""
+    neck = noise(1, 40)
+    order = dict(zip(
+        ("one after the other", "in turns", "at random"),
+        (range(40), [k % 4 * 10 for k in range(40)], np.random.default_rng(0).permutation(40))))
+    for k, second in enumerate(order[seconds]):
+        stamp = f"1015{30 + second}.25" if second < 30 else f"1016{second - 30:02}.25"
+        folder = write_series(neck[k : k + 1], positions=places(40)[k : k + 1],
+                              numbers=[k + 1], ContentTime=stamp, AcquisitionTime=stamp)
+    volume = read_volume(folder)
+    assert np.array_equal(volume.hu, neck - 1024) and not volume.problems
+
+
 # ---- Series ----
 
 
@@ -435,7 +450,7 @@ def test_an_instance_number_of_letters_costs_no_slice(write_series):
 def test_the_reason_of_most_files_is_told_not_that_of_the_last(write_series):
     folder = write_series(noise(), positions=places(), Modality="MR")
     (folder / "zz_a_longer_name.zip").write_bytes(b"PK")
-    with pytest.raises(StudyError, match="no CT image but MR"):
+    with pytest.raises(StudyError, match="not a CT image but MR"):
         read_volume(folder)
     with pytest.raises(StudyError, match="no DICOM image"):
         cspine.read_slices(folder / "zz_a_longer_name.zip")

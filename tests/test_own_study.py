@@ -324,3 +324,15 @@ def test_what_is_not_in_view_stays_empty(predict, ct, tmp_path):
     make_weights(tmp_path / "weights", unseen=("C1",))
     _, table = predict("dicom")
     assert table.C1.isna()[0] and table.C2.notna()[0] and table.status[0] == "partial"
+
+
+def test_a_stray_that_is_no_vertebra_is_not_in_the_mask_either(predict, ct, tmp_path, monkeypatch):
+    """One of C2, which is too small to be told of."""
+    labels = np.zeros(ct.hu.shape, np.uint8)
+    labels[2:6], labels[9, 9:11, 9], labels[12:16] = 1, 2, 3
+    monkeypatch.setattr(cspine, "vertebra_labels", lambda *given: labels.copy())
+    monkeypatch.setattr(cspine, "LEAST_CM3", 2.5 * abs(np.linalg.det(ct.affine)) / 1000)
+    _, table = predict("dicom", "--masks", "masks")
+    assert table.C1.notna()[0] and table.C2.isna()[0]
+    written = cspine.read_mask(tmp_path / "masks" / "dicom.nii.gz", ct)
+    assert np.array_equal(written, np.where(labels == 2, 0, labels))

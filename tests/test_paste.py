@@ -67,9 +67,9 @@ def test_pasted_it_defines_everything_and_runs_nothing(argv, monkeypatch, tmp_pa
                       torch.get_num_threads(), torch.random.get_rng_state().sum())
 
 
-def test_main_works_after_pasting_without_the_network(monkeypatch, tmp_path, data, weights, offline):
+def test_main_works_after_pasting_without_the_network(
+        monkeypatch, tmp_path, data, weights, offline, one_thread):
     monkeypatch.chdir(tmp_path)
-    torch.set_num_threads(1)
     before = [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)]
     main = paste(monkeypatch)["main"]
     assert main(["predict", "--data", str(data), "--weights", str(weights), "--workers", "2"]) == 0

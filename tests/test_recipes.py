@@ -48,6 +48,18 @@ def test_a_name_with_a_tag_is_found_and_a_longer_name_is_another_network(tmp_pat
     assert imagenet_file("convnext_nano.in12k_ft_in1k", tmp_path) == exact
 
 
+@pytest.mark.parametrize("weaker, best", [
+    ("convnext_nano.in12k", "convnext_nano.in12k_ft_in1k"),
+    ("convnext_nano.d1h_in1k", "convnext_nano.in12k_ft_in1k"),
+    (f"{TIMM}.in1k", f"{TIMM}.in21k_ft_in1k")])
+def test_of_several_trainings_the_one_tuned_after_more_than_imagenet_1k_is_taken(
+        weaker, best, tmp_path, monkeypatch):
+    monkeypatch.setattr(cspine, "KAGGLE", tmp_path)
+    touch(tmp_path / "input" / f"{weaker}.safetensors")
+    path = touch(tmp_path / "input" / f"{best}.safetensors")
+    assert imagenet_file(weaker.split(".")[0], tmp_path) == path
+
+
 def test_processes_of_unlike_devices_are_refused_before_they_wait_for_each_other(
         tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -90,13 +102,17 @@ def test_a_file_in_data_is_found_too(tmp_path, monkeypatch):
 
 def test_a_patient_classifier_begins_from_its_folds_vertebra_classifier(tmp_path):
     make_weights(tmp_path, folds=2, patient=False)
+    for fold in (0, 1):
+        path = tmp_path / f"vertebra_fold{fold}_heldout.csv"
+        path.write_text(f"{cspine.STUDY}\na{fold}\nb{fold}\n")
     options = Namespace(init="auto", name="", weights=tmp_path, data=tmp_path, hidden=8,
                         backbone="mobilenetv3_small_050")
-    found = [cspine.init_file(options, "patient", fold) for fold in (0, 1, 2)]
+    found = [cspine.init_file(options, "patient", fold, [f"b{fold}"]) for fold in (0, 1, 2)]
     assert found == [tmp_path / "vertebra_fold0.pt", tmp_path / "vertebra_fold1.pt", None]
-    assert cspine.init_file(options, "vertebra", 0) is None
+    assert cspine.init_file(options, "vertebra", 0, ["b0"]) is None
+    assert cspine.init_file(options, "patient", 0, ["b0", "b1"]) is None  # it has seen b1
     options.hidden = 16
-    assert cspine.init_file(options, "patient", 0) is None
+    assert cspine.init_file(options, "patient", 0, ["b0"]) is None
 
 
 def test_from_scratch_is_said_once_and_loudly_but_not_where_it_is_wanted(capsys):
@@ -148,6 +164,34 @@ def test_gold_is_what_its_sources_ask_for():
         assert recipe["size"] == parsed("extract", "--preset", "gold")["size"] == 384
         assert recipe["mixup"] == 0.5 and 0.2 <= recipe["drop_path"] <= 0.3
         assert recipe["backbone"] != second["backbone"] and second["name"] == "second"
+        assert recipe["augment"] == second["augment"] == "strong"
+        assert recipe["lr"] < parsed(mode)["lr"] and recipe["dropout"] == 0.3
+
+
+def test_a_training_is_augmented_as_its_recipe_says(monkeypatch):
+    ranges = []
+    monkeypatch.setattr(cspine, "augment_crops", lambda *given: ranges.append(given[3]) or given[0])
+    crops, labels = torch.rand(1, 15, 6, 8, 8), torch.zeros(1, 1)
+    for name in ("mild", "strong"):
+        recipe = cspine.ClassifierRecipe(augment=name, mixup=0)
+        rngs = [np.random.default_rng(0)]
+        cspine.classifier_batch(lambda x: x.mean((2, 3, 4)), (crops, labels), rngs, recipe)
+    assert ranges == [cspine.CROP_RANGES["mild"], cspine.CROP_RANGES["strong"]]
+
+
+@pytest.mark.parametrize("wrong, said", [
+    (["--fold", "9"], "there are folds 0 to 4"), (["--name", "a-b"], "only letters"),
+    (["--backbone", "typo"], "typo"), (["--size", "100"], "multiple of 16")])
+def test_options_that_make_no_training_are_refused_before_a_study_is_read(
+        wrong, said, phantom_data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cspine, "read_volume", lambda *given: 1 / 0)
+    given = ["train-seg", "--data", phantom_data, "--weights", tmp_path, *wrong]
+    assert cspine.main(given) == 2 and said in capsys.readouterr().err
+
+
+def test_an_option_is_not_guessed_from_its_first_letters(capsys):
+    assert cspine.main(["extract", "--fold", "1"]) == 2  # the folds of a fold?
+    assert "unrecognized arguments: --fold 1" in capsys.readouterr().err
 
 
 def test_help_shows_the_defaults_of_the_preset_that_is_named(capsys):
@@ -160,7 +204,7 @@ def test_help_shows_the_defaults_of_the_preset_that_is_named(capsys):
     for given in (["--preset", "fast"], ["--preset=fast"]):
         text = said(*given)
         assert "passes over the training studies (default: 6)" in text
-        assert "(default: 0)" in text and "from a random one on (default: 3)" in text
+        assert "(default: 0)" in text and "first three on (default: 3)" in text
 
 
 def test_the_plan_counts_operations():
