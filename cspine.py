@@ -89,7 +89,7 @@ MAX_GAP_MM = 30.0  # mm; a longer hole along the normal separates two scans
 SAME_PLACE_MM = 0.05  # mm; closer slices lie at one place (spacings begin at 0.3)
 MIXED = 0.75  # of a slice step; slices of other passes that lie nearer to a kept one go
 SAME_STEP = 0.01  # share of a pixel by which the pixels of slices of one series may differ
-PASS_APART_S = 30  # s; images of one pass are stamped in any order, but not this far apart
+PASS_APART_S = 30  # s; images of a pass are reconstructed in any order, with no such pause
 UNEVEN = 0.25  # share of a step by which a slice may miss its even place
 STRAIGHT = 0.999  # least cosine of a stack's axis and its normal; below: a tilted gantry
 AIR_BELOW = -200  # HU; a neck has air, which labels, grey values and MR have not
@@ -120,6 +120,7 @@ KAGGLE = Path(os.environ.get("KAGGLE_ROOT", "/kaggle"))  # elsewhere in the test
 KAGGLE_DATA = f"{KAGGLE}/input/rsna-2022-cervical-spine-fracture-detection"
 KAGGLE_MINUTES = 510.0  # minutes, of the 540 that a submission has
 MAX_READ_S = 600  # s, or a quarter of the time left, that reading a study may cost
+ECHO_S = 2  # s in which a signal may come again
 LOG_S = 60  # s between two lines of progress in a log
 READING_THREADS = 99  # enough that studies stuck in hanging files leave the next one some
 CROPS_ON_CPU = STEPS  # crops in one pass of a backbone: about a CPU's cache
@@ -407,9 +408,9 @@ def places_of(mm):
     return np.array([min(place) for place in places])
 
 def sittings(times):
-    """For each time, "HHMMSS...", the number of the pass it is of: another lies more than
-    PASS_APART_S away. Stamps of one pass need not follow its slices: several computers may
-    have reconstructed them."""
+    """For each ContentTime, "HHMMSS...", the number of the pass it is of: another lies more
+    than PASS_APART_S away. Stamps of one pass need not follow its slices, as several
+    computers may have reconstructed them."""
     stamps = [time[:6] for time in times]
     seconds = pd.to_datetime(stamps, format="%H%M%S", errors="coerce").to_series()
     seconds = (seconds - seconds.min()).dt.total_seconds().to_numpy()  # NaN: no stamp
@@ -426,7 +427,7 @@ def one_pass(stack):
     for k in range(len(PASS_TAGS)):
         mm = along_normal(stack)
         names = [one.of_pass[k] for one in stack]
-        if PASS_TAGS[k].endswith("Time"):
+        if PASS_TAGS[k] == "ContentTime":
             names = sittings(names)
         passes = {}
         for at, of_pass in zip(mm, names):
@@ -828,8 +829,6 @@ class Segmenter(nn.Module):
             drop_path=0, dropout=0, **_):  # a recipe holds more
         super().__init__()
         self.settings = dict(backbone=backbone, size=size, window=window)
-        if size % 16:
-            raise UserError(f"--size {size}: must be a multiple of 16")
         flat = create_backbone(
             backbone, features_only=True, out_indices=(0, 1, 2, 3), in_chans=1,
             drop_path_rate=drop_path)
@@ -2042,6 +2041,7 @@ def read_calibration(weights, hashes=None):
             say(f"{path} was fitted to other models: not used")
             return Calibration()
         content["answers"] = Answers(**content.get("answers", {}))
+        content.pop("unusual", None)  # of an older version
         return Calibration(*rows.T, **content)
 
 
@@ -2481,8 +2481,9 @@ def how_far(backbone, path, folder):
     convnext_nano_ols is another network than convnext_nano, convnext_nano.in12k a training
     of it; best is, as with timm, what saw more than ImageNet-1k and was tuned to it."""
     name = str(path.relative_to(folder))
+    other = re.search(rf"{re.escape(backbone)}_(?!in\d)", name)
     tuned = re.search(r"in\d+k?[-_. ]?ft", name)
-    return f"{backbone}_" in name, not tuned, len(name), name
+    return bool(other), not tuned, len(name), name
 
 def init_file(options, kind, fold, held_out):
     """The Path that a training starts from, by --init, or None.
@@ -2498,9 +2499,11 @@ def init_file(options, kind, fold, held_out):
     if kind == "patient" and first.exists():
         made = load_checkpoint(first).get("settings", {})
         wanted = dict(backbone=options.backbone, hidden=options.hidden)
-        unseen = held_out_by(options.weights, "vertebra")[int(fold), options.name]
+        unseen = held_out_by(options.weights, "vertebra")[fold, options.name.rstrip("_")]
         if wanted.items() <= made.items() and {*held_out} <= unseen:
             return first
+        say(f"{first}: not started from: another network, or not known to have held out "
+            "the studies of this fold")
     return imagenet_file(options.backbone, options.data)
 
 
@@ -2574,7 +2577,8 @@ class Trainer:
     def load(self, path, task):
         """Go on from what save wrote; UserError if made with other options or data."""
         saved = load_checkpoint(path)
-        before = saved.get("made_of", {}) | {"options": saved["recipe"]}
+        then = asdict(type(task.recipe)()) | saved["recipe"]  # older ones lack new options
+        before = saved.get("made_of", {}) | {"options": then}
         now = task.made_of | {"options": asdict(task.recipe)}
         other = [name for name in now if now[name] != before.get(name)]
         if other:
@@ -2710,7 +2714,7 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
     loaded = prefetch(load, mine, workers, 2 * size)
 
     def loss():
-        return f"loss {np.mean(now.losses[-20:] or math.nan):.3g}"
+        return f"loss {np.mean(now.losses[-20:]):.3g}" if now.losses else ""
 
     for step in progress(range(now.step, total), "step", note=loss):
         started = stop.clock()
@@ -2838,7 +2842,7 @@ def progress(items, unit, total=None, note=str):
     for done, item in enumerate(bar, 1):
         yield item
         bar.set_postfix_str(note(), refresh=False)
-        if bar.disable and monotonic() - last > LOG_S:
+        if bar.disable and monotonic() - last > LOG_S and not ranks()[0]:
             last = monotonic()
             say(f"{unit} {done} of {bar.total} {note()}")
 
@@ -2970,12 +2974,15 @@ class Stop:
     def __init__(self, minutes=0.0, clock=monotonic):
         self.clock = clock
         self.signal = ""
+        self.noted = math.inf
         self.until = clock() + (60 * minutes if minutes else math.inf)
 
     def note(self, number, _frame):
-        """A signal's handler; the second time the run ends at once."""
-        if self.signal:
+        """A signal's handler; a second one ends the run at once, if it is no echo: what
+        is sent to all processes of torchrun it sends to them again."""
+        if monotonic() > self.noted + ECHO_S:
             raise KeyboardInterrupt
+        self.noted = min(self.noted, monotonic())
         self.signal = signal.Signals(number).name
 
     def left(self):
@@ -3315,7 +3322,10 @@ def folds_wanted(options, kind):
         raise UserError(f"--fold {options.fold}: there are folds 0 to {options.folds - 1}")
     if not re.fullmatch(r"\w*", options.name):
         raise UserError(f"--name {options.name}: only letters, digits and _")
-    new_model(kind, asdict(recipe_from(options, kind)))
+    recipe = recipe_from(options, kind)
+    if kind == "segmenter" and recipe.size % 16:
+        raise UserError(f"--size {recipe.size}: must be a multiple of 16")
+    new_model(kind, asdict(recipe))
     return wanted
 
 def run_training(options, wanted, samples, folds, task):
@@ -3402,9 +3412,10 @@ def extract(options):
     wanted = CropsHead(options.size, options.z_margin, makers)
     refuse_other_crops(out, crops_heads(out, truth, options.workers), wanted)
     say_plan(options)
-    held_out = held_out_by(options.weights, "segmenter")
+    held_out = {} if options.folds == 1 else held_out_by(options.weights, "segmenter")
     unseen = set().union(*held_out.values())
-    if known := truth.keys() & masks.keys() - unseen:
+    known = truth.keys() & masks.keys() - unseen
+    if known and ranks()[0] == 0:
         say(f"{len(known)} studies are masked by segmenters that may have trained on them")
 
     def files(uid):
@@ -3556,10 +3567,10 @@ def evaluate(options):
     if options.calibrate:
         if len({folds[uid] for uid in outputs}) > 1:
             print("The same, each fold blended and calibrated by a fit to the others:")
+            found = cross_fitted(outputs, folds, table).loc[found.index]
+            print_scores(found.to_numpy(), labels)
         else:
             say("only one fold: the fit that is written is not scored on others")
-        found = cross_fitted(outputs, folds, table).loc[found.index]
-        print_scores(found.to_numpy(), labels)
         write_calibration(weights, fit_calibration(outputs, table))
     table = score_table(found.to_numpy(), labels)
     if not options.folds:

@@ -123,7 +123,7 @@ def test_two_passes_without_a_word_that_tells_them_apart_are_not_woven(write_ser
 
 @pytest.mark.parametrize("seconds", ["one after the other", "in turns", "at random"])
 def test_one_pass_may_be_stamped_in_any_order(write_series, seconds):
-    """Several computers reconstruct; a series is sent on; midnight and a minute pass."""
+    """Several computers reconstruct; a series is sent on; a minute passes."""
     neck = noise(1, 40)
     order = dict(zip(
         ("one after the other", "in turns", "at random"),
@@ -131,9 +131,22 @@ def test_one_pass_may_be_stamped_in_any_order(write_series, seconds):
     for k, second in enumerate(order[seconds]):
         stamp = f"1015{30 + second}.25" if second < 30 else f"1016{second - 30:02}.25"
         folder = write_series(neck[k : k + 1], positions=places(40)[k : k + 1],
-                              numbers=[k + 1], ContentTime=stamp, AcquisitionTime=stamp)
+                              numbers=[k + 1], ContentTime=stamp)
     volume = read_volume(folder)
     assert np.array_equal(volume.hu, neck - 1024) and not volume.problems
+
+
+@pytest.mark.parametrize("tags", [
+    [dict(AcquisitionTime="101000"), dict(AcquisitionTime="101020")],
+    [dict(AcquisitionTime="101000"), {}]])
+def test_passes_soon_after_each_other_are_told_apart_by_their_acquisition(write_series, tags):
+    """An early and a late phase."""
+    passes = noise(1), noise(2)
+    for k, named in enumerate(tags):
+        numbers = range(1 + 40 * k, 21 + 40 * k)
+        folder = write_series(passes[k], positions=places(start=0.4 * k), numbers=numbers, **named)
+    volume = read_volume(folder)
+    assert any(np.array_equal(volume.hu, stored - 1024) for stored in passes)
 
 
 # ---- Series ----

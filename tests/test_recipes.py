@@ -51,7 +51,8 @@ def test_a_name_with_a_tag_is_found_and_a_longer_name_is_another_network(tmp_pat
 @pytest.mark.parametrize("weaker, best", [
     ("convnext_nano.in12k", "convnext_nano.in12k_ft_in1k"),
     ("convnext_nano.d1h_in1k", "convnext_nano.in12k_ft_in1k"),
-    (f"{TIMM}.in1k", f"{TIMM}.in21k_ft_in1k")])
+    (f"{TIMM}.in1k", f"{TIMM}.in21k_ft_in1k"),
+    (TIMM, f"{TIMM}_in21ft1k"), ("convnext_nano.d1h_in1k", "convnext_nano_in12k_ft_in1k")])
 def test_of_several_trainings_the_one_tuned_after_more_than_imagenet_1k_is_taken(
         weaker, best, tmp_path, monkeypatch):
     monkeypatch.setattr(cspine, "KAGGLE", tmp_path)
