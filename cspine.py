@@ -3081,11 +3081,10 @@ def decode_jpeg_2000(jpeg, negative=False):
     stream = bytearray(jpeg[max(0, jpeg.find(b"\xff\x4f\xff\x51")) :])  # without JP2 boxes
     width, height, components, depth = struct.unpack_from(">2I24xHB", stream, 8)
     if width * height * components > MAX_JPEG_2000:
-        raise StudyError(f"JPEG 2000 of {width}x{height}x{components}")
+        raise StudyError(f"JPEG 2000 of {width}x{height}x{components}: too large")
     bits = depth % 128 + 1
     signed = depth > 127
     stream[42] = bits - 1  # OpenCV refuses signed; as unsigned, it adds half the range
-    cv2.utils.logging.setLogLevel(0)  # else it prints a line a slice
     words = cv2.imdecode(np.frombuffer(stream, np.uint8), cv2.IMREAD_UNCHANGED)
     if words is None:
         raise StudyError("damaged JPEG 2000")
@@ -3670,6 +3669,7 @@ def run_mode(modes, argv, others=()):
     """Run a mode of {name: Mode}: its exit status, and one line if it failed."""
     threads, level = cv2.getNumThreads(), cv2.utils.logging.getLogLevel()
     cv2.setNumThreads(1)  # the threads of prefetch share the cores
+    cv2.utils.logging.setLogLevel(0)  # else it prints a line a slice of JPEG 2000
     benchmark = torch.backends.cudnn.benchmark  # which trainings switch on
     try:
         options = build_parser(modes, others, preset_of(argv)).parse_args(argv)
