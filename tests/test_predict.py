@@ -643,14 +643,6 @@ def test_models_are_averaged_as_logits():
     assert cspine.combine(outputs)[0] == pytest.approx(1 / (1 + 0.25**0.5))
 
 
-@pytest.mark.parametrize("count", range(8))
-def test_no_number_of_fractures_changes_another_answer(count):
-    outputs = [Output(steps(*[0.9] * count, *[0.02] * (7 - count)), 0.9)]
-    answer = cspine.combine(outputs, Calibration(*np.array(Calibration()[:3])))
-    assert np.allclose(answer[:7], [0.9] * count + [0.02] * (7 - count))
-    assert np.array_equal(answer, cspine.combine(outputs))
-
-
 def test_answers_keep_away_from_zero_and_one():
     answer = cspine.combine([Output(steps(*range(2)), 1.0)])
     assert np.allclose([answer.min(), 1 - answer.max()], cspine.LEAST_ANSWER, rtol=1e-6)
@@ -802,14 +794,6 @@ def test_calibration_saved_with_the_weights_is_used(predict, tmp_path):
         assert moved[row] == pytest.approx(p + share * (broken - whole), abs=1e-6)
 
 
-def test_a_calibration_of_the_identity_answers_as_none(predict, tmp_path):
-    weights = make_weights(tmp_path / "weights")
-    plain, _, _ = predict(weights=weights)
-    write_calibration(weights)
-    same, _, _ = predict(weights=weights)
-    assert (plain == same).all()
-
-
 def test_a_calibration_fitted_to_other_models_is_not_used_and_that_is_said(
         predict, tmp_path, capsys):
     weights = make_weights(tmp_path / "weights")
@@ -858,37 +842,6 @@ def write_held_out(weights, answers, uids):
     table = pd.DataFrame(steps, columns=cspine.STEP_TARGETS).assign(**{cspine.STUDY: uids})
     for fold in (0, 1):
         table[fold::2].to_csv(weights / f"vertebra_fold{fold}_heldout.csv", index=False)
-
-
-def test_evaluate_prints_the_score_as_it_is_and_calibrated_on_the_other_folds(tmp_path, capsys):
-    weights, uids = make_weights(tmp_path / "weights"), [f"u{k}" for k in range(40)]
-    answers, labels = draw_answers(40, scale=0.3, seed=5)
-    table = pd.DataFrame(labels.astype(int), columns=cspine.TARGETS)
-    table.insert(0, cspine.STUDY, uids)
-    table.to_csv(tmp_path / "train.csv", index=False)
-    write_held_out(weights, answers, uids)
-    evaluate = ["evaluate", "--data", str(tmp_path), "--weights", str(weights)]
-    assert cspine.main([*evaluate, "--folds", "--calibrate"]) == 0
-    said = capsys.readouterr().out
-
-    truth = table.set_index(cspine.STUDY)[[*cspine.TARGETS]].astype(float)
-    outputs = {u: [Output(np.repeat(row[:7, None], cspine.STEPS, 1), row[7])]
-               for u, row in zip(uids, answers)}
-    plain = cspine.blend(outputs).to_numpy()
-    assert f"better: {cspine.competition_scores(plain, labels)[0]:.4f}" in said
-    half = [{u: outputs[u] for u in uids[k::2]} for k in (0, 1)]
-    parts = [cspine.blend(half[k], cspine.fit_calibration(half[1 - k], truth)) for k in (0, 1)]
-    crossed = pd.concat(parts).loc[uids].to_numpy()
-    assert f"better: {cspine.competition_scores(crossed, labels)[0]:.4f}" in said
-
-    fitted = cspine.read_calibration(weights)
-    assert np.allclose([fitted.scale[:7], fitted.shift[:7]], fit_scale(plain, labels)[:, :7],
-                       atol=1e-4)
-    first = fitted._replace(scale=np.r_[fitted.scale[:7], 1], shift=np.r_[fitted.shift[:7], 0])
-    blended = cspine.blend(outputs, first).to_numpy()  # the patient's: of calibrated vertebrae
-    assert np.allclose([fitted.scale[7], fitted.shift[7]], fit_scale(blended, labels)[:, 7],
-                       atol=1e-4)
-    assert not np.allclose(blended[:, 7], plain[:, 7])
 
 
 def test_evaluate_takes_its_labels_from_train_and_test_and_refuses_words(tmp_path, capsys):
