@@ -2500,10 +2500,11 @@ def init_file(options, kind, fold, held_out):
         made = load_checkpoint(first).get("settings", {})
         wanted = dict(backbone=options.backbone, hidden=options.hidden)
         unseen = held_out_by(options.weights, "vertebra")[fold, options.name.rstrip("_")]
-        if wanted.items() <= made.items() and {*held_out} <= unseen:
+        alike = wanted.items() <= made.items()
+        if alike and {*held_out} <= unseen:
             return first
-        say(f"{first}: not started from: another network, or not known to have held out "
-            "the studies of this fold")
+        if alike and ranks()[0] == 0:
+            say(f"{first}: not started from: it may have seen studies held out here")
     return imagenet_file(options.backbone, options.data)
 
 

@@ -101,7 +101,7 @@ def test_a_file_in_data_is_found_too(tmp_path, monkeypatch):
     assert imagenet_file(TIMM, tmp_path / "data") == path
 
 
-def test_a_patient_classifier_begins_from_its_folds_vertebra_classifier(tmp_path):
+def test_a_patient_classifier_begins_from_its_folds_vertebra_classifier(tmp_path, capsys):
     make_weights(tmp_path, folds=2, patient=False)
     for fold in (0, 1):
         path = tmp_path / f"vertebra_fold{fold}_heldout.csv"
@@ -111,9 +111,12 @@ def test_a_patient_classifier_begins_from_its_folds_vertebra_classifier(tmp_path
     found = [cspine.init_file(options, "patient", fold, [f"b{fold}"]) for fold in (0, 1, 2)]
     assert found == [tmp_path / "vertebra_fold0.pt", tmp_path / "vertebra_fold1.pt", None]
     assert cspine.init_file(options, "vertebra", 0, ["b0"]) is None
+    assert not capsys.readouterr().err
     assert cspine.init_file(options, "patient", 0, ["b0", "b1"]) is None  # it has seen b1
+    assert "it may have seen studies held out here" in capsys.readouterr().err
     options.hidden = 16
     assert cspine.init_file(options, "patient", 0, ["b0"]) is None
+    assert not capsys.readouterr().err
 
 
 def test_from_scratch_is_said_once_and_loudly_but_not_where_it_is_wanted(capsys):
