@@ -7,7 +7,7 @@
     python tests/studies/train_classifiers.py calibrate --work WORK
 
 Each step goes on where it was stopped. `draw` makes studies, to train on and to calibrate by
-(10 s each on a core, 25 MB each), and of most a copy with more vertebrae broken
+(5 s each on a core, 25 MB each), and of most a copy with more vertebrae broken
 (tests/necks/breaks.py). `crops` masks them by the segmenter of --weights and cuts the crops
 (6 s each). The trainings go on from the classifiers in OLDER and write to WORK/weights; the
 patient's takes over all but its own head from the new vertebra classifier. `calibrate` fits
@@ -44,17 +44,17 @@ from train_weights import run_all, save as write_arrays  # noqa: E402
 # Seed, number of studies, share with a copy; no seed that anything is measured on.
 HANDS = dict(
     train=dict(
-        phantoms=(4242, 160, 0.6),
-        lofts=(21, 48, 0.8),
-        metaballs=(21, 48, 0.8)),
+        phantoms=(4242, 100, 0.6),
+        lofts=(21, 20, 0.8),
+        metaballs=(21, 20, 0.8)),
     calibrate=dict(
         phantoms=(8, 40, 0),
         lofts=(3, 20, 0),
         metaballs=(3, 20, 0),
         fourth_hand=(3, 20, 0)))
 NECK_SEED = 31
-NECK_VIEWS = 3  # of a patient to train on
-COPIED_VIEWS = 2  # of these, with a copy that has breaks
+NECK_VIEWS = 2  # of a patient to train on
+COPIED_VIEWS = 1  # of these, with a copy that has breaks
 CALIBRATED_NECKS = 30  # without landmarks: every second one with breaks
 PARTIAL_SHARE = 0.15  # of the views; the others show all of C1 to C7
 COLUMNS = 256
@@ -67,8 +67,8 @@ SHARED = (
     "--backbone tf_efficientnet_lite0 --size 160 --hidden 128 --mixup 0 "
     f"--folds 40 --fold 0 --z-margin {Z_MARGIN} --resume")
 TRAININGS = dict(
-    vertebra=f"train-cls --batch-size 16 --lr 4e-4 --epochs 6 --seed 51 {SHARED}",
-    patient=f"train-patient --batch-size 4 --lr 2e-4 --epochs 4 --seed 52 {SHARED}")
+    vertebra=f"train-cls --batch-size 16 --lr 2e-4 --epochs 2 --seed 61 {SHARED}",
+    patient=f"train-patient --batch-size 4 --lr 1e-4 --epochs 1 --seed 62 {SHARED}")
 
 # The calibration that is fitted is drawn towards the prior: this share of it stays.
 FIT_SHARES = 0.7, 0.85, 1.0
