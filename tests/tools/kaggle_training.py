@@ -281,4 +281,4 @@ def close(session, stopped):
     else:
         print(f"Session {session.number}: ALL IS TRAINED AND CALIBRATED. The models are in "
               "weights/ of this output: download that folder, then `cspine.py notebook "
-              "--weights weights --weights-dataset OWNER/NAME`.")
+              "--weights weights --weights-dataset OWNER/WEIGHTS`.")
