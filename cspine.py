@@ -117,7 +117,10 @@ BOX_MARGIN = 1.0  # cells around the mask (first place)
 # The machine.
 HERE = Path(globals().get("__file__", "cspine.py")).resolve().parent
 KAGGLE = Path(os.environ.get("KAGGLE_ROOT", "/kaggle"))  # elsewhere in the tests
-KAGGLE_DATA = f"{KAGGLE}/input/rsna-2022-cervical-spine-fracture-detection"
+COMPETITION = "rsna-2022-cervical-spine-fracture-detection"
+MOUNTS = KAGGLE / "input/competitions", KAGGLE / "input"  # today's, and for years before
+FOUND_DATA = [mount / COMPETITION for mount in MOUNTS if (mount / COMPETITION).is_dir()]
+KAGGLE_DATA = str([*FOUND_DATA, MOUNTS[1] / COMPETITION][0])
 KAGGLE_MINUTES = 510.0  # minutes, of the 540 that a submission has
 MAX_READ_S = 600  # s, or a quarter of the time left, that reading a study may cost
 ECHO_S = 2  # s in which a signal may come again
@@ -132,7 +135,7 @@ LEAST_SEEN = 0.5  # share of all vertebrae that the crops must show, to train on
 MAX_SKIPPED_STEPS = 20  # steps in a row without a finite gradient
 VALIDATION_SHARE = 0.1  # studies scored a study trained on, at most; sets a segmenter's
 # epochs between two scorings
-INIT_LEVELS = 4  # folders below /kaggle/input: model, framework, variation, version
+INIT_LEVELS = 6  # of /kaggle/input: models, owner, model, framework, variation, version
 FROM_SCRATCH = (  # by the public code and write-ups of the top teams
     "training from scratch, where a score of 0.43 to 0.52 is expected instead of 0.32 to "
     "0.35; the third to sixth places and the starting solution began from ImageNet")
@@ -359,28 +362,32 @@ def place_frame(stored, data, k, source):
         number = int(data.get("InstanceNumber") or 0)
     return Slice(hu, lps_from_pixel, source, study, series, (*of_pass, number))
 
-def read_stacks(path, workers, give_up):
-    """([Slices of one series and geometry, ...] of a folder, [what was left out, why])."""
+def read_folder(path, workers, give_up):
+    """([Slice, ...] of the files of a folder, [what was left out, why])."""
     files = [path] if path.is_file() else path.iterdir()  # a file: of many frames
     files = sorted(files, key=lambda file: (len(file.name), file))
-    stacks = []
+    slices = []
     problems = []
     for file, future in prefetch(read_slices, files, workers, 4 * workers + 1):
         if give_up():
             raise StudyError("out of time")
         try:
             with errors_as(StudyError, file.name):
-                found = future.result()
+                slices += future.result()
         except StudyError as error:
             problems.append(f"{error}; left out")
-            continue
-        for one in found:
-            alike = (stack for stack in stacks if one_stack(stack[0], one))
-            stack = next(alike, None)
-            if stack is None:
-                stacks.append(stack := [])
-            stack.append(one)
-    return stacks, problems
+    return slices, problems
+
+def stacks_of(slices):
+    """Slices in lists of one series and geometry."""
+    stacks = []
+    for one in slices:
+        alike = (stack for stack in stacks if one_stack(stack[0], one))
+        stack = next(alike, None)
+        if stack is None:
+            stacks.append(stack := [])
+        stack.append(one)
+    return stacks
 
 def one_stack(first, other):
     """Whether Slices have one series and geometry, but for the last digits of a header."""
@@ -457,7 +464,12 @@ def even_steps(mm):
 def read_series(path, workers, give_up):
     """The series that covers most places: planes, even_steps, affine, problems, and the
     planes' sources. The affine (4, 4) gives LPS mm from (step, row, column, 1)."""
-    stacks, problems = read_stacks(path, workers, give_up)
+    slices, problems = read_folder(path, workers, give_up)
+    stacks = stacks_of(slices)
+    studies = {one.study for one in slices} - {"", "None"}
+    if len(studies) < 2 and max(map(len, stacks), default=MIN_SLICES) < MIN_SLICES:
+        stacks = stacks_of([one._replace(series="") for one in slices])
+        problems.append("no series of enough images: SeriesInstanceUID is not looked at")
     run = []
     for stack in map(one_pass, stacks):
         mm = along_normal(stack)
@@ -469,7 +481,6 @@ def read_series(path, workers, give_up):
     if left_out:
         why = "of another series, pass, size or position"
         problems.append(f"{left_out} images {why} left out")
-    studies = {stack[0].study for stack in stacks} - {"", "None"}
     if len(studies) > 1:
         problems.append(f"images of {len(studies)} studies: give each its own folder")
     if len(run) < MIN_SLICES:
@@ -1377,8 +1388,7 @@ def answer_or_prior(uid, future, ensemble, folds, seconds):
         row, places, _ = answer_somewhere(volume, read_s, ensemble, folds)
         return row | as_columns(places)
     except Exception as error:  # damaged data raises nearly every kind
-        in_words = str if isinstance(error, StudyError) else repr
-        reason = in_words(error)[:300]
+        reason = in_words(error)
         say(f"study {uid}: {reason}; answered with the prior")
         return dict(PRIOR_ANSWERS, status="failed", warnings=reason)
 
@@ -1512,7 +1522,13 @@ def studies_in(path, left_out=()):
         return [path]
     if others:
         say(f"{path}: a folder of studies; other files in it, left out: {len(others)}")
-    return sum([studies_in(one, above) for one in inner], [])
+    found = []
+    for one in inner:
+        try:
+            found += studies_in(one, above)
+        except OSError as error:  # such as lost+found
+            say(f"{one}: {error.strerror}; left out")
+    return found
 
 def named_studies(paths, left_out=()):
     """{name: path} of all studies: the last parts of their paths that tell them apart.
@@ -1685,11 +1701,12 @@ def predict_own(options):
         rows.append(dict(study=name, path=str(studies[name])))
         try:
             rows[-1] |= answer_own(name, future, ensemble, options.masks)
-        except UserError as error:  # of this study, or of its mask's file
+        except Exception as error:  # of this study, or of its mask's file
             if len(studies) == 1:
                 raise
-            say(f"study {name}: {error}; no answer")
-            rows[-1] |= dict(status="failed", warnings=str(error))
+            reason = in_words(error)
+            say(f"study {name}: {reason}; no answer")
+            rows[-1] |= dict(status="failed", warnings=reason)
         table = write_answers(out, rows, note, options.json)
     print(note)
     print_own(table)
@@ -2820,7 +2837,12 @@ def errors_as(kind, where):
         yield
     except Exception as error:
         reason = " ".join(str(error).split())[:240] or type(error).__name__
+        where = " ".join(str(where).split())  # macOS has files named "Icon\r"
         raise kind(f"{where}: {reason}") from error
+
+def in_words(error):
+    """What an exception says; of one that is not ours also its kind."""
+    return (str(error) if isinstance(error, UserError) else repr(error))[:300]
 
 def say(text):
     """A line on stderr, above the bar of progress."""
@@ -2851,7 +2873,7 @@ def write_atomic(path, write):
     """Let write(temporary name) make a file, then move it into place: whole or not at all.
     Raises UserError if it cannot be written."""
     path = Path(path)
-    new = path.parent / f".{os.getpid()}.{path.name}"
+    new = path.parent / f".{os.getpid()}.{os.urandom(4).hex()}.{path.name}"  # pids repeat
     try:
         if path.exists() and not path.is_file():  # a folder; a device would be replaced
             raise OSError("what is there is not a regular file")
@@ -2866,7 +2888,7 @@ def write_atomic(path, write):
 
 def try_writing(folder):
     """Make a folder, and a file in it that goes again. Raises UserError if that fails."""
-    probe = Path(folder) / f".{os.getpid()}.probe"  # others may try the same folder
+    probe = Path(folder) / f".{os.urandom(4).hex()}.probe"  # others may try the same folder
     write_atomic(probe, lambda new: new.touch())
     probe.unlink()
 
@@ -3041,11 +3063,16 @@ def decode_pixels(data):
         if not (whole and fits and samples == 1):
             raise StudyError(
                 f"{samples} samples of {stored} bits in {allocated}, shape {shape}")
+        high = data.get("HighBit") or stored - 1
+        if high != stored - 1:
+            raise StudyError(f"highest bit {high} of {stored} bits: not right-justified")
         words = decode_words(data, shape, allocated)
         if words.ndim > 1 and words.shape[-2:] != shape[1:]:
             raise StudyError(f"{words.shape[-2:]} pixels in place of {shape[1:]}")
-        signed = data.get("PixelRepresentation") == 1
-        return sign_extend(words.reshape(shape), stored, signed)
+        signed = data.get("PixelRepresentation")
+        if signed is None and (words >> stored - 1 & 1).any():  # air, or the densest metal?
+            raise StudyError("no PixelRepresentation, and values that may be negative")
+        return sign_extend(words.reshape(shape), stored, signed == 1)
 
 def decode_words(data, shape, allocated):
     """The words of all frames as they are stored, by the transfer syntax."""
@@ -3054,12 +3081,15 @@ def decode_words(data, shape, allocated):
         _, little = data.original_encoding
         kinds = pydicom.uid.ExplicitVRBigEndian, pydicom.uid.ImplicitVRLittleEndian
         data.file_meta.TransferSyntaxUID = syntax = kinds[little]
+    if not syntax.is_transfer_syntax:
+        raise StudyError(f"unknown transfer syntax {syntax}")
     is_jpeg_2000 = syntax in pydicom.uid.JPEG2000TransferSyntaxes
     is_lossless = syntax in (pydicom.uid.JPEGLossless, pydicom.uid.JPEGLosslessSV1)
     if syntax.is_little_endian and not syntax.is_encapsulated:
         return np.frombuffer(data.PixelData, f"<u{allocated // 8}", math.prod(shape))
     if not is_jpeg_2000 and pydicom.pixels.get_decoder(syntax).is_available:
-        with errors_as(StudyError, f"{syntax.name}, try {JPEG_PLUGINS}"):
+        advice = errors_as(StudyError, f"{syntax.name}, try {JPEG_PLUGINS}")
+        with suppress(Exception) if is_lossless else advice:  # ours reads on
             return pydicom.pixels.pixel_array(data, raw=True)  # big endian, RLE, plug-ins
     if not is_jpeg_2000 and not is_lossless:
         raise StudyError(f"{syntax.name}: {JPEG_PLUGINS}")

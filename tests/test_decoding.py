@@ -8,6 +8,7 @@ files, and pylibjpeg itself where it is installed. All comparisons are exact unl
 import sys
 import warnings
 import zlib
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -373,6 +374,36 @@ def test_optional_tags_may_be_missing():
     for name in ("SamplesPerPixel", "BitsStored", "HighBit", "PixelRepresentation",
                  "PhotometricInterpretation"):
         delattr(dataset, name)
+    with pytest.raises(StudyError, match="may be negative"):
+        decode_pixels(dataset)
+    positive = values % 2**15
+    dataset.PixelData = positive.tobytes()
+    assert np.array_equal(decode_pixels(dataset)[0], positive)
+
+
+def test_values_that_do_not_stand_at_the_lowest_bits_are_refused():
+    """As some converters write 12 bits: at the top of 16."""
+    values = stored_values(12, False)
+    dataset = dicom_file((values << 4).tobytes(), EXPLICIT, values.shape, stored=12)
+    dataset.HighBit = 15
+    with pytest.raises(StudyError, match="highest bit 15 of 12"):
+        decode_pixels(dataset)
+
+
+def test_a_private_transfer_syntax_is_refused_by_its_number():
+    dataset = dicom_file([b"\0" * 100], EXPLICIT, (12, 15))
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.UID("1.2.840.113619.5.2")
+    with pytest.raises(StudyError, match="unknown transfer syntax 1.2.840.113619.5.2"):
+        decode_pixels(dataset)
+
+
+def test_where_a_plug_in_fails_our_own_decoder_reads_on(monkeypatch):
+    def fails(*given, **named):
+        raise ValueError("the plug-in has a fault")
+    monkeypatch.setattr(pydicom.pixels, "get_decoder", lambda syntax: SimpleNamespace(is_available=True))
+    monkeypatch.setattr(pydicom.pixels, "pixel_array", fails)
+    values = stored_values(16, False)
+    dataset = dicom_file([encode(values)], pydicom.uid.JPEGLosslessSV1, values.shape)
     assert np.array_equal(decode_pixels(dataset)[0], values)
 
 

@@ -494,3 +494,25 @@ def test_odd_nifti_headers_have_a_reason_or_are_read_as_stored(code, intercept, 
     else:
         stored, slope, shift, _ = cspine.read_nifti(path)
         assert (stored * slope + shift == 1).all()
+
+
+@pytest.mark.parametrize("studies", [1, 2])
+def test_a_series_number_in_every_file_does_not_part_a_study(write_series, studies):
+    """As some anonymisers write; images of two patients stay apart."""
+    neck = noise(1)
+    for k in range(SLICES):
+        folder = write_series(neck[k : k + 1], positions=places()[k : k + 1], numbers=[k + 1],
+                              series=f"1.2.{k + 1}", StudyInstanceUID=f"1.9.{k % studies}")
+    if studies > 1:
+        with pytest.raises(StudyError, match="only 1 usable"):
+            read_volume(folder)
+        return
+    volume = read_volume(folder)
+    assert np.array_equal(volume.hu, neck - 1024)
+    assert any("SeriesInstanceUID is not looked at" in one for one in volume.problems)
+
+
+def test_a_files_name_is_one_line_of_the_report(write_series):
+    folder = write_series(noise(), positions=places())
+    (folder / "Icon\r").write_bytes(b"of the Finder")
+    assert any(one.startswith("Icon: ") for one in read_volume(folder).problems)

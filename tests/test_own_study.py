@@ -326,6 +326,35 @@ def test_what_is_not_in_view_stays_empty(predict, ct, tmp_path):
     assert table.C1.isna()[0] and table.C2.notna()[0] and table.status[0] == "partial"
 
 
+def test_what_cannot_be_looked_into_is_left_out(ct, tmp_path, monkeypatch, capsys):
+    """lost+found, or what belongs to another user."""
+    (tmp_path / "all" / "lost+found").mkdir(parents=True)
+    (tmp_path / "dicom").rename(tmp_path / "all" / "good")
+    listed = cspine.Path.iterdir
+
+    def iterdir(path):
+        if path.name == "lost+found":
+            raise PermissionError(13, "Permission denied")
+        return listed(path)
+    monkeypatch.setattr(cspine.Path, "iterdir", iterdir)
+    assert [*cspine.named_studies([str(tmp_path / "all")])] == ["good"]
+    assert "lost+found: Permission denied; left out" in capsys.readouterr().err
+
+
+def test_one_study_that_ends_in_a_fault_does_not_end_the_others(
+        predict, ct, tmp_path, monkeypatch, capsys):
+    answer = cspine.answer_study
+
+    def burst(volume, *others):
+        if volume.uid == "dicom":
+            raise RuntimeError("can't allocate memory")
+        return answer(volume, *others)
+    monkeypatch.setattr(cspine, "answer_study", burst)
+    status, table = predict("dicom", "ct.nii.gz")
+    assert status == 0 and list(table.status) == ["failed", "ok"]
+    assert "RuntimeError" in table.warnings[0] and "allocate" in capsys.readouterr().err
+
+
 def test_a_stray_that_is_no_vertebra_is_not_in_the_mask_either(predict, ct, tmp_path, monkeypatch):
     """One of C2, which is too small to be told of."""
     labels = np.zeros(ct.hu.shape, np.uint8)

@@ -1,6 +1,8 @@
 """I rely on: a training begins from ImageNet by itself, and a preset is a table that I may overrule."""
 
 import dataclasses
+import importlib.util
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -29,6 +31,7 @@ def touch(path):
 @pytest.mark.parametrize("place", [
     f"timm-weights/{TIMM}-eb54923e.pth", "weights/tf-efficientnetv2-s.in21k_ft_in1k/model.safetensors",
     "tf-efficientnet/pytorch/tf-efficientnetv2-s/1/pytorch_model.bin",
+    "models/timm/tf-efficientnet/pytorch/tf-efficientnetv2-s/1/model.safetensors",
     f"datasets/me/timm/{TIMM}_21ft1k-d7dafa41.pth"])
 def test_kaggles_layouts_are_searched(place, tmp_path, monkeypatch):
     monkeypatch.setattr(cspine, "KAGGLE", tmp_path)
@@ -36,6 +39,19 @@ def test_kaggles_layouts_are_searched(place, tmp_path, monkeypatch):
     path = touch(tmp_path / "input" / place)
     assert imagenet_file(TIMM, tmp_path / "data") == path
     assert imagenet_file("convnext_nano", tmp_path / "data") is None
+
+
+@pytest.mark.parametrize("mount", ["input/competitions", "input"])
+def test_the_competitions_data_is_found_where_kaggle_mounts_it(mount, tmp_path, monkeypatch):
+    """Today's place, and that of earlier years; by the file itself, as pasted."""
+    monkeypatch.setenv("KAGGLE_ROOT", str(tmp_path))
+    name = Path(cspine.KAGGLE_DATA).name
+    (tmp_path / mount / name).mkdir(parents=True)
+    spec = importlib.util.spec_from_file_location("another", cspine.__file__)
+    another = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "another", another)
+    spec.loader.exec_module(another)
+    assert Path(another.Shared().data) == tmp_path / mount / name
 
 
 def test_a_name_with_a_tag_is_found_and_a_longer_name_is_another_network(tmp_path, monkeypatch):
@@ -87,7 +103,7 @@ def test_each_process_sets_its_card_before_the_cards_speak(monkeypatch):
 
 
 @pytest.mark.parametrize("place", [
-    "a/b/c/d/e/tf_efficientnetv2_s.pth", "x/tf_efficientnetv2_small.pth", "x/efficientnetv2_s.pth",
+    "a/b/c/d/e/f/g/tf_efficientnetv2_s.pth", "x/tf_efficientnetv2_small.pth", "x/efficientnetv2_s.pth",
     "x/tf_efficientnetv2_s.txt", "x/train_images/tf_efficientnetv2_s.pth"])
 def test_what_is_no_such_file_or_lies_too_deep_is_not_taken(place, tmp_path, monkeypatch):
     monkeypatch.setattr(cspine, "KAGGLE", tmp_path)
