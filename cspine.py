@@ -43,12 +43,11 @@ import signal
 import struct
 import subprocess
 import sys
-import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
-from itertools import accumulate, permutations
+from itertools import permutations
 from pathlib import Path
 from time import monotonic
 from typing import Any, Callable, NamedTuple
@@ -118,9 +117,8 @@ BOX_MARGIN = 1.0  # cells around the mask (first place)
 HERE = Path(globals().get("__file__", "cspine.py")).resolve().parent
 KAGGLE = Path(os.environ.get("KAGGLE_ROOT", "/kaggle"))  # elsewhere in the tests
 COMPETITION = "rsna-2022-cervical-spine-fracture-detection"
-MOUNTS = KAGGLE / "input/competitions", KAGGLE / "input"  # today's, and for years before
-FOUND_DATA = [mount / COMPETITION for mount in MOUNTS if (mount / COMPETITION).is_dir()]
-KAGGLE_DATA = str([*FOUND_DATA, MOUNTS[1] / COMPETITION][0])
+MOUNTED = KAGGLE / "input/competitions" / COMPETITION  # today; for years without the folder
+KAGGLE_DATA = str(MOUNTED if MOUNTED.is_dir() else KAGGLE / "input" / COMPETITION)
 KAGGLE_MINUTES = 510.0  # minutes, of the 540 that a submission has
 MAX_READ_S = 600  # s, or a quarter of the time left, that reading a study may cost
 ECHO_S = 2  # s in which a signal may come again
@@ -133,8 +131,7 @@ BONE_HU = 100  # HU; cancellous bone of a vertebra has about 150 to 350
 LEAST_BONE = 0.25  # share of a mask's labels on bone, or it lies elsewhere
 LEAST_SEEN = 0.5  # share of all vertebrae that the crops must show, to train on them
 MAX_SKIPPED_STEPS = 20  # steps in a row without a finite gradient
-VALIDATION_SHARE = 0.1  # studies scored a study trained on, at most; sets a segmenter's
-# epochs between two scorings
+VALIDATION_SHARE = 0.1  # studies scored for one trained on, at most, by a segmenter
 INIT_LEVELS = 6  # of /kaggle/input: models, owner, model, framework, variation, version
 FROM_SCRATCH = (  # by the public code and write-ups of the top teams
     "training from scratch, where a score of 0.43 to 0.52 is expected instead of 0.32 to "
@@ -167,19 +164,18 @@ FAST = {  # ours: a fold whose trainings end within an hour on two T4
     "train-seg": dict(fold="0", epochs=60),  # 1,020 steps
     "train-cls": dict(fold="0", epochs=8, thin=3),
     "train-patient": dict(fold="0", epochs=6, thin=3)}
-STRONG = dict(  # first place's, but that its epochs, 50..75, show all steps, not a third
+GOLD_CROPS = dict(  # first place's, but that its 50..75 epochs show all steps, not a third
     size=384, epochs=50, thin=3, mixup=0.5, drop_path=0.3, dropout=0.3, augment="strong")
-DEEP = dict(epochs=1000, drop_path=0.2)  # 17,000 steps; first place: 17,400
-VERTEBRA = dict(STRONG, batch_size=12, lr=2e-4, drop_path=0.2)
-PATIENT = dict(STRONG, batch_size=4, lr=6e-5, checkpoint=True)  # as 16 GB hold it
 GOLD = {
-    "train-seg": DEEP, "extract": dict(size=384), "train-cls": VERTEBRA,
-    "train-patient": PATIENT}
-OTHER = dict(name="second", lr=1e-4)  # kept beside the first: their errors differ
-SECOND = dict(GOLD)
-SECOND["train-seg"] = DEEP | OTHER | dict(backbone="resnet18d", lr=3e-4)
-SECOND["train-cls"] = VERTEBRA | OTHER | dict(backbone="convnext_nano")
-SECOND["train-patient"] = PATIENT | OTHER | dict(backbone="tf_efficientnetv2_s")
+    "train-seg": dict(epochs=1000, drop_path=0.2),  # 17,000 steps; first place: 17,400
+    "extract": dict(size=384),
+    "train-cls": dict(GOLD_CROPS, batch_size=12, lr=2e-4, drop_path=0.2),
+    "train-patient": dict(GOLD_CROPS, batch_size=4, lr=6e-5, checkpoint=True)}  # for 16 GB
+OTHERS = {  # kept beside the first: their errors differ
+    "train-seg": dict(name="second", lr=3e-4, backbone="resnet18d"),
+    "train-cls": dict(name="second", lr=1e-4, backbone="convnext_nano"),
+    "train-patient": dict(name="second", lr=1e-4, backbone="tf_efficientnetv2_s")}
+SECOND = {mode: values | OTHERS.get(mode, {}) for mode, values in GOLD.items()}
 PRESETS = {"fast": FAST, "standard": {}, "gold": GOLD, "gold-second": SECOND}
 
 @dataclass(frozen=True)
@@ -636,9 +632,10 @@ def read_nifti(path):
     if code not in NIFTI_TYPES:
         raise ValueError(f"datatype {code}: not plain numbers")
     kind = np.dtype(order + NIFTI_TYPES[code])
-    if start + math.prod(shape[:3]) * kind.itemsize > 2 * MAX_VOXELS:
+    end = start + math.prod(shape[:3]) * kind.itemsize
+    if end > 2 * MAX_VOXELS:
         raise ValueError(f"{shape[:3]} voxels of {kind.itemsize} bytes: too large")
-    if len(raw) < start + math.prod(shape[:3]) * kind.itemsize:
+    if len(raw) < end:
         raise ValueError("the file ends too early")
     stored = np.ndarray(shape[:3], kind, raw, start, order="F")
 
@@ -1638,8 +1635,8 @@ def answer_own(name, future, ensemble, masks):
     if not places:
         raise StudyError(f"{volume.uid}: no cervical vertebra seen")
     absent = [v for v in VERTEBRAE if v not in places]
-    labels[np.isin(labels, [VERTEBRAE.index(v) + 1 for v in absent])] = 0
     if masks:
+        labels[np.isin(labels, [VERTEBRAE.index(v) + 1 for v in absent])] = 0
         write_nifti(Path(masks) / f"{name}.nii.gz", labels, volume)
     row |= dict.fromkeys(absent)  # None, not the prior
     row |= dict(status="ok" if len(places) == 7 else "partial", seen="+".join(places))
@@ -2239,7 +2236,7 @@ def augment_volumes(cubes, labels, rngs, ranges=VOLUME_RANGES):
         grey_levels(cube, rng, ranges)
     return cubes, labels[:, 0].byte()
 
-def augment_crops(crops, rngs, size=CROP, ranges=CROP_RANGES["mild"]):
+def augment_crops(crops, rngs, size=CROP, ranges=MILD):
     """(B, N, K, S, S), uint8 or 0..1 -> (B, N, K, size, size) in 0..1.
     A sample moves as one, or each of its steps, and masks keep their grey. Bytes on a CPU
     take the faster way."""
@@ -2385,14 +2382,14 @@ def load_models(weights, kind, device):
     files = model_files(weights, kind)
     return {(fold, name): load_model(path, kind, device) for fold, name, path in files}
 
-def held_out_by(weights, kind):
-    """{(fold, name): uids that a model did not train on}; none where its csv is lost."""
-    found = {}
-    for fold, name, path in model_files(weights, kind):
-        kept = path.with_name(f"{path.stem}_heldout.csv")
-        uids = read_csv(kept, (STUDY,))[STUDY] if kept.exists() else ()
-        found[fold, name] = {*uids}
-    return found
+def held_out_of(path):
+    """The uids that a model's training held out; none where their csv is lost."""
+    kept = path.with_name(f"{path.stem}_heldout.csv")
+    return {*read_csv(kept, (STUDY,))[STUDY]} if kept.exists() else set()
+
+def makers_of(weights):
+    """The hashes of the segmenters in a folder, by which crops know their own."""
+    return {hash_of(path) for *_, path in model_files(weights, "segmenter")}
 
 def load_ensemble(weights, device, calibration=Calibration()):
     """The Ensemble of all models of a folder; UserError if a kind is missing."""
@@ -2516,9 +2513,8 @@ def init_file(options, kind, fold, held_out):
     if kind == "patient" and first.exists():
         made = load_checkpoint(first).get("settings", {})
         wanted = dict(backbone=options.backbone, hidden=options.hidden)
-        unseen = held_out_by(options.weights, "vertebra")[fold, options.name.rstrip("_")]
         alike = wanted.items() <= made.items()
-        if alike and {*held_out} <= unseen:
+        if alike and held_out_of(first).issuperset(held_out):
             return first
         if alike and ranks()[0] == 0:
             say(f"{first}: not started from: it may have seen studies held out here")
@@ -2873,7 +2869,7 @@ def write_atomic(path, write):
     """Let write(temporary name) make a file, then move it into place: whole or not at all.
     Raises UserError if it cannot be written."""
     path = Path(path)
-    new = path.parent / f".{os.getpid()}.{os.urandom(4).hex()}.{path.name}"  # pids repeat
+    new = path.parent / f".{os.urandom(4).hex()}.{path.name}"  # containers share pids
     try:
         if path.exists() and not path.is_file():  # a folder; a device would be replaced
             raise OSError("what is there is not a regular file")
@@ -3438,11 +3434,14 @@ def extract(options):
     if not models:
         raise UserError(f"no segmenter in {options.weights}: run train-seg first")
     out = Path(options.work) / options.mask_of
-    makers = {hash_of(path) for *_, path in model_files(options.weights, "segmenter")}
+    makers = makers_of(options.weights)
     wanted = CropsHead(options.size, options.z_margin, makers)
     refuse_other_crops(out, crops_heads(out, truth, options.workers), wanted)
     say_plan(options)
-    held_out = {} if options.folds == 1 else held_out_by(options.weights, "segmenter")
+    files = model_files(options.weights, "segmenter")
+    held_out = {(fold, name): held_out_of(path) for fold, name, path in files}
+    if options.folds == 1:  # held out are the very studies trained on
+        held_out = {}
     unseen = set().union(*held_out.values())
     known = truth.keys() & masks.keys() - unseen
     if known and ranks()[0] == 0:

@@ -28,8 +28,8 @@ second_half = pytest.StashKey()
 
 def pytest_configure(config):
     """Start the second half, if nothing was selected."""
-    chosen = {"file_or_dir", "keyword", "markexpr", "lf", "collectonly", "deselect", "usepdb"}
-    chosen.add("xmlpath")  # a report would hold the half that ends last
+    chosen = {"file_or_dir", "keyword", "markexpr", "lf", "collectonly", "deselect", "usepdb",
+              "xmlpath"}  # a report would hold the half that ends last
     if any(config.getoption(name, None) for name in chosen) or (os.cpu_count() or 1) < 2:
         return
     os.environ["OMP_NUM_THREADS"] = "1"  # of each half: threads that share a core wait

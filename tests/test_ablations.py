@@ -2,14 +2,18 @@
 other measurements count what they say."""
 
 import subprocess
+import sys
+import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 import ablations
 import choices
 import cspine
+import levels
 import train_weights
 import versions
 from test_slices import block, numbered_volume
@@ -110,3 +114,13 @@ def test_a_suite_that_ends_badly_counts_as_failed(status, failed, tmp_path, monk
     monkeypatch.setattr(subprocess, "run", run)
     passed, found, skipped, _ = versions.run_tests("python", report, [])
     assert (passed, found, skipped) == (4, failed, 1)
+
+
+@pytest.mark.parametrize("part, said", [("test", "0 patients"), ("tset", "invalid choice")])
+def test_the_parts_of_the_necks_are_known_to_the_measurement(part, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["levels.py", "necks", "--part", part, "--answers"])
+    monkeypatch.setattr(levels, "answers", lambda *given: pd.DataFrame(columns=cspine.TARGETS))
+    with pytest.raises(SystemExit) if part == "tset" else warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the mean of nothing
+        levels.main()
+    assert said in "".join(capsys.readouterr())

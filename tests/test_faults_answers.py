@@ -4,7 +4,6 @@ Faults that users of such tools report, rebuilt as small inputs. Values follow f
 input was made, or from the metric itself.
 """
 
-import json
 import math
 import os
 import re
@@ -17,7 +16,7 @@ import torch
 from torch import nn
 
 import cspine
-from cspine import PRIOR, STUDY, TARGETS, Answers, Calibration, Output, UserError, combine
+from cspine import PRIOR, STUDY, TARGETS, Calibration, Output, UserError, combine
 from small_kernel import make_study, make_test_set, make_weights
 from test_faults_reading import bony_study, write_mask
 

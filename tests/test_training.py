@@ -24,7 +24,7 @@ import pytest
 import torch
 
 import cspine
-from cspine import RECIPES, STUDY, TARGETS, Stop, Stopped, Task, Trainer, UserError
+from cspine import RECIPES, STUDY, Stop, Stopped, Task, Trainer, UserError
 from limits import at_cells
 from phantoms import make_phantom
 

@@ -28,6 +28,7 @@ LEVELS = ("C1", "C2", "C3", "C4", "C5", "C6", "C7", "T1")
 # Who is kept out: the first bytes of the SHA-256 of the patient's name, modulo 100.
 TEST_BELOW = 22  # measured on, never trained on, never chosen by
 CHOICE_BELOW = 28  # from TEST_BELOW on: choices between trainings
+PARTS = "test", "choice", "train"
 
 # The masks: what is bone, and the tube around the spine. Set by eye on a dozen patients.
 FINE_MM = 1.5  # grid the source's 2.5 to 5 mm voxels are brought to
@@ -578,7 +579,7 @@ def main():
     parser.add_argument("out", type=Path)
     parser.add_argument("--views", type=int, default=2, help="studies a patient")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--part", default="train", help="train, choice or test")
+    parser.add_argument("--part", default="train", choices=PARTS)
     o = parser.parse_args()
     write_studies(o.necks, o.out, o.views, o.seed, o.part)
 

@@ -175,10 +175,7 @@ def segmenters(weights, device):
     return [*models.values()]
 
 
-@functools.cache
-def segmenter_hashes(weights):
-    files = cspine.model_files(weights, "segmenter")
-    return {cspine.hash_of(path) for *_, path in files}
+makers_of = functools.cache(cspine.makers_of)
 
 
 def mask(weights, device, hu, spacing):
@@ -239,8 +236,8 @@ def cut_crops(weights, device, work, path):
     volume = cspine.Volume("", hu, tuple(spacing), np.eye(4))
     crops = cspine.vertebra_slices(
         volume, mask(weights, device, hu, spacing), z_margin=Z_MARGIN)
-    makers = segmenter_hashes(weights)
-    cspine.write_crops(work / part / "last" / f"{uid}.npz", crops, Z_MARGIN, makers)
+    path = work / part / "last" / f"{uid}.npz"
+    cspine.write_crops(path, crops, Z_MARGIN, makers_of(weights))
     (work / part / "train_images" / uid).mkdir(parents=True, exist_ok=True)
     row = [uid, *map(int, broken), int(np.any(broken))]
     text = ",".join(map(str, row)) + "\n"

@@ -167,7 +167,7 @@ def preflight(preset, minutes, from_scratch=False):
     UserError if the training cannot begin."""
     end = time.monotonic() + 60 * minutes
     cards = try_cards()
-    data = mounted(Path(cspine.KAGGLE_DATA).name)
+    data = mounted(cspine.COMPETITION)
     truth, _, masks = cspine.training_data(options_of(preset, "train-seg", "--data", str(data)))
     masked = len(truth.keys() & masks.keys())
     print(f"data: {data}: {len(truth)} studies with images, {masked} with masks")

@@ -6,7 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
-from cspine import HERE, KAGGLE_DATA, KINDS, UserError, model_files, write_atomic
+from cspine import COMPETITION, HERE, KINDS, UserError, model_files, write_atomic
 
 SLUG = r"([\w-]+/[A-Za-z0-9-]{6,50})?"  # of a data set; Kaggle refuses other names
 SESSION_MINUTES = 690  # of the 12 hours that Kaggle gives a session with GPUs
@@ -28,8 +28,10 @@ import glob
 import pandas as pd
 submission = pd.read_csv("submission.csv")
 reports = [pd.read_csv(path) for path in glob.glob("predict_report*.csv")]  # one a process
-found = pd.concat(reports).drop_duplicates("StudyInstanceUID", keep="last") if reports else None
-counts = found.status.value_counts().to_dict() if reports else "NO STUDY ANSWERED: the prior"
+counts = "NO STUDY ANSWERED: the prior"
+if reports:
+    found = pd.concat(reports).drop_duplicates("StudyInstanceUID", keep="last")
+    counts = found.status.value_counts().to_dict()
 print(len(submission), "rows;", counts)
 submission.head(16)"""
 
@@ -66,7 +68,7 @@ def prediction_cells(name):
     """Cells that predict with a process a GPU, and look at the answers."""
     arguments = f'["--weights", mounted("{name}")]' if name else "[]"
     run = RUN.replace("ARGUMENTS", arguments)
-    return [run.replace("COMPETITION", Path(KAGGLE_DATA).name), LOOK]
+    return [run.replace("COMPETITION", COMPETITION), LOOK]
 
 
 def training_cells(preset):
@@ -114,7 +116,7 @@ def notebook(options):
         machine_shape="NvidiaTeslaT4",  # else a P100, on which today's torch runs nothing
         enable_internet=False,
         dataset_sources=[weights] if weights else [],
-        competition_sources=[Path(KAGGLE_DATA).name]))
+        competition_sources=[COMPETITION]))
     if name and not options.train:
         copy_weights(Path(options.weights), out / "weights", weights)
         print(f"kaggle datasets create -p {out / 'weights'}")

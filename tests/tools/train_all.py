@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[2]
-SHARED = "data", "weights", "work", "workers", "device", "folds", "preset", "time_limit"
 sys.path.insert(1, str(ROOT))
 
 import cspine  # noqa: E402
@@ -38,8 +37,9 @@ def parser():
     one = cspine.Parser("train_all.py", description=__doc__, epilog=how,
                         formatter_class=argparse.RawDescriptionHelpFormatter)
     one.set_defaults(given=())
+    known = [{*cspine.MODES[mode].shared.split()} for mode in kaggle_training.STEPS]
     for part in fields(cspine.Shared):
-        if part.name in SHARED:
+        if part.name in set.intersection(*known):
             cspine.add_option(one, part, part.default)
     return one
 
