@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.5.0", "timm>=1.0.12", "pydicom>=3.0.1", "numpy>=2.0.0",
+# dependencies = ["torch>=2.5.0", "timm>=1.0.13", "pydicom>=3.0.1", "numpy>=2.0.0",
 #                 "opencv-python>=4.13.0.90", "pandas>=2.2.2", "tqdm>=4.64.0"]
 # ///
 """cspine: neck CT studies in, fracture probabilities of C1..C7 and the patient out.
@@ -16,7 +16,8 @@ For the RSNA 2022 Cervical Spine Fracture Detection task; not a medical device. 
 
 Shapes: B batch, C channels, Z Y X voxel axes (head to foot, front to back, right to left),
 D 128 cube edge, V 7 vertebrae, T 15 steps, K 6 channels of a step, S 224 crop edge, N steps
-that a classifier sees at once (T or V * T), F features of a step.
+that a classifier sees at once (T or V * T; elsewhere a count of what is named), F features
+of a step, M models; I J K are the stored axes of a NIfTI file.
 
 Modes, in the order of the work: phantom, train-seg, extract, train-cls, train-patient,
 predict, evaluate; eda, show, notebook, demo. `python cspine.py MODE --help` tells what each
@@ -117,7 +118,7 @@ BOX_MARGIN = 1.0  # cells around the mask (first place)
 HERE = Path(globals().get("__file__", "cspine.py")).resolve().parent
 KAGGLE = Path(os.environ.get("KAGGLE_ROOT", "/kaggle"))  # elsewhere in the tests
 COMPETITION = "rsna-2022-cervical-spine-fracture-detection"
-MOUNTED = KAGGLE / "input/competitions" / COMPETITION  # today; for years without the folder
+MOUNTED = KAGGLE / "input/competitions" / COMPETITION  # older: without competitions/
 KAGGLE_DATA = str(MOUNTED if MOUNTED.is_dir() else KAGGLE / "input" / COMPETITION)
 KAGGLE_MINUTES = 510.0  # minutes, of the 540 that a submission has
 MAX_READ_S = 600  # s, or a quarter of the time left, that reading a study may cost
@@ -164,7 +165,7 @@ FAST = {  # ours: a fold whose trainings end within an hour on two T4
     "train-seg": dict(fold="0", epochs=60),  # 1,020 steps
     "train-cls": dict(fold="0", epochs=8, thin=3),
     "train-patient": dict(fold="0", epochs=6, thin=3)}
-GOLD_CROPS = dict(  # first place's, but that its 50..75 epochs show all steps, not a third
+GOLD_CROPS = dict(  # first place's, whose 50 to 75 epochs show all steps; ours, a third
     size=384, epochs=50, thin=3, mixup=0.5, drop_path=0.3, dropout=0.3, augment="strong")
 GOLD = {
     "train-seg": dict(epochs=1000, drop_path=0.2),  # 17,000 steps; first place: 17,400
@@ -268,7 +269,7 @@ class Asked(Answers):
 
 
 # ==== Reading ====
-# In: a folder of DICOM files. Out: a Volume; nothing behind this room knows of DICOM.
+# In: a folder of DICOM files. Out: a Volume; but for Decoding, no other room knows DICOM.
 # The trap: file names say nothing. Only its position says where a slice lies.
 
 class Volume(NamedTuple):
@@ -297,6 +298,7 @@ class Slice(NamedTuple):
 
 PASS_TAGS = (  # what tells two scans of the same places in one series apart
     "AcquisitionNumber", "ConvolutionKernel", "ImageType", "TemporalPositionIdentifier",
+    "FrameAcquisitionNumber", "FrameType", "TemporalPositionIndex",
     "AcquisitionTime", "ContentTime")  # the times also order what no tag parts
 
 def read_slices(path):
@@ -351,12 +353,12 @@ def place_frame(stored, data, k, source):
     if padding:  # also at the top of an unsigned range, where it would be the densest metal
         low, high = min(padding), max(padding)
         hu[(stored >= low) & (stored <= high)] = AIR_HU
-    study, series = (str(data.get(f"{what}InstanceUID")) for what in ("Study", "Series"))
-    of_pass = [str(data.get(name, "")) for name in PASS_TAGS]
+    uids = [data.get(f"{what}InstanceUID") or "" for what in ("Study", "Series")]
+    of_pass = [str(own.get(name, data.get(name, ""))) for name in PASS_TAGS]
     number = 0
     with suppress(ValueError, TypeError):  # it only orders what nothing else does
         number = int(data.get("InstanceNumber") or 0)
-    return Slice(hu, lps_from_pixel, source, study, series, (*of_pass, number))
+    return Slice(hu, lps_from_pixel, source, *map(str, uids), (*of_pass, number))
 
 def read_folder(path, workers, give_up):
     """([Slice, ...] of the files of a folder, [what was left out, why])."""
@@ -427,24 +429,24 @@ def one_pass(stack):
     By each of PASS_TAGS in turn, the pass that covers most places (of equals the first) is
     kept. Of the others stays what fills its holes or prolongs it; what lies between its
     slices goes. Where no tag parts them, a place's earliest slice comes first."""
-    for k in range(len(PASS_TAGS)):
+    for k, tag in enumerate(PASS_TAGS):
         mm = along_normal(stack)
-        names = [one.of_pass[k] for one in stack]
-        if PASS_TAGS[k] == "ContentTime":
-            names = sittings(names)
+        marks = [one.of_pass[k] for one in stack]
+        if tag == "ContentTime":
+            marks = sittings(marks)
         passes = {}
-        for at, of_pass in zip(mm, names):
-            passes.setdefault(of_pass, []).append(at)
-        covered = {name: len(places_of(np.array(passes[name]))) for name in sorted(passes)}
-        name = max(covered, key=covered.get)
-        if len(passes) == 1 or covered[name] < MIN_SLICES:
+        for at, mark in zip(mm, marks):
+            passes.setdefault(mark, []).append(at)
+        covered = {mark: len(places_of(np.array(passes[mark]))) for mark in sorted(passes)}
+        widest = max(covered, key=covered.get)
+        if len(passes) == 1 or covered[widest] < MIN_SLICES:
             continue
-        own = np.unique(passes[name])
+        own = np.unique(passes[widest])
         gaps = np.diff(own)
         step = np.median(gaps[gaps > SAME_PLACE_MM])
         after = np.searchsorted(own, mm).clip(1, len(own) - 1)
         apart = np.minimum(abs(mm - own[after - 1]), abs(own[after] - mm))
-        kept = [of_pass == name for of_pass in names] | (apart >= MIXED * step)
+        kept = [mark == widest for mark in marks] | (apart >= MIXED * step)
         stack = [one for one, keep in zip(stack, kept) if keep]
     return sorted(stack, key=lambda one: one.of_pass[-3:])  # earliest first
 
@@ -462,7 +464,7 @@ def read_series(path, workers, give_up):
     planes' sources. The affine (4, 4) gives LPS mm from (step, row, column, 1)."""
     slices, problems = read_folder(path, workers, give_up)
     stacks = stacks_of(slices)
-    studies = {one.study for one in slices} - {"", "None"}
+    studies = {one.study for one in slices} - {""}
     if len(studies) < 2 and max(map(len, stacks), default=MIN_SLICES) < MIN_SLICES:
         stacks = stacks_of([one._replace(series="") for one in slices])
         problems.append("no series of enough images: SeriesInstanceUID is not looked at")
@@ -489,11 +491,16 @@ def read_series(path, workers, give_up):
     mm = along_normal(run)
     steps = even_steps(mm)
     if not np.array_equal(steps, np.arange(len(mm))):
-        problems.append(f"uneven positions, filled to {len(steps)}")
+        problems.append(f"uneven positions: {len(mm)} slices, filled to {len(steps)}")
     first, last = run[0].lps_from_pixel, run[-1].lps_from_pixel
     way = (last - first)[:, 2]
     cosine = np.ptp(mm) / np.linalg.norm(way)  # between the stack's axis and its normal
-    if cosine < STRAIGHT:
+    origins = np.array([one.lps_from_pixel[:, 2] for one in run])
+    line = origins[0] + np.outer(mm - mm[0], way) / np.ptp(mm)
+    aside = np.linalg.norm(origins - line, axis=1).max()
+    if aside > 1:
+        problems.append(f"slices lie up to {aside:.0f} mm beside their place")
+    elif cosine < STRAIGHT:
         problems.append(f"gantry tilted by {math.degrees(math.acos(cosine)):.0f} degrees")
     affine = np.eye(4)
     affine[:3] = np.c_[way / (len(steps) - 1), first]
@@ -528,6 +535,14 @@ def not_in_hu(planes):
 def is_nifti(path):
     """Whether a path is a file named .nii or .nii.gz."""
     return path.is_file() and path.name.lower().endswith((".nii", ".nii.gz"))
+
+def begins_as_dicom(path):
+    """Whether a file begins as DICOM, with or without its preamble."""
+    with suppress(OSError), open(path, "rb") as file:
+        start = file.read(132)
+        # Without a preamble it begins with the number of a group, 2 or 8.
+        return start.endswith(b"DICM") or start[:2] in (b"\2\0", b"\x08\0")
+    return False
 
 def axial_axes(affine):
     """(axes, flip): the stored axes that become Z, Y, X, and which run backwards."""
@@ -599,8 +614,9 @@ MASK_HEADER = dict(  # of our masks: uint8, mm, both transforms to the scanner's
 
 def nifti_affine(header):
     """RAS mm from voxel (4, 4), as nibabel: sform, else qform, else zooms about the centre.
-    pixdim[0] below 0 mirrors the qform's k axis."""
-    zooms = header["pixdim"][1:4].astype(float)
+    pixdim[0] below 0 mirrors the qform's k axis. Other units than mm are brought to mm."""
+    pixdim = header["pixdim"].astype(float)
+    zooms = abs(pixdim[1:4])
     affine = np.diag([*zooms * (-1, 1, 1), 1])
     affine[:3, 3] = affine[:3, :3] @ (1.0 - header["dim"][1:4]) / 2
     if header["sform_code"] > 0:
@@ -610,9 +626,11 @@ def nifti_affine(header):
         cosine = math.sqrt(max(0, 1 - axis @ axis))
         skew = np.cross(np.eye(3), axis)
         turn = np.eye(3) + 2 * (cosine * skew + skew @ skew)
-        mirror = -1 if header["pixdim"][0] < 0 else 1
+        mirror = -1 if pixdim[0] < 0 else 1
         affine[:3, :3] = turn * zooms * (1, 1, mirror)
         affine[:3, 3] = header["qoffset"]
+    unit = int(header["xyzt_units"]) & 7
+    affine[:3] *= {1: 1000, 3: 0.001}.get(unit, 1)  # m, um
     return affine
 
 def read_nifti(path):
@@ -639,6 +657,8 @@ def read_nifti(path):
         raise ValueError("the file ends too early")
     stored = np.ndarray(shape[:3], kind, raw, start, order="F")
 
+    if max(header["sform_code"], header["qform_code"]) <= 0:
+        say(f"{path}: no orientation in its header: head, front and left are guessed")
     ras_from_voxel = np.asarray_chkfinite(nifti_affine(header))
     voxel_from_lps = np.linalg.inv(ras_from_voxel) * (-1, -1, 1, 1)
     slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
@@ -724,6 +744,14 @@ def mask_fit(path, volume, labels):
     inside = min(found_mm3 / max(whole_mm3, 1), 1)
     return inside, (hu > BONE_HU).mean()
 
+def fitting_mask(path, volume, shape):
+    """What read_mask gives; StudyError if it lies outside the study, or beside its bone."""
+    labels = read_mask(path, volume, shape)
+    inside, on_bone = mask_fit(path, volume, labels)
+    if inside < LEAST_INSIDE or on_bone < LEAST_BONE:
+        raise StudyError(f"{inside:.0%} of its mask lie inside, {on_bone:.0%} on bone")
+    return labels
+
 
 # ==== Segmenter ====
 # In: a Volume. Out: the probability of C1..C7 in the cells of a cube over the whole study.
@@ -742,7 +770,7 @@ def segmenter_input(volume, size=CUBE, window=SEGMENTER_WINDOW):
     planes = []
     for hu in volume.hu:
         plane = np.float32(np.clip(hu, low, low + width))
-        plane = resize(plane, size, plane.shape[1])
+        plane = resize(plane, size, plane.shape[1])  # an axis at a time: one may grow
         planes.append(resize(plane, size, size).ravel())
     cube = resize(np.array(planes), size, size * size)  # (Z, D * D) -> (D, D * D)
     return torch.from_numpy((cube.reshape(1, size, size, size) - low) / width)
@@ -789,7 +817,7 @@ def to_3d(network):
             layer.__class__ = SqueezeExcite3d
         elif type(layer).__name__ in LAYERS_3D and even:
             deepen(layer, pairs)
-        elif own or "2d" in kind or not known:
+        elif own or "2d" in kind or not known:  # weights, images, or timm's own
             where = f"{type(network).__name__}.{path}"
             raise UserError(f"no 3-D twin of {where}: unknown {kind}")
     return twin
@@ -952,8 +980,8 @@ def segment(models, volume, device, report=print, closer=True):
     """float32 (7, D, D, D): probability of C1..C7 in the cells of a cube over the study.
     The mean of the models; what is out of order is renamed or emptied (in_order). Where
     the neck is small in the study, it is looked at a second time by itself, unless `closer`
-    is False; the mean of both looks counts, each loses what the other sees. `report` is
-    told everything odd."""
+    is False; then the mean of both looks counts, as each misses what the other sees.
+    `report` is told everything odd."""
     probability = mean_probability(models, volume, device)
     part = neck_part(probability, volume.hu.shape) if closer else None
     if part:
@@ -1020,7 +1048,7 @@ def slice_indices(first_cell, last_cell, edge, count):
 def mask_at(cells, z, count):
     """(D, D): a mask (D, D, D) at native slice z, between two planes of cells."""
     edge = len(cells)
-    at = np.clip((z + 0.5) * edge / count - 0.5, 0, edge - 1.001)
+    at = np.clip((z + 0.5) * edge / count - 0.5, 0, edge - 1.001)  # below + 1 is a plane
     below = int(at)
     share = np.float32(at % 1)
     return cells[below] * (1 - share) + cells[below + 1] * share
@@ -1038,17 +1066,17 @@ def vertebra_slices(volume, probability, size=CROP, mask_of="last", z_margin=BOX
     mask of one that is seen is nowhere 0."""
     out = np.zeros((7, STEPS, CHANNELS, size, size), np.uint8)
     for v, cells in enumerate(probability):
-        found = vertebra_box(cells)
-        if found is not None:
-            out[v] = ninety_images(volume, cells, found, size, mask_of, z_margin)
+        extent = vertebra_box(cells)
+        if extent is not None:
+            out[v] = ninety_images(volume, cells, extent, size, mask_of, z_margin)
     return out
 
-def ninety_images(volume, cells, found, size, mask_of, z_margin):
-    """uint8 (15, 6, S, S) in BONE_WINDOW of a vertebra's mask (D, D, D) and vertebra_box.
+def ninety_images(volume, cells, extent, size, mask_of, z_margin):
+    """uint8 (15, 6, S, S) in BONE_WINDOW of a vertebra; `extent`: its vertebra_box.
     The crop is square in mm, BOX_MARGIN cells wider than the mask."""
     edge, count = len(cells), len(volume.hu)
     extent_mm = np.multiply(volume.hu.shape, volume.spacing)[1:]  # (y, x)
-    low, high = found[1:].T
+    low, high = extent[1:].T
     low_mm = (low - BOX_MARGIN) * extent_mm / edge
     high_mm = (high + 1 + BOX_MARGIN) * extent_mm / edge
     side_mm = (high_mm - low_mm).max()
@@ -1056,7 +1084,7 @@ def ninety_images(volume, cells, found, size, mask_of, z_margin):
     step_mm = np.full(2, side_mm / size)
     box = np.array([corner_mm, step_mm]) / extent_mm
 
-    first, last = found[0]
+    first, last = extent[0]
     index = slice_indices(first - z_margin, last + z_margin, edge, count)  # (15, 5)
     shown, which = np.unique(index, return_inverse=True)  # steps share slices
     grey = [apply_window(volume.hu[z], BONE_WINDOW) for z in shown]
@@ -1117,8 +1145,8 @@ class StepEncoder(nn.Module):
 
 class VertebraClassifier(nn.Module):
     """(B, 15, 6, S, S), uint8 or 0..1 -> (B, 15) logits: a fracture of this vertebra.
-    `size`, `mask_of`, `z_margin` (older versions: none) say for what crops it was trained.
-    """
+    `size`, `mask_of`, `z_margin` (0 where an older checkpoint has none) say for what crops
+    it was trained."""
     def __init__(
             self, backbone="tf_efficientnetv2_s", size=CROP, mask_of="last", z_margin=0.0,
             hidden=256, drop_path=0, dropout=0, checkpoint=False, **_):  # and more
@@ -1149,8 +1177,7 @@ class PatientClassifier(VertebraClassifier):
     def answer(self, features):
         """(B, N, F) features -> (B, N) and (B,) logits."""
         steps, _ = self.patient_lstm(features)  # (B, N, 2 * hidden)
-        parts = [steps.amax(1), steps.mean(1)]
-        both = torch.cat(parts, 1)  # (B, 4 * hidden)
+        both = torch.cat([steps.amax(1), steps.mean(1)], 1)  # (B, 4 * hidden)
         logits = super().answer(features)
         return logits, self.patient_head(both)[..., 0]
 
@@ -1202,15 +1229,16 @@ def classify(ensemble, crops, folds=100):
     vertebra, patient = (ensemble.models[kind][:folds] for kind in ("vertebra", "patient"))
     crops = torch.from_numpy(crops).to(ensemble.device)
     outputs = []
-    for view, model in enumerate(vertebra + patient):
+    for k, model in enumerate(vertebra + patient):
         size = model.settings["size"]
         parts = [F.interpolate(part.float(), size, mode="bilinear") for part in crops]
         shown = torch.stack([part.round().byte() for part in parts])  # bytes: little memory
-        shown = torch.rot90(shown.flip(-1) if view & 4 else shown, view, (-2, -1))
+        mirrored = shown.flip(-1) if k & 4 else shown
+        shown = torch.rot90(mirrored, k, (-2, -1))  # k mod 4 quarter turns
         model.to(ensemble.device)
         head = torch.tensor(math.nan)
         with autocast(ensemble.device):
-            if view < len(vertebra):
+            if k < len(vertebra):
                 logits = finite_answer(model, shown)  # (7, 15, 6, S, S) -> (7, 15)
             else:
                 flat = shown.flatten(0, 1)[None]  # (1, 105, 6, S, S)
@@ -1339,8 +1367,8 @@ def crops_wanted(ensemble):
 
 def answer_study(volume, read_s, ensemble, folds):
     """(row of the report, strongest_steps, segment's probability) of a study.
-    The row holds its answers, what was seen, and the seconds of every stage."""
-    problems = [*volume.problems, *filter(None, [not_in_hu(volume.hu)])]
+    The row: answers, what was seen, seconds of each stage. StudyError: no finite answer."""
+    problems = [*filter(None, (*volume.problems, not_in_hu(volume.hu)))]
     start = monotonic()
     segmenters = ensemble.models["segmenter"][:folds]
     probability = segment(segmenters, volume, ensemble.device, problems.append)
@@ -1406,8 +1434,8 @@ def report_paths(out):
     """{rank: report} of all processes that have written one beside the submission."""
     found = {}
     for path in sorted(out.parent.glob("predict_report*.csv")):
-        named = re.fullmatch(r"predict_report(\d*)", path.stem)
-        if named:  # not a copy by another name
+        named = re.fullmatch(r"predict_report(\d{,2})", path.stem)
+        if named:  # not a copy by another name, such as a date
             found[int(named[1] or 0)] = path
     return found
 
@@ -1494,14 +1522,6 @@ BODY_MM = 30.0  # mm; a deeper part of a mask is no vertebral body alone
 LEAST_CM3 = 1.0  # cm3; a smaller mask is no vertebra (C1, the smallest, has several)
 LEAST_ROWS = 5  # voxels from front to back of a body, to fit a line to
 PLATE = (0.2, 0.8)  # shares of a body's depth between which its endplate is straight
-
-def begins_as_dicom(path):
-    """Whether a file begins as DICOM, with or without its preamble."""
-    with suppress(OSError), open(path, "rb") as file:
-        start = file.read(132)
-        # Without a preamble it begins with the number of a group, 2 or 8.
-        return start.endswith(b"DICM") or start[:2] in (b"\2\0", b"\x08\0")
-    return False
 
 def studies_in(path, left_out=()):
     """The studies of a path: itself, or those of a folder of folders and NIfTI files.
@@ -1602,8 +1622,8 @@ def lower_end(voxels, volume):
     return math.degrees(math.atan(slope))
 
 def measure(labels, volume, places):
-    """Add volume, extent and centroid of every mask to its `places`: the lordosis, or None.
-    Height, depth and width are along the study's axes."""
+    """The C2-C7 Cobb angle in degrees, or None; adds each mask's measures to its `places`.
+    `labels` is uint8 (Z, Y, X). Height, depth and width are along the study's axes."""
     at = np.flatnonzero(labels)
     voxels = np.stack(np.unravel_index(at, labels.shape), 1)  # (N, 3)
     which = labels.ravel()[at]
@@ -1624,6 +1644,8 @@ def measure(labels, volume, places):
 def answer_own(name, future, ensemble, masks):
     """A study's row of the answers; StudyError if no vertebra is seen.
     With a folder of masks, the vertebrae's go there."""
+    if not wait([future], MAX_READ_S).done:  # a file may hang
+        raise StudyError(f"{name}: reading it took over {MAX_READ_S} s")
     volume, read_s = future.result()
     if why := not_in_hu(volume.hu):
         raise StudyError(f"{volume.uid}: {why}")
@@ -1676,7 +1698,8 @@ def predict_own(options):
     folders = [Path(folder) for folder in (out, options.masks) if folder]
     for folder in filter(Path.is_file, folders):
         raise UserError(f"{folder}: a file; with a PATH, --out and --masks are folders")
-    studies = named_studies(options.path, {folder.resolve() for folder in folders})
+    written = {Path(os.path.realpath(folder)) for folder in folders}
+    studies = named_studies(options.path, written)
     for folder in folders:
         try_writing(folder)  # now, not after an hour
     for name in studies if options.masks else ():
@@ -1693,7 +1716,7 @@ def predict_own(options):
         return read_volume(studies[name], options.workers), monotonic() - start
 
     rows = []
-    futures = prefetch(read, studies, 1)
+    futures = prefetch(read, studies, 2)  # the second thread: a file may hang
     for name, future in progress(futures, "study", len(studies)):
         rows.append(dict(study=name, path=str(studies[name])))
         try:
@@ -1832,7 +1855,7 @@ def read_truth(path):
         row, column = np.argwhere(wrong.to_numpy())[0]
         name = wrong.columns[column]
         expected = "a uid" if name == STUDY else "0, 1 or nothing"
-        found = f"row {row + 2}, {name}: {table[name][row]!r}"
+        found = f"row {row + 2}, {name}: {table[name][row]}"
         raise UserError(f"{path}: {found}; must be {expected}")
     table = pd.concat([table[STUDY], labels], axis=1).drop_duplicates()
     twice = table[STUDY][table[STUDY].duplicated()]
@@ -1870,7 +1893,9 @@ def read_held_out(weights):
             continue  # a segmenter's
         name, fold = named.groups()
         table = read_csv(path, (STUDY, *STEP_TARGETS)).set_index(STUDY)[STEP_TARGETS]
-        for uid, row in zip(table.index, table.to_numpy(float)):
+        with errors_as(UserError, path):
+            rows = table.to_numpy(float)
+        for uid, row in zip(table.index, rows):
             steps = row[:-1].reshape(7, STEPS)
             outputs.setdefault(uid, []).append(Output(steps, row[-1], name))
             folds[uid] = int(fold)
@@ -1929,7 +1954,7 @@ def mask_table(data, uids, models, workers):
         try:
             volume = read_volume(folder, workers)
             probability = segment(models, volume, device, say_of(volume))
-            labels = read_mask(masks[folder.name], volume, probability.shape[1:])
+            labels = fitting_mask(masks[folder.name], volume, probability.shape[1:])
         except StudyError as error:
             say(f"study {folder.name}: {error}; no Dice")
             continue
@@ -1958,11 +1983,11 @@ def fit_scale(answers, labels):
         error = weight * (moved - np.nan_to_num(labels))
         slopes = np.stack([scaled, np.ones_like(scaled)])  # (2, N, 8)
         gradient = (slopes * error).sum(1) + 2 * CALIBRATION_PULL * fit
-        bend = weight * moved * (1 - moved)
-        curve = np.einsum("inv,jnv,nv->vij", slopes, slopes, bend)  # (8, 2, 2)
-        curve += 2 * CALIBRATION_PULL * np.eye(2)
-        curve[:, 0, 0] += (scaled * error).sum(0).clip(0)  # below 0: not convex there
-        step = np.linalg.solve(curve, gradient.T[..., None])  # (8, 2, 1)
+        curvature = weight * moved * (1 - moved)
+        hessian = np.einsum("inv,jnv,nv->vij", slopes, slopes, curvature)  # (8, 2, 2)
+        hessian += 2 * CALIBRATION_PULL * np.eye(2)
+        hessian[:, 0, 0] += (scaled * error).sum(0).clip(0)  # below 0: not convex there
+        step = np.linalg.solve(hessian, gradient.T[..., None])  # (8, 2, 1)
         step = step[..., 0].T
         fit -= step.clip(-LARGEST_STEP, LARGEST_STEP)
         if np.abs(step).max() < LEAST_STEP:
@@ -1976,7 +2001,9 @@ def other_blends(found, names):
     yield from (found._replace(answers=other) for other in answers)
     for name in names if len(names) > 1 else ():
         for weight in FITTED_WEIGHTS:
-            yield found._replace(weights=found.weights | {name: weight})
+            weights = found.weights | {name: weight}
+            if any(weights.get(one, 1) for one in names):  # else nobody answers
+                yield found._replace(weights=weights)
 
 def fit_moves(outputs, found, labels):
     """(score, Calibration): `found` with the scale and shift that suit its blend.
@@ -2004,12 +2031,12 @@ def fit_calibration(outputs, labels):
     rate = (broken.sum(0) + UNSEEN_PULL * rate) / (known.sum(0) + UNSEEN_PULL)
     found = Calibration(unseen=2 * rate / (1 + rate))
 
-    seen = np.where(unseen, np.nan, truth)
-    score, found = fit_moves(outputs, found, seen)
+    in_view = np.where(unseen, np.nan, truth)
+    score, found = fit_moves(outputs, found, in_view)
     names = {output.name for one in outputs.values() for output in one}
     while len(truth) >= LEAST_STUDIES:
         blends = other_blends(found, sorted(names))
-        tried = [fit_moves(outputs, other, seen) for other in blends]
+        tried = [fit_moves(outputs, other, in_view) for other in blends]
         best, other = min(tried, key=lambda pair: pair[0])
         if best > score - LEAST_GAIN:
             break
@@ -2043,7 +2070,7 @@ def write_calibration(weights, found):
 
 def read_calibration(weights, hashes=None):
     """The Calibration of a folder of models; none, said aloud, if fitted to others.
-    `hashes` are model_hashes of the folder, where they are known."""
+    `hashes` are model_hashes of the folder, where known. UserError if it is damaged."""
     path = Path(weights) / "calibration.json"
     if not path.exists():
         return Calibration()
@@ -2146,7 +2173,7 @@ class CropsHead(NamedTuple):
     edge: int  # pixels
     z_margin: float  # cells of the cube
     made_by: set
-    seen: tuple = ()  # (7,) whether C1..C7 are shown
+    seen: Any = ()  # bool (7,): whether C1..C7 are shown
 
 def crops_head(path):
     """The CropsHead of a file. UserError if it is damaged, or of an older version."""
@@ -2241,7 +2268,7 @@ def augment_crops(crops, rngs, size=CROP, ranges=MILD):
     A sample moves as one, or each of its steps, and masks keep their grey. Bytes on a CPU
     take the faster way."""
     if ranges["by_step"]:
-        each = [rng.spawn(1)[0] for rng in rngs for _ in range(crops.shape[1])]
+        each = [own for rng in rngs for own in rng.spawn(crops.shape[1])]
         alone = crops.flatten(0, 1)[:, None]  # (B * N, 1, K, S, S)
         moved = augment_crops(alone, each, size, ranges | dict(by_step=False))
         return moved.view(*crops.shape[:3], size, size)
@@ -2347,7 +2374,7 @@ def load_checkpoint(path):
     return content
 
 def new_model(kind, settings, device="cpu"):
-    """A model with random weights, laid out in the order that measured fastest."""
+    """A model with random weights, laid out as measured fastest; UserError: no backbone."""
     layout = torch.channels_last
     if kind == "segmenter":
         on_cpu = str(device) == "cpu"
@@ -2404,7 +2431,9 @@ def load_ensemble(weights, device, calibration=Calibration()):
     on_cpu = Ensemble(models, torch.device("cpu"), calibration)
     if device.type == "cpu":
         return on_cpu
-    copies = {kind: copy.deepcopy(part) for kind, part in models.items()}
+    copies = copy.deepcopy(models)
+    for model in copies["segmenter"]:  # a GPU's fastest layout is another: see new_model
+        model.to(memory_format=torch.contiguous_format)
     return on_cpu._replace(models=copies, device=device, on_cpu=on_cpu)
 
 def fuse_norms(model):
@@ -2433,8 +2462,8 @@ def fuse_norms(model):
 def fit_shape(tensor, like):
     """A 2-D network's weight as `like` needs it: for other input channels, or in 3-D.
     What is repeated is divided, so that activations keep their size."""
-    if tensor.ndim == 4 <= like.ndim and tensor.shape[1] == 3 != like.shape[1]:
-        channels = like.shape[1]
+    channels = like.shape[1] if like.ndim >= 4 else 0
+    if tensor.ndim == 4 and tensor.shape[1] == 3 and channels not in (0, 3):
         tensor = tensor.sum(1, True).repeat(1, channels, 1, 1) / channels
     if tensor.ndim == 4 < like.ndim:
         depth = like.shape[2]
@@ -2477,13 +2506,13 @@ def imagenet_file(backbone, data):
     """The Path of timm's file of a backbone, or None; its name, or a folder's, says so.
     Looks under /kaggle/input, in --data and in weights/pretrained."""
     plain = re.sub(r"[-. ]", "_", backbone.lower())
-    places = {KAGGLE / "input": INIT_LEVELS, Path(data): 0}
+    places = {KAGGLE / "input": INIT_LEVELS, Path(data): 1}
     places[HERE / "weights" / "pretrained"] = INIT_LEVELS
     for folder, levels in places.items():
         found = []
         for path in files_below(folder, levels):
             name = re.sub(r"[-. ]", "_", str(path.relative_to(folder)).lower())
-            named = re.search(rf"(^|/)(timm_)?{re.escape(plain)}[_/]", name)
+            named = re.search(rf"(^|/|timm_+){re.escape(plain)}[_/]", name)
             if named and path.suffix in (".safetensors", ".bin", ".pth"):
                 found.append(path)
         if found:
@@ -2509,15 +2538,16 @@ def init_file(options, kind, fold, held_out):
         if not Path(options.init).is_file():
             raise UserError(f"--init {options.init}: cannot be read: no such file")
         return Path(options.init)
-    first = Path(options.weights) / f"{model_name('vertebra', options.name, fold)}.pt"
-    if kind == "patient" and first.exists():
-        made = load_checkpoint(first).get("settings", {})
-        wanted = dict(backbone=options.backbone, hidden=options.hidden)
-        alike = wanted.items() <= made.items()
-        if alike and held_out_of(first).issuperset(held_out):
-            return first
-        if alike and ranks()[0] == 0:
-            say(f"{first}: not started from: it may have seen studies held out here")
+    others = model_files(options.weights, "vertebra") if kind == "patient" else []
+    for of_fold, name, path in sorted(others, key=lambda file: file[1] != options.name):
+        if of_fold == fold:
+            made = load_checkpoint(path).get("settings", {})
+            wanted = dict(backbone=options.backbone, hidden=options.hidden)
+            alike = wanted.items() <= made.items()
+            if alike and held_out_of(path).issuperset(held_out):
+                return path
+            if alike and ranks()[0] == 0:
+                say(f"{path}: not started from: it may have seen studies held out here")
     return imagenet_file(options.backbone, options.data)
 
 
@@ -2539,7 +2569,7 @@ class Task(NamedTuple):
     train: tuple = ()  # samples
     held_out: tuple = ()  # uids
     made_of: dict = {}  # {what: hash} of labels, data and weights to start from
-    columns: Any = TARGETS  # what score gives
+    columns: Any = TARGETS  # what score gives, or the first of it
     every: int = 1  # epochs between two scorings
     read: Callable = str  # uid -> what score needs of a study
 
@@ -2608,8 +2638,10 @@ class Trainer:
     def gradient(self, task, batch):
         """Leave the gradient of [(arrays, generator)] in the model; gives the mean loss."""
         samples, rngs = zip(*batch)
-        arrays = map(np.stack, zip(*samples))
-        tensors = [torch.from_numpy(one).to(task.device) for one in arrays]
+        tensors = [torch.from_numpy(np.stack(one)) for one in zip(*samples)]
+        if task.device.type == "cuda":  # pinned, it is copied while the program goes on
+            tensors = [one.pin_memory() for one in tensors]
+        tensors = [one.to(task.device, non_blocking=True) for one in tensors]
         with autocast(task.device, task.recipe.half or task.device.type == "cuda"):
             loss = task.loss(self.shared, tensors, rngs, task.recipe)
         self.scaler.scale(loss).backward()
@@ -2639,7 +2671,7 @@ class Trainer:
             raise UserError("too many steps without a finite gradient: lower --lr")
         self.scaler.update()
         now.step += 1
-        share = 1 - min(recipe.ema, (1 + now.step) / (10 + now.step))
+        share = 1 - min(recipe.ema, (1 + now.step) / (10 + now.step))  # as TensorFlow's
         with torch.no_grad():
             torch._foreach_lerp_(*self.floats, share)  # nothing reads the norms' counts
 
@@ -2713,7 +2745,7 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
     now = run.state
     steps = max(1, samples // size)  # an epoch
     total = steps * recipe.epochs
-    if now.step == total:
+    if now.step == total and rank == 0:
         say(f"{name}: finished before")
     shuffles = [np.random.default_rng([recipe.seed, k]) for k in range(recipe.epochs)]
     order = [np.resize(rng.permutation(samples), steps * size) for rng in shuffles]
@@ -2732,7 +2764,7 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
 
     for step in progress(range(now.step, total), "step", note=loss):
         started = stop.clock()
-        reason = max(over_ranks(stop.reason(1.1 * now.slowest)))
+        reason = max(over_ranks(stop.reason(1.1 * now.slowest)))  # any process's ends all
         if reason:
             run.save(last, task)
             where = f"{name}: stopped by {reason} at step {step} of {total}"
@@ -2754,10 +2786,7 @@ def segmenter_task(recipe, device, images, masks):
     def load(sample):
         volume = read_volume(images / sample[0])
         cube = segmenter_input(volume, recipe.size)[0] * 255
-        labels = read_mask(masks[sample[0]], volume, cube.shape)
-        inside, on_bone = mask_fit(masks[sample[0]], volume, labels)
-        if inside < LEAST_INSIDE or on_bone < LEAST_BONE:
-            raise StudyError(f"{inside:.0%} of its mask lie inside, {on_bone:.0%} on bone")
+        labels = fitting_mask(masks[sample[0]], volume, cube.shape)
         return cube.round().byte().numpy(), labels
 
     def score(model, sample):
@@ -2777,7 +2806,8 @@ def segmenter_task(recipe, device, images, masks):
 def usable(samples, load, workers):
     """The samples that can be loaded; the others are reported, each with its reason."""
     good = []
-    for sample, future in progress(prefetch(load, samples, workers), "study", len(samples)):
+    loaded = prefetch(load, samples, workers, workers)
+    for sample, future in progress(loaded, "study", len(samples)):
         try:
             future.result()
             good.append(sample)
@@ -2815,8 +2845,8 @@ def classifier_task(kind, recipe, device, folder, truth):
         right = np.array([truth[uid] for uid in table.index])
         score, _ = competition_scores(answers, right)
         area = score_table(answers, right).AUC
-        both = dict(vertebra_auc=area["C1 to C7"], patient_auc=area["patient_overall"])
-        return dict(score=score, **both)
+        return dict(
+            score=score, vertebra_auc=area["C1 to C7"], patient_auc=area[TARGETS[7]])
 
     return Task(
         kind, recipe, device, load, classifier_batch, score, judge, columns=STEP_TARGETS,
@@ -2903,7 +2933,7 @@ def read_csv(path, columns):
     return table
 
 def prefetch(work, items, workers, ahead=1):
-    """(item, future of work(item)) in order, `ahead` of them under way in threads.
+    """(item, future of work(item)) in order, `ahead` more under way in threads meanwhile.
     Whoever leaves early drops what has not begun."""
     pool = ThreadPoolExecutor(max(1, workers))
     waiting = []
@@ -3066,7 +3096,7 @@ def decode_pixels(data):
         if words.ndim > 1 and words.shape[-2:] != shape[1:]:
             raise StudyError(f"{words.shape[-2:]} pixels in place of {shape[1:]}")
         signed = data.get("PixelRepresentation")
-        if signed is None and (words >> stored - 1 & 1).any():  # air, or the densest metal?
+        if signed is None and ((words >> (stored - 1)) & 1).any():  # air, or metal?
             raise StudyError("no PixelRepresentation, and values that may be negative")
         return sign_extend(words.reshape(shape), stored, signed == 1)
 
@@ -3082,9 +3112,12 @@ def decode_words(data, shape, allocated):
     is_jpeg_2000 = syntax in pydicom.uid.JPEG2000TransferSyntaxes
     is_lossless = syntax in (pydicom.uid.JPEGLossless, pydicom.uid.JPEGLosslessSV1)
     if syntax.is_little_endian and not syntax.is_encapsulated:
+        if len(data.PixelData) >= 2 * math.prod(shape) * allocated // 8:
+            raise StudyError(f"{len(data.PixelData)} bytes: twice what the header says")
         return np.frombuffer(data.PixelData, f"<u{allocated // 8}", math.prod(shape))
     if not is_jpeg_2000 and pydicom.pixels.get_decoder(syntax).is_available:
-        advice = errors_as(StudyError, f"{syntax.name}, try {JPEG_PLUGINS}")
+        others = f", try {JPEG_PLUGINS}" if "JPEG" in syntax.name else ""
+        advice = errors_as(StudyError, syntax.name + others)
         with suppress(Exception) if is_lossless else advice:  # ours reads on
             return pydicom.pixels.pixel_array(data, raw=True)  # big endian, RLE, plug-ins
     if not is_jpeg_2000 and not is_lossless:
@@ -3112,6 +3145,7 @@ def decode_jpeg_2000(jpeg, negative=False):
     bits = depth % 128 + 1
     signed = depth > 127
     stream[42] = bits - 1  # OpenCV refuses signed; as unsigned, it adds half the range
+    stream += b"\xff\xd9"  # its end, which some leave out
     words = cv2.imdecode(np.frombuffer(stream, np.uint8), cv2.IMREAD_UNCHANGED)
     if words is None:
         raise StudyError("damaged JPEG 2000")
@@ -3152,11 +3186,11 @@ def decode_lossless_jpeg(data):
         lookup = huffman_lookup(tables[destination >> 4])
         band = restart // columns or rows  # rows between two restarts
         intervals = split_scan(data[at:])
-        grid = np.zeros((-(-rows // band), band * columns), int)  # an interval a row
+        grid = np.zeros((math.ceil(rows / band), band * columns), int)  # an interval a row
         for number, found in enumerate(grid):
             count = min(band, rows - number * band) * columns
             found[:count] = differences(intervals[number], count, *lookup)
-        grid[:, 0] += 1 << bits - shift - 1
+        grid[:, 0] += 1 << (bits - shift - 1)
         grid = grid.reshape(-1, band, columns)
         samples = undo_prediction(grid, *PREDICTOR_HALVES[predictor])
         return samples.reshape(-1, columns)[:rows] << shift
@@ -3187,19 +3221,19 @@ def differences(coded, count, category_of, advance_of):
     words = stream[:-2] << 16 | stream[1:-1] << 8 | stream[2:]  # 24 bits from each byte on
     places = code_places(words, 8 * len(coded), advance_of)
     ends = places[1 : count + 1]
-    category = category_of.take(windows(words, places[:count]))
+    category = category_of.take(peek(words, places[:count]))
     if len(ends) < count or ends[-1] > 8 * len(coded) or category.max() > 16:
         raise StudyError("cut short or broken")
     extra = category & 15
-    value = windows(words, ends - extra) >> 16 - extra
-    half = 1 << extra >> 1
+    value = peek(words, ends - extra) >> (16 - extra)
+    half = (1 << extra) >> 1  # the smallest difference that is positive; else 0
     value -= (value < half) * (2 * half - 1)
     return value + (category >> 4 << 15)  # category 16 stands for 32768
 
-def windows(words, at):
+def peek(words, at):
     """(N,) the 16 bits of a stream from each of the bits `at` (N,) on; `words` holds the
     24 bits from each of its bytes on."""
-    return words.take(at >> 3, mode="clip") >> 8 - (at & 7) & 0xFFFF
+    return (words.take(at >> 3, mode="clip") >> (8 - (at & 7))) & 0xFFFF
 
 def code_places(words, bits, advance_of):
     """The bits where codes begin, in order, and where the last one ends.
@@ -3236,7 +3270,7 @@ def code_places(words, bits, advance_of):
         codes[first:end] = False
         while at < end:
             is_code[at] = True
-            at += advance[word_at[at >> 3] >> 8 - (at & 7) & 0xFFFF]
+            at += advance[(word_at[at >> 3] >> (8 - (at & 7))) & 0xFFFF]
     return np.append(codes.nonzero()[0], at)
 
 def walk(at, end, words, advance_of, codes):
@@ -3249,7 +3283,7 @@ def walk(at, end, words, advance_of, codes):
             left[number] = at
             at, end, number = at[walking], end[walking], number[walking]
         codes[at] = True
-        at = at + advance_of.take(windows(words, at))
+        at = at + advance_of.take(peek(words, at))
     return left
 
 def undo_prediction(grid, left, above, corner):
@@ -3267,7 +3301,7 @@ def undo_prediction(grid, left, above, corner):
         up = at - columns
         halves = left * flat[at - 1] + above * flat[up]
         halves += corner * flat[up - 1]
-        flat[at] = flat[at] + (halves >> 1) & 0xFFFF
+        flat[at] = (flat[at] + (halves >> 1)) & 0xFFFF
     return flat.T.astype(np.uint16).reshape(grid.shape)
 
 
@@ -3296,7 +3330,8 @@ def data_folder(options, *needed):
 
 def mask_files(data):
     """{uid: NIfTI file} of a data set."""
-    return {path.name.split(".nii")[0]: path for path in data.glob("segmentations/*.nii*")}
+    files = [path for path in sorted(data.glob("segmentations/*")) if is_nifti(path)]
+    return {re.sub(r"(?i)\.nii(\.gz)?$", "", path.name): path for path in files}
 
 def training_data(options):
     """({uid: labels (8,)} of the studies with images, {uid: fold}, {uid: mask})."""
@@ -3306,6 +3341,8 @@ def training_data(options):
     folds = assign_folds(table, options.folds, masks)  # of all: a study keeps its fold
     truth = zip(table[STUDY], table[[*TARGETS]].to_numpy(np.float32))
     here = {uid: labels for uid, labels in truth if (data / "train_images" / uid).is_dir()}
+    if len(here) < len(table) and ranks()[0] == 0:
+        say(f"{data}/train_images has {len(here)} of the {len(table)} studies of train.csv")
     return here, folds, masks
 
 def hash_of(*parts):
@@ -3329,7 +3366,7 @@ def say_start(options, starts):
     found = sorted({str(path) for path in starts.values() if path})
     if found:
         say(f"--init {options.init}: {', '.join(found)}")
-    elif options.init == "auto":
+    if options.init == "auto" and not all(starts.values()):
         name = options.backbone
         say(f"NO IMAGENET WEIGHTS of {name}: {FROM_SCRATCH}. Attach timm's file of it, "
             f"{name}*.safetensors, .bin or .pth, under {KAGGLE}/input, or put it into "
@@ -3342,7 +3379,8 @@ def say_plan(options):
             f"{PLANS[options.preset]} on two T4 (operations counted, not timed: README)")
 
 def folds_wanted(options, kind):
-    """The folds to train. UserError, before data is read, if the options make none."""
+    """The folds to train. UserError, before data is read, if --fold, --name, --size or
+    --backbone cannot be."""
     wanted = [k for k in range(options.folds) if options.fold in ("all", str(k))]
     if not wanted:
         raise UserError(f"--fold {options.fold}: there are folds 0 to {options.folds - 1}")
@@ -3351,7 +3389,7 @@ def folds_wanted(options, kind):
     recipe = recipe_from(options, kind)
     if kind == "segmenter" and recipe.size % 16:
         raise UserError(f"--size {recipe.size}: must be a multiple of 16")
-    new_model(kind, asdict(recipe))
+    new_model(kind, asdict(recipe))  # raises where the backbone does not fit
     return wanted
 
 def run_training(options, wanted, samples, folds, task):
@@ -3373,7 +3411,7 @@ def run_training(options, wanted, samples, folds, task):
             made_of = task.made_of | {"studies": hash_of(rest, kept)}
             made_of["--init"] = hash_of(init) if init else ""
             seldom = math.ceil(len(kept) / VALIDATION_SHARE / max(len(rest), 1))
-            every = getattr(task.recipe, "thin", seldom)  # epochs that show all steps
+            every = getattr(task.recipe, "thin", seldom)  # `thin` epochs show all steps
             name = model_name(task.kind, options.name, fold)
             one = task._replace(name=name, train=rest, held_out=kept)
             one = one._replace(made_of=made_of, every=every)
@@ -3447,13 +3485,13 @@ def extract(options):
     if known and ranks()[0] == 0:
         say(f"{len(known)} studies are masked by segmenters that may have trained on them")
 
-    def files(uid):
-        masks = [Path(options.masks) / f"{uid}.nii.gz"] if options.masks else []
-        return [out / f"{uid}.npz", *masks]
+    def written(uid):
+        mask = [Path(options.masks) / f"{uid}.nii.gz"] if options.masks else []
+        return [out / f"{uid}.npz", *mask]
 
     rank, world = ranks()
     mine = [*truth][rank::world]
-    todo = [uid for uid in mine if not all(path.exists() for path in files(uid))]
+    todo = [uid for uid in mine if not all(path.exists() for path in written(uid))]
     images = Path(options.data) / "train_images"
     volumes = prefetch(lambda uid: read_volume(images / uid, options.workers), todo, 1)
     with stop_signals(minutes_of(options)) as stop:
@@ -3466,7 +3504,7 @@ def extract(options):
                 volume = future.result()
                 probability = segment(
                     own or [*models.values()], volume, device, say_of(volume))
-                write_study(volume, probability, options, makers, *files(uid))
+                write_study(volume, probability, options, makers, *written(uid))
             except StudyError as error:
                 say(f"study {uid}: {error}; left out")
     heads = crops_heads(out, truth, options.workers)
@@ -3502,7 +3540,7 @@ def train_classifiers(options):
     labels = [truth[uid].tolist() for uid in heads]
     samples = [(uid, targets) for uid in heads for targets in asked]
     recipe = recipe_from(options, kind)
-    if recipe.size > edge:
+    if recipe.size > edge and ranks()[0] == 0:
         say(f"--size {recipe.size} only enlarges crops of {edge} pixels: extract --size "
             "cuts larger ones")
     if "z_margin" in options.given and options.z_margin != z_margin:
@@ -3546,8 +3584,7 @@ def predict(options):
             write_submission(submission)  # the prior, whatever fails from here on
         hashes = model_hashes(options.weights)
         calibration = calibration_asked(options, hashes)
-        made_by = hash_of(hashes, calibration)
-        submission = submission._replace(made_by=made_by)
+        submission = submission._replace(made_by=hash_of(hashes, calibration))
         write_submission(submission)
         device = pick_device(options.device)
         ensemble = tried_on_device(load_ensemble(options.weights, device, calibration))
@@ -3577,41 +3614,49 @@ def evaluate(options):
     data, weights = data_folder(options, "train.csv"), Path(options.weights)
     if options.calibrate and not options.folds:
         raise UserError("--calibrate needs --folds: it is fitted to held-out answers")
-    table = read_labels(data)
+    truth = read_labels(data)
     if options.folds:
         outputs, folds = read_held_out(weights)
-        outputs = {uid: one for uid, one in outputs.items() if uid in table.index}
-        found = blend(outputs)
+        outputs = {uid: one for uid, one in outputs.items() if uid in truth.index}
+        answers = blend(outputs)
     else:
-        found = read_answers(options.submission)
-    found = found[found.index.isin(table.index)]
-    missing = int(found.isna().sum().sum())
+        answers = read_answers(options.submission)
+    answers = answers[answers.index.isin(truth.index)]
+    missing = int(answers.isna().sum().sum())
     if missing:
         say(f"{missing} answers are missing or no probabilities: scored as the prior")
-    found = found.fillna(PRIOR_ANSWERS)
-    labels = table.loc[found.index].to_numpy()
+    answers = answers.fillna(PRIOR_ANSWERS)
+    labels = truth.loc[answers.index].to_numpy()
     if np.isnan(labels).all():
         raise UserError(f"nothing to score: no answered study has labels in {data}/")
-    print_scores(found.to_numpy(), labels)
+    if len(answers) < len(truth) and not options.folds:
+        say(f"{options.submission} answers {len(answers)} of {len(truth)} labelled studies")
+    print_scores(answers.to_numpy(), labels)
     if options.calibrate:
+        pairs = {(one.name, folds[uid]) for uid in outputs for one in outputs[uid]}
+        made = {f"{name}_fold{fold}.pt" for name, fold in pairs}
+        for lost in sorted(made - model_hashes(weights).keys()):
+            say(f"{lost} is not there, but its held-out answers are, and count in the fit")
         if len({folds[uid] for uid in outputs}) > 1:
             print("The same, each fold blended and calibrated by a fit to the others:")
-            found = cross_fitted(outputs, folds, table).loc[found.index]
-            print_scores(found.to_numpy(), labels)
+            answers = cross_fitted(outputs, folds, truth).loc[answers.index]
+            print_scores(answers.to_numpy(), labels)
         else:
-            say("only one fold: the fit that is written is not scored on others")
-        write_calibration(weights, fit_calibration(outputs, table))
-    table = score_table(found.to_numpy(), labels)
+            known = " (with --folds 1: and made of studies that it trained on)"
+            say("only one fold: the fit that is written is not scored on others"
+                + known * (len(outputs) == len(truth)))
+        write_calibration(weights, fit_calibration(outputs, truth))
+    table = score_table(answers.to_numpy(), labels)
     if not options.folds:
         device = pick_device(options.device)
         models = [*load_models(weights, "segmenter", device).values()]
         if models:
-            table = table.join(mask_table(data, found.index, models, options.workers))
+            table = table.join(mask_table(data, answers.index, models, options.workers))
     print("\nEvery target; fractured: how many are:")
     print(table.round(4).to_string(na_rep=""))
     if len(labels) >= LEAST_STUDIES:
         print("\nAnswers of about a size, and how many of them are fractured:")
-        print(reliability(found.to_numpy(), labels).round(3).to_string())
+        print(reliability(answers.to_numpy(), labels).round(3).to_string())
 
 class Mode(NamedTuple):
     """What a mode does, and its options: names of Shared's, and the fields of its own."""
@@ -3666,7 +3711,7 @@ def add_option(parser, one, default):
         if one.metadata["choices"]:
             how |= dict(choices=one.metadata["choices"], metavar=None)
         if default != "":
-            how["help"] += f" (default: {default})"
+            how["help"] += " (default: %(default)s)"
         parser.add_argument(flag, action=Given, limits=limits, type=type(default), **how)
 
 def preset_of(argv):
@@ -3674,6 +3719,14 @@ def preset_of(argv):
     parser = Parser("cspine.py", add_help=False)
     parser.add_argument("--preset")
     return parser.parse_known_args(argv)[0].preset
+
+def presets_of(name):
+    """What each preset sets in a mode, as text."""
+    texts = []
+    for preset, values in PRESETS.items():
+        own = ", ".join(f"{key} {value}" for key, value in values.get(name, {}).items())
+        texts.append(f"{preset}: {own or 'as above'}")
+    return f"Presets' own defaults. {'; '.join(texts)}."
 
 def build_parser(modes, others=(), preset=""):
     """The parser of {name: Mode}; the others, {name: text}, are told in --help alone.
@@ -3686,7 +3739,7 @@ def build_parser(modes, others=(), preset=""):
         one = parsers.add_parser(name, help=text.splitlines()[0], description=text)
         one.set_defaults(given=())
         if "preset" in mode.shared:
-            one.epilog = "The defaults of a preset: --preset NAME --help."
+            one.epilog = presets_of(name)
         defaults = vars(Shared()) | vars(mode.own) | PRESETS.get(preset, {}).get(name, {})
         shared = [part for part in fields(Shared) if part.name in mode.shared.split()]
         for part in (*shared, *fields(mode.own)):

@@ -172,3 +172,11 @@ def test_a_calibration_file_carries_the_blend_and_refuses_what_it_does_not_know(
         del content[name]
     path.write_text(json.dumps(content))
     assert cspine.read_calibration(tmp_path).answers == Answers()
+
+
+def test_no_blend_is_tried_in_which_nobody_answers():
+    """Two names that both know nothing; without weights every answer would be the prior."""
+    found = Calibration(weights={"a": 0.0})
+    tried = list(cspine.other_blends(found, ["a", "b"]))
+    assert any(other.weights.get("b") == 4 for other in tried)
+    assert all(any(other.weights.get(name, 1) for name in "ab") for other in tried)

@@ -40,6 +40,17 @@ def test_the_patient_classifier_answers_105_steps_and_the_patient(small):
     assert steps.shape == (2, 105) and patient.shape == (2,)
 
 
+def test_the_patient_is_answered_by_the_largest_and_the_mean_of_all_steps(small):
+    """As the shipped weights have learnt it."""
+    model = small[0]
+    with torch.inference_mode():
+        features = torch.randn(2, 105, model.encoder.absent.numel())
+        _, patient = model.answer(features)
+        steps, _ = model.patient_lstm(features)
+        expected = model.patient_head(torch.cat([steps.max(1).values, steps.sum(1) / 105], 1))
+    assert torch.allclose(patient, expected[:, 0], atol=1e-5)
+
+
 def test_a_third_of_the_steps_is_a_sample_too(small):
     crops = random_crops(1, 35, 6, 32, 32)
     crops[:, 10:15] = 0  # the third vertebra is not in view
@@ -57,6 +68,20 @@ def test_bytes_and_unit_floats_give_the_same_answer(small):
     crops = random_crops(1, 15, 6, 32, 32)
     with torch.inference_mode():
         assert torch.allclose(small[1](crops), small[1](crops.float() / 255), atol=1e-4)
+
+
+def test_a_training_shows_the_backbone_what_an_answer_does():
+    """Of a backbone without norms of a batch."""
+    model, crops = VertebraClassifier("test_convnext3", hidden=8), random_crops(1, 15, 6, 32, 32)
+    with torch.inference_mode():
+        for shown in (crops, crops / 255):
+            assert torch.allclose(model.train()(shown), model.eval()(shown), atol=1e-5)
+
+
+def test_half_precision_ends_where_the_steps_are_read(small):
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        steps, patient = small[0](random_crops(1, 105, 6, 32, 32))
+    assert steps.dtype == patient.dtype == torch.float32
 
 
 def test_samples_of_a_batch_do_not_meet(small):

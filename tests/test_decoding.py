@@ -17,6 +17,7 @@ import pytest
 from lossless_jpeg_encoder import dicom_file, encode, random_table
 from pydicom.data import get_testdata_file
 
+import cspine
 from cspine import StudyError, decode_lossless_jpeg, decode_pixels
 
 IMPLICIT, EXPLICIT, BIG = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"
@@ -418,3 +419,22 @@ def test_a_few_random_mutations_of_all_inputs_do_no_harm():
     """The whole run is `python tests/studies/fuzz.py --n 2000`; it counts what must not happen."""
     fuzz = pytest.importorskip("fuzz")
     assert fuzz.run(n=40, seed=1)["bad"] == []
+
+
+def test_a_jpeg_2000_without_its_end_marker_is_whole_and_a_cut_one_is_not():
+    values = np.random.default_rng(0).integers(0, 4096, (64, 64)).astype(np.uint16)
+    how = [cv2.IMWRITE_JPEG2000_COMPRESSION_X1000, 1000]
+    stream = cv2.imencode(".jp2", values, how)[1].tobytes()
+    stream = stream[stream.index(b"\xff\x4f\xff\x51"):]
+    assert stream.endswith(b"\xff\xd9")
+    assert np.array_equal(cspine.decode_jpeg_2000(stream), values)
+    assert np.array_equal(cspine.decode_jpeg_2000(stream[:-2]), values)
+    with pytest.raises(StudyError, match="damaged JPEG 2000"):
+        cspine.decode_jpeg_2000(stream[: len(stream) // 2])
+
+
+def test_plug_ins_for_jpeg_are_advised_for_jpeg_alone():
+    dataset = dicom_file([b"\0\1" * 40], pydicom.uid.RLELossless, (12, 15))
+    with pytest.raises(StudyError, match="RLE Lossless: ") as error:
+        decode_pixels(dataset)
+    assert "pylibjpeg" not in str(error.value)

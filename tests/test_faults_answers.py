@@ -671,7 +671,9 @@ def test_a_training_of_segmenters_without_masks_says_so(said, tmp_path):
     (tmp_path / "train_images" / "u0").mkdir(parents=True)
     _, errors = said(["train-seg", "--data", tmp_path, "--weights", tmp_path / "w",
                       "--device", "cpu"], 2)
-    assert errors.count("\n") == 1 and "no study" in errors and "mask" in errors
+    first, last = errors.splitlines()
+    assert "train_images has 1 of the 4 studies of train.csv" in first
+    assert "no study" in last and "mask" in last
 
 
 def test_a_card_that_counts_as_available_and_runs_nothing_is_left_by_every_mode(
@@ -687,3 +689,70 @@ def test_a_card_that_counts_as_available_and_runs_nothing_is_left_by_every_mode(
     assert said.count("\n") == 1 and "cuda:0 runs nothing" in said and "no kernel image" in said
     with pytest.raises(cspine.UserError, match="--device cuda:0: .*no kernel image"):
         cspine.pick_device("cuda:0")
+
+
+def test_what_a_calibration_counts_of_models_that_are_gone_is_told(said, tmp_path):
+    weights, data = tmp_path / "weights", tmp_path / "data"
+    write_labels(data, folds_of_answers(weights))
+    (weights / "vertebra_fold1.pt").write_bytes(b"any")
+    command = ["evaluate", "--folds", "--calibrate", "--data", data, "--weights", weights]
+    _, errors = said(command)
+    assert "vertebra_fold0.pt is not there" in errors and "vertebra_fold1.pt" not in errors
+
+
+def test_a_calibration_by_folds_1_says_what_it_was_fitted_to(said, tmp_path):
+    weights, data = tmp_path / "weights", tmp_path / "data"
+    labels = folds_of_answers(weights)
+    (weights / "vertebra_fold1_heldout.csv").unlink()
+    some = dict(list(labels.items())[::2])
+    command = ["evaluate", "--folds", "--calibrate", "--data", data, "--weights", weights]
+    for given, trained in ((labels, False), (some, True)):
+        write_labels(data, given)
+        _, errors = said(command)
+        assert "only one fold" in errors and ("studies that it trained on" in errors) == trained
+
+
+def test_a_damaged_cell_of_held_out_answers_is_one_line(said, tmp_path):
+    weights, data = tmp_path / "weights", tmp_path / "data"
+    write_labels(data, folds_of_answers(weights))
+    path = weights / "vertebra_fold0_heldout.csv"
+    path.write_text(path.read_text().replace("0.", "x.", 1))
+    _, errors = said(["evaluate", "--folds", "--data", data, "--weights", weights], 2)
+    assert len(errors.splitlines()) == 1 and "vertebra_fold0_heldout.csv" in errors
+
+
+def test_labelled_studies_without_an_answer_are_counted(said, tmp_path):
+    write_labels(tmp_path, {"u0": [0] * 8, "u1": [0] * 8, "u2": [0] * 8})
+    rows = [f"u{k}_{target},0.2" for k in (0, 1) for target in TARGETS]
+    (tmp_path / "s.csv").write_text("\n".join(["row_id,fractured", *rows]))
+    _, errors = said(["evaluate", "--data", tmp_path, "--submission", tmp_path / "s.csv",
+                      "--weights", tmp_path / "none"])
+    assert "s.csv answers 2 of 3 labelled studies" in errors
+
+
+def test_no_dice_is_told_of_a_mask_that_no_training_would_take(tmp_path, capsys):
+    """Its mask lies a metre away: of another study."""
+    weights = make_weights(tmp_path / "weights", patient=False)
+    for name in ("good", "other"):
+        make_study(tmp_path / "test_images" / name)
+    volume = cspine.read_volume(tmp_path / "test_images" / "good")
+    labels = np.zeros(volume.hu.shape, np.uint8)
+    labels[2:18, 8:24, 8:24] = (np.arange(16) // 2 + 1).clip(max=7)[:, None, None]
+    for name, up in (("good", 0), ("other", 1000)):
+        affine = volume.affine.copy()
+        affine[2, 3] += up
+        path = tmp_path / "segmentations" / f"{name}.nii.gz"
+        cspine.write_nifti(path, labels, volume._replace(affine=affine))
+    models = [*cspine.load_models(weights, "segmenter", "cpu").values()]
+    both = cspine.mask_table(tmp_path, ["good", "other"], models, 1)
+    good = cspine.mask_table(tmp_path, ["good"], models, 1)
+    pd.testing.assert_frame_equal(both, good)
+    assert "other: 0% of its mask lie inside" in capsys.readouterr().err
+
+
+def test_reports_of_the_users_own_are_left_alone(tmp_path):
+    for name in ("predict_report.csv", "predict_report1.csv", "predict_report2024.csv"):
+        (tmp_path / name).write_text("")
+    found = cspine.report_paths(tmp_path / "submission.csv")
+    assert {rank: path.name for rank, path in found.items()} == {
+        0: "predict_report.csv", 1: "predict_report1.csv"}

@@ -516,3 +516,50 @@ def test_a_files_name_is_one_line_of_the_report(write_series):
     folder = write_series(noise(), positions=places())
     (folder / "Icon\r").write_bytes(b"of the Finder")
     assert any(one.startswith("Icon: ") for one in read_volume(folder).problems)
+
+
+@pytest.mark.parametrize("moved", [range(20, 40), [20], [39]])
+def test_slices_beside_their_place_are_told_and_are_no_tilt(moved, write_series):
+    at = [(25.0 if k in moved else 0.0, 0.0, -float(k)) for k in range(40)]
+    volume = read_volume(write_series(noise(slices=40), positions=at))
+    text, = volume.problems
+    assert "mm beside their place" in text and "tilt" not in text
+
+
+@pytest.mark.parametrize("group, name, values", [
+    ("FrameContentSequence", "FrameAcquisitionNumber", (1, 2)),
+    ("FrameContentSequence", "TemporalPositionIndex", (1, 2)),
+    ("CTImageFrameTypeSequence", "FrameType", (["ORIGINAL", "A"], ["ORIGINAL", "B"])),
+    ("CTReconstructionSequence", "ConvolutionKernel", ("BONE", "SOFT"))])
+def test_two_passes_in_one_file_of_frames_are_not_woven(group, name, values, tmp_path):
+    """0.3 mm apart, told apart by their frames' own groups."""
+    stored, frames = noise(slices=40), []
+    for k in range(40):
+        of_pass, z = divmod(k, 20)
+        place = [item(ImagePositionPatient=[0.0, 0.0, -z - 0.3 * of_pass])]
+        marks = {group: [item(**{name: values[of_pass]})]}
+        frames.append(item(PlanePositionSequence=place, **marks))
+    data = dicom_bytes(stored, None, PerFrameFunctionalGroupsSequence=frames)
+    (tmp_path / "all.dcm").write_bytes(data)
+    assert np.array_equal(read_volume(tmp_path).hu, stored[:20] - 1024)
+
+
+def test_twice_the_pixel_data_that_the_header_tells_of_is_refused(write_series):
+    """16-bit values under a header of 8 bits; a byte of padding is none of that."""
+    folder = write_series(noise(), positions=places())
+    for path in folder.iterdir():
+        data = pydicom.dcmread(path)
+        data.BitsAllocated = data.BitsStored = 8
+        data.HighBit = 7
+        data.save_as(path)
+    with pytest.raises(StudyError, match="96 bytes: twice what the header says"):
+        read_volume(folder)
+
+
+def test_masks_are_nifti_files_and_no_copies_of_them(tmp_path):
+    folder = tmp_path / "segmentations"
+    folder.mkdir()
+    for name in ("a.nii.gz", "b.nii", "b.nii.gz.part", "c.nii.gz.bak", "D.NII.GZ"):
+        (folder / name).write_bytes(b"")
+    masks = cspine.mask_files(tmp_path)
+    assert masks == {"a": folder / "a.nii.gz", "b": folder / "b.nii", "D": folder / "D.NII.GZ"}

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import cspine
 from cspine import StudyError, Volume, read_mask, read_volume
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # to and from RAS
@@ -331,3 +332,33 @@ def test_a_gzip_bomb_is_refused_before_memory_is_taken(tmp_path):
     (tmp_path / "mask.nii.gz").write_bytes(bomb)
     with pytest.raises(StudyError):
         read_mask(tmp_path / "mask.nii.gz", volume_at(np.eye(4), SHAPE))
+
+
+def test_zooms_below_0_are_taken_as_lengths(tmp_path):
+    """As nibabel does; pixdim[0] alone mirrors."""
+    data, qform = np.ones((2, 3, 4)), [0, 0, 1.0, 0, 0, 0]
+    affines = []
+    for zooms in ((0.5, 0.6, 1.2), (0.5, 0.6, -1.2)):
+        path = tmp_path / "ct.nii"
+        path.write_bytes(nifti(data, qform=qform, zooms=zooms))
+        affines.append(cspine.read_nifti(path)[3])
+    np.testing.assert_array_equal(*affines)
+
+
+@pytest.mark.parametrize("unit, to_mm", [(0, 1), (1, 1000), (2, 1), (3, 0.001), (2 + 8, 1)])
+def test_metres_and_microns_are_brought_to_mm(unit, to_mm, tmp_path):
+    raw = bytearray(nifti(np.ones((2, 3, 4)), sform=np.eye(4)[:3] / to_mm))
+    raw[123] = unit  # with the unit of time
+    (tmp_path / "ct.nii").write_bytes(raw)
+    voxel_from_lps = cspine.read_nifti(tmp_path / "ct.nii")[3]
+    np.testing.assert_allclose(voxel_from_lps, np.diag([-1, -1, 1, 1]), atol=1e-6)
+
+
+def test_an_orientation_that_is_guessed_is_told(tmp_path, capsys):
+    path = tmp_path / "ct.nii"
+    path.write_bytes(nifti(np.ones((2, 3, 4))))
+    cspine.read_nifti(path)
+    assert "ct.nii: no orientation in its header" in capsys.readouterr().err
+    path.write_bytes(nifti(np.ones((2, 3, 4)), qform=[0, 0, 1.0, 0, 0, 0]))
+    cspine.read_nifti(path)
+    assert not capsys.readouterr().err

@@ -71,6 +71,8 @@ def test_the_best_constants_beat_one_half_on_the_prevalences_of_the_facts():
     rates = [0.0723, 0.1412, 0.0362, 0.0535, 0.0802, 0.1372, 0.1947, 0.4760]
     labels = (np.arange(2000)[:, None] + 0.5) / 2000 < rates
     assert competition_scores(np.tile(PRIOR, (2000, 1)), labels)[1] < 0.58
+    best = 2 * np.array(rates) / (1 + np.array(rates))  # where a positive weighs double
+    assert ((0.73 < PRIOR / best) & (PRIOR / best < 0.83)).all()  # less, as a study is a mean
 
 
 def test_answers_of_zero_and_one_stay_finite():

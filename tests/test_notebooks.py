@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 
 import cspine
@@ -169,7 +170,7 @@ def test_sessions_cut_short_end_with_the_weights_of_one_uncut(kaggle, tmp_path, 
     assert ran == all_steps and "ALL IS TRAINED AND CALIBRATED" in said
     assert (tmp_path / "whole" / "working" / "weights" / "calibration.json").exists()
     for line in ("GPU 0: runs", "4 studies with images, 4 with masks", "this is the first",
-                 "crops are kept", "weights of test_resnet: NOT FOUND", "hours by the plan"):
+                 "crops are kept", "weights of test_resnet: NOT FOUND", "hours left by the plan"):
         assert line in said
 
     told, sessions, earlier = [], [("extract", ""), ("train-cls", "datasets/me"), ("", "")], None
@@ -252,7 +253,7 @@ def test_folds_may_be_fewer_and_crops_that_are_cut_short_are_not_taken_for_all(
     assert "extract is not finished" in capsys.readouterr().err
     monkeypatch.setattr(train_all.time, "monotonic", time.perf_counter)
     assert train_all.main(command) == 0
-    assert ran[2:] == ["train-seg", "extract", "train-cls", "train-patient", "evaluate"]
+    assert ran[2:] == ["extract", "train-cls", "train-patient", "evaluate"]
 
 
 def test_without_imagenet_a_session_ends_before_it_begins(phantom_data, monkeypatch, tmp_path):
@@ -260,6 +261,44 @@ def test_without_imagenet_a_session_ends_before_it_begins(phantom_data, monkeypa
     with pytest.raises(cspine.UserError, match="attach timm's files of convnext_nano, tf_eff"):
         kaggle_training.find_imagenet("gold", phantom_data, False)
     kaggle_training.find_imagenet("gold", phantom_data, True)
+
+
+def test_a_session_refuses_a_file_of_another_network_before_it_begins(
+        phantom_data, monkeypatch, tmp_path, capsys):
+    """convnext_nano_ols is found where convnext_nano is asked for, and does not fit it."""
+    monkeypatch.setattr(cspine, "KAGGLE", tmp_path)
+    tiny_preset(monkeypatch)
+    path = tmp_path / "input" / "me" / "test_resnet.pth"
+    path.parent.mkdir(parents=True)
+    torch.save(timm.create_model("test_efficientnet").state_dict(), path)
+    with pytest.raises(cspine.UserError, match="attach timm's files of test_resnet"):
+        kaggle_training.find_imagenet("fast", phantom_data, False)
+    assert f"test_resnet: DO NOT FIT: --init {path}" in capsys.readouterr().out
+    torch.save(timm.create_model("test_resnet").state_dict(), path)
+    kaggle_training.find_imagenet("fast", phantom_data, False)
+    assert f"test_resnet: {path}" in capsys.readouterr().out
+
+
+def test_gold_is_followed_by_its_second_set(monkeypatch, tmp_path):
+    """With the same options; what is trained already is not trained again."""
+    ran = []
+    monkeypatch.setattr(train_all, "run", lambda arguments, cards: ran.append(arguments) or 0)
+    done = [("gold", "train-seg")]
+
+    def trained(weights, preset, mode, *folds):
+        first = (preset, mode) not in done
+        done.append((preset, mode))  # by the run that follows
+        return not first
+
+    monkeypatch.setattr(kaggle_training, "trained", trained)
+    given = ["--preset", "gold", "--data", "d", "--weights", str(tmp_path)]
+    assert train_all.main(given) == 0
+    modes_run = [(one[0], cspine.preset_of(one)) for one in ran]
+    fit = ("evaluate", None)
+    later = ("extract", "train-cls", "train-patient")
+    assert modes_run == [*((mode, "gold") for mode in later), fit,
+                         *((mode, "gold-second") for mode in ("train-seg", *later)), fit]
+    assert all(one[1:3] == ["--preset", "gold"] for one in ran if one[0] != "evaluate")
 
 
 def test_the_plan_is_the_work_over_the_rate(monkeypatch):

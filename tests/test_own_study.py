@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import shutil
+import threading
 from itertools import permutations, product
 
 import numpy as np
@@ -145,6 +147,30 @@ def test_measures_are_those_of_boxes_and_the_lordosis_that_of_wedges():
     assert np.allclose(places["C2"]["centroid_lps_mm"], expected)
 
 
+def test_where_to_look_is_the_middle_of_the_strongest_step():
+    """By hand: C3 and a cell on either side lie in the slices 21 to 50; step 10 is in slice 40."""
+    probability = np.zeros((7, EDGE, EDGE, EDGE), np.float32)
+    probability[2, 8:16, 4:10, 20:30] = 0.9
+    volume = volume_of(np.zeros((96, 64, 128), np.uint8), degrees=(20, -10))
+    one, other = np.full((2, 7, 15), 0.2)
+    one[2, [3, 9]], other[2, 9] = (0.6, 0.5), 0.9
+    outputs = [cspine.Output(one, np.nan), cspine.Output(other, np.nan)]
+    places = cspine.strongest_steps(volume, probability, outputs, 1.0)
+    assert [*places] == ["C3"] and places["C3"]["slice"] == 41
+    assert np.allclose(places["C3"]["lps_mm"], (volume.affine @ [40, 13.5, 99.5, 1])[:3])
+    assert np.allclose(places["C3"]["steps"], (one[2] + other[2]) / 2)
+
+
+def test_a_voxel_of_two_vertebrae_is_the_likelier_ones():
+    volume = volume_of(np.zeros((EDGE, EDGE, EDGE), np.uint8))
+    for chances, border in (((0.9, 0.7), 12), ((0.7, 0.9), 10)):
+        probability = np.zeros((7, EDGE, EDGE, EDGE), np.float32)
+        probability[2, 4:12, 8:20, 8:20], probability[3, 10:18, 8:20, 8:20] = chances
+        labels = cspine.vertebra_labels(volume, probability)
+        assert (labels[4:border, 8:20, 8:20] == 3).all()
+        assert (labels[border:18, 8:20, 8:20] == 4).all()
+
+
 # --------------------------------------------------------------------------------------- predict
 
 
@@ -191,7 +217,10 @@ def test_dicom_and_nifti_of_one_ct_have_the_same_answers(predict, ct, tmp_path, 
     assert np.allclose(table.loc[0, columns].astype(float), table.loc[1, columns].astype(float))
     assert table.C3_lps_mm[0] == table.C3_lps_mm[1]
     assert table.note.str.contains("not for diagnosis").all() and "not for diagnosis" in out
-    assert "dicom: look at slice" in out
+    worst = table.loc[0, [*cspine.VERTEBRAE]].astype(float).idxmax()
+    place, chance = table[f"{worst}_slice"][0], table[worst][0]
+    look = f"look at slice {place} of 20 from the head, {place}.dcm: {worst}, {chance:.2f}"
+    assert f"dicom: {look}" in out.splitlines()
     content = json.loads((tmp_path / "answers" / "answers.json").read_text())
     place = content["studies"][0]["vertebrae"]["C3"]
     assert place["file"] == f"{place['slice']}.dcm" and len(place["steps"]) == 15
@@ -202,6 +231,18 @@ def test_the_turned_volume_equals_the_series(ct, tmp_path):
     other = cspine.read_volume(tmp_path / "ct.nii.gz")
     assert np.array_equal(other.hu, ct.hu) and np.allclose(other.affine, ct.affine, atol=1e-4)
     assert [file for file, _ in ct.sources] == [f"{k + 1}.dcm" for k in range(20)]
+
+
+@pytest.mark.parametrize("axes", [*permutations(range(3))])
+def test_the_mask_of_a_nifti_has_its_very_voxels(axes, ct, tmp_path):
+    affine = (ct.affine[:3] * [[-1], [-1], [1]])[:, [*axes, 3]]
+    path, stored = tmp_path / "turned.nii", ct.hu.transpose(axes)
+    path.write_bytes(nifti(stored, code=4, sform=affine))
+    volume = cspine.read_volume(path)
+    cspine.write_nifti(tmp_path / "mask.nii.gz", np.uint8(volume.hu > 500), volume)
+    mask, _, _, voxel_from_lps = cspine.read_nifti(tmp_path / "mask.nii.gz")
+    assert np.array_equal(mask, stored > 500)
+    assert np.allclose(voxel_from_lps, cspine.read_nifti(path)[3], atol=1e-4)
 
 
 def test_a_folder_of_studies_and_one_that_fails(predict, ct, tmp_path, capsys):
@@ -365,3 +406,43 @@ def test_a_stray_that_is_no_vertebra_is_not_in_the_mask_either(predict, ct, tmp_
     assert table.C1.notna()[0] and table.C2.isna()[0]
     written = cspine.read_mask(tmp_path / "masks" / "dicom.nii.gz", ct)
     assert np.array_equal(written, np.where(labels == 2, 0, labels))
+
+
+def test_a_study_whose_file_hangs_ends_and_the_others_are_answered(
+        ct, tmp_path, monkeypatch, capsys):
+    """A clock of a twentieth of a second stands for ten minutes."""
+    folder = tmp_path / "all"
+    folder.mkdir()
+    for name in "ab":
+        shutil.copy(tmp_path / "ct.nii.gz", folder / f"{name}.nii.gz")
+    real, free = cspine.read_volume, threading.Event()
+
+    def read(path, workers):
+        if path.name.startswith("a"):
+            free.wait(60)
+        return real(path, workers)
+
+    waits = []
+
+    def wait(futures, seconds):
+        waits.append(seconds)
+        hangs = len(waits) == 1
+        return real_wait(futures, 0.05 if hangs else 60)
+
+    real_wait = cspine.wait
+    monkeypatch.setattr(cspine, "read_volume", read)
+    monkeypatch.setattr(cspine, "wait", wait)
+    rows = {}
+
+    def answer(volume, *given):
+        rows[volume.uid] = 1
+        raise cspine.StudyError("enough for this test")
+
+    monkeypatch.setattr(cspine, "answer_somewhere", answer)
+    weights = make_weights(tmp_path / "weights")
+    command = ["predict", folder, "--weights", weights, "--out", tmp_path / "out"]
+    assert cspine.main([*map(str, command), "--device", "cpu"]) == 2
+    free.set()
+    said = capsys.readouterr().err
+    assert "study a: a: reading it took over 600 s" in said.replace(".nii.gz", "")
+    assert len(rows) == 1 and set(waits) == {cspine.MAX_READ_S}

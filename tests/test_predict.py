@@ -252,6 +252,16 @@ def test_a_card_without_memory_for_many_crops_is_given_few_at_once(weights):
     assert features.shape == (40, 6) and encoder.backbone.given == [40, 15, 15, 10]
 
 
+def test_classifiers_of_unlike_crops_do_not_answer_together(tmp_path):
+    weights = make_weights(tmp_path)
+    path = weights / "patient_fold0.pt"
+    content = torch.load(path, weights_only=True)
+    content["settings"]["z_margin"] += 1
+    torch.save(content, path)
+    with pytest.raises(cspine.UserError, match="classifiers of unlike --mask-of, --z-margin"):
+        cspine.load_ensemble(weights, torch.device("cpu"))
+
+
 # -------------------------------------------------------------------- killed, continued, shared
 
 
@@ -480,6 +490,20 @@ def test_without_a_time_limit_too_a_study_is_given_up_and_its_threads_end(
     assert ended == [(False, True)]
 
 
+def test_where_time_is_short_the_models_of_other_folds_are_not_asked(
+        studies, tmp_path, monkeypatch):
+    small = 32, *cspine.vertebra_slices.__defaults__[1:]
+    monkeypatch.setattr(cspine.vertebra_slices, "__defaults__", small)
+    weights = make_weights(tmp_path, folds=2, patient=False)
+    ensemble = cspine.load_ensemble(weights, torch.device("cpu"))
+    asked = set()
+    for model in sum(ensemble.models.values(), []):
+        model.register_forward_pre_hook(lambda module, _: asked.add(module))
+    volume = cspine.read_volume(studies / "test_images" / UIDS[0])
+    cspine.answer_study(volume, 0, ensemble, 1)
+    assert asked == {*sum((models[:1] for models in ensemble.models.values()), [])}
+
+
 def test_lines_that_end_in_a_comma_keep_their_columns(tmp_path):
     path = tmp_path / "test.csv"
     path.write_text(f"row_id,{cspine.STUDY},prediction_type\na_C1,a,C1,\na_C2,a,C2,\n")
@@ -637,6 +661,16 @@ def test_the_patient_is_blended_with_noisy_or():
     assert list(answer[2:7]) == list(cspine.PRIOR[2:7])
 
 
+def test_the_patients_calibration_moves_the_blend_once():
+    """By hand: what the vertebrae's noisy-or and the patient's head say together, 0.66."""
+    scale, shift = np.append(np.ones(7), 0.5), np.append(np.zeros(7), -1.0)
+    answer = cspine.combine([Output(steps(0.5, 0.2), 0.9)], Calibration(scale, shift))
+    blended = 0.8 * (1 - 0.5 * 0.8) + 0.2 * 0.9
+    logit = 0.5 * np.log(blended / (1 - blended)) - 1
+    assert answer[7] == pytest.approx(1 / (1 + np.exp(-logit)))
+    assert answer[:2] == pytest.approx([0.5, 0.2])
+
+
 def test_models_are_averaged_as_logits():
     """Logits of 0.8 and 0.5: their mean has odds of 4 ** 0.5."""
     outputs = [Output(row, np.nan) for row in (steps(0.8), steps(0.5), steps())]
@@ -767,6 +801,15 @@ def test_few_studies_move_calibration_little_and_one_class_not_at_all():
     assert np.allclose(fitted[:, 2:4].T, (1, 0), atol=1e-9)
     assert (0.1 < fitted[0]).all() and (fitted[0] < 2).all() and np.isfinite(fitted).all()
     assert not np.allclose(fitted[:, 4], (1, 0), atol=1e-3)
+
+
+def test_the_patients_scale_is_fitted_to_calibrated_vertebrae():
+    answers, labels = draw_answers(200, scale=0.4, shift=0.8)
+    outputs = {k: [Output(np.repeat(row[:7, None], 15, 1), row[7])] for k, row in enumerate(answers)}
+    _, found = cspine.fit_moves(outputs, Calibration(), labels)
+    others = found._replace(scale=np.append(found.scale[:7], 1), shift=np.append(found.shift[:7], 0))
+    blended = cspine.calibrated(cspine.mean_logits(outputs.values(), others), others)
+    assert np.allclose(fit_scale(blended, labels)[:, 7], (found.scale[7], found.shift[7]), atol=1e-5)
 
 
 def write_calibration(weights, **targets):

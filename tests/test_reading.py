@@ -180,6 +180,19 @@ def test_any_orientation_comes_out_head_first_front_to_back_right_to_left(write_
     assert_same_as_files(volume, folder)
 
 
+@pytest.mark.parametrize("step", [1.5, -1.5])
+@pytest.mark.parametrize("name", ["axial", "feet first", "prone", "decubitus"])
+def test_every_slice_names_its_file(write_series, name, step):
+    folder = write_series(noise((18, 9, 13)), directions=ORIENTATIONS[name], step=step,
+                          numbers=np.random.default_rng(5).permutation(18))
+    volume = read_volume(folder)
+    assert len(volume.sources) == 18
+    for z, (file, uid) in enumerate(volume.sources):
+        data = pydicom.dcmread(folder / file)
+        at = np.linalg.inv(volume.affine) @ [*data.ImagePositionPatient, 1]
+        assert round(at[0]) == z and uid == data.SOPInstanceUID
+
+
 def test_oblique_slices_keep_their_place(write_series):
     a, b = np.radians((25, 10))
     row = np.array([np.cos(a), np.sin(a), 0])

@@ -32,6 +32,7 @@ def touch(path):
     f"timm-weights/{TIMM}-eb54923e.pth", "weights/tf-efficientnetv2-s.in21k_ft_in1k/model.safetensors",
     "tf-efficientnet/pytorch/tf-efficientnetv2-s/1/pytorch_model.bin",
     "models/timm/tf-efficientnet/pytorch/tf-efficientnetv2-s/1/model.safetensors",
+    f"models--timm--{TIMM}.in21k_ft_in1k/snapshots/5ae3/model.safetensors",
     f"datasets/me/timm/{TIMM}_21ft1k-d7dafa41.pth"])
 def test_kaggles_layouts_are_searched(place, tmp_path, monkeypatch):
     monkeypatch.setattr(cspine, "KAGGLE", tmp_path)
@@ -113,7 +114,8 @@ def test_what_is_no_such_file_or_lies_too_deep_is_not_taken(place, tmp_path, mon
 
 def test_a_file_in_data_is_found_too(tmp_path, monkeypatch):
     monkeypatch.setattr(cspine, "KAGGLE", tmp_path / "none")
-    path = touch(tmp_path / "data" / f"{TIMM}.safetensors")
+    path = touch(tmp_path / "data" / f"{TIMM}.in1k" / "model.safetensors")
+    touch(tmp_path / "data" / "train_images" / f"{TIMM}.safetensors")
     assert imagenet_file(TIMM, tmp_path / "data") == path
 
 
@@ -133,6 +135,20 @@ def test_a_patient_classifier_begins_from_its_folds_vertebra_classifier(tmp_path
     options.hidden = 16
     assert cspine.init_file(options, "patient", 0, ["b0"]) is None
     assert not capsys.readouterr().err
+
+
+def test_a_patient_classifier_begins_from_a_fold_of_its_backbone_by_any_name(tmp_path):
+    """gold-second's from gold's; one of its own name comes first, one of another fold never."""
+    make_weights(tmp_path, patient=False)
+    first, second = tmp_path / "vertebra_fold0.pt", tmp_path / "vertebra_second_fold0.pt"
+    options = Namespace(init="auto", name="second", weights=tmp_path, data=tmp_path, hidden=8,
+                        backbone="mobilenetv3_small_050")
+    for path in (first, second):
+        path.with_name(f"{path.stem}_heldout.csv").write_text(f"{cspine.STUDY}\na\n")
+    assert cspine.init_file(options, "patient", 0, ["a"]) == first
+    assert cspine.init_file(options, "patient", 1, ["a"]) is None
+    second.write_bytes(first.read_bytes())
+    assert cspine.init_file(options, "patient", 0, ["a"]) == second
 
 
 def test_from_scratch_is_said_once_and_loudly_but_not_where_it_is_wanted(capsys):
@@ -199,6 +215,27 @@ def test_a_training_is_augmented_as_its_recipe_says(monkeypatch):
     assert ranges == [cspine.CROP_RANGES["mild"], cspine.CROP_RANGES["strong"]]
 
 
+def test_mixup_mixes_images_and_losses_by_one_share_and_labels_never(monkeypatch):
+    """A mixed label would count as a positive."""
+    def model(images):
+        shown.append(images)
+        return 4 * images.mean((2, 3, 4)) - 1
+
+    shown = []
+    monkeypatch.setattr(cspine, "augment_crops", lambda crops, *_: crops)
+    crops, labels = torch.zeros(2, 15, 6, 8, 8), torch.tensor([[1.0], [0.0]])
+    crops[1] = 1
+    for mixup in (1.0, 0.0):
+        rngs = [np.random.default_rng(k) for k in (0, 1)]
+        recipe = cspine.ClassifierRecipe(mixup=mixup)
+        loss = cspine.classifier_batch(model, (crops, labels), rngs, recipe)
+        share = shown[-1][1].mean()  # of a sample in its own place
+        assert torch.allclose(shown[-1][0], 1 - share)
+        assert 0.05 < share < 0.45 or 0.55 < share < 0.95 if mixup else share == 1
+        own, other = (cspine.classifier_loss(model(shown[-1]), y) for y in (labels, labels.flip(0)))
+        assert torch.allclose(loss, share * own + (1 - share) * other)
+
+
 @pytest.mark.parametrize("wrong, said", [
     (["--fold", "9"], "there are folds 0 to 4"), (["--name", "a-b"], "only letters"),
     (["--backbone", "typo"], "typo"), (["--size", "100"], "multiple of 16")])
@@ -214,13 +251,24 @@ def test_an_option_is_not_guessed_from_its_first_letters(capsys):
     assert "unrecognized arguments: --fold 1" in capsys.readouterr().err
 
 
+def test_folds_that_find_no_file_are_told_also_beside_one_that_does(tmp_path, capsys):
+    options = Namespace(init="auto", backbone="resnet18d")
+    cspine.say_start(options, {0: tmp_path / "vertebra_fold0.pt", 1: None})
+    said = capsys.readouterr().err
+    assert "vertebra_fold0.pt" in said and said.count("NO IMAGENET WEIGHTS of resnet18d") == 1
+    cspine.say_start(options, {0: tmp_path / "vertebra_fold0.pt"})
+    assert "NO IMAGENET" not in capsys.readouterr().err
+
+
 def test_help_shows_the_defaults_of_the_preset_that_is_named(capsys):
     def said(*arguments):
         with pytest.raises(SystemExit):
             cspine.main(["train-patient", *arguments, "--help"])
         return " ".join(capsys.readouterr().out.split())
     assert "passes over the training studies (default: 15)" in said()
-    assert "--preset NAME --help" in said()
+    table = said().partition("Presets' own defaults. ")[2]
+    assert "fast: fold 0, epochs 6, thin 3; standard: as above; gold: size 384" in table
+    assert "checkpoint True; gold-second: size 384" in table and "name second" in table
     for given in (["--preset", "fast"], ["--preset=fast"]):
         text = said(*given)
         assert "passes over the training studies (default: 6)" in text

@@ -303,6 +303,14 @@ def test_the_loss_is_dice_of_what_is_in_view_and_ten_times_the_cross_entropy():
     assert torch.isfinite(segmenter_loss(logits, nothing))
 
 
+def test_the_loss_of_half_precision_is_summed_in_single():
+    """float16 ends at 65,504, and a cube has two million cells."""
+    torch.manual_seed(0)
+    logits = torch.randn(1, 7, 32, 48, 48).half()
+    labels = torch.randint(0, 2, (1, 32, 48, 48), dtype=torch.uint8)
+    assert torch.equal(segmenter_loss(logits, labels), segmenter_loss(logits.float(), labels))
+
+
 @pytest.mark.parametrize("name, why", (
     ("no_such_network", "no_such_network"), ("convnext_nano", "strides 2, 4, 8 and 16")))
 def test_a_backbone_that_does_not_fit_is_one_line(name, why):
@@ -319,3 +327,16 @@ def test_weights_lie_as_the_device_is_fastest_with(device, layout):
     assert all(weight.is_contiguous(memory_format=layout) for weight in kernels)
     other, = {torch.channels_last_3d, torch.contiguous_format} - {layout}
     assert not all(weight.is_contiguous(memory_format=other) for weight in kernels)
+
+
+@pytest.mark.parametrize("device, layout", (
+    ("cpu", torch.channels_last_3d), ("meta", torch.contiguous_format)))
+def test_a_loaded_segmenter_lies_as_its_device_is_fastest_with(device, layout):
+    """"meta" stands for any device but the CPU; what takes over on the CPU lies as there."""
+    weights = cspine.HERE / "weights"
+    ensemble = cspine.load_ensemble(weights, torch.device(device))
+    for one, wanted in ((ensemble, layout), (ensemble.on_cpu, torch.channels_last_3d)):
+        model, = one.models["segmenter"] if one else [None]
+        layers = model.modules() if model else ()
+        kernels = [layer.weight for layer in layers if isinstance(layer, nn.Conv3d)]
+        assert all(weight.is_contiguous(memory_format=wanted) for weight in kernels)

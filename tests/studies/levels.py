@@ -5,9 +5,9 @@
 
 A level is named right if the mask that holds most cells within NEAR_MM of its landmark
 has its name; C1 counts by both arches. Views are cut as the competition's studies are, the
-same for all weights; `whole` is the whole CT. T1 is called C7 where C7's mask holds more
-than half of the cells within NEAR_MM of its body, and touched where it holds any. --answers
-prints what the classifiers say of one neck view a patient instead; no fracture is known there.
+same for all weights; `whole` is the whole CT. T1 has a name where masks hold more than half
+of the cells within NEAR_MM of its body, and is touched where they hold any. --answers prints
+what the classifiers say of one neck view a patient instead; no fracture is known there.
 """
 
 import argparse
@@ -71,20 +71,20 @@ def names_near(probability, volume, points):
         count = np.bincount(named[near], minlength=8)
         most = count[1:].argmax()
         out[name] = LEVELS[most] if count[1:].any() else ""
-        if name == "T1_body" and 2 * count[7] <= count.sum():
-            out[name] = "touched" if count[7] else ""
+        if name == "T1_body" and 2 * count[1:].sum() <= count.sum():
+            out[name] = "touched" if count[1:].any() else ""
     return out
 
 
 def judge(near):
-    """{level: right or not; a body of T1 is wrong if it is called C7} of names_near."""
+    """{level: right or not; a body of T1 is wrong if it has a name} of names_near."""
     wanted = {f"{level}_body": level for level in LEVELS[1:7]}
     out = {wanted[at]: name == wanted[at] for at, name in near.items() if at in wanted}
     ring = [name for point, name in near.items() if "arch" in point]
     if ring:
         out["C1"] = all(name == "C1" for name in ring)
     if "T1_body" in near:
-        out["T1"] = near["T1_body"] != "C7"
+        out["T1"] = near["T1_body"] in ("", "touched")
         out["T1 untouched"] = near["T1_body"] == ""
     return out
 
@@ -109,7 +109,7 @@ def measure(folder, models, part, views, most=None, cuts=("neck", "partial")):
 
 
 def summary(table):
-    """A row a kind of view: levels named right, studies with all right, T1 called C7."""
+    """A row a kind of view: levels named right, studies with all right, T1 named."""
     rows = []
     for view, part in table.groupby("view"):
         right = part[[*LEVELS[:7]]].astype(float)
@@ -118,7 +118,7 @@ def summary(table):
             studies=len(part),
             named_right=np.nanmean(right.to_numpy()),
             all_right=(right.fillna(1) == 1).all(axis=1).mean(),
-            t1_called_c7=1 - part["T1"].astype(float).mean(),
+            t1_named=1 - part["T1"].astype(float).mean(),
             t1_touched=1 - part["T1 untouched"].astype(float).mean()))
     return pd.DataFrame(rows)
 
@@ -167,7 +167,7 @@ def main():
         wrong = {k: v for k, v in row.near.items() if not k.startswith((v or "-", "T1"))}
         wrong = {k: v for k, v in wrong.items() if "spinous" not in k}
         if wrong or row.T1 is False:
-            print(row.patient, row.view, wrong, "" if row.T1 else "T1 called C7")
+            print(row.patient, row.view, wrong, "" if row.T1 else f"T1 called {row.near['T1_body']}")
 
 
 if __name__ == "__main__":

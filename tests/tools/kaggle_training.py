@@ -149,14 +149,30 @@ def try_cards():
     return cards
 
 
+def fitting_file(preset, mode, data):
+    """(backbone of a training, the ImageNet file that fits it, or in words what is wrong)."""
+    options = options_of(preset, mode)
+    found = cspine.imagenet_file(options.backbone, data)
+    if not found:
+        return options.backbone, "NOT FOUND"
+    recipe = cspine.recipe_from(options, STEPS[mode])
+    try:
+        cspine.load_init(cspine.new_model(STEPS[mode], asdict(recipe)), found)
+    except UserError as error:  # another network's, or damaged
+        return options.backbone, f"DO NOT FIT: {error}"
+    return options.backbone, found
+
+
 def find_imagenet(preset, data, from_scratch):
     """Say which ImageNet files the preset's trainings begin from; UserError without one."""
-    missing = []
-    for name in sorted({options_of(preset, mode).backbone for mode in STEPS if STEPS[mode]}):
-        found = cspine.imagenet_file(name, data)
-        print(f"ImageNet weights of {name}: {found or 'NOT FOUND'}")
-        if not found:
-            missing.append(name)
+    found = {}
+    for mode in STEPS:
+        if STEPS[mode]:
+            name, said = fitting_file(preset, mode, data)
+            found[name] = said
+    for name, said in sorted(found.items()):
+        print(f"ImageNet weights of {name}: {said}")
+    missing = [name for name, said in sorted(found.items()) if not isinstance(said, Path)]
     if missing and not from_scratch:
         raise UserError(f"attach timm's files of {', '.join(missing)} (Add Input), or call "
                         "preflight(..., from_scratch=True)")
@@ -179,12 +195,15 @@ def preflight(preset, minutes, from_scratch=False):
     work = work_folder(crops_gb(preset, len(truth)) + MODELS_GB)
     find_imagenet(preset, data, from_scratch)
     hours = planned_hours(preset, len(truth), masked, cards, CARD_TFLOPS)
+    for mode in STEPS:  # what an earlier session ended
+        if earlier and STEPS[mode] and trained(earlier / "weights", preset, mode):
+            hours[mode] = 0.0
     each = ", ".join(f"{mode} {value:.1f}" for mode, value in hours.items())
     total, again = sum(hours.values()), 0.0
     if KAGGLE not in work.parents:  # every session makes the crops
         again = hours["extract"]
     sessions = math.ceil((total - again) / max(minutes / 60 - again, 0.1))
-    print(f"hours by the plan, {CARD_TFLOPS:g} TFLOP/s a card assumed: {each}; in all "
+    print(f"hours left by the plan, {CARD_TFLOPS:g} TFLOP/s a card assumed: {each}; in all "
           f"{total:.1f}, about {sessions} sessions of {minutes:g} minutes")
     weights = KAGGLE / "working" / "weights"
     return Session(preset, number + 1, end, cards, data, weights, work, earlier)

@@ -3,7 +3,8 @@
     python tests/tools/train_all.py --preset gold --data DIR --weights real
 
 train-seg, extract, train-cls and train-patient, a process on each GPU, then evaluate
---folds --calibrate. The same command goes on where it stopped. Options go to each mode.
+--folds --calibrate. After gold the same for gold-second, whose models of other backbones join
+it. The same command goes on where it stopped. Options go to each mode.
 """
 
 import argparse
@@ -21,6 +22,8 @@ sys.path.insert(1, str(ROOT))
 
 import cspine  # noqa: E402
 import kaggle_training  # noqa: E402
+
+FOLLOWED = {"gold": ["gold-second"]}  # preset: those that are trained after it
 
 
 def run(arguments, cards):
@@ -44,30 +47,43 @@ def parser():
     return one
 
 
+def train_preset(preset, options, argv):
+    """Run the modes of a preset in a row: the exit status; None if work is left."""
+    cards = torch.cuda.device_count() if options.device == "auto" else 1
+    folds = "--folds", str(options.folds)
+    for mode, kind in kaggle_training.STEPS.items():
+        if kind and kaggle_training.trained(options.weights, preset, mode, *folds):
+            cspine.say(f"train_all: {mode} of {preset}: finished before")
+            continue
+        go_on = ["--resume"] if kind else []  # extract always does
+        start = time.monotonic()
+        status = run([mode, *argv, "--preset", preset, *go_on], cards)
+        if status:
+            return status
+        whole = time.monotonic() - start < 60 * (cspine.minutes_of(options) or math.inf)
+        if kind:
+            whole = kaggle_training.trained(options.weights, preset, mode, *folds)
+        if not whole:
+            cspine.say(f"train_all: {mode} is not finished: the same command goes on")
+            return None
+    places = ["--data", options.data, "--weights", options.weights]
+    fit = ["--calibrate"] if options.folds > 1 else []  # else it has trained on all
+    return run(["evaluate", "--folds", *fit, *places], 1)
+
+
 def main(argv=None):
-    """Run the modes in a row, as far as each does its whole work; the exit status."""
+    """Train all models of a preset, as far as each mode does its whole work; the status."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         options = parser().parse_args(argv)
     except cspine.UserError as error:
         cspine.say(f"train_all: {error}")
         return 2
-    cards = torch.cuda.device_count() if options.device == "auto" else 1
-    for mode, kind in kaggle_training.STEPS.items():
-        go_on = ["--resume"] if kind else []  # extract always does
-        start = time.monotonic()
-        status = run([mode, *argv, *go_on], cards)
-        if status:
-            return status
-        folds = "--folds", str(options.folds)
-        whole = time.monotonic() - start < 60 * (cspine.minutes_of(options) or math.inf)
-        if kind:
-            whole = kaggle_training.trained(options.weights, options.preset, mode, *folds)
-        if not whole:
-            cspine.say(f"train_all: {mode} is not finished: the same command goes on")
-            return 0
-    places = ["--data", options.data, "--weights", options.weights]
-    return run(["evaluate", "--folds", "--calibrate", *places], 1)
+    status = 0
+    for preset in (options.preset, *FOLLOWED.get(options.preset, ())):
+        if status == 0:
+            status = train_preset(preset, options, argv)
+    return status or 0
 
 
 if __name__ == "__main__":
