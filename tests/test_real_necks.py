@@ -18,6 +18,7 @@ import levels  # noqa: E402
 import openkbp  # noqa: E402
 import phantoms  # noqa: E402
 import real_necks  # noqa: E402
+import train_classifiers  # noqa: E402
 
 NECKS = os.environ.get("CSPINE_NECKS", "")
 LEAST_RIGHT = 0.95  # of the levels of PATIENTS necks kept out of the training
@@ -174,6 +175,47 @@ def test_t1_is_named_by_most_cells_and_touched_by_one(level):
     probability[level] = 0.9
     near = levels.names_near(probability, volume, points)
     assert levels.judge(near) == {"T1": False, "T1 untouched": False}
+
+
+def test_a_neck_without_landmarks_is_let_in_if_its_names_are_consistent():
+    """Seven masks 18 mm apart around the cord; then one missing, two exchanged, one aside."""
+    midline = np.full(90, 60.0)
+    neck = real_necks.Neck("", np.zeros((90, 60, 60), np.int16), np.full(3, 2.0), {}, midline)
+    probability = np.zeros((7, 30, 30, 30), np.float32)  # cells of 6, 4 and 4 mm
+    for v in range(7):
+        probability[v, 3 + 3 * v, 10:15, 13:18] = 0.9
+    assert train_classifiers.is_consistent(probability, neck)
+    missing, aside = probability.copy(), probability.copy()
+    missing[4] = 0
+    aside[4] = np.roll(aside[4], 6, 2)
+    exchanged = probability[[0, 1, 3, 2, 4, 5, 6]]
+    far = np.roll(probability, 3, 1)
+    far[:2] = probability[:2]  # a level is left out below C2
+    for wrong in (missing, aside, exchanged, far):
+        assert not train_classifiers.is_consistent(wrong, neck)
+
+
+def test_how_much_of_a_fit_is_kept_follows_from_the_rows_left_out():
+    """The best on the mean of those that are nowhere above the constants."""
+    constants = {train_classifiers.CONSTANTS: [0.5, 0.5], train_classifiers.OWN_BEST: [0.4, 0.4]}
+    scores = {0.7: [0.40, 0.40], 0.85: [0.30, 0.45], 1.0: [0.10, 0.60]}
+    table = pd.DataFrame(constants | scores, ["a", "b"]).T
+    assert train_classifiers.choose(table) == 0.85
+    assert train_classifiers.choose(table[["a"]]) == 1.0
+    table.loc[1.0] = [0.30, 0.452]  # the whole fit, unless something gains 0.005
+    assert train_classifiers.choose(table) == 1.0
+
+
+def test_the_constants_of_very_studies_score_best_there():
+    labels = (np.random.default_rng(0).random((30, 8)) < 0.3).astype(float)
+    best = train_classifiers.own_best(labels)
+
+    def score(answers):
+        return train_classifiers.score(np.broadcast_to(answers, labels.shape), labels)
+
+    for change in (-0.02, 0.02):
+        for column in np.eye(8):
+            assert score(best + change * column) > score(best)
 
 
 def test_a_ct_of_openkbp_becomes_a_neck(tmp_path, monkeypatch):

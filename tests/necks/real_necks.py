@@ -26,7 +26,7 @@ LANDMARKS = HERE / "landmarks.json"
 LEVELS = ("C1", "C2", "C3", "C4", "C5", "C6", "C7", "T1")
 
 # Who is kept out: the first bytes of the SHA-256 of the patient's name, modulo 100.
-TEST_BELOW = 22  # measured on, never trained on, never chosen by
+TEST_BELOW = 22  # measured on, never trained on
 CHOICE_BELOW = 28  # from TEST_BELOW on: choices between trainings
 PARTS = "test", "choice", "train"
 

@@ -56,6 +56,8 @@ NECK_SEED = 31
 NECK_VIEWS = 2  # of a patient to train on
 COPIED_VIEWS = 1  # of these, with a copy that has breaks
 CALIBRATED_NECKS = 30  # without landmarks: every second one with breaks
+CENTRES_MM = 8, 30  # between the centres of neighbouring masks, in one that is let in
+BESIDE_MM = 15  # of the centres of C3..C7, to the side of the spinal cord
 PARTIAL_SHARE = 0.15  # of the views; the others show all of C1 to C7
 COLUMNS = 256
 SLICE_MM = 0.5, 1.25
@@ -73,6 +75,8 @@ TRAININGS = dict(
 # The calibration that is fitted is drawn towards the prior: this share of it stays.
 FIT_SHARES = 0.7, 0.85, 1.0
 LEAST_GAIN = 0.005  # of the mean left-out score, or the plain fit stays
+CONSTANTS = "the best constants of the 2019 training labels"
+OWN_BEST = "the best constants of these very studies"
 TRAINED_ON = "phantoms and 57 real necks; no real fracture"
 
 
@@ -184,14 +188,38 @@ def mask(weights, device, hu, spacing):
     return cspine.segment(models, volume, torch.device(device), [].append)
 
 
+def is_consistent(probability, neck):
+    """Whether masks (7, D, D, D) lie over a neck as vertebrae do: all are seen, each below the
+    one before and about a vertebra away, C3 to C7 around the spinal cord."""
+    extent = neck.hu.shape * neck.spacing
+    centres = []
+    for cells in probability:
+        at = np.argwhere(cells > 0.5)
+        if not len(at):
+            return False
+        centres.append((at.mean(0) + 0.5) * extent / len(cells) - neck.spacing / 2)
+    centres = np.array(centres)
+    down = np.diff(centres[:, 0])
+    apart = np.linalg.norm(np.diff(centres, axis=0), axis=1)
+    heights = np.arange(len(neck.midline)) * neck.spacing[0]
+    beside = abs(centres[:, 2] - np.interp(centres[:, 0], heights, neck.midline))
+    least, most = CENTRES_MM
+    in_order = (down > 0) & (apart > least) & (apart < most)
+    return bool(in_order.all() and (beside[2:] < BESIDE_MM).all())
+
+
 def make_unmarked(folder, weights, number, coarse):
-    """A view of a patient without landmarks, named by the segmenter of `weights`."""
+    """A view of a patient without landmarks, named by the segmenter of `weights`, if it names
+    the whole CT consistently."""
     uid = f"neck.{coarse.name}"
     broken = number % 2 == 1
     if (folder / f"{uid}{'.copy' * broken}.npz").exists():
         return
     neck = real_necks.finer(coarse)
     found = mask(weights, "cpu", neck.hu, neck.spacing)
+    if not is_consistent(found, neck):
+        print(f"{uid}: not named as a neck; left out", flush=True)
+        return
     named = np.where(found.max(0) > 0.5, found.argmax(0) + 1, 0).astype(np.uint8)
     cells = [(np.arange(n) + 0.5) * named.shape[0] // n for n in neck.hu.shape]
     labels = named[np.ix_(*[c.astype(int) for c in cells])]
@@ -316,7 +344,8 @@ def calibrate(o):
         fits[name] = cspine.fit_calibration({u: outputs[u] for u in others}, labels)
         truth = labels[generator == name].to_numpy()
         prior = np.broadcast_to(cspine.PRIOR, truth.shape)
-        table["the best constants", name] = score(prior, truth)
+        table[CONSTANTS, name] = score(prior, truth)
+        table[OWN_BEST, name] = score(np.broadcast_to(own_best(truth), truth.shape), truth)
     for share in FIT_SHARES:
         for name, fit in fits.items():
             left_out = labels.index[generator == name]
@@ -327,15 +356,31 @@ def calibrate(o):
     table = pd.Series(table).unstack()
     print(table.round(3).to_string())
 
-    constants = table.loc["the best constants"]
-    tried = table.drop("the best constants")
-    safe = tried[(tried <= constants).all(axis=1)]
-    means = (safe if len(safe) else tried).mean(axis=1)
-    gains = means.get(1.0, math.inf) - means.min()
-    share = means.idxmin() if gains > LEAST_GAIN else 1.0
-    print(f"chosen: {share} of the fit; rows never worse: {len(safe)}")
+    for name in table:
+        other = choose(table.drop(columns=name))
+        print(f"{name}: {table.loc[other, name]:.3f} by the share that the others choose, {other}")
+    share = choose(table)
+    print(f"chosen: {share} of the fit")
     found = cspine.fit_calibration(outputs, labels)
     write_calibration(weights, towards_prior(found, share))
+
+
+def own_best(truth):
+    """The (8,) constants that score best on the very studies with these labels (N, 8)."""
+    weight = cspine.element_weights(truth) * cspine.TARGET_WEIGHTS
+    weight /= weight.sum(1, keepdims=True)
+    return (weight * np.nan_to_num(truth)).sum(0) / weight.sum(0)
+
+
+def choose(table):
+    """How much of the fit is kept, by left-out scores: a row a share, a column a generator.
+    Of the shares that are nowhere above the constants the best on the mean, or the whole fit
+    if that gains nothing."""
+    tried = table.drop(index=[CONSTANTS, OWN_BEST])
+    safe = tried[(tried <= table.loc[CONSTANTS]).all(axis=1)]
+    means = (safe if len(safe) else tried).mean(axis=1)
+    gains = means.get(1.0, math.inf) - means.min()
+    return means.idxmin() if gains > LEAST_GAIN else 1.0
 
 
 def write_calibration(weights, found):
