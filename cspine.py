@@ -491,7 +491,7 @@ def read_series(path, workers, give_up):
     mm = along_normal(run)
     steps = even_steps(mm)
     if not np.array_equal(steps, np.arange(len(mm))):
-        problems.append(f"uneven positions: {len(mm)} slices, filled to {len(steps)}")
+        problems.append(f"uneven positions: {len(mm)} slices, brought to {len(steps)}")
     first, last = run[0].lps_from_pixel, run[-1].lps_from_pixel
     way = (last - first)[:, 2]
     cosine = np.ptp(mm) / np.linalg.norm(way)  # between the stack's axis and its normal
@@ -510,7 +510,8 @@ def read_series(path, workers, give_up):
 def read_nifti_ct(path):
     """What read_series gives, of a CT as NIfTI-1; it has no sources.
     StudyError if its values are no Hounsfield units of a body: labels, MR, another unit."""
-    stored, slope, intercept, voxel_from_lps = read_nifti(path)
+    problems = []
+    stored, slope, intercept, voxel_from_lps = read_nifti(path, problems.append)
     if min(stored.shape) < MIN_SLICES:
         raise StudyError(f"{stored.shape} voxels; each axis needs at least {MIN_SLICES}")
     planes = []
@@ -520,7 +521,7 @@ def read_nifti_ct(path):
     if why := not_in_hu(planes):
         raise StudyError(why)
     affine = np.linalg.inv(voxel_from_lps)[:, [2, 1, 0, 3]]
-    return planes, np.arange(len(planes)), affine, [], []
+    return planes, np.arange(len(planes)), affine, problems, []
 
 def not_in_hu(planes):
     """Why planes (Y, X) show no body in HU, but labels, MR or another unit; else ""."""
@@ -633,9 +634,9 @@ def nifti_affine(header):
     affine[:3] *= {1: 1000, 3: 0.001}.get(unit, 1)  # m, um
     return affine
 
-def read_nifti(path):
+def read_nifti(path, report=None):
     """(stored values (I, J, K), slope, intercept, voxel from LPS mm (4, 4)) of NIfTI-1.
-    Both byte orders, gzip or not. Any damage raises an exception of its own kind."""
+    Both byte orders, gzip or not; `report` is told of a guess. Damage raises some error."""
     raw = Path(path).read_bytes()
     if raw[:2] == b"\x1f\x8b":  # of one or several members
         raw = gzip.GzipFile(fileobj=io.BytesIO(raw)).read(2 * MAX_VOXELS)
@@ -658,7 +659,8 @@ def read_nifti(path):
     stored = np.ndarray(shape[:3], kind, raw, start, order="F")
 
     if max(header["sform_code"], header["qform_code"]) <= 0:
-        say(f"{path}: no orientation in its header: head, front and left are guessed")
+        guessed = f"{path}: no orientation in its header: head, front and left are guessed"
+        (report or say)(guessed)
     ras_from_voxel = np.asarray_chkfinite(nifti_affine(header))
     voxel_from_lps = np.linalg.inv(ras_from_voxel) * (-1, -1, 1, 1)
     slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
@@ -730,7 +732,7 @@ def read_mask(path, volume, shape=None):
 def mask_fit(path, volume, labels):
     """(share of a mask's C1..C7 that lies in the study, share of that which lies on bone).
     `labels` is read_mask's, on any grid. Another study's mask fits nowhere."""
-    stored, slope, intercept, voxel_from_lps = read_nifti(path)
+    stored, slope, intercept, voxel_from_lps = read_nifti(path, str)  # said by read_mask
     thin = stored[::2, ::2, ::2] * slope + intercept  # an eighth says enough
     voxels = 8 * ((thin > 0.5) & (thin < 7.5)).sum()
     whole_mm3 = voxels / abs(np.linalg.det(voxel_from_lps))
@@ -1716,7 +1718,7 @@ def predict_own(options):
         return read_volume(studies[name], options.workers), monotonic() - start
 
     rows = []
-    futures = prefetch(read, studies, 2)  # the second thread: a file may hang
+    futures = prefetch(read, studies, READING_THREADS)  # some may hang
     for name, future in progress(futures, "study", len(studies)):
         rows.append(dict(study=name, path=str(studies[name])))
         try:
@@ -2530,6 +2532,7 @@ def how_far(backbone, path, folder):
 
 def init_file(options, kind, fold, held_out):
     """The Path that a training starts from, by --init, or None.
+    A patient classifier's may be its fold's vertebra classifier, of its --name or of none.
     A vertebra classifier that has seen studies that are now held out is none to start from.
     UserError if the file that is named is not there."""
     if options.init == "none":
@@ -2540,7 +2543,7 @@ def init_file(options, kind, fold, held_out):
         return Path(options.init)
     others = model_files(options.weights, "vertebra") if kind == "patient" else []
     for of_fold, name, path in sorted(others, key=lambda file: file[1] != options.name):
-        if of_fold == fold:
+        if of_fold == fold and name in (options.name, ""):
             made = load_checkpoint(path).get("settings", {})
             wanted = dict(backbone=options.backbone, hidden=options.hidden)
             alike = wanted.items() <= made.items()
@@ -2806,7 +2809,7 @@ def segmenter_task(recipe, device, images, masks):
 def usable(samples, load, workers):
     """The samples that can be loaded; the others are reported, each with its reason."""
     good = []
-    loaded = prefetch(load, samples, workers, workers)
+    loaded = prefetch(load, samples, min(workers, 4), workers)  # whole studies: a few
     for sample, future in progress(loaded, "study", len(samples)):
         try:
             future.result()
@@ -3112,8 +3115,8 @@ def decode_words(data, shape, allocated):
     is_jpeg_2000 = syntax in pydicom.uid.JPEG2000TransferSyntaxes
     is_lossless = syntax in (pydicom.uid.JPEGLossless, pydicom.uid.JPEGLosslessSV1)
     if syntax.is_little_endian and not syntax.is_encapsulated:
-        if len(data.PixelData) >= 2 * math.prod(shape) * allocated // 8:
-            raise StudyError(f"{len(data.PixelData)} bytes: twice what the header says")
+        if len(data.PixelData) >= 2 * max(2, math.prod(shape) * allocated // 8):
+            raise StudyError(f"{len(data.PixelData)} bytes: at least twice the header's")
         return np.frombuffer(data.PixelData, f"<u{allocated // 8}", math.prod(shape))
     if not is_jpeg_2000 and pydicom.pixels.get_decoder(syntax).is_available:
         others = f", try {JPEG_PLUGINS}" if "JPEG" in syntax.name else ""
@@ -3630,7 +3633,8 @@ def evaluate(options):
     if np.isnan(labels).all():
         raise UserError(f"nothing to score: no answered study has labels in {data}/")
     if len(answers) < len(truth) and not options.folds:
-        say(f"{options.submission} answers {len(answers)} of {len(truth)} labelled studies")
+        found = f"{len(answers)} of {len(truth)} labelled studies"
+        say(f"{options.submission} answers {found}; the others are not scored")
     print_scores(answers.to_numpy(), labels)
     if options.calibrate:
         pairs = {(one.name, folds[uid]) for uid in outputs for one in outputs[uid]}
@@ -3724,9 +3728,10 @@ def presets_of(name):
     """What each preset sets in a mode, as text."""
     texts = []
     for preset, values in PRESETS.items():
-        own = ", ".join(f"{key} {value}" for key, value in values.get(name, {}).items())
-        texts.append(f"{preset}: {own or 'as above'}")
-    return f"Presets' own defaults. {'; '.join(texts)}."
+        own = values.get(name, {}).items()
+        set_to = ", ".join(f"{key.replace('_', '-')} {value}" for key, value in own)
+        texts.append(f"{preset}: {set_to or 'nothing'}")
+    return f"What presets set, other than these defaults: {'; '.join(texts)}."
 
 def build_parser(modes, others=(), preset=""):
     """The parser of {name: Mode}; the others, {name: text}, are told in --help alone.

@@ -253,7 +253,7 @@ def test_folds_may_be_fewer_and_crops_that_are_cut_short_are_not_taken_for_all(
     assert "extract is not finished" in capsys.readouterr().err
     monkeypatch.setattr(train_all.time, "monotonic", time.perf_counter)
     assert train_all.main(command) == 0
-    assert ran[2:] == ["extract", "train-cls", "train-patient", "evaluate"]
+    assert ran[2:] == ["train-seg", "extract", "train-cls", "train-patient", "evaluate"]
 
 
 def test_without_imagenet_a_session_ends_before_it_begins(phantom_data, monkeypatch, tmp_path):
@@ -272,7 +272,7 @@ def test_a_session_refuses_a_file_of_another_network_before_it_begins(
     path.parent.mkdir(parents=True)
     torch.save(timm.create_model("test_efficientnet").state_dict(), path)
     with pytest.raises(cspine.UserError, match="attach timm's files of test_resnet"):
-        kaggle_training.find_imagenet("fast", phantom_data, False)
+        kaggle_training.find_imagenet("fast", phantom_data, True)
     assert f"test_resnet: DO NOT FIT: --init {path}" in capsys.readouterr().out
     torch.save(timm.create_model("test_resnet").state_dict(), path)
     kaggle_training.find_imagenet("fast", phantom_data, False)
@@ -283,7 +283,7 @@ def test_gold_is_followed_by_its_second_set(monkeypatch, tmp_path):
     """With the same options; what is trained already is not trained again."""
     ran = []
     monkeypatch.setattr(train_all, "run", lambda arguments, cards: ran.append(arguments) or 0)
-    done = [("gold", "train-seg")]
+    done = [("gold", "train-seg")]  # by a session whose states are gone
 
     def trained(weights, preset, mode, *folds):
         first = (preset, mode) not in done

@@ -49,7 +49,9 @@ TINY_PRESET = {  # in place of every preset
     "train-seg": TINY, "train-cls": TINY | dict(hidden=8),
     "train-patient": TINY | dict(hidden=8)}
 EVERYWHERE = np.full((7, 32, 32, 32), 0.4, np.float32)  # what a segmenter says
-FORM_ONLY = ("pip install ", "python -m pytest", "kaggle ")
+FORM_ONLY = (
+    "pip install ", "python -m pytest", "kaggle ", "git clone ",
+    "python tests/necks/openkbp.py ", "python tests/studies/levels.py ")
 
 
 def command_lines(text):
@@ -190,7 +192,9 @@ def parsed(arguments):
 
 def test_commands_that_are_not_run_have_the_right_form():
     lines = [line for line in command_lines(TEXT) if line.startswith(FORM_ONLY)]
-    assert {line.split()[0] for line in lines} == {"pip", "python", "kaggle"}
+    assert {line.split()[0] for line in lines} == {"pip", "python", "kaggle", "git"}
+    scripts = [line.split()[1] for line in lines if line.startswith("python tests/")]
+    assert scripts and all((ROOT / script).is_file() for script in scripts)
     install = next(line for line in lines if line.startswith("pip"))
     head = (ROOT / "cspine.py").read_text().split("# ///")[1]
     packages = re.findall(r'"([\w-]+)>=', head)

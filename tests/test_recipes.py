@@ -266,9 +266,9 @@ def test_help_shows_the_defaults_of_the_preset_that_is_named(capsys):
             cspine.main(["train-patient", *arguments, "--help"])
         return " ".join(capsys.readouterr().out.split())
     assert "passes over the training studies (default: 15)" in said()
-    table = said().partition("Presets' own defaults. ")[2]
-    assert "fast: fold 0, epochs 6, thin 3; standard: as above; gold: size 384" in table
-    assert "checkpoint True; gold-second: size 384" in table and "name second" in table
+    table = said().partition("What presets set, other than these defaults: ")[2]
+    assert "fast: fold 0, epochs 6, thin 3; standard: nothing; gold: size 384" in table
+    assert "drop-path 0.3" in table and "checkpoint True; gold-second: size 384" in table
     for given in (["--preset", "fast"], ["--preset=fast"]):
         text = said(*given)
         assert "passes over the training studies (default: 6)" in text

@@ -742,8 +742,8 @@ def test_two_processes_train_as_one(kind, arguments, launch, tmp_path):
                                for state in (fresh.state_dict(), one["model"], two["model"]))
     way = (alone - at_start).norm()
     assert way > 0.01
-    if kind != "segmenter":  # whose BatchNorm and Dice see a process's own batch: its end counts
-        assert (alone - shared).norm() < 0.1 * way  # Adam makes rounding matter at slopes of 0
+    # BatchNorm and Dice see a process's own batch; Adam makes rounding matter at slopes of 0.
+    assert (alone - shared).norm() < (1.5 if kind == "segmenter" else 0.1) * way
     tables = [pd.read_csv(tmp_path / f / f"{name}_heldout.csv") for f in ("one", "rank0")]
     assert set(tables[0][STUDY]) == set(tables[1][STUDY])
 

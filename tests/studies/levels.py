@@ -6,8 +6,8 @@
 A level is named right if the mask that holds most cells within NEAR_MM of its landmark
 has its name; C1 counts by both arches. Views are cut as the competition's studies are, the
 same for all weights; `whole` is the whole CT. T1 has a name where masks hold more than half
-of the cells within NEAR_MM of its body, and is touched where they hold any. --answers prints
-what the classifiers say of one neck view a patient instead; no fracture is known there.
+of the cells within NEAR_MM of its body, and is touched where they hold any. --answers
+prints what the classifiers say of one neck view a patient; no fracture is known there.
 """
 
 import argparse
@@ -167,7 +167,8 @@ def main():
         wrong = {k: v for k, v in row.near.items() if not k.startswith((v or "-", "T1"))}
         wrong = {k: v for k, v in wrong.items() if "spinous" not in k}
         if wrong or row.T1 is False:
-            print(row.patient, row.view, wrong, "" if row.T1 else f"T1 called {row.near['T1_body']}")
+            t1 = "" if row.T1 else f"T1 called {row.near['T1_body']}"
+            print(row.patient, row.view, wrong, t1)
 
 
 if __name__ == "__main__":

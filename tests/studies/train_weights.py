@@ -349,7 +349,7 @@ def main():
     else:
         stage = STAGES[o.step]
         own = dict(steps=o.steps, seed=o.seed)
-        stage = replace(stage, **{name: value for name, value in own.items() if value})
+        stage = replace(stage, **{n: v for n, v in own.items() if v is not None})
         train_segmenter(o, stage)
 
 

@@ -173,6 +173,9 @@ def find_imagenet(preset, data, from_scratch):
     for name, said in sorted(found.items()):
         print(f"ImageNet weights of {name}: {said}")
     missing = [name for name, said in sorted(found.items()) if not isinstance(said, Path)]
+    unfit = [name for name in missing if found[name] != "NOT FOUND"]
+    if unfit:
+        raise UserError(f"attach timm's files of {', '.join(unfit)} in place of these (Add Input)")
     if missing and not from_scratch:
         raise UserError(f"attach timm's files of {', '.join(missing)} (Add Input), or call "
                         "preflight(..., from_scratch=True)")
@@ -196,13 +199,13 @@ def preflight(preset, minutes, from_scratch=False):
     find_imagenet(preset, data, from_scratch)
     hours = planned_hours(preset, len(truth), masked, cards, CARD_TFLOPS)
     for mode in STEPS:  # what an earlier session ended
-        if earlier and STEPS[mode] and trained(earlier / "weights", preset, mode):
+        if earlier and all(trained(earlier / "weights", preset, one) for one in needed_by(mode)):
             hours[mode] = 0.0
     each = ", ".join(f"{mode} {value:.1f}" for mode, value in hours.items())
     total, again = sum(hours.values()), 0.0
     if KAGGLE not in work.parents:  # every session makes the crops
         again = hours["extract"]
-    sessions = math.ceil((total - again) / max(minutes / 60 - again, 0.1))
+    sessions = max(1, math.ceil((total - again) / max(minutes / 60 - again, 0.1)))
     print(f"hours left by the plan, {CARD_TFLOPS:g} TFLOP/s a card assumed: {each}; in all "
           f"{total:.1f}, about {sessions} sessions of {minutes:g} minutes")
     weights = KAGGLE / "working" / "weights"
@@ -241,11 +244,21 @@ def trained(weights, preset, mode, *more):
     return all("epoch" in table and table["epoch"].iloc[-1] == epochs for table in tables)
 
 
+def closed(weights, preset, mode, *more):
+    """Whether a training is trained and its states are gone, by which it would go on."""
+    states = [Path(f"{stem}_last.pt") for stem in stems(weights, preset, mode, *more)]
+    return trained(weights, preset, mode, *more) and not any(map(Path.exists, states))
+
+
 def finished(session, mode):
     """Whether a step need not be taken; crops are needed until the classifiers are
     trained."""
-    needed = ("train-cls", "train-patient") if mode == "extract" else (mode,)
-    return all(trained(session.weights, session.preset, one) for one in needed)
+    return all(trained(session.weights, session.preset, one) for one in needed_by(mode))
+
+
+def needed_by(mode):
+    """The trainings that need a step: it is over when they are."""
+    return ("train-cls", "train-patient") if mode == "extract" else (mode,)
 
 
 def torchrun(cards, script):

@@ -52,8 +52,9 @@ def train_preset(preset, options, argv):
     cards = torch.cuda.device_count() if options.device == "auto" else 1
     folds = "--folds", str(options.folds)
     for mode, kind in kaggle_training.STEPS.items():
-        if kind and kaggle_training.trained(options.weights, preset, mode, *folds):
-            cspine.say(f"train_all: {mode} of {preset}: finished before")
+        if kind and kaggle_training.closed(options.weights, preset, mode, *folds):
+            cspine.say(f"train_all: {mode} of {preset}: finished before in {options.weights}; "
+                       "other --data needs another --weights")
             continue
         go_on = ["--resume"] if kind else []  # extract always does
         start = time.monotonic()
@@ -67,7 +68,10 @@ def train_preset(preset, options, argv):
             cspine.say(f"train_all: {mode} is not finished: the same command goes on")
             return None
     places = ["--data", options.data, "--weights", options.weights]
-    fit = ["--calibrate"] if options.folds > 1 else []  # else it has trained on all
+    fit = ["--calibrate"]
+    if options.folds == 1:
+        fit = []
+        cspine.say("train_all: with --folds 1 the score is of studies that were trained on")
     return run(["evaluate", "--folds", *fit, *places], 1)
 
 
@@ -79,6 +83,8 @@ def main(argv=None):
     except cspine.UserError as error:
         cspine.say(f"train_all: {error}")
         return 2
+    for later in FOLLOWED.get(options.preset, ()):
+        cspine.say(f"train_all: then {later}, about {cspine.PLANS[later]}")
     status = 0
     for preset in (options.preset, *FOLLOWED.get(options.preset, ())):
         if status == 0:
