@@ -4,12 +4,15 @@
     python tests/studies/train_weights.py necks --work WORK --workers 16 --necks NECKS
     python tests/studies/train_weights.py long --work WORK --init OLDER --out LONG
     python tests/studies/train_weights.py sharp --work WORK --init LONG/SEGMENTER --out NEW
+    python tests/studies/train_weights.py norms --work WORK --init NEW/SEGMENTER --out LAST \
+        --necks NECKS
 
 Each step keeps what it has done and goes on where it was stopped. `hands` draws studies (10 s
 each on a core), `necks` brings the CTs to a fine grid and masks them (6 s each), the stages
 train and write `segmenter_fold0.pt`: `long` and `sharp` on a GPU, `windows` on two CPU cores
 (10 s a step; all studies are held in memory, 0.1 GB each: 60 drawn ones and the necks take
-7 GB). NECKS holds `<patient>.nii.gz`; who is kept out, and what a view is, says
+7 GB). `norms` measures the mean and variance of the network's norms anew on whole cubes, after
+`windows` above all, which showed them parts (2 minutes). NECKS holds `<patient>.nii.gz`; who is kept out, and what a view is, says
 tests/necks/real_necks.py.
 """
 
@@ -20,6 +23,7 @@ import multiprocessing
 import sys
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import cv2
@@ -29,10 +33,11 @@ import torch.nn.functional as F
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ".", "tests", "tests/tools", "tests/necks"
+FOLDERS = ".", "tests", "tests/tools", "tests/necks", "tests/studies"
 sys.path[:0] = [str(ROOT / folder) for folder in FOLDERS]
 
 import cspine  # noqa: E402
+import levels  # noqa: E402
 import phantoms  # noqa: E402
 import real_necks  # noqa: E402
 
@@ -54,6 +59,8 @@ WEIGHT_DECAY = 0.01
 EMA = 0.998
 CLIP = 1.0  # norm of the gradient
 DROP_PATH = 0.05
+NORM_STUDIES = 24  # drawn ones, and necks, by which the norms are measured
+NORM_SEED = 50  # of the necks' views
 SAVE_EVERY = 100  # steps
 SAY_EVERY = 20
 
@@ -327,9 +334,50 @@ def report(out, run, loss):
         file.write(line + "\n")
 
 
+# ==== Norms ====
+
+def norm_cubes(o):
+    """(1, D, D, D) cubes of whole drawn studies and of views of necks, in turns."""
+    drawn, necks = [], []
+    for path in sorted((o.work / "hands").glob("*.npz"))[:NORM_STUDIES]:
+        with np.load(path) as file:
+            volume = cspine.Volume("", file["hu"], tuple(file["spacing"]), np.eye(4))
+        drawn.append(cspine.segmenter_input(volume))
+    coarse = islice(real_necks.read_necks(o.necks, "train"), NORM_STUDIES)
+    for seed, neck in enumerate(map(real_necks.finer, coarse), NORM_SEED):
+        labels = real_necks.make_mask(neck)
+        volume, _ = levels.cut_volume(neck, labels, "neck", seed)
+        necks.append(cspine.segmenter_input(volume))
+    return [cube for pair in zip(drawn, necks) for cube in pair]
+
+
+@torch.inference_mode()
+def measure_norms(o, batch=4):
+    """Write the segmenter of --init with norms whose statistics are the mean over batches."""
+    content = cspine.load_checkpoint(o.init)
+    model = cspine.new_model("segmenter", content["settings"])
+    model.load_state_dict(content["tensors"])
+    model.float().eval()
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm3d):
+            layer.reset_running_stats()
+            layer.momentum = None  # the mean of all batches
+            layer.train()
+    cubes = norm_cubes(o)
+    for first in range(0, len(cubes), batch):
+        model(torch.stack(cubes[first : first + batch]))
+    for name, tensor in model.state_dict().items():
+        if "running" in name:
+            stored = content["tensors"][name]
+            content["tensors"][name] = tensor.to(stored.dtype)
+    o.out.mkdir(parents=True, exist_ok=True)
+    path = o.out / "segmenter_fold0.pt"
+    cspine.write_atomic(path, lambda new: torch.save(content, new))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("step", choices=("hands", "necks", *STAGES))
+    parser.add_argument("step", choices=("hands", "necks", *STAGES, "norms"))
     parser.add_argument("--work", type=Path, default=Path("work"))
     parser.add_argument("--necks", type=Path, help="folder of <patient>.nii.gz")
     parser.add_argument("--init", default=str(ROOT / "weights/segmenter_fold0.pt"))
@@ -346,6 +394,8 @@ def main():
     elif o.step == "necks":
         coarse = real_necks.read_necks(o.necks, "train")
         make_all(make_neck, o.work / "necks", coarse, o.workers)
+    elif o.step == "norms":
+        measure_norms(o)
     else:
         stage = STAGES[o.step]
         own = dict(steps=o.steps, seed=o.seed)
