@@ -1857,7 +1857,7 @@ def read_truth(path):
         row, column = np.argwhere(wrong.to_numpy())[0]
         name = wrong.columns[column]
         expected = "a uid" if name == STUDY else "0, 1 or nothing"
-        found = f"row {row + 2}, {name}: {table[name][row]}"
+        found = f"row {row + 2}, {name}: {str(table[name][row])!r}"
         raise UserError(f"{path}: {found}; must be {expected}")
     table = pd.concat([table[STUDY], labels], axis=1).drop_duplicates()
     twice = table[STUDY][table[STUDY].duplicated()]

@@ -37,7 +37,7 @@ def test_the_shipped_weights_see_and_name_vertebrae(tmp_path, capsys):
     labels = pd.read_csv(data / "test_labels.csv")[list(TARGETS)].to_numpy()
     answers = pd.read_csv(tmp_path / "s.csv").fractured.to_numpy().reshape(-1, 8)
     score, _ = competition_scores(answers, labels)
-    assert dice > 0.88 and named > 0.97 and score < 0.4, printed
+    assert dice > 0.88 and named > 0.97 and abs(score - 0.296) < 0.03, printed
     assert np.ptp(answers) > 0.2, "answers that differ"
 
 
