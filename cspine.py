@@ -1235,8 +1235,7 @@ def classify(ensemble, crops, folds=100):
         size = model.settings["size"]
         parts = [F.interpolate(part.float(), size, mode="bilinear") for part in crops]
         shown = torch.stack([part.round().byte() for part in parts])  # bytes: little memory
-        mirrored = shown.flip(-1) if k & 4 else shown
-        shown = torch.rot90(mirrored, k, (-2, -1))  # k mod 4 quarter turns
+        shown = torch.rot90(shown.flip(-1) if k & 4 else shown, k, (-2, -1))
         model.to(ensemble.device)
         head = torch.tensor(math.nan)
         with autocast(ensemble.device):
@@ -1406,12 +1405,16 @@ def answer_somewhere(volume, read_s, ensemble, folds):
         say(f"study {volume.uid}: {ensemble.device}: {error!r:.200}; done on the CPU")
         return answer_study(volume, read_s, ensemble.on_cpu, folds)
 
+def read_in_time(future, seconds, where=""):
+    """What the reading of a study gives; StudyError if it takes longer: a file may hang."""
+    if not wait([future], seconds).done:
+        raise StudyError(f"{where}reading it took over {seconds:.0f} s")
+    return future.result()
+
 def answer_or_prior(uid, future, ensemble, folds, seconds):
     """A row of the report, of the study that `future` reads; else the prior, and why."""
     try:
-        if not wait([future], seconds).done:  # a file may hang
-            raise StudyError(f"reading it took over {seconds:.0f} s")
-        volume, read_s = future.result()
+        volume, read_s = read_in_time(future, seconds)
         row, places, _ = answer_somewhere(volume, read_s, ensemble, folds)
         return row | as_columns(places)
     except Exception as error:  # damaged data raises nearly every kind
@@ -1646,9 +1649,7 @@ def measure(labels, volume, places):
 def answer_own(name, future, ensemble, masks):
     """A study's row of the answers; StudyError if no vertebra is seen.
     With a folder of masks, the vertebrae's go there."""
-    if not wait([future], MAX_READ_S).done:  # a file may hang
-        raise StudyError(f"{name}: reading it took over {MAX_READ_S} s")
-    volume, read_s = future.result()
+    volume, read_s = read_in_time(future, MAX_READ_S, f"{name}: ")
     if why := not_in_hu(volume.hu):
         raise StudyError(f"{volume.uid}: {why}")
     most = max(map(len, ensemble.models.values()))
@@ -2541,9 +2542,9 @@ def init_file(options, kind, fold, held_out):
         if not Path(options.init).is_file():
             raise UserError(f"--init {options.init}: cannot be read: no such file")
         return Path(options.init)
-    others = model_files(options.weights, "vertebra") if kind == "patient" else []
-    for of_fold, name, path in sorted(others, key=lambda file: file[1] != options.name):
-        if of_fold == fold and name in (options.name, ""):
+    for name in dict.fromkeys((options.name, "")):
+        path = Path(options.weights) / f"{model_name('vertebra', name, fold)}.pt"
+        if kind == "patient" and path.exists():
             made = load_checkpoint(path).get("settings", {})
             wanted = dict(backbone=options.backbone, hidden=options.hidden)
             alike = wanted.items() <= made.items()
@@ -3646,9 +3647,9 @@ def evaluate(options):
             answers = cross_fitted(outputs, folds, truth).loc[answers.index]
             print_scores(answers.to_numpy(), labels)
         else:
-            known = " (with --folds 1: and made of studies that it trained on)"
-            say("only one fold: the fit that is written is not scored on others"
-                + known * (len(outputs) == len(truth)))
+            say("only one fold: the fit that is written is not scored on others")
+            if len(outputs) == len(truth):
+                say("with --folds 1 it is made of studies that it trained on")
         write_calibration(weights, fit_calibration(outputs, truth))
     table = score_table(answers.to_numpy(), labels)
     if not options.folds:

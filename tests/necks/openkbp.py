@@ -11,7 +11,6 @@ running fastest, and the CT number there plus 1024; elsewhere it is 0.
 
 import argparse
 import gzip
-import struct
 import sys
 from pathlib import Path
 
@@ -19,10 +18,11 @@ import numpy as np
 import pandas as pd
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests/necks")]
+sys.path[:0] = [str(ROOT / folder) for folder in (".", "tests/tools", "tests/necks")]
 
 import cspine  # noqa: E402
 import real_necks  # noqa: E402
+import writers  # noqa: E402
 
 EDGE = 128  # voxels of the cube
 
@@ -41,21 +41,9 @@ def read_ct(path, entry):
 def write_ct(path, hu, spacing):
     """int16 NIfTI-1 of HU (x, y, z) and its spacing in mm; x and y grow as in LPS, z to
     the feet."""
-    header = bytearray(352)
-    rows = np.diag([*spacing, 1.0])[:3] * -1
-    for offset, kind, *values in (  # of nifti1.h
-        (0, "i", 348),  # bytes of the header proper
-        (40, "8h", 3, *hu.shape, 1, 1, 1, 1),
-        (70, "2h", 4, 16),  # int16
-        (76, "4f", -1, *spacing),
-        (108, "2f", 352, 1),  # where voxels begin, and their slope
-        (123, "B", 2),  # mm
-        (254, "h", 2),  # the affine is only about right
-        (280, "12f", *rows.flat),
-        (344, "4s", b"n+1"),
-    ):
-        struct.pack_into("<" + kind, header, offset, *values)
-    data = gzip.compress(header + hu.astype("<i2").tobytes(order="F"), mtime=0)
+    ras = np.diag([*spacing, 1.0])[:3] * -1
+    raw = writers.nifti_bytes(hu.T.astype("<i2"), 4, spacing, ras)
+    data = gzip.compress(raw, mtime=0)
     cspine.write_atomic(path, lambda new: new.write_bytes(data))
 
 

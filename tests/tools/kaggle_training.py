@@ -149,31 +149,29 @@ def try_cards():
     return cards
 
 
-def fitting_file(preset, mode, data):
-    """(backbone of a training, the ImageNet file that fits it, or in words what is wrong)."""
-    options = options_of(preset, mode)
-    found = cspine.imagenet_file(options.backbone, data)
-    if not found:
-        return options.backbone, "NOT FOUND"
-    recipe = cspine.recipe_from(options, STEPS[mode])
+def why_unfit(path, preset, mode):
+    """Why a file of weights is none to begin a training from, or ""."""
+    recipe = cspine.recipe_from(options_of(preset, mode), STEPS[mode])
     try:
-        cspine.load_init(cspine.new_model(STEPS[mode], asdict(recipe)), found)
+        cspine.load_init(cspine.new_model(STEPS[mode], asdict(recipe)), path)
     except UserError as error:  # another network's, or damaged
-        return options.backbone, f"DO NOT FIT: {error}"
-    return options.backbone, found
+        return str(error)
+    return ""
 
 
 def find_imagenet(preset, data, from_scratch):
     """Say which ImageNet files the preset's trainings begin from; UserError without one."""
-    found = {}
-    for mode in STEPS:
-        if STEPS[mode]:
-            name, said = fitting_file(preset, mode, data)
-            found[name] = said
-    for name, said in sorted(found.items()):
-        print(f"ImageNet weights of {name}: {said}")
-    missing = [name for name, said in sorted(found.items()) if not isinstance(said, Path)]
-    unfit = [name for name in missing if found[name] != "NOT FOUND"]
+    missing, unfit = [], []
+    modes = {options_of(preset, mode).backbone: mode for mode in STEPS if STEPS[mode]}
+    for name, mode in sorted(modes.items()):
+        found = cspine.imagenet_file(name, data)
+        reason = found and why_unfit(found, preset, mode)
+        print(f"ImageNet weights of {name}: "
+              f"{f'DO NOT FIT: {reason}' if reason else found or 'NOT FOUND'}")
+        if reason:
+            unfit.append(name)
+        elif not found:
+            missing.append(name)
     if unfit:
         raise UserError(f"attach timm's files of {', '.join(unfit)} in place of these (Add Input)")
     if missing and not from_scratch:
@@ -199,7 +197,7 @@ def preflight(preset, minutes, from_scratch=False):
     find_imagenet(preset, data, from_scratch)
     hours = planned_hours(preset, len(truth), masked, cards, CARD_TFLOPS)
     for mode in STEPS:  # what an earlier session ended
-        if earlier and all(trained(earlier / "weights", preset, one) for one in needed_by(mode)):
+        if earlier and finished(earlier / "weights", preset, mode):
             hours[mode] = 0.0
     each = ", ".join(f"{mode} {value:.1f}" for mode, value in hours.items())
     total, again = sum(hours.values()), 0.0
@@ -250,15 +248,11 @@ def closed(weights, preset, mode, *more):
     return trained(weights, preset, mode, *more) and not any(map(Path.exists, states))
 
 
-def finished(session, mode):
+def finished(weights, preset, mode):
     """Whether a step need not be taken; crops are needed until the classifiers are
     trained."""
-    return all(trained(session.weights, session.preset, one) for one in needed_by(mode))
-
-
-def needed_by(mode):
-    """The trainings that need a step: it is over when they are."""
-    return ("train-cls", "train-patient") if mode == "extract" else (mode,)
+    needed = ("train-cls", "train-patient") if mode == "extract" else (mode,)
+    return all(trained(weights, preset, one) for one in needed)
 
 
 def torchrun(cards, script):
@@ -283,14 +277,15 @@ def train_all(session):
     """Take the steps that are left, as far as the time goes: what stopped it, or ""."""
     take_over(session)
     for mode in STEPS:
-        if not finished(session, mode):
+        if not finished(session.weights, session.preset, mode):
             if session.end - time.monotonic() < 60 * LEAST_MINUTES:
                 return f"the time was over before {mode}"
             status = run_step(session, mode)
             if status:
                 return f"{mode} FAILED with exit status {status}: its lines say why"
             over = session.end < time.monotonic()
-            if over if mode == "extract" else not finished(session, mode):
+            done = finished(session.weights, session.preset, mode)
+            if over if mode == "extract" else not done:
                 return f"the time was over in {mode}"
         if STEPS[mode]:  # the states of finished trainings; the logs tell that they are
             for stem in stems(session.weights, session.preset, mode):

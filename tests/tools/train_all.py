@@ -68,11 +68,11 @@ def train_preset(preset, options, argv):
             cspine.say(f"train_all: {mode} is not finished: the same command goes on")
             return None
     places = ["--data", options.data, "--weights", options.weights]
-    fit = ["--calibrate"]
     if options.folds == 1:
-        fit = []
         cspine.say("train_all: with --folds 1 the score is of studies that were trained on")
-    return run(["evaluate", "--folds", *fit, *places], 1)
+    else:
+        places.append("--calibrate")
+    return run(["evaluate", "--folds", *places], 1)
 
 
 def main(argv=None):

@@ -98,27 +98,30 @@ def write_slices(folder, data, stored, affine, numbers):
 
 # ---- NIfTI and csv ----
 
-def write_mask(phantom, path):
-    """NIfTI-1 whose array has the axes L, A, S; RAS+ mm in the sform."""
-    z, y, x = phantom.label.shape
-    voxel_from_stored = np.array(
-        [[0, 0, -1, z - 1], [0, -1, 0, y - 1], [1, 0, 0, 0], [0, 0, 0, 1]])
-    ras = (np.diag([-1, -1, 1, 1]) @ phantom.affine @ voxel_from_stored)[:3]
+def nifti_bytes(stored, code, spacing, ras):
+    """NIfTI-1 of an array (K, J, I) of a datatype `code`; spacing (I, J, K), sform (3, 4)."""
     header = bytearray(352)
     for offset, kind, *values in (  # of nifti1.h
         (0, "i", 348),  # bytes of the header proper
-        (40, "8h", 3, x, y, z, 1, 1, 1, 1),
-        (70, "2h", 2, 8),  # uint8
+        (40, "8h", 3, *stored.shape[::-1], 1, 1, 1, 1),
+        (70, "2h", code, 8 * stored.itemsize),
         (108, "2f", 352, 1),  # where voxels begin, and their slope
-        (76, "4f", 1, *phantom.spacing[::-1]),
+        (76, "4f", 1, *spacing),
         (123, "B", 2),  # mm
         (254, "h", 1),  # the affine leads to the scanner's coordinates
         (280, "12f", *ras.flat),
-        (344, "4s", b"n+1"),
-    ):
+        (344, "4s", b"n+1")):
         struct.pack_into("<" + kind, header, offset, *values)
+    return header + stored.tobytes()
+
+def write_mask(phantom, path):
+    """NIfTI-1 whose array has the axes L, A, S; RAS+ mm in the sform."""
+    z, y, _ = phantom.label.shape
+    voxel_from_stored = np.array(
+        [[0, 0, -1, z - 1], [0, -1, 0, y - 1], [1, 0, 0, 0], [0, 0, 0, 1]])
+    ras = (np.diag([-1, -1, 1, 1]) @ phantom.affine @ voxel_from_stored)[:3]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(header + phantom.label[::-1, ::-1].tobytes())
+    path.write_bytes(nifti_bytes(phantom.label[::-1, ::-1], 2, phantom.spacing[::-1], ras))
 
 def label_row(uid, fractured):
     """A row of train.csv: uid, patient_overall, C1, ..., C7."""
