@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -102,6 +103,12 @@ def tiny_preset(monkeypatch):
     monkeypatch.setattr(cspine, "segment", lambda *given: everywhere)
 
 
+def free_disk(monkeypatch, **free):
+    """Folders have these many bytes free, whatever this machine has."""
+    monkeypatch.setattr(shutil, "disk_usage",
+                        lambda folder: SimpleNamespace(free=free[Path(folder).name]))
+
+
 @pytest.fixture
 def kaggle(tmp_path, monkeypatch, phantom_data, one_thread):
     """start(root, cut, layout, earlier) -> what a session prints; Kaggle's folders under root.
@@ -112,6 +119,7 @@ def kaggle(tmp_path, monkeypatch, phantom_data, one_thread):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     count = functools.cache(kaggle_training.training_flops)  # once in all sessions
     monkeypatch.setattr(kaggle_training, "training_flops", count)
+    free_disk(monkeypatch, working=1e12)
     commands, real_stop = [], cspine.stop_signals
 
     def start(root, cut, layout, earlier, capsys):
@@ -318,12 +326,23 @@ def test_a_preflight_says_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(kaggle_training, "TEMPORARY", tmp_path)
     with pytest.raises(cspine.UserError, match="attach it"):
         kaggle_training.mounted(NAME)
-    with pytest.raises(cspine.UserError, match="too little disk"):
-        (tmp_path / "working").mkdir()
-        kaggle_training.work_folder(1e9)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(cspine.UserError, match="T4 x2"):
         kaggle_training.try_cards()
+
+
+@pytest.mark.parametrize("working, temporary, place", [
+    (30e9, 50e9, "working"), (20e9, 50e9, "temporary"), (20e9, 25e9, "")])
+def test_crops_go_where_they_fit(working, temporary, place, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(kaggle_training, "KAGGLE", tmp_path)
+    monkeypatch.setattr(kaggle_training, "TEMPORARY", tmp_path / "temporary")
+    free_disk(monkeypatch, working=working, temporary=temporary)
+    if place:
+        assert kaggle_training.work_folder(25) == tmp_path / place / "work"
+    else:
+        with pytest.raises(cspine.UserError, match="too little disk"):
+            kaggle_training.work_folder(25)
+    assert capsys.readouterr().out.count("too little") == ["working", "temporary", ""].index(place)
 
 
 def test_of_two_sessions_the_later_is_taken(tmp_path, monkeypatch):
