@@ -48,7 +48,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
-from itertools import permutations
+from itertools import islice, permutations
 from pathlib import Path
 from time import monotonic
 from typing import Any, Callable, NamedTuple
@@ -65,7 +65,7 @@ from tqdm import tqdm
 
 
 # ==== Facts and settings ====
-# Every number of the road, with its unit and source; without a source it is the starting
+# The numbers of the road, with unit and source; without a source they are the starting
 # solution's. Facts are constants; what a run may change is a setting, and an option.
 
 VERTEBRAE = ("C1", "C2", "C3", "C4", "C5", "C6", "C7")
@@ -87,7 +87,8 @@ MIN_SLICES = 16  # slices; fewer are no study (the competition's shortest has 69
 MAX_VOXELS = 2**30  # voxels, 2 GB of int16; more is damage or does not fit
 MAX_GAP_MM = 30.0  # mm; a longer hole along the normal separates two scans
 SAME_PLACE_MM = 0.05  # mm; closer slices lie at one place (spacings begin at 0.3)
-MIXED = 0.75  # of a slice step; slices of other passes that lie nearer to a kept one go
+TWIN_MM, TWIN_SHARE = 0.25, 0.34  # mm, and share of the gaps beside: two passes' slices
+FILLS_FROM = 0.75  # of a slice step; another pass's slices nearer to a kept one go
 SAME_STEP = 0.01  # share of a pixel by which the pixels of slices of one series may differ
 PASS_APART_S = 30  # s; images of a pass are reconstructed in any order, with no such pause
 UNEVEN = 0.25  # share of a step by which a slice may miss its even place
@@ -161,10 +162,11 @@ def argument(meaning, count=None):
 
 # Presets: other defaults of a mode's options; what is not named stays a recipe's. Hours:
 # tests/studies/bench.py plan.
-FAST = {  # ours: a fold whose trainings end within an hour on two T4
+FAST = {  # ours: one fold within an hour on two T4, most of which reads the studies
     "train-seg": dict(fold="0", epochs=60),  # 1,020 steps
-    "train-cls": dict(fold="0", epochs=8, thin=3),
-    "train-patient": dict(fold="0", epochs=6, thin=3)}
+    "extract": dict(studies=550),
+    "train-cls": dict(fold="0", epochs=16, thin=3),
+    "train-patient": dict(fold="0", epochs=12, thin=3)}
 GOLD_CROPS = dict(  # first place's, whose 50 to 75 epochs show all steps; ours, a third
     size=384, epochs=50, thin=3, mixup=0.5, drop_path=0.3, dropout=0.3, augment="strong")
 GOLD = {
@@ -286,6 +288,7 @@ class Volume(NamedTuple):
     problems: tuple = ()
     sources: tuple = ()
     grid: tuple = ((0, 1, 2), (True, False, False))  # a series' masks go foot to head
+    header: Any = None  # of a NIfTI; its masks take their place from it
 
 class Slice(NamedTuple):
     """A decoded image, and where its pixels lie."""
@@ -295,28 +298,38 @@ class Slice(NamedTuple):
     study: str = ""  # StudyInstanceUID
     series: str = ""  # SeriesInstanceUID
     of_pass: tuple = ()  # what PASS_TAGS say of it, and its InstanceNumber
+    guessed: bool = False  # whether its header has no orientation
 
 PASS_TAGS = (  # what tells two scans of the same places in one series apart
     "AcquisitionNumber", "ConvolutionKernel", "ImageType", "TemporalPositionIdentifier",
-    "FrameAcquisitionNumber", "FrameType", "TemporalPositionIndex",
+    "FrameAcquisitionNumber", "FrameType", "TemporalPositionIndex", "SliceThickness",
     "AcquisitionTime", "ContentTime")  # the times also order what no tag parts
 
 def read_slices(path):
-    """The Slices of a DICOM file, one of each frame, with or without its preamble."""
+    """([Slice, ...], [what was left out, why]) of a DICOM file, with or without its
+    preamble: a Slice of each frame. StudyError if it is no CT."""
     if not path.is_file():  # a pipe would wait for ever
         raise StudyError("not a regular file")
-    data = pydicom.dcmread(path, force=True)
+    with path.open("rb") as file:
+        if not any(file.read(132)):  # a failed transfer; pydicom would take it for tags
+            raise StudyError("no DICOM image: it begins with zeros")
+        file.seek(0)
+        data = pydicom.dcmread(file, force=True)
     if data.get("Modality") not in (None, "", "CT"):  # a dose or a segmentation beside it
         raise StudyError(f"not a CT image but {data.Modality}")
     if "Rows" not in data:
         raise StudyError("no DICOM image")
     frames = decode_pixels(data)
     uid = str(data.get("SOPInstanceUID", ""))
-    found = []
+    found, problems = [], []
     for k, stored in enumerate(frames):
-        frame = f", frame {k + 1}" if len(frames) > 1 else ""
-        found.append(place_frame(stored, data, k, (path.name + frame, uid)))
-    return found
+        name = path.name + (f", frame {k + 1}" if len(frames) > 1 else "")
+        try:
+            with errors_as(StudyError, name):
+                found.append(place_frame(stored, data, k, (name, uid)))
+        except StudyError as error:
+            problems.append(f"{error}; left out")
+    return found, problems
 
 def place_frame(stored, data, k, source):
     """The Slice of a frame's stored values (Y, X): in HU, placed (DICOM PS3.3 C.7.6.2)."""
@@ -330,13 +343,16 @@ def place_frame(stored, data, k, source):
         return np.array(given[0], float)
 
     origin = tag("ImagePositionPatient", [math.nan] * 3)
-    row, column = tag("ImageOrientationPatient", [1, 0, 0, 0, 1, 0]).reshape(2, 3)
+    directions = tag("ImageOrientationPatient", [])
+    lies = data.get("PatientPosition")
+    guessed = not len(directions) and lies in (None, "", "HFS", "FFS")  # axial, supine
+    row, column = np.eye(3)[:2] if guessed else np.reshape(directions, (2, 3))
     spacing = tag("PixelSpacing", [0, 0])  # between rows, between columns
     normal = np.cross(row, column)
     lps_from_pixel = np.c_[column * spacing[0], row * spacing[1], origin]
     farthest = abs(lps_from_pixel).max()  # NaN without a position
     if not (spacing.min() > 0 and farthest < 1e6 and 0.9 < normal @ normal < 1.1):
-        raise StudyError("no usable position or orientation")
+        raise StudyError("no usable position, orientation or pixel spacing")
 
     memory = mmap.mmap(-1, 2 * stored.size, mmap.MAP_PRIVATE)  # malloc would not free it
     hu = np.ndarray(stored.shape, np.int16, memory)
@@ -358,22 +374,25 @@ def place_frame(stored, data, k, source):
     number = 0
     with suppress(ValueError, TypeError):  # it only orders what nothing else does
         number = int(data.get("InstanceNumber") or 0)
-    return Slice(hu, lps_from_pixel, source, *map(str, uids), (*of_pass, number))
+    return Slice(hu, lps_from_pixel, source, *map(str, uids), (*of_pass, number), guessed)
 
 def read_folder(path, workers, give_up):
     """([Slice, ...] of the files of a folder, [what was left out, why])."""
-    files = [path] if path.is_file() else path.iterdir()  # a file: of many frames
+    files = [path]  # of many frames
+    if path.is_dir():  # a Mac adds hidden files
+        files = [file for file in path.iterdir() if file.name[0] != "."]
     files = sorted(files, key=lambda file: (len(file.name), file))
-    slices = []
-    problems = []
+    slices, problems = [], []
     for file, future in prefetch(read_slices, files, workers, 4 * workers + 1):
         if give_up():
             raise StudyError("out of time")
         try:
             with errors_as(StudyError, file.name):
-                slices += future.result()
+                found, bad = future.result()
         except StudyError as error:
-            problems.append(f"{error}; left out")
+            found, bad = [], [f"{error}; left out"]
+        slices += found
+        problems += bad
     return slices, problems
 
 def stacks_of(slices):
@@ -388,8 +407,11 @@ def stacks_of(slices):
     return stacks
 
 def one_stack(first, other):
-    """Whether Slices have one series and geometry, but for the last digits of a header."""
-    if first.series != other.series or first.hu.shape != other.hu.shape:
+    """Whether Slices have one series and geometry, but for the last digits of a header.
+    Where no series is named, the study counts: two patients make no neck."""
+    of_first = first.series or first.study
+    of_other = other.series or other.study
+    if of_first != of_other or first.hu.shape != other.hu.shape:
         return False
     apart = (first.lps_from_pixel - other.lps_from_pixel)[:, :2]  # a pixel's steps
     return abs(apart).max() < SAME_STEP * np.linalg.norm(first.lps_from_pixel[:, 0])
@@ -402,14 +424,21 @@ def along_normal(stack):
     return origins @ normal / np.linalg.norm(normal)
 
 def parts_of(index, at, gap):
-    """An index in parts, split where the next one's place `at` is more than `gap` away."""
+    """An index in parts, split where the next one's place `at` is more than `gap` away;
+    `gap` is a number, or has one for every two neighbours."""
     ends = np.flatnonzero(np.diff(at) > gap) + 1
     return np.split(index, ends)
 
 def places_of(mm):
-    """Indices of slices in the order of position, of those at the same place the first."""
+    """Indices of slices in the order of position, of those at the same place the first.
+    Two passes may lie a little apart: every other gap is then far smaller than the rest."""
     order = np.argsort(mm, kind="stable")
-    places = parts_of(order, mm[order], SAME_PLACE_MM)
+    at = mm[order]
+    gaps = np.pad(np.diff(at), 1, constant_values=math.inf)
+    beside = np.minimum(gaps[:-2], gaps[2:])
+    near = TWIN_SHARE * beside
+    near = near.clip(SAME_PLACE_MM, TWIN_MM)
+    places = parts_of(order, at, near)
     return np.array([min(place) for place in places])
 
 def sittings(times):
@@ -432,6 +461,8 @@ def one_pass(stack):
     for k, tag in enumerate(PASS_TAGS):
         mm = along_normal(stack)
         marks = [one.of_pass[k] for one in stack]
+        if tag == "SliceThickness":  # to the tenth of a mm; some headers have noise
+            marks = pd.to_numeric(pd.Series(marks), errors="coerce").fillna(0).round(1)
         if tag == "ContentTime":
             marks = sittings(marks)
         passes = {}
@@ -446,7 +477,7 @@ def one_pass(stack):
         step = np.median(gaps[gaps > SAME_PLACE_MM])
         after = np.searchsorted(own, mm).clip(1, len(own) - 1)
         apart = np.minimum(abs(mm - own[after - 1]), abs(own[after] - mm))
-        kept = [mark == widest for mark in marks] | (apart >= MIXED * step)
+        kept = [mark == widest for mark in marks] | (apart >= FILLS_FROM * step)
         stack = [one for one, keep in zip(stack, kept) if keep]
     return sorted(stack, key=lambda one: one.of_pass[-3:])  # earliest first
 
@@ -465,7 +496,7 @@ def read_series(path, workers, give_up):
     slices, problems = read_folder(path, workers, give_up)
     stacks = stacks_of(slices)
     studies = {one.study for one in slices} - {""}
-    if len(studies) < 2 and max(map(len, stacks), default=MIN_SLICES) < MIN_SLICES:
+    if len(studies) < 2 <= len(stacks) and max(map(len, stacks)) < MIN_SLICES:
         stacks = stacks_of([one._replace(series="") for one in slices])
         problems.append("no series of enough images: SeriesInstanceUID is not looked at")
     run = []
@@ -502,16 +533,18 @@ def read_series(path, workers, give_up):
         problems.append(f"slices lie up to {aside:.0f} mm beside their place")
     elif cosine < STRAIGHT:
         problems.append(f"gantry tilted by {math.degrees(math.acos(cosine)):.0f} degrees")
+    if any(one.guessed for one in run):
+        problems.append("no ImageOrientationPatient: axial and supine are guessed")
     affine = np.eye(4)
     affine[:3] = np.c_[way / (len(steps) - 1), first]
     sources = [one.source for one in run]
-    return [one.hu for one in run], steps, affine, problems, sources
+    return [one.hu for one in run], steps, affine, problems, sources, None
 
 def read_nifti_ct(path):
-    """What read_series gives, of a CT as NIfTI-1; it has no sources.
+    """What read_series gives, of a CT as NIfTI-1, and its header; it has no sources.
     StudyError if its values are no Hounsfield units of a body: labels, MR, another unit."""
     problems = []
-    stored, slope, intercept, voxel_from_lps = read_nifti(path, problems.append)
+    stored, slope, intercept, voxel_from_lps, header = read_nifti(path, problems.append)
     if min(stored.shape) < MIN_SLICES:
         raise StudyError(f"{stored.shape} voxels; each axis needs at least {MIN_SLICES}")
     planes = []
@@ -521,7 +554,7 @@ def read_nifti_ct(path):
     if why := not_in_hu(planes):
         raise StudyError(why)
     affine = np.linalg.inv(voxel_from_lps)[:, [2, 1, 0, 3]]
-    return planes, np.arange(len(planes)), affine, problems, []
+    return planes, np.arange(len(planes)), affine, problems, [], header
 
 def not_in_hu(planes):
     """Why planes (Y, X) show no body in HU, but labels, MR or another unit; else ""."""
@@ -541,8 +574,9 @@ def begins_as_dicom(path):
     """Whether a file begins as DICOM, with or without its preamble."""
     with suppress(OSError), open(path, "rb") as file:
         start = file.read(132)
-        # Without a preamble it begins with the number of a group, 2 or 8.
-        return start.endswith(b"DICM") or start[:2] in (b"\2\0", b"\x08\0")
+        # Without a preamble it begins with the number of a group, 2 or 8, in a byte order.
+        bare = start[:2] in (b"\2\0", b"\x08\0", b"\0\2", b"\0\x08")
+        return bare or start.endswith(b"DICM")
     return False
 
 def axial_axes(affine):
@@ -568,10 +602,10 @@ def read_volume(folder, workers=2, give_up=lambda: False):
     gaps are filled by position, sagittal and coronal slices are turned. Raises StudyError,
     and nothing else, if fewer than MIN_SLICES can be read, or give_up() becomes true."""
     path = Path(folder)
-    nifti = is_nifti(path)
     with errors_as(StudyError, path):
+        nifti = is_nifti(path)
         found = read_nifti_ct(path) if nifti else read_series(path, workers, give_up)
-        planes, steps, affine, problems, sources = found
+        planes, steps, affine, problems, sources, header = found
         shape = (len(steps), *planes[0].shape)
         if math.prod(shape) > MAX_VOXELS:
             raise StudyError(f"{shape} voxels: damaged, or too large")
@@ -592,7 +626,8 @@ def read_volume(folder, workers=2, give_up=lambda: False):
         by_slice = by_slice[::-1] if flip[0] else by_slice
     volume = Volume(
         path.name, hu, tuple(spacing), affine, tuple(problems), tuple(by_slice))
-    return volume._replace(grid=(axes, tuple(flip.tolist()))) if nifti else volume
+    grid = dict(grid=(axes, tuple(flip.tolist())), header=header) if nifti else {}
+    return volume._replace(**grid)
 
 
 # ==== Masks ====
@@ -612,6 +647,8 @@ WRITTEN_BY = b"cspine: C1..C7, for research"
 MASK_HEADER = dict(  # of our masks: uint8, mm, both transforms to the scanner's axes
     sizeof_hdr=348, magic=b"n+1", datatype=2, bitpix=8, vox_offset=352, scl_slope=1,
     xyzt_units=2, descrip=WRITTEN_BY, qform_code=1, sform_code=1)
+PLACED_BY = (  # the fields that say where voxels lie; programs differ in which they trust
+    "pixdim", "xyzt_units", "qform_code", "sform_code", "quatern", "qoffset", "srow")
 
 def nifti_affine(header):
     """RAS mm from voxel (4, 4), as nibabel: sform, else qform, else zooms about the centre.
@@ -635,8 +672,9 @@ def nifti_affine(header):
     return affine
 
 def read_nifti(path, report=None):
-    """(stored values (I, J, K), slope, intercept, voxel from LPS mm (4, 4)) of NIfTI-1.
-    Both byte orders, gzip or not; `report` is told of a guess. Damage raises some error."""
+    """(stored values (I, J, K), slope, intercept, voxel from LPS mm (4, 4), header).
+    NIfTI-1 of both byte orders, gzip or not; `report` is told of a guess. Damage raises
+    some error."""
     raw = Path(path).read_bytes()
     if raw[:2] == b"\x1f\x8b":  # of one or several members
         raw = gzip.GzipFile(fileobj=io.BytesIO(raw)).read(2 * MAX_VOXELS)
@@ -666,7 +704,7 @@ def read_nifti(path, report=None):
     slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
     if not (0 < abs(slope) < math.inf and abs(intercept) < math.inf):
         slope, intercept = 1, 0  # a slope of 0 means: as stored
-    return stored, slope, intercept, voxel_from_lps
+    return stored, slope, intercept, voxel_from_lps, header
 
 def refuse_to_overwrite(path):
     """UserError if a path is a file that is no mask of ours, which would be overwritten."""
@@ -678,9 +716,10 @@ def refuse_to_overwrite(path):
 
 def write_nifti(path, labels, volume):
     """Write uint8 labels (Z, Y, X) on a Volume's grid as NIfTI-1, gzipped.
-    The mask of a NIfTI has its very voxels; that of a DICOM series is axial, evenly spaced,
-    foot to head. Both sform and qform place them; a qform cannot shear, and is the nearest
-    rotation. UserError if a file of others is there."""
+    The mask of a NIfTI has its very voxels, placed as in its header; that of a DICOM series
+    is axial, evenly spaced, foot to head. There both sform and qform place them; a qform
+    cannot shear, and of a tilted series it keeps the axes within a slice, as ITK does.
+    UserError if a file of others is there."""
     axes, flip = volume.grid
     order = [*np.argsort(axes)]
     stored = np.flip(labels, np.flatnonzero(flip).tolist()).transpose(order)  # (K, J, I)
@@ -690,12 +729,15 @@ def write_nifti(path, labels, volume):
     zooms = np.linalg.norm(affine[:, :3], axis=0)
     turn = affine[:, :3] / zooms
     mirror = np.sign(np.linalg.det(turn))
+    turn[:, 2] = mirror * np.cross(turn[:, 0], turn[:, 1])
     vector = cv2.Rodrigues(turn * [1, 1, mirror])[0].ravel()  # axis times angle, radians
     half = np.linalg.norm(vector) / 2
     values = dict(MASK_HEADER, qoffset=affine[:, 3], srow=affine.ravel())
-    values["dim"] = [3, *stored.shape[::-1], 1, 1, 1, 1]
-    values["pixdim"] = [mirror, *zooms, 1, 1, 1, 1]
+    values["dim"] = [3, *stored.shape[::-1]] + [1] * 4
+    values["pixdim"] = [mirror, *zooms] + [1] * 4
     values["quatern"] = vector / 2 * np.sinc(half / np.pi)  # axis times sine of half of it
+    if volume.header is not None:
+        values |= {name: volume.header[name] for name in PLACED_BY}
     header = np.zeros((), NIFTI_HEADER.newbyteorder("<"))
     for name, value in values.items():
         header[name] = value
@@ -707,11 +749,11 @@ def write_nifti(path, labels, volume):
     write_atomic(path, lambda new: new.write_bytes(content))
 
 def read_mask(path, volume, shape=None):
-    """uint8 (Z, Y, X), or a coarser `shape`: the nearest label, 1-7 = C1-C7, others as
-    they are stored, 0 outside. The mask may lie on any grid: its affine places it.
+    """uint8 (Z, Y, X), or a coarser `shape`: the nearest label, 1-7 = C1-C7, others
+    below 255 as stored, 0 outside. The mask may lie on any grid: its affine places it.
     StudyError if it is damaged."""
     with errors_as(StudyError, f"{path}: not a readable NIfTI-1 mask"):
-        stored, slope, intercept, voxel_from_lps = read_nifti(path)
+        stored, slope, intercept, voxel_from_lps, _ = read_nifti(path)
     out = np.zeros(shape or volume.hu.shape, np.uint8)
     matrix = (voxel_from_lps @ volume.affine)[:3, :, None, None]
     cells = [np.arange(count) + 0.5 for count in out.shape]
@@ -732,7 +774,7 @@ def read_mask(path, volume, shape=None):
 def mask_fit(path, volume, labels):
     """(share of a mask's C1..C7 that lies in the study, share of that which lies on bone).
     `labels` is read_mask's, on any grid. Another study's mask fits nowhere."""
-    stored, slope, intercept, voxel_from_lps = read_nifti(path, str)  # said by read_mask
+    stored, slope, intercept, voxel_from_lps, _ = read_nifti(path, str)  # read_mask said it
     thin = stored[::2, ::2, ::2] * slope + intercept  # an eighth says enough
     voxels = 8 * ((thin > 0.5) & (thin < 7.5)).sum()
     whole_mm3 = voxels / abs(np.linalg.det(voxel_from_lps))
@@ -751,7 +793,8 @@ def fitting_mask(path, volume, shape):
     labels = read_mask(path, volume, shape)
     inside, on_bone = mask_fit(path, volume, labels)
     if inside < LEAST_INSIDE or on_bone < LEAST_BONE:
-        raise StudyError(f"{inside:.0%} of its mask lie inside, {on_bone:.0%} on bone")
+        raise StudyError(f"{inside:.0%} of its mask's labels 1 to 7, for C1 to C7, lie "
+                         f"inside, {on_bone:.0%} on bone")
     return labels
 
 
@@ -869,7 +912,7 @@ class Segmenter(nn.Module):
         self.settings = dict(backbone=backbone, size=size, window=window)
         flat = create_backbone(
             backbone, features_only=True, out_indices=(0, 1, 2, 3), in_chans=1,
-            drop_path_rate=drop_path)
+            drop_path_rate=drop_path or None)  # None: not passed, as some have none
         if flat.feature_info.reduction() != [2, 4, 8, 16]:
             raise UserError("no features at strides 2, 4, 8 and 16")
         if hasattr(flat, "blocks"):  # what follows the last feature, down to stride 32
@@ -940,15 +983,17 @@ def mean_probability(models, volume, device):
     D is the first one's; those of another size are asked at theirs."""
     size = models[0].settings["size"]
     cube_of = functools.cache(functools.partial(segmenter_input, volume))
-    total = 0
+    total, count = torch.zeros((7, *[size] * 3), device=device), 0
     with autocast(device):
         for model in models:
             cube = cube_of(model.settings["size"], tuple(model.settings["window"]))
             logits = finite_answer(model.to(device), cube[None].to(device)).float()
             if len(cube[0]) != size:
                 logits = F.interpolate(logits, (size,) * 3, mode="trilinear")
-            total = total + logits[0].sigmoid().nan_to_num()
-    return (total / len(models)).cpu()
+            if logits.isfinite().all():  # one that answers NaN halves no other's
+                total += logits[0].sigmoid()
+                count += 1
+    return (total / max(count, 1)).cpu()
 
 def neck_part(probability, shape):
     """(low, high) voxels, (3,) each, of the neck and its surroundings, or None if it fills
@@ -1037,11 +1082,13 @@ def crop_plane(plane, box, size):
     border = cv2.BORDER_REPLICATE
     return cv2.warpAffine(plane, source, (size, size), flags=how, borderMode=border)
 
-def slice_indices(first_cell, last_cell, edge, count):
+def slice_indices(extent, z_margin, edge, count):
     """(15, 5): the native slices of every step, of `count`; a border slice repeats. The
-    centres lie evenly over the slices that these cells, of a cube with `edge`, cover."""
-    first = max(first_cell, 0) * count / edge
-    last = min(last_cell + 1, edge) * count / edge - 1
+    centres lie evenly over the slices that a vertebra's cells cover, `extent` (first, last)
+    of a cube with `edge`, and `z_margin` cells beyond."""
+    first = max(extent[0] - z_margin, 0) * count / edge
+    last = min(extent[1] + z_margin + 1, edge) * count / edge - 1
+    last = max(first, last)  # a cell may be thinner than a slice
     places = np.linspace(first, last, STEPS)
     centres = np.rint(places).astype(int)
     neighbours = np.arange(SLICES_PER_STEP) - SLICES_PER_STEP // 2
@@ -1086,8 +1133,7 @@ def ninety_images(volume, cells, extent, size, mask_of, z_margin):
     step_mm = np.full(2, side_mm / size)
     box = np.array([corner_mm, step_mm]) / extent_mm
 
-    first, last = extent[0]
-    index = slice_indices(first - z_margin, last + z_margin, edge, count)  # (15, 5)
+    index = slice_indices(extent[0], z_margin, edge, count)  # (15, 5)
     shown, which = np.unique(index, return_inverse=True)  # steps share slices
     grey = [apply_window(volume.hu[z], BONE_WINDOW) for z in shown]
     images = np.array([crop_plane(plane, box, size) for plane in grey])
@@ -1103,7 +1149,7 @@ def ninety_images(volume, cells, extent, size, mask_of, z_margin):
 # The trap: a vertebra that is not seen is all 0; it must cost nothing and answer nothing.
 
 def logit_head(width, hidden, dropout):
-    """(..., width) -> (..., 1). LayerNorm: InstanceNorm would see rows of one value."""
+    """(..., width) -> (..., 1). LayerNorm: InstanceNorm does the same, without a scale."""
     return nn.Sequential(
         nn.Linear(width, hidden), nn.LayerNorm(hidden), nn.LeakyReLU(0.1),
         nn.Dropout(dropout), nn.Linear(hidden, 1))
@@ -1114,7 +1160,7 @@ class StepEncoder(nn.Module):
         super().__init__()
         self.backbone = create_backbone(
             backbone, in_chans=CHANNELS, num_classes=0, global_pool="avg",
-            drop_path_rate=drop_path)
+            drop_path_rate=drop_path or None)  # None: not passed, as some have none
         probe = torch.zeros(1, CHANNELS, 64, 64)  # refuses backbones of one image size
         width = self.backbone.eval()(probe).shape[1]
         if checkpoint:  # the blocks run again in the backward pass
@@ -1129,20 +1175,23 @@ class StepEncoder(nn.Module):
         features = self.absent.repeat(len(seen), 1)
         if seen.any():
             shown = crops.flatten(0, 1)[seen]
-            shown = shown.to(memory_format=torch.channels_last)
             features[seen] = self.encode(shown).float()
         return features.unflatten(0, crops.shape[:2])
 
     def encode(self, shown):
-        """(M, 6, S, S) -> (M, F), in parts that the cache or the card's memory holds."""
+        """(N, 6, S, S) -> (N, F), in parts that the cache or the card's memory holds."""
         scale = 2 if shown.is_floating_point() else 2 / 255
+
+        def features(part):
+            part = part.to(memory_format=torch.channels_last)
+            return self.backbone(part * scale - 1)
+
         if self.training:
-            return self.backbone(shown * scale - 1)
+            return features(shown)
         on_cpu = shown.device.type == "cpu"
         for at_once in [CROPS_ON_CPU] if on_cpu else [CROPS_ON_GPU, CROPS_ON_CPU]:
             with suppress(torch.OutOfMemoryError):
-                parts = shown.split(at_once)
-                return torch.cat([self.backbone(part * scale - 1) for part in parts])
+                return torch.cat([*map(features, shown.split(at_once))])
         raise torch.OutOfMemoryError(f"{CROPS_ON_CPU} crops do not fit into the memory")
 
 class VertebraClassifier(nn.Module):
@@ -1184,7 +1233,8 @@ class PatientClassifier(VertebraClassifier):
         return logits, self.patient_head(both)[..., 0]
 
 def classifier_loss(outputs, labels):
-    """The competition's weighted log loss, a vertebra's label on each of its steps.
+    """Log loss with the competition's weights, a vertebra's label on each of its steps;
+    they are divided by those of a whole study, not by those of its own labels.
     `outputs` are a classifier's: (B, N) logits with labels (B, 1), or ((B, N), (B,)) with
     labels (B, 8). A label that is NaN is unknown and counts nothing."""
     targets = labels.shape[1]
@@ -1222,8 +1272,8 @@ class Ensemble(NamedTuple):
     on_cpu: Any = None  # the same Ensemble, for when the device fails
 
 @torch.inference_mode()
-def classify(ensemble, crops, folds=100):
-    """[Output], T = 15, of the first `folds` models of each kind.
+def classify(ensemble, crops, folds=None):
+    """[Output], T = 15, of the first `folds` models of each kind, or of all.
     `crops` is uint8 (7, 15, 6, S, S). A vertebra that is not seen is NaN in `steps`;
     `patient` is NaN from a vertebra classifier, which has no such answer. Model i sees
     dihedral view i mod 8 (first place), so that their errors differ."""
@@ -1231,10 +1281,16 @@ def classify(ensemble, crops, folds=100):
     vertebra, patient = (ensemble.models[kind][:folds] for kind in ("vertebra", "patient"))
     crops = torch.from_numpy(crops).to(ensemble.device)
     outputs = []
+
+    @functools.cache  # most models have one size
+    def resized(size):
+        if size == crops.shape[-1]:
+            return crops
+        parts = (F.interpolate(part.float(), size, mode="bilinear") for part in crops)
+        return torch.stack([part.round().byte() for part in parts])  # bytes: little memory
+
     for k, model in enumerate(vertebra + patient):
-        size = model.settings["size"]
-        parts = [F.interpolate(part.float(), size, mode="bilinear") for part in crops]
-        shown = torch.stack([part.round().byte() for part in parts])  # bytes: little memory
+        shown = resized(model.settings["size"])
         shown = torch.rot90(shown.flip(-1) if k & 4 else shown, k, (-2, -1))
         model.to(ensemble.device)
         head = torch.tensor(math.nan)
@@ -1336,8 +1392,7 @@ def strongest_steps(volume, probability, outputs, z_margin):
         found = vertebra_box(cells)
         if found is None:
             continue
-        first, last = found[0] + [-z_margin, z_margin]
-        index = slice_indices(first, last, len(cells), len(volume.hu))
+        index = slice_indices(found[0], z_margin, len(cells), len(volume.hu))
         z = int(index[chances.argmax(), SLICES_PER_STEP // 2])
         _, y, x = (found.sum(1) + 1) / 2 / len(cells) * volume.hu.shape - 0.5
         file, uid = volume.sources[z] if volume.sources else ("", "")
@@ -1373,10 +1428,10 @@ def answer_study(volume, read_s, ensemble, folds):
     start = monotonic()
     segmenters = ensemble.models["segmenter"][:folds]
     probability = segment(segmenters, volume, ensemble.device, problems.append)
-    found = monotonic()
+    segmented = monotonic()
     wanted = crops_wanted(ensemble)
     crops = vertebra_slices(volume, probability, **wanted)
-    cut = monotonic()
+    cropped = monotonic()
     outputs = classify(ensemble, crops, folds)
     seen = crops.any((1, 2, 3, 4))
     lost = np.array([np.isnan(one.steps[seen]).any(1) for one in outputs])  # (M, seen)
@@ -1385,13 +1440,13 @@ def answer_study(volume, read_s, ensemble, folds):
     mute = {one.name for one, some in zip(outputs, lost) if some.any()}
     problems += [f"no finite answer by {name}, left out there" for name in sorted(mute)]
     answers = combine(outputs, ensemble.calibration)
-    done = monotonic()
+    classified = monotonic()
 
     places = strongest_steps(volume, probability, outputs, wanted["z_margin"])
     status = "ok" if len(places) == 7 else "partial" if places else "nothing seen"
     row = dict(zip(TARGETS, answers), status=status, slices=len(volume.hu))
-    row |= dict(seen="+".join(places), read_s=read_s, segment_s=found - start)
-    row |= dict(crops_s=cut - found, classify_s=done - cut)
+    row |= dict(seen="+".join(places), read_s=read_s, segment_s=segmented - start)
+    row |= dict(crops_s=cropped - segmented, classify_s=classified - cropped)
     row |= dict(device=ensemble.device, warnings="; ".join(problems))
     return row, places, probability
 
@@ -1555,6 +1610,8 @@ def studies_in(path, left_out=()):
 def named_studies(paths, left_out=()):
     """{name: path} of all studies: the last parts of their paths that tell them apart.
     What stands in the folders left out is none."""
+    if "" in paths:
+        raise UserError("an empty PATH")
     paths = map(Path, paths)
     paths = [path.resolve() if ".." in path.parts else path.absolute() for path in paths]
     found = sum([studies_in(path, left_out) for path in paths], [])
@@ -1699,8 +1756,9 @@ def predict_own(options):
     """predict, of the paths given."""
     out = Path(options.out if "out" in options.given else "answers")
     folders = [Path(folder) for folder in (out, options.masks) if folder]
-    for folder in filter(Path.is_file, folders):
-        raise UserError(f"{folder}: a file; with a PATH, --out and --masks are folders")
+    for folder in folders:
+        if folder.is_file() or folder.suffix == ".csv":
+            raise UserError(f"{folder}: with a PATH, --out and --masks are folders")
     written = {Path(os.path.realpath(folder)) for folder in folders}
     studies = named_studies(options.path, written)
     for folder in folders:
@@ -1759,6 +1817,7 @@ FIT_ROUNDS = 100  # of Newton's method at most; five to twenty are usual
 LEAST_STEP, LARGEST_STEP = 1e-7, 0.5  # of log scale and shift, in a round
 
 # The columns of a classifier's held-out answers: every step of C1..C7, and the patient.
+SEEN = "trained_on"  # a column of held-out answers that are none
 STEP_TARGETS = [f"{name}_{step}" for name in VERTEBRAE for step in range(1, STEPS + 1)]
 STEP_TARGETS += TARGETS[7:]
 
@@ -1876,6 +1935,8 @@ def read_labels(data):
 def read_answers(path):
     """The answers of a submission, a study a row; what is no probability is NaN.
     UserError if a row stands there twice."""
+    if not Path(path).exists():
+        raise UserError(f"no {path}: run predict first")
     table = read_csv(path, ("row_id", "fractured"))
     table[["uid", "target"]] = table.row_id.str.extract(f"^(.*)_({'|'.join(TARGETS)})$")
     names = table.row_id.dropna()
@@ -1895,7 +1956,10 @@ def read_held_out(weights):
         if not named:
             continue  # a segmenter's
         name, fold = named.groups()
-        table = read_csv(path, (STUDY, *STEP_TARGETS)).set_index(STUDY)[STEP_TARGETS]
+        table = read_csv(path, (STUDY, *STEP_TARGETS)).set_index(STUDY)
+        if SEEN in table:
+            say(f"{path}: with --folds 1, of studies that were trained on: no fair score")
+        table = table[STEP_TARGETS]
         with errors_as(UserError, path):
             rows = table.to_numpy(float)
         for uid, row in zip(table.index, rows):
@@ -1912,13 +1976,14 @@ def blend(outputs, calibration=Calibration()):
     return pd.DataFrame(calibrated(raw, calibration), [*outputs], TARGETS)
 
 def print_scores(answers, labels):
-    """Print the score of (N, 8) answers, its interval, and the best constants'."""
+    """Print the score of (N, 8) answers, its interval, and the prior's, which are the best
+    constants for the competition's training labels."""
     study, column = competition_scores(answers, labels)
-    best, of_columns = competition_scores(np.broadcast_to(PRIOR, answers.shape), labels)
+    prior, prior_column = competition_scores(np.broadcast_to(PRIOR, answers.shape), labels)
     low, high = interval(study_scores(answers, labels))
     print(f"{len(labels)} studies; weighted log loss, lower is better: "
           f"{study:.4f} per study, {column:.4f} per column; the best constants: "
-          f"{best:.4f}, {of_columns:.4f}")
+          f"{prior:.4f}, {prior_column:.4f}")
     print(f"95 % interval per study, by bootstrap over patients: {low:.4f} to {high:.4f}")
 
 def score_table(answers, labels):
@@ -1934,7 +1999,7 @@ def score_table(answers, labels):
     return pd.DataFrame(rows, [*TARGETS, "C1 to C7"], names)
 
 def reliability(answers, labels):
-    """How often answers of about a size are right, of C1 to C7 and of the patient."""
+    """Mean answer, and share fractured, by size of answer: of C1 to C7, and the patient."""
     table = pd.DataFrame({"mean answer": answers.ravel(), "fractured": labels.ravel()})
     part = np.tile(["C1 to C7"] * 7 + ["patient_overall"], len(answers))
     size = pd.cut(table["mean answer"].clip(1e-9), RELIABILITY_BINS)  # 0 is in the first
@@ -1946,7 +2011,7 @@ def reliability(answers, labels):
 
 def mask_table(data, uids, models, workers):
     """Dice and share named right, of each of C1..C7 and of all together; empty without
-    masks. By all segmenters, so that studies they trained on are not held out."""
+    masks. All segmenters answer, also for studies that they were trained on."""
     masks = mask_files(data)
     device = next(models[0].parameters()).device
     # Found among the folders that are there: no path is made from a csv.
@@ -2085,7 +2150,6 @@ def read_calibration(weights, hashes=None):
             say(f"{path} was fitted to other models: not used")
             return Calibration()
         content["answers"] = Answers(**content.get("answers", {}))
-        content.pop("unusual", None)  # of an older version
         return Calibration(*rows.T, **content)
 
 
@@ -2369,7 +2433,7 @@ def save_checkpoint(path, kind, recipe, **content):
 def load_checkpoint(path):
     """What save_checkpoint wrote; UserError for any other file."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises many kinds, and advises to load pickles
         raise UserError(f"{path}: no checkpoint that can be read") from error
     if not isinstance(content, dict) or content.get("program") != "cspine":
@@ -2413,9 +2477,10 @@ def load_models(weights, kind, device):
     return {(fold, name): load_model(path, kind, device) for fold, name, path in files}
 
 def held_out_of(path):
-    """The uids that a model's training held out; none where their csv is lost."""
+    """The uids that a model's training held out; none of --folds 1, or without its csv."""
     kept = path.with_name(f"{path.stem}_heldout.csv")
-    return {*read_csv(kept, (STUDY,))[STUDY]} if kept.exists() else set()
+    table = read_csv(kept, (STUDY,)) if kept.exists() else pd.DataFrame({STUDY: []})
+    return {*table[STUDY]} if SEEN not in table else set()
 
 def makers_of(weights):
     """The hashes of the segmenters in a folder, by which crops know their own."""
@@ -2481,6 +2546,7 @@ def load_init(model, path):
         import timm
         source = timm.models.load_state_dict(str(path), weights_only=True)
         ours = "program" in source
+        made = f"a {source['kind']} of {source.get('settings')}" if ours else "another's"
         if ours and "tensors" not in source:
             raise ValueError("the state of a training, no finished model")
         source = {name: t for name, t in source.get("tensors", source).items() if t.ndim}
@@ -2492,7 +2558,7 @@ def load_init(model, path):
     pairs = zip(target.items(), target if named else source)
     taken = {name: fit_shape(source[other], like) for (name, like), other in pairs}
     if [t.shape for t in taken.values()] != [t.shape for t in target.values()]:
-        raise UserError(f"--init {path}: not the architecture of {model.settings}")
+        raise UserError(f"--init {path}: {made}: not the architecture of {model.settings}")
     part.load_state_dict(taken, strict=False)
     how = "by name" if named else "in order"
     say(f"--init: {len(taken)} of {len(source)} tensors {how} from {path}")
@@ -2536,14 +2602,18 @@ def init_file(options, kind, fold, held_out):
     A patient classifier's may be its fold's vertebra classifier, of its --name or of none.
     A vertebra classifier that has seen studies that are now held out is none to start from.
     UserError if the file that is named is not there."""
+    weights = Path(options.weights)
     if options.init == "none":
         return None
     if options.init != "auto":
-        if not Path(options.init).is_file():
-            raise UserError(f"--init {options.init}: cannot be read: no such file")
-        return Path(options.init)
+        path = Path(options.init)
+        if not path.is_file():
+            raise UserError(f"--init {path}: cannot be read: no such file")
+        if path.name.startswith(kind) and path.resolve().parent == weights.resolve():
+            raise UserError(f"--init {path}: may be overwritten: copy it elsewhere first")
+        return path
     for name in dict.fromkeys((options.name, "")):
-        path = Path(options.weights) / f"{model_name('vertebra', name, fold)}.pt"
+        path = weights / f"{model_name('vertebra', name, fold)}.pt"
         if kind == "patient" and path.exists():
             made = load_checkpoint(path).get("settings", {})
             wanted = dict(backbone=options.backbone, hidden=options.hidden)
@@ -2567,15 +2637,15 @@ class Task(NamedTuple):
     device: torch.device
     load: Callable  # (sample, first step that a thinned batch shows) -> arrays
     loss: Callable  # (model, tensors, generators, recipe) -> the loss of a batch
-    score: Callable  # (model, what read gave) -> a value a target
+    answer: Callable  # (model, what read gave) -> values, named by columns
     judge: Callable  # table of these values -> dict with "score", lower is better
     name: str = ""
     train: tuple = ()  # samples
     held_out: tuple = ()  # uids
     made_of: dict = {}  # {what: hash} of labels, data and weights to start from
-    columns: Any = TARGETS  # what score gives, or the first of it
+    columns: Any = TARGETS  # names of what answer gives; spare ones are cut
     every: int = 1  # epochs between two scorings
-    read: Callable = str  # uid -> what score needs of a study
+    read: Callable = str  # uid -> what answer needs of a study
 
 @dataclass
 class TrainingState:
@@ -2611,7 +2681,7 @@ class Trainer:
         in_float16 = half_type(device) is torch.half
         self.scaler = torch.amp.GradScaler(device.type, enabled=in_float16)
         self.state = TrainingState()
-        # Not state_dict's aliases: on a GPU, an LSTM that is moved changes its storage.
+        # Parameters, not state_dict's tensors: a GPU's LSTM moves when it is flattened.
         both = [[*one.parameters(), *one.buffers()] for one in (self.averaged, self.model)]
         self.floats = [[t for t in one if t.is_floating_point()] for one in both]
 
@@ -2669,7 +2739,7 @@ class Trainer:
         else:
             now.skipped += 1
             now.in_a_row += 1
-            buffers = dict(self.averaged.named_buffers())  # the norms have seen it
+            buffers = dict(self.averaged.named_buffers())  # the model's norms saw the batch
             model.load_state_dict(buffers, strict=False)
         if now.in_a_row > MAX_SKIPPED_STEPS:
             raise UserError("too many steps without a finite gradient: lower --lr")
@@ -2677,7 +2747,7 @@ class Trainer:
         now.step += 1
         share = 1 - min(recipe.ema, (1 + now.step) / (10 + now.step))  # as TensorFlow's
         with torch.no_grad():
-            torch._foreach_lerp_(*self.floats, share)  # nothing reads the norms' counts
+            torch._foreach_lerp_(*self.floats, share)  # whole-number counts: not read
 
     def close_epoch(self, task, weights, epoch, workers):
         """Score the averaged weights on the held-out studies; log them, and keep them."""
@@ -2690,12 +2760,15 @@ class Trainer:
         rows = []
         with torch.inference_mode(), autocast(task.device):
             for uid, future in mine:
-                values = task.score(self.averaged, future.result())
+                values = task.answer(self.averaged, future.result())
                 rows.append((uid, *values))
         rows = sum(over_ranks(rows), [])
         losses = sum(over_ranks(now.losses), [])
         table = pd.DataFrame(rows, columns=[STUDY, *task.columns][: len(rows[0])])
-        line = dict(epoch=epoch, **task.judge(table.set_index(STUDY)))
+        if {uid for uid, *_ in task.train}.intersection(task.held_out):
+            table[SEEN] = 1  # with --folds 1
+        scored = table.set_index(STUDY).drop(columns=SEEN, errors="ignore")
+        line = dict(epoch=epoch, **task.judge(scored))
         line["train_loss"] = float(np.mean(losses or math.nan))
         line["lr"] = self.optimizer.param_groups[0]["lr"]
         line["samples_per_s"] = len(now.losses) * task.recipe.batch_size / now.seconds
@@ -2738,13 +2811,18 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
         task = task._replace(recipe=recipe)
     if not samples or not task.held_out:
         raise UserError(f"{name}: too few studies: {samples} samples to train on, "
-                        f"{len(task.held_out)} studies held out")
+                        f"{len(task.held_out)} studies held out; give fewer --folds")
     if rank == 0:  # which alone writes; better now than after an epoch
         try_writing(weights)
     run = Trainer(task, init)
     last = weights / f"{name}_last.pt"
-    if go_on and last.exists():
+    if last.exists() and not go_on:
+        raise UserError(f"{last}: of an earlier run: --resume goes on with it; delete it "
+                        "to begin anew")
+    if last.exists():
         run.load(last, task)
+    elif rank == 0 and (weights / f"{name}.pt").exists():
+        say(f"{weights / name}.pt is there already, and will be overwritten")
 
     now = run.state
     steps = max(1, samples // size)  # an epoch
@@ -2764,7 +2842,8 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
     loaded = prefetch(load, mine, workers, 2 * size)
 
     def loss():
-        return f"loss {np.mean(now.losses[-20:]):.3g}" if now.losses else ""
+        mean = f", loss {np.mean(now.losses[-20:]):.3g}" if now.losses else ""
+        return f"at {now.step} of {total}{mean}"
 
     for step in progress(range(now.step, total), "step", note=loss):
         started = stop.clock()
@@ -2774,7 +2853,7 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
             where = f"{name}: stopped by {reason} at step {step} of {total}"
             raise Stopped(f"{where}; --resume goes on", stop.status())
         batch = []
-        for _, (k, future) in zip(range(size // world), loaded):
+        for k, future in islice(loaded, size // world):
             batch.append((future.result(), np.random.default_rng([recipe.seed, k])))
         run.update(task, batch, total)
         now.seconds += stop.clock() - started
@@ -2793,10 +2872,10 @@ def segmenter_task(recipe, device, images, masks):
         labels = fitting_mask(masks[sample[0]], volume, cube.shape)
         return cube.round().byte().numpy(), labels
 
-    def score(model, sample):
+    def answer(model, sample):
         cube, labels = sample
         cube = torch.from_numpy(cube)[None, None].to(device)  # (1, 1, D, D, D)
-        probability = model(cube / 255)[0].float().sigmoid()
+        probability = finite_answer(model, cube / 255)[0].float().sigmoid()
         return dice_scores(probability.cpu().numpy(), labels)
 
     def judge(table):
@@ -2805,7 +2884,7 @@ def segmenter_task(recipe, device, images, masks):
 
     return Task(
         "segmenter", recipe, device, lambda sample, first=0: load(sample), segmenter_batch,
-        score, judge, read=lambda uid: load((uid,)))
+        answer, judge, read=lambda uid: load((uid,)))
 
 def usable(samples, load, workers):
     """The samples that can be loaded; the others are reported, each with its reason."""
@@ -2835,7 +2914,7 @@ def classifier_task(kind, recipe, device, folder, truth):
     def read(uid):
         return read_crops(folder / f"{uid}.npz")
 
-    def score(model, crops):
+    def answer(model, crops):
         models = dict.fromkeys(KINDS, []) | {kind: [model]}
         only = classify(Ensemble(models, device), crops)[0]
         return [*only.steps.ravel(), only.patient]
@@ -2853,7 +2932,7 @@ def classifier_task(kind, recipe, device, folder, truth):
             score=score, vertebra_auc=area["C1 to C7"], patient_auc=area[TARGETS[7]])
 
     return Task(
-        kind, recipe, device, load, classifier_batch, score, judge, columns=STEP_TARGETS,
+        kind, recipe, device, load, classifier_batch, answer, judge, columns=STEP_TARGETS,
         read=read)
 
 
@@ -3074,10 +3153,10 @@ MAX_JPEG_2000 = 2**20  # pixels; more cost gigabytes
 # Halves of the left, the upper and the corner sample, by predictor (ITU-T T.81 table H.1).
 PREDICTOR_HALVES = {1: (2, 0, 0), 2: (0, 2, 0), 3: (0, 0, 2), 4: (2, 2, -2)}
 PREDICTOR_HALVES |= {5: (2, 1, -1), 6: (1, 2, -1), 7: (1, 1, 0)}
-PARTS = 2048  # of a stream, walked side by side
+STREAM_PARTS = 2048  # of a stream, walked side by side
 LEAST_PART = 256  # bits; a code and its difference have 32 at most
 FEW_PARTS = 32  # so few are walked code by code
-ROUNDS = 4  # of walks of the parts that began at a wrong bit
+WALK_ROUNDS = 4  # of walks of the parts that began at a wrong bit
 
 def decode_pixels(data):
     """Stored values (frames, rows, columns), 16 or 32 bits, of a pydicom dataset.
@@ -3244,7 +3323,7 @@ def code_places(words, bits, advance_of):
     The parts of a stream are walked at once: a walk from a wrong bit soon meets the right
     codes, so that the second half of a part shows where the next one begins. Parts where it
     has not, as in runs of one value, are walked again; the last few code by code."""
-    size = max(LEAST_PART, bits // PARTS)
+    size = max(LEAST_PART, bits // STREAM_PARTS)
     first = np.arange(0, bits, size)
     end = np.minimum(first + size, bits)
     codes = np.zeros((len(first), size), bool)
@@ -3252,7 +3331,7 @@ def code_places(words, bits, advance_of):
     left = begin.copy()
     if len(first) > FEW_PARTS:
         left = walk(first + size // 2, end, words, advance_of, codes.ravel())
-    for _ in range(ROUNDS):
+    for _ in range(WALK_ROUNDS):
         right = np.append(0, left[:-1])
         stale = np.flatnonzero(begin != right)
         if len(stale) <= FEW_PARTS:
@@ -3321,7 +3400,7 @@ TOOL_MODES = {  # they need the repository, and stand in tests/tools
     "demo": "Make phantoms, predict and score them, draw one."}
 
 PLANS = {  # hours, and disk of the crops, on the competition's data: bench.py plan
-    "fast": "3 hours and 21 GB", "standard": "17 hours and 21 GB",
+    "fast": "1 hour and 6 GB", "standard": "17 hours and 21 GB",
     "gold": "49 hours and 63 GB", "gold-second": "48 hours more than gold"}
 
 def data_folder(options, *needed):
@@ -3432,6 +3511,10 @@ def train_segmenters(options):
     images = Path(options.data) / "train_images"
     if not samples:
         raise UserError(f"no study of train.csv has images and a mask in {options.data}")
+    strays = masks.keys() - {path.name for path in Path(options.data).glob("*_images/*")}
+    if strays and ranks()[0] == 0:
+        say(f"{len(samples)} studies have a mask; {len(strays)} mask files are of no study "
+            f"here, as {masks[min(strays)]}")
     task = segmenter_task(recipe, pick_device(options.device), images, masks)
     samples = usable(samples, task.load, options.workers)
     sums = [(uid, hash_of(masks[uid])) for uid, *_ in samples]
@@ -3442,6 +3525,7 @@ def train_segmenters(options):
 class Extraction(Cut):
     """Options of extract."""
     size: int = setting(CROP, "edge of the crops, pixels", least=32, most=512)
+    studies: int = setting(0, "studies to cut, drawn by hash; 0: all", least=0)
 
 def refuse_other_crops(folder, heads, wanted):
     """UserError if some crops, {uid: CropsHead}, were cut otherwise than the `wanted`
@@ -3453,8 +3537,10 @@ def refuse_other_crops(folder, heads, wanted):
         if not head.made_by <= wanted.made_by:
             raise UserError(f"{folder}: has crops by other segmenters, as of {uid}; these "
                             "need another --work")
+    fewer = sum(head.made_by < wanted.made_by for head in heads.values())
     if heads and ranks()[0] == 0:
-        say(f"{folder}: crops of {len(heads)} studies exist already, and are kept")
+        say(f"{folder}: crops of {len(heads)} studies exist already, and are kept; {fewer} "
+            "of them are by fewer segmenters than there are now")
 
 def write_study(volume, probability, options, makers, file, mask=None):
     """Write a study's crops to a file, and its mask where one is asked for."""
@@ -3485,7 +3571,8 @@ def extract(options):
     if options.folds == 1:  # held out are the very studies trained on
         held_out = {}
     unseen = set().union(*held_out.values())
-    known = truth.keys() & masks.keys() - unseen
+    chosen = sorted(truth, key=hash_of)[:options.studies or None]
+    known = {*chosen} & masks.keys() - unseen
     if known and ranks()[0] == 0:
         say(f"{len(known)} studies are masked by segmenters that may have trained on them")
 
@@ -3494,7 +3581,7 @@ def extract(options):
         return [out / f"{uid}.npz", *mask]
 
     rank, world = ranks()
-    mine = [*truth][rank::world]
+    mine = chosen[rank::world]
     todo = [uid for uid in mine if not all(path.exists() for path in written(uid))]
     images = Path(options.data) / "train_images"
     volumes = prefetch(lambda uid: read_volume(images / uid, options.workers), todo, 1)
@@ -3536,12 +3623,14 @@ def train_classifiers(options):
     if share < LEAST_SEEN:
         found = f"only {share:.0%} of C1..C7 were found in {len(heads)} studies"
         raise UserError(f"{folder}: {found}: train better segmenters first")
+    labels = np.array([truth[uid] for uid in heads])
+    if np.isnan(labels[:, sum(asked, [])]).all():
+        raise UserError(f"{options.data}/train.csv: no labels for {options.mode}")
     cuts = {(head.edge, head.z_margin) for head in heads.values()}
     if len(cuts) > 1:
         raise UserError(f"{folder}: crops of unlike (edge, z margin): {cuts}")
     edge, z_margin = cuts.pop()
     makers = [(uid, sorted(head.made_by)) for uid, head in heads.items()]
-    labels = [truth[uid].tolist() for uid in heads]
     samples = [(uid, targets) for uid in heads for targets in asked]
     recipe = recipe_from(options, kind)
     if recipe.size > edge and ranks()[0] == 0:
@@ -3551,7 +3640,7 @@ def train_classifiers(options):
         raise UserError(f"{folder}: has crops of --z-margin {z_margin}")
     recipe = replace(recipe, z_margin=z_margin)
     task = classifier_task(kind, recipe, pick_device(options.device), folder, truth)
-    made_of = {"labels": hash_of(labels), "crops": hash_of([*makers, edge])}
+    made_of = {"labels": hash_of(labels.tolist()), "crops": hash_of([*makers, edge])}
     task = task._replace(made_of=made_of)
     run_training(options, wanted, samples, folds, task)
 
@@ -3609,12 +3698,25 @@ class Evaluation:
     folds: bool = setting(False, "score the held-out answers of the folds in --weights")
     calibrate: bool = setting(False, "with --folds: fit calibration.json, and the blend")
 
+def calibrate(outputs, folds, truth, weights):
+    """Write the fit to all held-out answers; gives them, each fold fitted by the others;
+    None of one fold alone."""
+    pairs = {(one.name, folds[uid]) for uid in outputs for one in outputs[uid]}
+    made = {f"{name}_fold{fold}.pt" for name, fold in pairs}
+    for lost in sorted(made - model_hashes(weights).keys()):
+        say(f"{lost} is not there, but its held-out answers are, and count in the fit")
+    write_calibration(weights, fit_calibration(outputs, truth))
+    if len({folds[uid] for uid in outputs}) > 1:
+        return cross_fitted(outputs, folds, truth)
+    say("only one fold: the fit that is written is not scored on others")
+
 def evaluate(options):
     """Score a submission, or the folds' held-out answers.
     Reads train.csv (and test_labels.csv of phantoms) of --data, and --submission or, with
     --folds, the *_heldout.csv of --weights; prints the score with its 95 % interval, each
     target's log loss, AUC, sensitivity and specificity at the threshold where they are
-    equal, the Dice where there are masks, and how far answers can be believed."""
+    equal, the Dice where there are masks (by all segmenters: not held out), and how far
+    answers can be believed."""
     data, weights = data_folder(options, "train.csv"), Path(options.weights)
     if options.calibrate and not options.folds:
         raise UserError("--calibrate needs --folds: it is fitted to held-out answers")
@@ -3622,6 +3724,10 @@ def evaluate(options):
     if options.folds:
         outputs, folds = read_held_out(weights)
         outputs = {uid: one for uid, one in outputs.items() if uid in truth.index}
+        names = pd.Series([one.name for some in outputs.values() for one in some])
+        counts = names.value_counts()
+        if counts.nunique() > 1:
+            say(f"held-out answers by model: {counts.to_dict()}: some folds lack")
         answers = blend(outputs)
     else:
         answers = read_answers(options.submission)
@@ -3638,19 +3744,11 @@ def evaluate(options):
         say(f"{options.submission} answers {found}; the others are not scored")
     print_scores(answers.to_numpy(), labels)
     if options.calibrate:
-        pairs = {(one.name, folds[uid]) for uid in outputs for one in outputs[uid]}
-        made = {f"{name}_fold{fold}.pt" for name, fold in pairs}
-        for lost in sorted(made - model_hashes(weights).keys()):
-            say(f"{lost} is not there, but its held-out answers are, and count in the fit")
-        if len({folds[uid] for uid in outputs}) > 1:
+        fitted = calibrate(outputs, folds, truth, weights)
+        if fitted is not None:
+            answers = fitted.loc[answers.index]
             print("The same, each fold blended and calibrated by a fit to the others:")
-            answers = cross_fitted(outputs, folds, truth).loc[answers.index]
             print_scores(answers.to_numpy(), labels)
-        else:
-            say("only one fold: the fit that is written is not scored on others")
-            if len(outputs) == len(truth):
-                say("with --folds 1 it is made of studies that it trained on")
-        write_calibration(weights, fit_calibration(outputs, truth))
     table = score_table(answers.to_numpy(), labels)
     if not options.folds:
         device = pick_device(options.device)
@@ -3784,7 +3882,9 @@ def main(argv=None):
     if argv and argv[0] in TOOL_MODES:
         tools = HERE / "tests" / "tools"
         if tools.exists():
-            return subprocess.call([sys.executable, str(tools), *argv])
+            with suppress(KeyboardInterrupt):
+                return subprocess.call([sys.executable, str(tools), *argv])
+            return 130
         say(f"cspine: {argv[0]} needs the repository: no {tools}")
         return 2
     return run_mode(MODES, argv, TOOL_MODES)

@@ -1,11 +1,14 @@
 """I rely on: a mask stays on its image, and a sample's luck is its own."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from cspine import CROP_RANGES, VOLUME_RANGES, augment_crops, augment_volumes
+import cspine
+from cspine import CROP_RANGES, MILD, VOLUME_RANGES, augment_crops, augment_volumes
 
 MILD, STRONG = CROP_RANGES["mild"], CROP_RANGES["strong"]
 
@@ -255,3 +258,34 @@ def test_a_seed_repeats_itself_and_the_global_generator_is_left_alone(shown):
     first = augment_crops(shown(), generators(7), 48)
     assert torch.equal(first, augment_crops(shown(), generators(7), 48))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("ranges, axes", [(MILD, 2), (VOLUME_RANGES, 3)])
+def test_moves_go_as_far_as_their_ranges_and_no_further(ranges, axes):
+    """rotation in degrees about each axis; scale a logarithm; shift a share of the edge, which
+    is two units of affine_grid."""
+    alone = dict.fromkeys(("rotation", "scale", "shift", "mirror", "still"), 0.0)
+    far = {}
+    for name in ("rotation", "scale", "shift"):
+        own = ranges | alone | {name: ranges[name]}
+        drawn = [cspine.draw_matrix(np.random.default_rng(k), own, axes) for k in range(400)]
+        turns, shifts = np.array(drawn)[:, :, :axes], np.array(drawn)[:, :, axes]
+        cosine = (np.trace(turns, 0, 1, 2) - axes + 2) / 2
+        far["scale"] = abs(np.log(abs(np.linalg.det(turns)))).max() / axes
+        far["rotation"] = np.degrees(np.arccos(cosine.clip(-1, 1))).max()
+        far["shift"] = abs(shifts).max() / 2
+        most = ranges[name] * (math.sqrt(3) if name == "rotation" and axes == 3 else 1)
+        assert 0.6 * most < far[name] <= most * 1.001, name
+
+
+def test_greys_go_as_far_as_their_ranges_to_both_sides():
+    drawn = [cspine.draw_greys(np.random.default_rng(k), MILD, 400) for k in range(1000)]
+    for values, most in (
+            ([one.stretch - 1 for one in drawn], MILD["window"]),
+            ([one.shift for one in drawn], MILD["window"]),
+            ([math.log(one.gamma) for one in drawn], MILD["gamma"])):
+        assert -most <= min(values) < -0.95 * most and 0.95 * most < max(values) <= most
+    noise = [one.noise for one in drawn]  # mostly weak: the square of what is drawn
+    assert np.median(noise) == pytest.approx(MILD["noise"] / 4, rel=0.15)
+    edges = {one.hole[0].stop - one.hole[0].start for one in drawn} - {0}
+    assert 20 <= min(edges) < 30 and 90 < max(edges) <= 100

@@ -218,3 +218,9 @@ def test_fused_norms_change_no_answer(kind, name, left):
     assert norms(fused) == left if left is not None else norms(fused) < before
     assert type(fused) is cspine.KINDS[kind] and not fused.training
     assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+def test_the_patients_lstm_is_not_the_vertebrae_own():
+    model = cspine.PatientClassifier("test_resnet", hidden=16)
+    own = {p.data_ptr() for p in model.patient_lstm.parameters()}
+    assert own and own.isdisjoint(p.data_ptr() for p in model.encoder.lstm.parameters())

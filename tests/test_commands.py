@@ -17,6 +17,13 @@ import modes
 from small_kernel import make_study, make_test_set, make_weights, write_test_csv
 
 
+def test_an_interrupted_tool_ends_without_a_traceback(monkeypatch):
+    def interrupted(command):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(subprocess, "call", interrupted)
+    assert cspine.main(["demo"]) == 130
+
+
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     return make_weights(tmp_path_factory.mktemp("weights"))
@@ -403,3 +410,14 @@ def test_demo_goes_from_phantoms_to_scores_and_dice(weights, tmp_path, monkeypat
     assert "named right" in text and len(pd.read_csv("submission.csv")) == 8
     assert "mean answer" not in text and max(map(len, lines)) < 130
     assert (tmp_path / "work" / "demo" / "overview.png").exists()
+
+
+def test_a_mode_leaves_opencv_as_it_was():
+    """Its threads and its words are the notebook's."""
+    before = cspine.cv2.getNumThreads(), cspine.cv2.utils.logging.getLogLevel()
+    cspine.cv2.setNumThreads(3), cspine.cv2.utils.logging.setLogLevel(2)
+    try:
+        cspine.main(["predict", "--data", "nowhere"])
+        assert (cspine.cv2.getNumThreads(), cspine.cv2.utils.logging.getLogLevel()) == (3, 2)
+    finally:
+        cspine.cv2.setNumThreads(before[0]), cspine.cv2.utils.logging.setLogLevel(before[1])

@@ -438,3 +438,28 @@ def test_plug_ins_for_jpeg_are_advised_for_jpeg_alone():
     with pytest.raises(StudyError, match="RLE Lossless: ") as error:
         decode_pixels(dataset)
     assert "pylibjpeg" not in str(error.value)
+
+
+def test_more_bits_than_are_there_are_refused():
+    values = stored_values(16, False, (40, 33))
+    data = dicom_file(values.tobytes(), EXPLICIT, values.shape, 16, BitsStored=17, HighBit=16)
+    with pytest.raises(cspine.StudyError, match="17 bits in 16"):
+        cspine.decode_pixels(data)
+
+
+@pytest.mark.parametrize("name", ["NumberOfFrames", "BitsStored", "HighBit", "SamplesPerPixel"])
+def test_optional_tags_may_be_empty(name):
+    values = stored_values(16, False)
+    data = dicom_file(values.tobytes(), EXPLICIT, values.shape)
+    setattr(data, name, None)
+    assert np.array_equal(cspine.decode_pixels(data)[0], values)
+
+
+def test_restarts_within_a_row_are_refused():
+    """By the standard an interval is of whole rows; two rows of seven are 14 samples."""
+    image = np.arange(42).reshape(6, 7).astype(np.uint16)
+    stream = encode(image, 12, restart_rows=2)
+    broken = stream.replace(b"\xff\xdd\0\4\0\x0e", b"\xff\xdd\0\4\0\x0f")
+    assert broken != stream
+    with pytest.raises(cspine.StudyError):
+        cspine.decode_lossless_jpeg(broken)

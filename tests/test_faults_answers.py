@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import cspine
-from cspine import PRIOR, STUDY, TARGETS, Calibration, Output, UserError, combine
+from cspine import PRIOR, STUDY, TARGETS, Calibration, Output, UserError, Volume, combine
 from small_kernel import make_study, make_test_set, make_weights
 from test_faults_reading import bony_study, write_mask
 
@@ -383,7 +383,8 @@ def test_a_training_goes_on_with_what_it_was_made_of_and_names_what_differs(
     assert other() == "crops"
     write_noise_crops(work, "u2", 2)
     assert "finished before" in said([*command, "--resume"])[1]
-    assert other("--init", tmp_path / "w" / "vertebra_fold0.pt") == "--init"
+    (tmp_path / "init.pt").write_bytes((tmp_path / "w" / "vertebra_fold0.pt").read_bytes())
+    assert other("--init", tmp_path / "init.pt") == "--init"
     (data / "train_images" / "u3").rmdir()
     assert "studies" in other()
     (data / "train_images" / "u3").mkdir()
@@ -650,7 +651,7 @@ def test_a_mask_that_lies_elsewhere_is_left_out_with_its_figures(masked, name, c
     assert good == [("a",), ("c",)]
     line = capsys.readouterr().err.strip()
     assert re.fullmatch(
-        r"study b: \d+% of its mask lie inside, \d+% on bone; left out", line), line
+        r"study b: \d+% of its mask's labels 1 to 7, for C1 to C7, lie inside, \d+% on bone; left out", line), line
 
 
 def test_a_training_whose_masks_all_lie_elsewhere_ends_before_its_first_step(
@@ -702,14 +703,26 @@ def test_what_a_calibration_counts_of_models_that_are_gone_is_told(said, tmp_pat
 
 def test_a_calibration_by_folds_1_says_what_it_was_fitted_to(said, tmp_path):
     weights, data = tmp_path / "weights", tmp_path / "data"
-    labels = folds_of_answers(weights)
+    write_labels(data, folds_of_answers(weights))
     (weights / "vertebra_fold1_heldout.csv").unlink()
-    some = dict(list(labels.items())[::2])
+    path = weights / "vertebra_fold0_heldout.csv"
     command = ["evaluate", "--folds", "--calibrate", "--data", data, "--weights", weights]
-    for given, trained in ((labels, False), (some, True)):
-        write_labels(data, given)
+    for trained in (False, True):
+        if trained:
+            pd.read_csv(path).assign(trained_on=1).to_csv(path, index=False)
         _, errors = said(command)
-        assert "only one fold" in errors and ("studies that it trained on" in errors) == trained
+        assert "only one fold" in errors and ("trained on: no fair score" in errors) == trained
+
+
+def test_a_score_of_unlike_models_a_study_is_told(said, tmp_path):
+    weights, data = tmp_path / "weights", tmp_path / "data"
+    write_labels(data, folds_of_answers(weights))
+    command = ["evaluate", "--folds", "--data", data, "--weights", weights]
+    assert "answers by model" not in said(command)[1]
+    first = pd.read_csv(weights / "vertebra_fold0_heldout.csv")
+    first.to_csv(weights / "patient_fold0_heldout.csv", index=False)
+    found = f"'vertebra': {2 * len(first)}, 'patient': {len(first)}"
+    assert f"held-out answers by model: {{{found}}}: some folds lack" in said(command)[1]
 
 
 def test_a_damaged_cell_of_held_out_answers_is_one_line(said, tmp_path):
@@ -747,7 +760,7 @@ def test_no_dice_is_told_of_a_mask_that_no_training_would_take(tmp_path, capsys)
     both = cspine.mask_table(tmp_path, ["good", "other"], models, 1)
     good = cspine.mask_table(tmp_path, ["good"], models, 1)
     pd.testing.assert_frame_equal(both, good)
-    assert "other: 0% of its mask lie inside" in capsys.readouterr().err
+    assert "other: 0% of its mask's labels 1 to 7" in capsys.readouterr().err
 
 
 def test_reports_of_the_users_own_are_left_alone(tmp_path):
@@ -756,3 +769,103 @@ def test_reports_of_the_users_own_are_left_alone(tmp_path):
     found = cspine.report_paths(tmp_path / "submission.csv")
     assert {rank: path.name for rank, path in found.items()} == {
         0: "predict_report.csv", 1: "predict_report1.csv"}
+
+
+class Overflowing(nn.Module):
+    """No number in half precision, 0 else."""
+    def __init__(self, settings, shape):
+        super().__init__()
+        self.settings, self.shape = settings, shape
+
+    def forward(self, given):
+        value = math.inf if torch.is_autocast_enabled("cpu") else 0.0
+        found = tuple(torch.full(shape, value) for shape in self.shape)
+        return found if len(found) > 1 else found[0]
+
+
+def test_every_kind_of_model_is_asked_again_where_half_precision_overflows(monkeypatch):
+    monkeypatch.setattr(cspine, "half_type", lambda device: torch.bfloat16)
+    models = dict(vertebra=[Overflowing(dict(size=8), [(7, 15)])],
+                  patient=[Overflowing(dict(size=8), [(1, 105), (1,)])])
+    crops = np.ones((7, 15, 6, 8, 8), np.uint8)
+    vertebra, patient = cspine.classify(cspine.Ensemble(models, CPU), crops)
+    assert (vertebra.steps == 0.5).all() and (patient.steps == 0.5).all() and patient.patient == 0.5
+    segmenter = Overflowing(dict(size=16, window=(300, 1600)), [(1, 7, 16, 16, 16)])
+    volume = Volume("u", np.zeros((16, 16, 16), np.int16), (1, 1, 1), np.eye(4))
+    assert (cspine.mean_probability([segmenter], volume, CPU) == 0.5).all()
+
+
+def test_values_that_are_no_hu_are_in_the_report(monkeypatch):
+    volume = Volume("u", np.zeros((16, 16, 16), np.int16), (1, 1, 1), np.eye(4), ("odd",))
+    monkeypatch.setattr(cspine, "segment", lambda *_: np.zeros((7, 16, 16, 16), np.float32))
+    model = Overflowing(dict(size=8, mask_of="last", z_margin=1.0), [(7, 15)])
+    ensemble = cspine.Ensemble(dict(segmenter=[], vertebra=[model], patient=[]), CPU)
+    row, _, _ = cspine.answer_study(volume, 0, ensemble, 1)
+    assert row["warnings"].startswith("odd; no CT in HU: values 0 to 0")
+
+
+def test_a_training_knows_the_file_it_began_with_by_its_content(
+        said, classes, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(cspine, "train", lambda task, *_: seen.append(task.made_of["--init"]))
+    init = tmp_path / "init.pth"
+    for content in (b"one", b"other", b"one"):
+        init.write_bytes(content)
+        said([*classes[2], "--init", init])
+    assert seen[0] != seen[1] and seen[0] == seen[2]
+
+
+def test_folders_above_what_is_written_are_made(tmp_path):
+    cspine.write_atomic(tmp_path / "a" / "b" / "c.txt", lambda new: new.write_text("x"))
+    assert (tmp_path / "a" / "b" / "c.txt").read_text() == "x"
+
+
+def test_dice_and_names_are_means_over_the_vertebrae_in_view(masked, monkeypatch):
+    """Half of C4 is missed; a vertebra without a mask counts nothing."""
+    data, _, labels = masked
+    probability = np.stack([labels == v for v in range(1, 8)]).astype(np.float32)
+    probability[3, 12:14] = 0
+    monkeypatch.setattr(cspine, "segment", lambda *_: probability)
+    table = cspine.mask_table(data, ["a"], [torch.nn.Linear(1, 1)], 1)
+    assert [*table.index] == ["C3", "C4", "C1 to C7"]
+    assert [*table.Dice] == pytest.approx([1, 2 / 3, 5 / 6])
+    assert [*table["named right"]] == [1, 1, 1]
+
+
+def unseen_c7():
+    """({uid: outputs}, labels) of 60 studies, in half of which C7 is out of view."""
+    rng = np.random.default_rng(0)
+    labels = (rng.random((60, 8)) < 0.5).astype(float)
+    chances = rng.uniform(0.1, 0.9, (60, 7))
+    chances[:30, 6] = math.nan
+    uids = [f"u{k}" for k in range(60)]
+    outputs = {uid: outputs_of(row) for uid, row in zip(uids, chances)}
+    return outputs, pd.DataFrame(labels, uids, TARGETS)
+
+
+def test_labels_of_what_is_not_in_view_move_neither_scale_nor_shift():
+    outputs, labels = unseen_c7()
+    found = cspine.fit_calibration(outputs, labels)
+    labels.iloc[:30, 6] = 1 - labels.iloc[:30, 6]
+    other = cspine.fit_calibration(outputs, labels)
+    assert np.array_equal(found.scale, other.scale) and np.array_equal(found.shift, other.shift)
+
+
+def test_the_patients_answer_is_calibrated_also_without_a_head_of_its_own():
+    found = cspine.fit_calibration(*unseen_c7())
+    assert found.scale[7] != 1 and found.shift[7] != 0
+
+
+def test_cross_fitted_answers_are_scored_with_their_own_labels(said, tmp_path):
+    """Also where the files do not begin with fold 0."""
+    weights, data = tmp_path / "weights", tmp_path / "data"
+    labels = folds_of_answers(weights)
+    write_labels(data, labels)
+    first = weights / "patient_fold1_heldout.csv"
+    (weights / "vertebra_fold1_heldout.csv").rename(first)
+    out, _ = said(["evaluate", "--folds", "--calibrate", "--data", data, "--weights", weights])
+    truth = pd.DataFrame.from_dict(labels, orient="index", columns=TARGETS)
+    answers = cspine.cross_fitted(*cspine.read_held_out(weights), truth)
+    right = truth.loc[answers.index].to_numpy()
+    expected = cspine.competition_scores(answers.to_numpy(), right)[0]
+    assert re.findall(r"better: (\d\.\d+) per study", out)[1] == f"{expected:.4f}"

@@ -121,6 +121,33 @@ def test_two_passes_without_a_word_that_tells_them_apart_are_not_woven(write_ser
     assert np.array_equal(volume.hu, first - 1024)
 
 
+@pytest.mark.parametrize("apart", [0.06, 0.1, 0.24])
+def test_two_untold_passes_a_little_apart_are_not_woven(apart, write_series):
+    """Nor brought to the finest of their distances, which would make thousands of planes."""
+    first, second = noise(1, 40), noise(2, 40)
+    write_series(second, positions=places(40, -apart), numbers=range(41, 81))
+    volume = read_volume(write_series(first, positions=places(40)))
+    assert np.array_equal(volume.hu, first - 1024)
+
+
+@pytest.mark.parametrize("gaps", [
+    [0.5] * 20 + [3.0] * 20, [0.7, 0.3] * 20, [1.0, 1.0, 4.0] * 13 + [1.0], [0.3] * 40])
+def test_uneven_slices_of_one_pass_are_all_kept(gaps):
+    mm = np.cumsum([0, *gaps])
+    assert np.array_equal(cspine.places_of(mm), range(41))
+
+
+def test_thick_slices_among_thin_ones_are_left_out(write_series):
+    """Two reconstructions in one series; the last digits of a header make no other."""
+    thin = noise(1, 60)
+    for k in range(60):
+        write_series(thin[k : k + 1], positions=places(60)[k : k + 1], numbers=[k + 1],
+                     SliceThickness=1 + k % 2 / 1000)
+    volume = read_volume(write_series(noise(2), positions=[(0.0, 0.0, -3.0 * k) for k in range(20)],
+                                      numbers=range(101, 121), SliceThickness=5))
+    assert np.array_equal(volume.hu, thin - 1024)
+
+
 @pytest.mark.parametrize("seconds", ["one after the other", "in turns", "at random"])
 def test_one_pass_may_be_stamped_in_any_order(write_series, seconds):
     """Several computers reconstruct; a series is sent on; a minute passes."""
@@ -478,6 +505,63 @@ def test_images_of_two_patients_in_one_folder_are_said(write_series):
     assert any("2 studies: give each its own folder" in one for one in volume.problems)
 
 
+def test_images_of_two_patients_without_a_series_are_not_woven(write_series):
+    write_series(noise(1), positions=places(), StudyInstanceUID="1.1", series=None)
+    folder = write_series(noise(2, 30), positions=places(30, 0.5), StudyInstanceUID="1.2",
+                          series=None, numbers=range(101, 131))
+    assert np.array_equal(read_volume(folder).hu, noise(2, 30) - 1024)
+
+
+def test_a_prone_patient_without_an_orientation_is_refused(write_series):
+    """It would be turned by half a circle."""
+    folder = write_series(noise(), positions=places(), PatientPosition="HFP")
+    read_volume(folder)
+    for path in folder.iterdir():
+        data = pydicom.dcmread(path)
+        del data.ImageOrientationPatient
+        data.save_as(path)
+    with pytest.raises(StudyError, match="only 0 usable"):
+        read_volume(folder)
+
+
+def test_a_file_of_zeros_is_named_at_once(write_series):
+    """As of a failed transfer; pydicom would read every 8 bytes as a tag."""
+    folder = write_series(noise(), positions=places())
+    (folder / "zeros.dcm").write_bytes(bytes(4000))
+    with pytest.raises(StudyError, match="begins with zeros"):
+        cspine.read_slices(folder / "zeros.dcm")
+    assert any("zeros.dcm: no DICOM image" in one for one in read_volume(folder).problems)
+
+
+@pytest.mark.parametrize("broken", [dict(PlanePositionSequence=[]), dict(
+    PixelValueTransformationSequence=[item(RescaleSlope=0, RescaleIntercept=0)])])
+def test_a_bad_frame_among_good_ones_is_left_out_and_named(broken, tmp_path):
+    stored = noise()
+    frames = [item(PlanePositionSequence=[item(ImagePositionPatient=[0.0, 0.0, -float(k)])])
+              for k in range(SLICES)]
+    for name, value in broken.items():
+        setattr(frames[19], name, value)
+    data = dicom_bytes(stored, None, PerFrameFunctionalGroupsSequence=frames)
+    (tmp_path / "all.dcm").write_bytes(data)
+    volume = read_volume(tmp_path)
+    assert np.array_equal(volume.hu, stored[:19] - 1024)
+    assert any(one.startswith("all.dcm, frame 20: no usable") for one in volume.problems)
+
+
+def test_a_macs_hidden_files_are_not_spoken_of(write_series):
+    folder = write_series(noise(), positions=places())
+    (folder / "._1.dcm").write_bytes(b"of the Finder")
+    assert not read_volume(folder).problems
+
+
+def test_a_study_that_may_not_be_looked_at_is_a_study_error(monkeypatch, tmp_path):
+    def closed(path):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(cspine, "is_nifti", closed)
+    with pytest.raises(StudyError, match="Permission denied"):
+        read_volume(tmp_path)
+
+
 def test_values_that_are_no_hu_are_said(write_series):
     volume = read_volume(write_series(noise(), positions=places(), intercept=0))
     assert "no CT in HU: values" in cspine.not_in_hu(volume.hu)
@@ -492,7 +576,7 @@ def test_odd_nifti_headers_have_a_reason_or_are_read_as_stored(code, intercept, 
         with pytest.raises(ValueError, match=word):
             cspine.read_nifti(path)
     else:
-        stored, slope, shift, _ = cspine.read_nifti(path)
+        stored, slope, shift, *_ = cspine.read_nifti(path)
         assert (stored * slope + shift == 1).all()
 
 
@@ -563,3 +647,137 @@ def test_masks_are_nifti_files_and_no_copies_of_them(tmp_path):
         (folder / name).write_bytes(b"")
     masks = cspine.mask_files(tmp_path)
     assert masks == {"a": folder / "a.nii.gz", "b": folder / "b.nii", "D": folder / "D.NII.GZ"}
+
+
+@pytest.mark.parametrize("modality", ["", "CT"])
+def test_a_modality_may_be_left_empty(write_series, modality):
+    stored = noise()
+    volume = read_volume(write_series(stored, positions=places(), Modality=modality))
+    assert np.array_equal(volume.hu, stored - 1024) and not volume.problems
+
+
+@pytest.mark.parametrize("length", [0.8, 1.2])
+def test_directions_that_are_not_of_unit_length_are_refused(write_series, length):
+    """They would make every measure that much longer or shorter."""
+    folder = write_series(noise(), positions=places(),
+                          directions=(length, 0, 0, 0, length, 0))
+    with pytest.raises(StudyError, match="no usable position, orientation or"):
+        read_volume(folder)
+
+
+def test_passes_of_the_fewest_slices_of_a_study_are_not_woven(write_series):
+    passes = noise(1, 16), noise(2, 16)
+    for k, stored in enumerate(passes):
+        numbers = range(1 + 40 * k, 17 + 40 * k)
+        folder = write_series(stored, positions=places(16, 0.3 * k), numbers=numbers,
+                              AcquisitionNumber=k + 1)
+    assert np.array_equal(read_volume(folder).hu, passes[0] - 1024)
+
+
+def test_where_no_tag_parts_passes_the_earlier_times_win_over_the_numbers(write_series):
+    """Every slice has a time of its own, so that none names a pass."""
+    passes = noise(1), noise(2)
+    for k, stored in enumerate(passes):
+        for z, image in enumerate(stored):
+            folder = write_series(
+                image[None], positions=[(0.0, 0.0, 0.01 * k - z)],
+                numbers=[z + 1 + 40 * (1 - k)], AcquisitionTime=f"1010{20 * k + z // 2:02}.{z:02}")
+    assert np.array_equal(read_volume(folder).hu, passes[0] - 1024)
+
+
+def test_of_two_series_of_as_many_slices_the_first_is_taken(write_series):
+    """By the names of their files."""
+    first, second = noise(1), noise(2)
+    write_series(second, positions=places(), numbers=range(101, 121), series="1.2.3.1")
+    folder = write_series(first, positions=places(), numbers=range(11, 31), series="1.2.3.7")
+    assert np.array_equal(read_volume(folder).hu, first - 1024)
+
+
+def test_a_slice_that_was_filled_in_names_the_nearest_file(write_series):
+    mm = np.delete(np.arange(40.0), [20, 21])
+    folder = write_series(noise(slices=38), positions=[(0.0, 0.0, at) for at in mm])
+    volume = read_volume(folder)
+    assert len(volume.sources) == 40
+    for z, (file, _) in enumerate(volume.sources):
+        own = volume.affine[2, 3] + volume.affine[2, 0] * z
+        apart = abs(pydicom.dcmread(folder / file).ImagePositionPatient[2] - own)
+        assert apart == pytest.approx(abs(mm - own).min(), abs=1e-6)
+
+
+def test_a_slice_names_its_frame_counted_from_one(tmp_path):
+    order = np.random.default_rng(2).permutation(SLICES).tolist()
+    frames = [item(PlanePositionSequence=[item(ImagePositionPatient=[0.0, 0.0, -float(z)])])
+              for z in order]
+    data = dicom_bytes(noise(), None, PerFrameFunctionalGroupsSequence=frames)
+    (tmp_path / "all.dcm").write_bytes(data)
+    names = [f"all.dcm, frame {order.index(z) + 1}" for z in range(SLICES)]
+    assert [file for file, _ in read_volume(tmp_path).sources] == names
+
+
+def test_a_pass_that_took_its_places_twice_is_not_woven_with_another(write_series):
+    """Of the places that are 0.01 mm apart, no step between slices is made."""
+    twice, other = noise(1, 40), noise(2, 18)
+    at = [(0.0, 0.0, -(k // 2) - 0.01 * (k % 2)) for k in range(40)]
+    write_series(twice, positions=at, AcquisitionNumber=1)
+    folder = write_series(other, positions=places(18, -0.4), numbers=range(101, 119),
+                          AcquisitionNumber=2)
+    assert np.array_equal(read_volume(folder).hu, twice[::2] - 1024)
+
+
+def test_a_volume_too_large_is_refused_by_its_shape(write_series, monkeypatch):
+    """A few close slices set the step, and a hole of 20 mm is filled with hundreds of planes."""
+    at = [(0.0, 0.0, -0.1 * k - (20.0 if k > 10 else 0.0)) for k in range(SLICES)]
+    folder = write_series(noise(), positions=at)
+    monkeypatch.setattr(cspine, "MAX_VOXELS", 6 * 8 * 100)
+    with pytest.raises(StudyError, match="damaged, or too large"):
+        read_volume(folder)
+
+
+def test_air_and_bone_without_anything_between_are_no_hu():
+    planes = np.where(np.random.default_rng(0).random((20, 32, 32)) < 0.5, -1000, 1000)
+    assert "0% soft tissue" in cspine.not_in_hu([*planes.astype(np.int16)])
+
+
+def test_a_slice_3_mm_beside_its_place_is_told(write_series):
+    at = [(3.0 if k == 20 else 0.0, 0.0, -float(k)) for k in range(40)]
+    text, = read_volume(write_series(noise(slices=40), positions=at)).problems
+    assert "up to 3 mm beside their place" in text
+
+
+def test_t1_counts_nothing_in_how_a_mask_fits(tmp_path):
+    """Off bone, as large as C3 and C4 together; many masks of the competition have it."""
+    volume, labels = bony_study()
+    labels[14:20, 10:18, 12:30] = 8
+    path = write_mask(tmp_path / "mask.nii", labels, volume.affine)
+    assert cspine.mask_fit(path, volume, read_mask(path, volume)) == pytest.approx((1, 1))
+
+
+def test_a_mask_fits_by_its_scaled_values(tmp_path):
+    """Stored as tens; half of it lies outside."""
+    volume, labels = bony_study()
+    affine = volume.affine.copy()
+    affine[0, 3] += 22
+    path = write_mask(tmp_path / "mask.nii", labels * 10, affine)
+    raw = bytearray(path.read_bytes())
+    raw[112:116] = np.float32(0.1).tobytes()  # scl_slope
+    path.write_bytes(raw)
+    inside, _ = cspine.mask_fit(path, volume, read_mask(path, volume))
+    assert inside == pytest.approx(0.5)
+
+
+def test_bone_is_looked_for_at_the_centres_of_cells(tmp_path):
+    volume, labels = bony_study()
+    path = write_mask(tmp_path / "mask.nii", labels, volume.affine)
+    volume.hu[:] = 40
+    volume.hu[1::2, 1::2, 1::2] = 400
+    cells = read_mask(path, volume, tuple(n // 2 for n in labels.shape))
+    assert cspine.mask_fit(path, volume, cells) == pytest.approx((1, 1))
+
+
+@pytest.mark.parametrize("fit, words", [((0.4, 1.0), "40% of its mask"), ((1.0, 0.2), "20% on bone")])
+def test_a_mask_must_lie_inside_and_on_bone(fit, words, tmp_path, monkeypatch):
+    volume, labels = bony_study()
+    path = write_mask(tmp_path / "mask.nii", labels, volume.affine)
+    monkeypatch.setattr(cspine, "mask_fit", lambda *_: fit)
+    with pytest.raises(StudyError, match=words):
+        cspine.fitting_mask(path, volume, labels.shape)

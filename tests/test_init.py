@@ -147,7 +147,7 @@ def test_a_patient_classifier_starts_from_a_vertebra_classifier(tmp_path, capsys
     (lambda: Segmenter("test_resnet", 32), "segmenter")])
 def test_a_checkpoint_of_another_form_is_refused(make, kind, tmp_path):
     path = checkpoint(make(), kind, tmp_path / "w.pt")
-    with pytest.raises(UserError, match="w.pt: not the architecture"):
+    with pytest.raises(UserError, match=rf"w.pt: a {kind} of \{{.*\}}: not the arch"):
         load_init(VertebraClassifier("test_resnet", 32, hidden=16), path)
 
 

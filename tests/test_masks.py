@@ -362,3 +362,20 @@ def test_an_orientation_that_is_guessed_is_told(tmp_path, capsys):
     path.write_bytes(nifti(np.ones((2, 3, 4)), qform=[0, 0, 1.0, 0, 0, 0]))
     cspine.read_nifti(path)
     assert not capsys.readouterr().err
+
+
+def test_sizes_beyond_the_rank_mean_nothing(tmp_path):
+    """Some programs leave there what they like."""
+    path = tmp_path / "mask.nii"
+    path.write_bytes(nifti(LABELS, dim=[3, *SHAPE, 5, 0, -1, 9], sform=SFORM))
+    assert np.array_equal(cspine.read_nifti(path)[0], LABELS)
+
+
+@pytest.mark.parametrize("unit, to_mm", [(1, 1000), (2, 1), (3, 0.001)])
+def test_the_origin_is_brought_to_mm_as_the_axes_are(unit, to_mm, tmp_path):
+    sform = np.c_[np.eye(3), [10, 20, 30]] / to_mm
+    raw = bytearray(nifti(np.ones((2, 3, 4)), sform=sform))
+    raw[123] = unit
+    (tmp_path / "mask.nii").write_bytes(raw)
+    lps_from_voxel = np.linalg.inv(cspine.read_nifti(tmp_path / "mask.nii")[3])
+    assert lps_from_voxel[:3, 3] == pytest.approx([-10, -20, 30], abs=1e-3)

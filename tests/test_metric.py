@@ -15,6 +15,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import cspine
+
 from cspine import (PRIOR, STUDY, TARGETS, VERTEBRAE, assign_folds, auc, competition_scores,
                     dice_scores, element_losses, equal_point, interval, reliability, score_table,
                     study_scores)
@@ -197,3 +199,16 @@ def test_the_score_is_the_mean_of_the_studies_with_known_labels():
     assert np.isnan(scores[1]) and scores[0] == pytest.approx(-math.log(0.9))
     both = competition_scores(answers, [NEGATIVE, [math.nan] * 8, C1_BROKEN])
     assert both[0] == pytest.approx((scores[0] + scores[2]) / 2)
+
+
+def test_a_study_without_labels_is_not_drawn_for_the_interval():
+    assert cspine.interval(np.array([1.0, math.nan, 1.0])) == pytest.approx((1, 1))
+
+
+def test_a_mask_is_named_right_if_most_of_it_lies_in_its_vertebra():
+    labels = np.zeros((8, 8, 8), np.uint8)
+    labels[:4], labels[4:] = 2, 3
+    probability = np.zeros((7, 8, 8, 8), np.float32)
+    probability[1, 1:5] = 0.9  # C2: three of four planes
+    probability[2, 1:5] = 0.9  # C3: one of four
+    assert [*cspine.named_right(probability, labels)] == [False, True] + 5 * [False]

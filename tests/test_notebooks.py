@@ -5,8 +5,12 @@ import functools
 import itertools
 import json
 import math
+import os
 import shutil
+import signal
 import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,8 +30,10 @@ from small_kernel import make_weights
 
 def test_the_models_and_nothing_else_become_a_data_set(tmp_path, capsys):
     weights = make_weights(tmp_path / "w", patient=False)
-    for name in ("vertebra_fold0_last.pt", "vertebra_fold0_log.csv", "calibration.json"):
+    for name in ("vertebra_fold0_last.pt", "vertebra_fold0_log.csv"):
         (weights / name).write_text("{}")
+    cspine.write_calibration(weights, cspine.Calibration())
+    capsys.readouterr()
     out = tmp_path / "kernel"
     assert modes.main(["notebook", "--weights", str(weights), "--out", str(out),
                        "--weights-dataset", "me/my-weights"]) == 0
@@ -45,7 +51,7 @@ def notebook_of(out, *options):
 
 def test_models_of_an_earlier_data_set_do_not_stay(tmp_path):
     five, one = (make_weights(tmp_path / name, folds=n) for name, n in (("five", 3), ("one", 1)))
-    (five / "calibration.json").write_text("{}")
+    cspine.write_calibration(five, cspine.Calibration())
     for weights in (five, one):
         named = ["--weights", weights, "--weights-dataset", "me/my-weights"]
         assert notebook_of(tmp_path / "out", *named) == 0
@@ -61,6 +67,14 @@ def test_models_of_an_earlier_data_set_do_not_stay(tmp_path):
 def test_a_data_set_that_kaggle_would_refuse_is_refused(wrong, said, tmp_path, capsys):
     assert notebook_of(tmp_path / "out", *wrong) == 2
     assert said in capsys.readouterr().err
+
+
+def test_models_that_predict_would_refuse_become_no_data_set(tmp_path, capsys):
+    weights = make_weights(tmp_path / "w", patient=False)
+    (weights / "vertebra_fold0.pt").unlink()
+    named = ["--weights", weights, "--weights-dataset", "me/my-weights"]
+    assert notebook_of(tmp_path / "out", *named) == 2
+    assert "no classifier there" in capsys.readouterr().err
 
 
 def test_a_notebook_without_models_says_what_it_will_do(tmp_path, capsys):
@@ -220,11 +234,20 @@ def test_one_command_trains_all_models_of_a_preset_and_goes_on(
 
 def test_several_gpus_get_a_process_each(monkeypatch):
     called = []
-    monkeypatch.setattr(subprocess, "call", lambda command: called.append(command) or 7)
+    monkeypatch.setattr(train_all, "call", lambda command: called.append(command) or 7)
     assert train_all.run(["train-seg", "--data", "d"], 2) == 7
     assert called[0][1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     assert Path(called[0][5]).samefile(cspine.__file__)
     assert called[0][6:] == ["train-seg", "--data", "d"]
+
+
+def test_a_run_that_is_ended_ends_its_processes_which_save():
+    """SIGTERM is passed on; Ctrl-C they get from the terminal, and are waited for."""
+    child = ("import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(7)); "
+             "print(flush=True); time.sleep(60)")
+    timer = threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    assert train_all.call([sys.executable, "-c", child]) == 7
 
 
 def test_notes_and_logs_of_other_programs_are_no_sessions(tmp_path, monkeypatch):

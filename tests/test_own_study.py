@@ -1,6 +1,7 @@
 """I rely on: one's own CT, DICOM or NIfTI, gets names, masks that overlay, and a slice to look at."""
 
 import gzip
+import io
 import json
 import shutil
 import threading
@@ -8,8 +9,10 @@ from itertools import permutations, product
 
 import numpy as np
 import pandas as pd
+import pydicom
 import pytest
 import torch
+from pydicom.dataset import Dataset
 
 import cspine
 from small_kernel import make_study, make_weights
@@ -17,6 +20,7 @@ from test_masks import nifti
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EDGE = 32  # cells of the small segmenter's cube
+LPS = np.diag([-1.0, -1.0, 1.0])  # of a NIfTI's axes
 
 
 def turned(degrees):
@@ -113,7 +117,7 @@ def test_masks_lie_where_the_probabilities_do(degrees, flip, tmp_path):
     assert set(np.unique(labels)) == {0, 3, 4} and not labels[45:].any()
     path = tmp_path / "m.nii.gz"
     cspine.write_nifti(path, labels, volume)
-    stored, _, _, voxel_from_lps = cspine.read_nifti(path)
+    stored, _, _, voxel_from_lps, _ = cspine.read_nifti(path)
     lps_from_voxel = np.linalg.inv(voxel_from_lps)
     for v, middle in ((3, 7), (4, 15)):
         centre = np.argwhere(labels == v).mean(0)
@@ -240,9 +244,47 @@ def test_the_mask_of_a_nifti_has_its_very_voxels(axes, ct, tmp_path):
     path.write_bytes(nifti(stored, code=4, sform=affine))
     volume = cspine.read_volume(path)
     cspine.write_nifti(tmp_path / "mask.nii.gz", np.uint8(volume.hu > 500), volume)
-    mask, _, _, voxel_from_lps = cspine.read_nifti(tmp_path / "mask.nii.gz")
+    mask, _, _, voxel_from_lps, _ = cspine.read_nifti(tmp_path / "mask.nii.gz")
     assert np.array_equal(mask, stored > 500)
     assert np.allclose(voxel_from_lps, cspine.read_nifti(path)[3], atol=1e-4)
+
+
+@pytest.mark.parametrize("placed", [dict(qform=0.3, code=(1, 2)), dict(code=(0, 0))])
+def test_the_mask_of_a_nifti_is_placed_by_each_of_the_forms_that_the_ct_has(placed, ct, tmp_path):
+    """Viewers differ in which of two forms they trust: each has the CT's own."""
+    affine = ct.affine[:3, [2, 1, 0, 3]] * [[-1], [-1], [1]]
+    raw = bytearray(nifti(ct.hu.T, code=4, sform=affine))
+    raw[252:256] = np.array(placed["code"], "<i2").tobytes()
+    raw[256:280] = np.array([0.1, 0.2, placed.get("qform", 0), 4, 5, 6], "<f4").tobytes()
+    (tmp_path / "two.nii").write_bytes(raw)
+    volume = cspine.read_volume(tmp_path / "two.nii")
+    cspine.write_nifti(tmp_path / "mask.nii.gz", np.uint8(volume.hu > 500), volume)
+    mask = gzip.decompress((tmp_path / "mask.nii.gz").read_bytes())
+    for part in (slice(76, 92), slice(252, 328)):  # pixdim; both codes and both forms
+        assert mask[part] == raw[part]
+
+
+def test_the_mask_of_a_tilted_series_has_a_qform_of_its_slices_own_axes(tmp_path):
+    """ITK reads the qform where the sform is sheared, and shows the CT by these axes."""
+    volume = volume_of(two_boxes())
+    tilt = np.radians(20)
+    down = volume.affine[:3, 0].copy()
+    volume.affine[:3, 1] = 0.6 * np.array([0, np.cos(tilt), -np.sin(tilt)])
+    cspine.write_nifti(tmp_path / "m.nii.gz", two_boxes(), volume)
+    raw = bytearray(gzip.decompress((tmp_path / "m.nii.gz").read_bytes()))
+    raw[254:256] = b"\0\0"
+    header = np.frombuffer(bytes(raw[:348]), cspine.NIFTI_HEADER.newbyteorder("<"))[0]
+    x, y, z = (column / np.linalg.norm(column) for column in cspine.nifti_affine(header)[:3, :3].T)
+    assert np.allclose(x, [-1, 0, 0], atol=1e-3)
+    assert np.allclose(y, [0, -np.cos(tilt), -np.sin(tilt)], atol=1e-3)
+    assert np.allclose(abs(z @ down) / 0.8, np.cos(tilt), atol=1e-3)
+
+
+def test_an_empty_path_and_an_out_that_names_a_csv_are_refused(predict, ct, capsys):
+    assert predict("") == (2, None)
+    assert "an empty PATH" in capsys.readouterr().err
+    assert predict("dicom", "--out", "result.csv")[0] == 2
+    assert "result.csv: with a PATH, --out and --masks are folders" in capsys.readouterr().err
 
 
 def test_a_folder_of_studies_and_one_that_fails(predict, ct, tmp_path, capsys):
@@ -446,3 +488,105 @@ def test_a_study_whose_file_hangs_ends_and_the_others_are_answered(
     said = capsys.readouterr().err
     assert "study a: a: reading it took over 600 s" in said.replace(".nii.gz", "")
     assert len(rows) == 1 and set(waits) == {cspine.MAX_READ_S}
+
+
+@pytest.mark.parametrize("axis", range(3))
+def test_a_nifti_of_few_voxels_along_any_axis_is_no_study(axis, tmp_path):
+    shape = [20, 20, 20]
+    shape[axis] = 15
+    hu = np.random.default_rng(0).integers(-1000, 1000, shape)
+    (tmp_path / "ct.nii").write_bytes(nifti(hu, code=4, sform=np.c_[LPS, [0, 0, 0]]))
+    with pytest.raises(cspine.StudyError, match="each axis needs at least 16"):
+        cspine.read_volume(tmp_path / "ct.nii")
+
+
+def test_voxels_that_are_no_numbers_are_air(tmp_path):
+    """As some programs write what lies outside of the scanner's circle."""
+    hu = np.random.default_rng(0).integers(-1000, 1000, (20, 18, 16)).astype(float)
+    hu[0] = np.nan
+    (tmp_path / "ct.nii").write_bytes(nifti(hu, code=16, sform=np.c_[LPS, [0, 0, 0]]))
+    volume = cspine.read_volume(tmp_path / "ct.nii")
+    assert (volume.hu[:, :, 0] == cspine.AIR_HU).all()
+    assert np.array_equal(volume.hu[::-1, :, 1:].T, hu[1:])
+
+
+@pytest.mark.parametrize("little", [True, False])
+def test_a_file_without_preamble_and_meta_begins_as_dicom(little, ct, tmp_path):
+    study = tmp_path / "dicom"
+    for path in study.iterdir():
+        data = pydicom.dcmread(io.BytesIO(path.read_bytes()))
+        del data.file_meta
+        bare = Dataset({element.tag: element for element in data})
+        pydicom.dcmwrite(path, bare, implicit_vr=little, little_endian=little)
+    (study / "masks").mkdir()
+    (study / "masks" / "x.nii.gz").write_bytes(b"")
+    assert cspine.studies_in(study) == [study]
+
+
+def body_of(depth, ends=lambda y: 40, rows=range(20, 54)):
+    """Voxels (N, 3) of a body `depth` rows deep that ends below at `ends`, 6 mm wide."""
+    mask = np.zeros((80, 120, 60), bool)
+    for y in range(20, 20 + depth):
+        mask[20:ends(y), y, 24:36] = True
+    mask[20:40, 100:110, 24:36] = True  # a spine, behind the canal
+    return np.argwhere(mask), volume_of(mask)
+
+
+@pytest.mark.parametrize("rows, measured", [(4, False), (5, True), (49, True), (51, False)])
+def test_a_line_is_fitted_to_what_may_be_a_body(rows, measured):
+    """Five rows at least and 30 mm at most: deeper, no canal divides body and arch."""
+    assert (cspine.lower_end(*body_of(rows)) is not None) == measured
+
+
+def test_rounded_edges_of_an_endplate_do_not_tilt_it():
+    """The front edge is bevelled; the endplate between the edges is level."""
+    voxels, volume = body_of(40, lambda y: 40 - max(0, 26 - y))
+    assert cspine.lower_end(voxels, volume) == pytest.approx(0, abs=0.1)
+
+
+def test_a_lower_end_is_that_of_the_middle_3_mm_to_either_side():
+    voxels, volume = body_of(34)
+    aside = [[z, y, x] for z in range(20, 60) for y in range(30, 40) for x in (22, 37)]
+    both = np.concatenate([voxels, aside])  # 7.5 columns, 3.75 mm, from the middle
+    assert cspine.lower_end(both, volume) == pytest.approx(0, abs=0.1)
+    near = [[z, y, x] for z in range(20, 60) for y in range(30, 40) for x in (24, 35)]
+    assert cspine.lower_end(np.concatenate([voxels, near]), volume) != pytest.approx(0, abs=0.1)
+
+
+def test_the_volume_of_a_mask_is_that_of_sheared_voxels_too():
+    """A gantry tilted by 30 degrees: the slices lie nearer to each other than their origins."""
+    volume = volume_of(np.zeros((20, 20, 20), np.uint8))
+    affine = volume.affine.copy()
+    affine[1, 0] = 0.8 * np.tan(np.radians(30))
+    places = {"C3": {}}
+    spacing = tuple(np.linalg.norm(affine[:3, :3], axis=0))
+    tilted = volume._replace(affine=affine, spacing=spacing)
+    cspine.measure(np.full((20, 20, 20), 3, np.uint8), tilted, places)
+    assert places["C3"]["cm3"] == pytest.approx(8000 * 0.8 * 0.6 * 0.5 / 1000)
+
+
+def test_a_study_some_of_whose_vertebrae_are_too_small_is_partial(
+        predict, ct, monkeypatch):
+    labels = np.zeros(ct.hu.shape, np.uint8)
+    labels[2:6], labels[12:16] = 1, 3
+    monkeypatch.setattr(cspine, "LEAST_CM3", 1e-6)
+    monkeypatch.setattr(cspine, "vertebra_labels", lambda *given: labels.copy())
+    _, table = predict("dicom")
+    assert table.status[0] == "partial" and table.seen[0] == "C1+C3"
+
+
+def test_a_step_is_the_strongest_by_the_models_that_answer():
+    probability = np.zeros((7, EDGE, EDGE, EDGE), np.float32)
+    probability[2, 8:16, 4:10, 20:30] = 0.9
+    volume = volume_of(np.zeros((96, 64, 128), np.uint8))
+    steps = np.full((7, 15), 0.2)
+    steps[2, 9] = 0.6
+    outputs = [cspine.Output(steps, np.nan), cspine.Output(np.full((7, 15), np.nan), np.nan)]
+    place = cspine.strongest_steps(volume, probability, outputs, 1.0)["C3"]
+    assert place["slice"] == 41 and place["steps"] == pytest.approx(steps[2])
+
+
+def test_masks_go_with_a_path(tmp_path, capsys):
+    assert cspine.main(["predict", "--masks", str(tmp_path / "masks")]) == 2
+    assert "--masks go with a PATH" in capsys.readouterr().err
+    assert not (tmp_path / "masks").exists()

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import cspine
-from cspine import Calibration, Output, fit_scale
+from cspine import STUDY, TARGETS, Calibration, Output, fit_scale
 from limits import at_cells
 from small_kernel import make_study, make_test_set, make_weights, write_test_csv
 
@@ -928,3 +928,44 @@ def test_a_calibration_is_fitted_to_held_out_answers_alone(tmp_path, studies, ca
     assert cspine.main([*evaluate, "--weights", str(tmp_path)]) == 2
     assert "--calibrate needs --folds" in capsys.readouterr().err
     assert not (tmp_path / "calibration.json").exists()
+
+
+def test_crops_made_smaller_are_rounded_not_cut_off():
+    class Shown(torch.nn.Module):
+        settings = dict(size=4)
+
+        def forward(self, crops):
+            self.crops = crops
+            return torch.zeros(7, 15)
+
+    crops = np.full((7, 15, 6, 8, 8), 7, np.uint8)
+    crops[..., ::2] = 8
+    crops[..., ::2, :] = 8  # the mean of four: 7.75
+    model = Shown()
+    cspine.classify(cspine.Ensemble(dict(vertebra=[model], patient=[]), torch.device("cpu")), crops)
+    assert (model.crops == 8).all()
+
+
+def test_resume_goes_on_with_what_got_no_time(tmp_path):
+    states = ["ok", "partial", "nothing seen", "failed", "no time"]
+    table = pd.DataFrame([dict.fromkeys(TARGETS, 0.5)] * 5).assign(
+        **{STUDY: states, "status": states, "made_by": "h"})
+    table.to_csv(tmp_path / "predict_report.csv", index=False)
+    submission = cspine.Submission(tmp_path / "submission.csv", [], "h")
+    assert [*cspine.read_reports(submission)] == states[:3]
+
+
+def test_half_of_the_studies_at_the_prior_are_not_most(predict, tmp_path):
+    data = make_test_set(tmp_path / "data", ["a", "b"])
+    (data / "test_images" / "b").rename(data / "elsewhere")
+    _, report, status = predict(data=data)
+    assert list(report.status) == ["ok", "failed"] and status == 0
+
+
+def test_a_few_cells_of_a_vertebra_put_none_out_of_order():
+    probability = np.zeros((7, 32, 8, 8), np.float32)
+    probability[2, 8:12, 2:6, 2:6] = 0.9
+    probability[4, 2, 2:4, 2:4] = 0.9  # C5 above C3, in four cells
+    problems = []
+    assert np.array_equal(cspine.in_order(probability.copy(), problems.append), probability)
+    assert not problems

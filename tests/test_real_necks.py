@@ -237,7 +237,7 @@ def test_a_ct_of_openkbp_becomes_a_neck(tmp_path, monkeypatch):
     wanted = np.full((z, y, x), -1024)
     wanted[0, 0, 0], wanted[-1, -1, -1], wanted[3, 2, 1] = -1000, 76, 3071
     np.testing.assert_array_equal(neck.hu, wanted)
-    stored, *_, voxel_from_lps = cspine.read_nifti(tmp_path / "necks" / f"{name}.nii.gz")
+    stored, _, _, voxel_from_lps, _ = cspine.read_nifti(tmp_path / "necks" / f"{name}.nii.gz")
     np.testing.assert_array_equal(stored, wanted.T)
     x, y, z = entry["spacing_mm"]
     wanted = np.diag([1 / x, 1 / y, -1 / z, 1])  # x and y as in LPS, z to the feet

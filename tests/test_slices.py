@@ -193,6 +193,15 @@ def test_a_thin_trail_of_mask_does_not_draw_the_steps_out_of_the_vertebra():
     assert np.array_equal(cspine.vertebra_box(trail), cspine.vertebra_box(solid))
 
 
+@pytest.mark.parametrize("count", [16, 24, 40, 300])
+def test_steps_never_go_from_foot_to_head(count):
+    """Also where a vertebra is thinner than a slice."""
+    for cell in range(128):
+        for z_margin in (0, 1):
+            index = cspine.slice_indices((cell, cell), z_margin, 128, count)
+            assert (np.diff(index[:, 2]) >= 0).all()
+
+
 def test_a_damaged_file_of_crops_is_a_study_error(tmp_path):
     cspine.write_crops(tmp_path / "a.npz", np.ones((7, 15, 6, 16, 16), np.uint8))
     data = (tmp_path / "a.npz").read_bytes()
@@ -252,3 +261,8 @@ def test_noisy_crops_take_little_more_than_a_quarter_and_are_without_loss(tmp_pa
     cspine.write_crops(tmp_path / "a.npz", crops)
     assert np.array_equal(cspine.read_crops(tmp_path / "a.npz"), crops)
     assert (tmp_path / "a.npz").stat().st_size < 0.28 * crops.nbytes
+
+
+def test_of_two_parts_the_one_with_more_cells_counts_not_the_longer_one():
+    profile = np.array([0, 100, 90, 0, 0, 0, 10, 10, 10, 10, 10, 0])
+    assert cspine.fullest_run(profile, 2).tolist() == [1, 2]

@@ -9,6 +9,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,7 +25,7 @@ import pytest
 import torch
 
 import cspine
-from cspine import RECIPES, STUDY, Stop, Stopped, Task, Trainer, UserError
+from cspine import PRIOR, RECIPES, STUDY, Stop, Stopped, Task, Trainer, UserError
 from limits import at_cells
 from phantoms import make_phantom
 
@@ -248,6 +249,59 @@ def test_a_run_of_other_options_or_data_is_not_gone_on_with(
     assert (folder / "vertebra_fold0_last.pt").read_bytes() == before
 
 
+def test_a_training_that_was_cut_short_is_not_begun_anew_unasked(
+        uninterrupted, arguments, tmp_path, capsys):
+    """Its work would be overwritten; a finished model is, and that is said."""
+    folder = uninterrupted("vertebra")[0]
+    last = tmp_path / "vertebra_fold0_last.pt"
+    last.write_bytes((folder / last.name).read_bytes())
+    assert cspine.main(arguments("vertebra", tmp_path)) == 2
+    assert f"{last}: of an earlier run: --resume goes on" in capsys.readouterr().err
+    last.unlink()
+    (tmp_path / "vertebra_fold0.pt").write_bytes(b"a model")
+    assert cspine.main(arguments("vertebra", tmp_path, "--time-limit", "1e-6")) == 0
+    assert "vertebra_fold0.pt is there already, and will be" in capsys.readouterr().err
+
+
+def test_with_one_fold_the_held_out_answers_say_that_they_are_none(
+        arguments, tmp_path, capsys):
+    argv = arguments("vertebra", tmp_path, "--folds", "1", "--epochs", "1")
+    assert cspine.main(argv) == 0
+    path = tmp_path / "vertebra_fold0_heldout.csv"
+    assert (pd.read_csv(path).trained_on == 1).all()
+    assert not cspine.held_out_of(tmp_path / "vertebra_fold0.pt")
+    assert cspine.main(["evaluate", "--folds", "--data", argv[2], "--weights", str(tmp_path)]) == 0
+    assert "were trained on: no fair score" in capsys.readouterr().err
+
+
+def test_labels_that_are_all_unknown_are_nothing_to_train_on(
+        phantom_data, arguments, tmp_path, capsys):
+    table = pd.read_csv(phantom_data / "train.csv")
+    table[list(cspine.VERTEBRAE)] = np.nan
+    table.to_csv(tmp_path / "train.csv", index=False)
+    (tmp_path / "train_images").symlink_to(phantom_data / "train_images")
+    argv = arguments("vertebra", tmp_path / "w", "--data", str(tmp_path))
+    assert cspine.main(argv) == 2
+    assert "no labels for train-cls" in capsys.readouterr().err
+
+
+def test_mask_files_of_no_study_are_told_of(phantom_data, arguments, tmp_path, capsys):
+    for name in ("train.csv", "train_images"):
+        (tmp_path / name).symlink_to(phantom_data / name)
+    (tmp_path / "segmentations").mkdir()
+    studies = {folder.name for folder in (phantom_data / "train_images").iterdir()}
+    masks = sorted((phantom_data / "segmentations").iterdir())
+    first, *others = [mask for mask in masks if mask.stem in studies]
+    for mask in others:
+        (tmp_path / "segmentations" / mask.name).symlink_to(mask)
+    (tmp_path / "segmentations" / f"{first.stem}_seg.nii").symlink_to(first)
+    argv = arguments("segmenter", tmp_path / "w", "--data", str(tmp_path), "--time-limit", "1e-6")
+    assert cspine.main(argv) == 0
+    said = capsys.readouterr().err
+    assert f"{len(others)} studies have a mask; 1 mask files are of no study here, as " in said
+    assert f"{first.stem}_seg.nii" in said
+
+
 def test_a_checkpoint_of_another_version_is_refused_in_one_line(
         uninterrupted, arguments, tmp_path, capsys):
     path = tmp_path / "vertebra_fold0_last.pt"
@@ -279,7 +333,7 @@ def toy_task(**changes):
     """Eight samples of noise, one fracture in three; no BatchNorm, so that samples are apart."""
     task = Task(kind="vertebra", name="vertebra_fold0", recipe=TOY, device=CPU,
                 train=toy_samples(8), load=toy_load, loss=cspine.classifier_batch, held_out=["a"],
-                score=lambda model, uid: [0.5],
+                answer=lambda model, uid: [0.5],
                 judge=lambda table: {"score": (table.C1 - 0.2).abs().mean()})
     return task._replace(**changes)
 
@@ -403,7 +457,7 @@ def test_a_time_limit_leaves_room_for_the_evaluation_and_is_kept(tmp_path):
         now[0] += 100
         return [0.5]
 
-    task = toy_task(loss=loss, score=score)
+    task = toy_task(loss=loss, answer=score)
     with pytest.raises(Stopped, match="--time-limit at step 4 of 6.*--resume"):
         cspine.train(task, tmp_path, Stop(5, lambda: now[0]))
     assert now[0] == 240
@@ -416,7 +470,7 @@ def test_the_last_epochs_weights_are_kept_whatever_it_scores(tmp_path):
     """The best would be chosen by the studies that then calibrate and report."""
     scores, epochs = [math.nan, 0.5, math.nan, 0.7, 0.4, 0.6], iter(range(6))
     task = toy_task(judge=lambda table: {"score": scores[int(table.C1.iloc[0])]},
-                    score=lambda model, uid: [next(epochs)], recipe=replace(TOY, epochs=6))
+                    answer=lambda model, uid: [next(epochs)], recipe=replace(TOY, epochs=6))
     cspine.train(task, tmp_path, Stop())
     assert list(pd.read_csv(tmp_path / "vertebra_fold0_heldout.csv").C1) == [5]
     content = torch.load(tmp_path / "vertebra_fold0.pt", weights_only=True)
@@ -430,7 +484,7 @@ def test_the_weights_that_are_kept_are_those_that_answer_the_held_out_studies(tm
         assert not any(part.training for part in model.modules())
         return [model.head[0].bias.sum().item()]
 
-    cspine.train(toy_task(score=score), tmp_path, Stop())
+    cspine.train(toy_task(answer=score), tmp_path, Stop())
     kept = torch.load(tmp_path / "vertebra_fold0.pt", weights_only=True)["tensors"]
     table = pd.read_csv(tmp_path / "vertebra_fold0_heldout.csv")
     assert table.C1[0] == pytest.approx(kept["head.0.bias"].sum().item(), rel=1e-6)
@@ -444,7 +498,7 @@ def test_held_out_studies_are_read_while_others_are_scored(tmp_path):
         assert begun["b"].wait(60)  # while a is scored
         return [0.5]
 
-    task = toy_task(recipe=replace(TOY, epochs=1), held_out=["a", "b"], score=score,
+    task = toy_task(recipe=replace(TOY, epochs=1), held_out=["a", "b"], answer=score,
                     read=lambda uid: begun[uid].set() or uid)
     cspine.train(task, tmp_path, Stop(), 1)
     assert list(pd.read_csv(tmp_path / "vertebra_fold0_heldout.csv")[STUDY]) == ["a", "b"]
@@ -512,7 +566,8 @@ def test_an_epoch_shows_every_sample_once_in_its_own_order(tmp_path):
         seen = []
         task = toy_task(recipe=replace(TOY, seed=seed, epochs=2),
                         load=lambda sample, first: seen.append(sample) or toy_load(sample))
-        cspine.train(task, tmp_path, cspine.Stop(), 1)
+        cspine.train(task, tmp_path / str(seed), cspine.Stop(), 1)
+        shutil.rmtree(tmp_path / str(seed))
         return seen[:8], seen[8:]
 
     first, second = epochs(0)
@@ -597,7 +652,7 @@ def test_held_out_answers_stand_in_the_columns_of_their_steps(kind, patient, tmp
     greys = np.arange(1, 106, dtype=np.uint8)
     crops = np.tile(greys.reshape(7, 15, 1, 1, 1), (1, 1, 6, 8, 8))
     task = cspine.classifier_task(kind, TOY, CPU, tmp_path, {})
-    found = dict(zip(task.columns, task.score(Grey(kind), crops), strict=True))
+    found = dict(zip(task.columns, task.answer(Grey(kind), crops), strict=True))
     names = [f"{name}_{step}" for name in cspine.VERTEBRAE for step in range(1, 16)]
     logits = np.append(greys / 50 - 1, patient)
     answers = [found[name] for name in (*names, "patient_overall")]
@@ -941,6 +996,22 @@ def test_extract_goes_on_with_what_is_missing(extraction, tmp_path, monkeypatch,
     assert "crops by other segmenters, as of" in capsys.readouterr().err
 
 
+def test_extract_cuts_as_many_studies_as_are_asked_for_and_adds_to_them(
+        extraction, tmp_path, capsys):
+    """The same ones for any order of the table; the damaged one counts as drawn."""
+    folder = tmp_path / "work" / "last"
+    table = pd.read_csv(tmp_path / "data" / "train.csv")
+    drawn = sorted(table[STUDY], key=cspine.hash_of)
+    assert cspine.main([*extraction, "--studies", "2"]) == 0
+    assert {f.stem for f in folder.iterdir()} == {*drawn[:2]} - {"damaged"}
+    table[::-1].to_csv(tmp_path / "data" / "train.csv", index=False)
+    assert cspine.main([*extraction, "--studies", "4"]) == 0
+    assert {f.stem for f in folder.iterdir()} == {*drawn[:4]} - {"damaged"}
+    assert cspine.main(extraction) == 0
+    assert {f.stem for f in folder.iterdir()} == {*drawn} - {"damaged"}
+    assert "crops of 4 of 5 studies" in capsys.readouterr().out
+
+
 def test_masks_by_segmenters_that_may_have_seen_the_study_are_told_of(
         extraction, tmp_path, capsys):
     """With one fold trained, as by --preset fast, the studies of the others."""
@@ -1042,3 +1113,37 @@ def test_a_thinned_sample_holds_every_third_step_from_the_one_asked_for(tmp_path
 def test_a_thinning_that_does_not_divide_the_steps_is_refused(arguments, tmp_path, capsys):
     assert cspine.main(arguments("vertebra", tmp_path, "--thin", "4")) == 2
     assert "--thin: invalid choice: 4 (choose from 1, 3, 5, 15)" in capsys.readouterr().err
+
+
+def test_an_epochs_row_is_of_its_own_steps(tmp_path):
+    """10 s a step, two steps of four samples an epoch."""
+    now, losses = [0.0], []
+
+    def loss(*given):
+        now[0] += 10
+        value = cspine.classifier_batch(*given)
+        losses.append(value.item())
+        return value
+    log = pd.DataFrame(cspine.train(toy_task(loss=loss), tmp_path, Stop(clock=lambda: now[0])))
+    assert list(log.seconds) == [20, 20, 20] and np.allclose(log.samples_per_s, 8 / 20)
+    assert np.allclose(log.train_loss, np.reshape(losses, (3, 2)).mean(1))
+
+
+def test_steps_left_out_long_ago_end_no_training():
+    task = toy_task(loss=broken_loss([1]))
+    trainer = Trainer(task)
+    trainer.state.skipped = 100
+    trainer.update(task, toy_batch(task), 10)
+    assert (trainer.state.skipped, trainer.state.in_a_row) == (101, 1)
+
+
+def test_a_classifier_is_judged_with_the_prior_where_it_says_nothing(tmp_path):
+    truth = {f"u{k}": np.float32([k % 2] * 8) for k in range(4)}
+    judge = cspine.classifier_task("vertebra", TOY, CPU, tmp_path, truth).judge
+    answers = np.array([[0.1 + 0.8 * (k % 2)] * 7 + [PRIOR[7]] for k in range(4)])
+    steps = np.repeat(answers, [15] * 7 + [1], axis=1)
+    steps[:, -1] = math.nan  # no head
+    found = judge(pd.DataFrame(steps, [*truth], cspine.STEP_TARGETS))
+    assert (found["vertebra_auc"], found["patient_auc"]) == (1, 0.5)
+    expected, _ = cspine.competition_scores(answers, np.array([*truth.values()]))
+    assert found["score"] == pytest.approx(expected)

@@ -152,7 +152,14 @@ def main():
     parser.add_argument("--out", default="", help="csv of every study")
     parser.add_argument("--answers", action="store_true", help="of the classifiers")
     o = parser.parse_args()
+    try:
+        run(o)
+    except FileNotFoundError as error:
+        parser.error(f"no {error.filename}: tests/necks/openkbp.py makes it")
 
+
+def run(o):
+    """Measure and print what the options ask for."""
     if o.answers:
         calibration = cspine.read_calibration(o.weights)
         ensemble = cspine.load_ensemble(o.weights, torch.device("cpu"), calibration)

@@ -74,9 +74,15 @@ def training_flops(kind, recipe, samples):
     return counted.get_total_flops() * images * samples * recipe.epochs * passes
 
 
+def cut_studies(preset, studies):
+    """How many of so many studies a preset cuts crops of."""
+    return min(options_of(preset, "extract").studies or studies, studies)
+
+
 def planned_hours(preset, studies, masked, cards, tflops):
     """{mode: hours} of a preset: operations counted, the rate of a card assumed."""
     hours = {}
+    studies = cut_studies(preset, studies)
     count = dict(segmenter=masked, vertebra=7 * studies, patient=studies)
     for mode, kind in STEPS.items():
         if mode == "extract":
@@ -93,7 +99,7 @@ def planned_hours(preset, studies, masked, cards, tflops):
 def crops_gb(preset, studies):
     """GB of the crops of all studies, by an assumed size of one's."""
     edge = options_of(preset, "extract").size
-    return studies * CROPS_MB * (edge / cspine.CROP) ** 2 / 1000
+    return cut_studies(preset, studies) * CROPS_MB * (edge / cspine.CROP) ** 2 / 1000
 
 
 # ---- Before the training ----
@@ -129,7 +135,7 @@ def work_folder(needed):
               f"{'crops are ' + kept if fits else 'too little'}")
         if fits:
             return folder / "work"
-    raise UserError("too little disk for the crops of this preset")
+    raise UserError("too little disk for the crops of this preset: another preset may need less")
 
 
 def try_cards():

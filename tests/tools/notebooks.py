@@ -6,6 +6,9 @@ import re
 import shutil
 from pathlib import Path
 
+import torch
+
+import cspine
 from cspine import COMPETITION, HERE, KINDS, UserError, model_files, write_atomic
 
 SLUG = r"([\w-]+/[A-Za-z0-9-]{6,50})?"  # of a data set; Kaggle refuses other names
@@ -52,6 +55,8 @@ def copy_weights(source, out, dataset):
     models = [path for kind in KINDS for _, _, path in model_files(source, kind)]
     if not models:
         raise UserError(f"--weights {source}: no models there")
+    cspine.load_ensemble(source, torch.device("cpu"))  # refused now, not on Kaggle
+    cspine.read_calibration(source)  # says if it is of other models
     out.mkdir(parents=True, exist_ok=True)
     for old in (*out.glob("*_fold*.pt"), out / "calibration.json"):
         old.unlink(missing_ok=True)

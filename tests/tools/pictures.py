@@ -74,7 +74,8 @@ SIDES = ("HF", "AP", "RL")  # the two ends of Z, Y and X
 def write_png(path, image):
     """Write an image (Y, X) or (Y, X, 3)."""
     how = [cv2.IMWRITE_PNG_COMPRESSION, 9]
-    write_atomic(path, cv2.imencode(".png", image & GREYS, how)[1].tofile)
+    content = cv2.imencode(".png", image & GREYS, how)[1].tobytes()
+    write_atomic(path, lambda new: new.write_bytes(content))
 
 
 def text(image, words, x, y, anchor=(0, 0), grey=40, size=0.5):

@@ -9,6 +9,7 @@ it. The same command goes on where it stopped. Options go to each mode.
 
 import argparse
 import math
+import signal
 import subprocess
 import sys
 import time
@@ -26,12 +27,24 @@ import kaggle_training  # noqa: E402
 FOLLOWED = {"gold": ["gold-second"]}  # preset: those that are trained after it
 
 
+def call(command):
+    """The exit status of a command. SIGTERM is passed on, SIGINT it gets from the terminal;
+    then it saves and ends by itself, which is waited for."""
+    with cspine.stop_signals() as stop, subprocess.Popen(command) as process:
+        while process.poll() is None:
+            time.sleep(0.1)
+            if stop.signal == "SIGTERM":
+                process.send_signal(signal.SIGTERM)
+                stop.signal = ""
+    return process.returncode
+
+
 def run(arguments, cards):
     """The exit status of a mode: in this process, or in one on each of several GPUs."""
     if cards < 2:
         return cspine.main(arguments)
     command = kaggle_training.torchrun(cards, ROOT / "cspine.py")
-    return subprocess.call([*command, *arguments])
+    return call([*command, *arguments])
 
 
 def parser():
