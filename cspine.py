@@ -311,7 +311,7 @@ def read_slices(path):
     if not path.is_file():  # a pipe would wait for ever
         raise StudyError("not a regular file")
     with path.open("rb") as file:
-        if not any(file.read(132)):  # a failed transfer; pydicom would take it for tags
+        if file.read(132) == bytes(132):  # a failed transfer; pydicom would see tags
             raise StudyError("no DICOM image: it begins with zeros")
         file.seek(0)
         data = pydicom.dcmread(file, force=True)
@@ -343,10 +343,10 @@ def place_frame(stored, data, k, source):
         return np.array(given[0], float)
 
     origin = tag("ImagePositionPatient", [math.nan] * 3)
-    directions = tag("ImageOrientationPatient", [])
-    lies = data.get("PatientPosition")
-    guessed = not len(directions) and lies in (None, "", "HFS", "FFS")  # axial, supine
-    row, column = np.eye(3)[:2] if guessed else np.reshape(directions, (2, 3))
+    directions = tag("ImageOrientationPatient", [math.nan] * 6).reshape(2, 3)
+    supine = data.get("PatientPosition") in (None, "", "HFS", "FFS")
+    guessed = supine and np.isnan(directions).all()
+    row, column = np.eye(3)[:2] if guessed else directions  # guessed to be axial
     spacing = tag("PixelSpacing", [0, 0])  # between rows, between columns
     normal = np.cross(row, column)
     lps_from_pixel = np.c_[column * spacing[0], row * spacing[1], origin]
@@ -379,8 +379,8 @@ def place_frame(stored, data, k, source):
 def read_folder(path, workers, give_up):
     """([Slice, ...] of the files of a folder, [what was left out, why])."""
     files = [path]  # of many frames
-    if path.is_dir():  # a Mac adds hidden files
-        files = [file for file in path.iterdir() if file.name[0] != "."]
+    if not path.is_file():  # a Mac adds files with a ._ before their names
+        files = [file for file in path.iterdir() if file.name[:2] != "._"]
     files = sorted(files, key=lambda file: (len(file.name), file))
     slices, problems = [], []
     for file, future in prefetch(read_slices, files, workers, 4 * workers + 1):
@@ -462,7 +462,8 @@ def one_pass(stack):
         mm = along_normal(stack)
         marks = [one.of_pass[k] for one in stack]
         if tag == "SliceThickness":  # to the tenth of a mm; some headers have noise
-            marks = pd.to_numeric(pd.Series(marks), errors="coerce").fillna(0).round(1)
+            marks = pd.to_numeric(pd.Series(marks), errors="coerce")
+            marks = (marks - marks.median()).fillna(0).round(1)
         if tag == "ContentTime":
             marks = sittings(marks)
         passes = {}
@@ -496,8 +497,9 @@ def read_series(path, workers, give_up):
     slices, problems = read_folder(path, workers, give_up)
     stacks = stacks_of(slices)
     studies = {one.study for one in slices} - {""}
-    if len(studies) < 2 <= len(stacks) and max(map(len, stacks)) < MIN_SLICES:
-        stacks = stacks_of([one._replace(series="") for one in slices])
+    unnamed = len(studies) in (0, 1, len(slices))  # at most one, or a name in every file
+    if unnamed and len(stacks) > 1 and max(map(len, stacks)) < MIN_SLICES:
+        stacks = stacks_of([one._replace(series="", study="") for one in slices])
         problems.append("no series of enough images: SeriesInstanceUID is not looked at")
     run = []
     for stack in map(one_pass, stacks):
@@ -679,7 +681,7 @@ def read_nifti(path, report=None):
     if raw[:2] == b"\x1f\x8b":  # of one or several members
         raw = gzip.GzipFile(fileobj=io.BytesIO(raw)).read(2 * MAX_VOXELS)
     order = "<" if raw[:2] == b"\x5c\x01" else ">"  # the header's length, 348
-    header = np.frombuffer(raw, NIFTI_HEADER.newbyteorder(order), 1)[0]
+    header = np.frombuffer(raw, NIFTI_HEADER.newbyteorder(order), 1)[0].copy()
     rank, *shape = header["dim"].tolist()
     start = int(header["vox_offset"])
     more = max(shape[3:rank], default=1) > 1  # times or vectors
@@ -883,7 +885,12 @@ def create_backbone(name, **arguments):
     if ":" in name:  # hf-hub:... would ask the network
         raise UserError("no plain name")
     import timm  # 0.2 GB that only networks need
-    return timm.create_model(name, pretrained=False, **arguments)
+    try:
+        return timm.create_model(name, pretrained=False, **arguments)
+    except TypeError:
+        if arguments.pop("drop_path_rate", True):
+            raise
+        return create_backbone(name, **arguments)  # some know no such option
 
 class ConvBlock(nn.Module):
     """Convolution, norm, ReLU, then scSE attention (Roy et al. 2018)."""
@@ -912,7 +919,7 @@ class Segmenter(nn.Module):
         self.settings = dict(backbone=backbone, size=size, window=window)
         flat = create_backbone(
             backbone, features_only=True, out_indices=(0, 1, 2, 3), in_chans=1,
-            drop_path_rate=drop_path or None)  # None: not passed, as some have none
+            drop_path_rate=drop_path)
         if flat.feature_info.reduction() != [2, 4, 8, 16]:
             raise UserError("no features at strides 2, 4, 8 and 16")
         if hasattr(flat, "blocks"):  # what follows the last feature, down to stride 32
@@ -983,17 +990,17 @@ def mean_probability(models, volume, device):
     D is the first one's; those of another size are asked at theirs."""
     size = models[0].settings["size"]
     cube_of = functools.cache(functools.partial(segmenter_input, volume))
-    total, count = torch.zeros((7, *[size] * 3), device=device), 0
+    total = torch.zeros((7, *[size] * 3), device=device)
+    count = torch.zeros_like(total, dtype=torch.uint8)
     with autocast(device):
         for model in models:
             cube = cube_of(model.settings["size"], tuple(model.settings["window"]))
             logits = finite_answer(model.to(device), cube[None].to(device)).float()
             if len(cube[0]) != size:
                 logits = F.interpolate(logits, (size,) * 3, mode="trilinear")
-            if logits.isfinite().all():  # one that answers NaN halves no other's
-                total += logits[0].sigmoid()
-                count += 1
-    return (total / max(count, 1)).cpu()
+            count += ~logits[0].isnan()  # where one says NaN, the others count
+            total += logits[0].sigmoid().nan_to_num()
+    return (total / count.clamp(min=1)).cpu()
 
 def neck_part(probability, shape):
     """(low, high) voxels, (3,) each, of the neck and its surroundings, or None if it fills
@@ -1160,7 +1167,7 @@ class StepEncoder(nn.Module):
         super().__init__()
         self.backbone = create_backbone(
             backbone, in_chans=CHANNELS, num_classes=0, global_pool="avg",
-            drop_path_rate=drop_path or None)  # None: not passed, as some have none
+            drop_path_rate=drop_path)
         probe = torch.zeros(1, CHANNELS, 64, 64)  # refuses backbones of one image size
         width = self.backbone.eval()(probe).shape[1]
         if checkpoint:  # the blocks run again in the backward pass
@@ -2609,7 +2616,8 @@ def init_file(options, kind, fold, held_out):
         path = Path(options.init)
         if not path.is_file():
             raise UserError(f"--init {path}: cannot be read: no such file")
-        if path.name.startswith(kind) and path.resolve().parent == weights.resolve():
+        own = rf"{model_name(kind, options.name, '')}\d+\.pt"
+        if path.parent.resolve() == weights.resolve() and re.fullmatch(own, path.name):
             raise UserError(f"--init {path}: may be overwritten: copy it elsewhere first")
         return path
     for name in dict.fromkeys((options.name, "")):
@@ -2618,7 +2626,7 @@ def init_file(options, kind, fold, held_out):
             made = load_checkpoint(path).get("settings", {})
             wanted = dict(backbone=options.backbone, hidden=options.hidden)
             alike = wanted.items() <= made.items()
-            if alike and held_out_of(path).issuperset(held_out):
+            if alike and (options.folds == 1 or held_out_of(path).issuperset(held_out)):
                 return path
             if alike and ranks()[0] == 0:
                 say(f"{path}: not started from: it may have seen studies held out here")
@@ -2705,8 +2713,9 @@ class Trainer:
                             "delete it to begin anew")
         with errors_as(UserError, f"{path}: made with another version; delete it"):
             for name in self.SAVED:
-                if saved["state"][name]:  # not of a scaler that was not needed
-                    getattr(self, name).load_state_dict(saved["state"][name])
+                state = copy.deepcopy(saved["state"][name])  # the file itself is mapped
+                if state:  # not of a scaler that was not needed
+                    getattr(self, name).load_state_dict(state)
             self.state = TrainingState(**saved["state"]["progress"])
 
     def gradient(self, task, batch):

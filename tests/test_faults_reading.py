@@ -505,6 +505,28 @@ def test_images_of_two_patients_in_one_folder_are_said(write_series):
     assert any("2 studies: give each its own folder" in one for one in volume.problems)
 
 
+@pytest.mark.parametrize("thickness", [
+    ("0.75", "0.7499999"), ("1.25", "1.250001"), ("1", ""), ("1", None), ("", None)])
+def test_the_last_digits_of_a_thickness_or_its_lack_part_no_series(thickness, write_series):
+    neck = noise(1, 40)
+    for k in range(40):
+        folder = write_series(neck[k : k + 1], positions=places(40)[k : k + 1],
+                              numbers=[k + 1], SliceThickness=thickness[k % 2])
+    volume = read_volume(folder)
+    assert np.array_equal(volume.hu, neck - 1024) and not volume.problems
+
+
+def test_a_study_of_its_own_in_every_file_is_read_as_one(write_series):
+    """As some anonymisers write, without series."""
+    neck = noise(1)
+    for k in range(SLICES):
+        folder = write_series(neck[k : k + 1], positions=places()[k : k + 1], numbers=[k + 1],
+                              series=None, StudyInstanceUID=f"1.9.{k}")
+    volume = read_volume(folder)
+    assert np.array_equal(volume.hu, neck - 1024)
+    assert any("images of 20 studies" in one for one in volume.problems)
+
+
 def test_images_of_two_patients_without_a_series_are_not_woven(write_series):
     write_series(noise(1), positions=places(), StudyInstanceUID="1.1", series=None)
     folder = write_series(noise(2, 30), positions=places(30, 0.5), StudyInstanceUID="1.2",
@@ -520,8 +542,14 @@ def test_a_prone_patient_without_an_orientation_is_refused(write_series):
         data = pydicom.dcmread(path)
         del data.ImageOrientationPatient
         data.save_as(path)
-    with pytest.raises(StudyError, match="only 0 usable"):
+    with pytest.raises(StudyError, match="only 0 usable.*no usable position, orientation"):
         read_volume(folder)
+
+
+def test_an_empty_file_is_no_dicom_image(tmp_path):
+    (tmp_path / "1.dcm").write_bytes(b"")
+    with pytest.raises(StudyError, match="no DICOM image$"):
+        cspine.read_slices(tmp_path / "1.dcm")
 
 
 def test_a_file_of_zeros_is_named_at_once(write_series):
@@ -552,6 +580,8 @@ def test_a_macs_hidden_files_are_not_spoken_of(write_series):
     folder = write_series(noise(), positions=places())
     (folder / "._1.dcm").write_bytes(b"of the Finder")
     assert not read_volume(folder).problems
+    (folder / "1.dcm").rename(folder / ".1.dcm")
+    assert np.array_equal(read_volume(folder).hu, noise() - 1024)
 
 
 def test_a_study_that_may_not_be_looked_at_is_a_study_error(monkeypatch, tmp_path):

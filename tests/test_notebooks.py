@@ -69,6 +69,14 @@ def test_a_data_set_that_kaggle_would_refuse_is_refused(wrong, said, tmp_path, c
     assert said in capsys.readouterr().err
 
 
+def test_a_data_set_does_not_replace_the_models_that_it_is_made_of(tmp_path, capsys):
+    weights = make_weights(tmp_path / "weights")
+    named = ["--weights", weights, "--weights-dataset", "me/my-weights"]
+    assert notebook_of(tmp_path, *named) == 2
+    assert "would be replaced by its own copy" in capsys.readouterr().err
+    assert len([*weights.glob("*_fold0.pt")]) == 3
+
+
 def test_models_that_predict_would_refuse_become_no_data_set(tmp_path, capsys):
     weights = make_weights(tmp_path / "w", patient=False)
     (weights / "vertebra_fold0.pt").unlink()

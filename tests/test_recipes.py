@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -127,7 +128,7 @@ def test_a_patient_classifier_begins_from_its_folds_vertebra_classifier(tmp_path
         path = tmp_path / f"vertebra_fold{fold}_heldout.csv"
         path.write_text(f"{cspine.STUDY}\na{fold}\nb{fold}\n")
     options = Namespace(init="auto", name="", weights=tmp_path, data=tmp_path, hidden=8,
-                        backbone="mobilenetv3_small_050")
+                        backbone="mobilenetv3_small_050", folds=5)
     found = [cspine.init_file(options, "patient", fold, [f"b{fold}"]) for fold in (0, 1, 2)]
     assert found == [tmp_path / "vertebra_fold0.pt", tmp_path / "vertebra_fold1.pt", None]
     assert cspine.init_file(options, "vertebra", 0, ["b0"]) is None
@@ -145,8 +146,11 @@ def test_a_vertebra_classifier_of_one_fold_has_seen_every_study(tmp_path):
     held_out = tmp_path / "vertebra_fold0_heldout.csv"
     held_out.write_text(f"{cspine.STUDY},trained_on\na,1\nb,1\n")
     options = Namespace(init="auto", name="", weights=tmp_path, data=tmp_path, hidden=8,
-                        backbone="mobilenetv3_small_050")
+                        backbone="mobilenetv3_small_050", folds=5)
     assert cspine.init_file(options, "patient", 0, ["a"]) is None
+    options.folds = 1  # where nothing is held out
+    assert cspine.init_file(options, "patient", 0, ["a"]) == tmp_path / "vertebra_fold0.pt"
+    options.folds = 5
     held_out.write_text(f"{cspine.STUDY}\na\nb\n")
     assert cspine.init_file(options, "patient", 0, ["a"]) == tmp_path / "vertebra_fold0.pt"
 
@@ -158,6 +162,9 @@ def test_a_training_does_not_start_from_a_file_that_it_overwrites(tmp_path):
     with pytest.raises(cspine.UserError, match="may be overwritten: copy it elsewhere"):
         cspine.init_file(options, "vertebra", 1, [])
     assert cspine.init_file(options, "patient", 0, []) == path
+    options.name = "other"
+    assert cspine.init_file(options, "vertebra", 1, []) == path
+    options.name = ""
     options.weights = str(tmp_path / "other")
     assert cspine.init_file(options, "vertebra", 0, []) == path
 
@@ -167,7 +174,7 @@ def test_a_patient_classifier_begins_from_a_fold_of_its_backbone_by_any_name(tmp
     make_weights(tmp_path, patient=False)
     first, second = tmp_path / "vertebra_fold0.pt", tmp_path / "vertebra_second_fold0.pt"
     options = Namespace(init="auto", name="second", weights=tmp_path, data=tmp_path, hidden=8,
-                        backbone="mobilenetv3_small_050")
+                        backbone="mobilenetv3_small_050", folds=5)
     for path in (first, second):
         path.with_name(f"{path.stem}_heldout.csv").write_text(f"{cspine.STUDY}\na\n")
     assert cspine.init_file(options, "patient", 0, ["a"]) == first
@@ -403,6 +410,9 @@ def test_a_segmenter_that_answers_nan_halves_no_others_masks(tmp_path):
             both = cspine.mean_probability(models, volume, torch.device("cpu"))
             assert torch.equal(both, alone)
         assert not cspine.mean_probability([bad], volume, torch.device("cpu")).any()
+        good.head.bias[24:32] = torch.inf  # of C4: a sure answer, no lack of one
+        sure = cspine.mean_probability([good], volume, torch.device("cpu"))
+        assert (sure[3] == 1).all() and torch.equal(sure[:3], alone[:3])
 
 
 def test_a_backbone_that_knows_no_drop_path_is_taken_without_it():
@@ -410,6 +420,14 @@ def test_a_backbone_that_knows_no_drop_path_is_taken_without_it():
         cspine.new_model("vertebra", dict(backbone="dla46x_c", hidden=8, drop_path=0.1))
     model = cspine.new_model("vertebra", dict(backbone="dla46x_c", hidden=8)).eval()
     assert model(torch.ones(1, 15, 6, 32, 32)).shape == (1, 15)
+
+
+def test_a_drop_path_of_0_is_given_to_backbones_whose_own_default_is_another(monkeypatch):
+    given, create = [], timm.create_model
+    monkeypatch.setattr(timm, "create_model",
+                        lambda *names, **how: given.append(how) or create(*names, **how))
+    cspine.new_model("vertebra", dict(backbone="test_resnet", hidden=8))
+    assert given[0]["drop_path_rate"] == 0
 
 
 @pytest.mark.parametrize("wanted, why", [

@@ -1129,6 +1129,20 @@ def test_an_epochs_row_is_of_its_own_steps(tmp_path):
     assert np.allclose(log.train_loss, np.reshape(losses, (3, 2)).mean(1))
 
 
+def test_a_training_that_goes_on_holds_no_part_of_the_file_it_has_read(tmp_path, monkeypatch):
+    """Which is mapped, and may be written over."""
+    task, read, load = toy_task(), [], cspine.load_checkpoint
+    monkeypatch.setattr(cspine, "load_checkpoint", lambda path: read.append(load(path)) or read[0])
+    trainer = Trainer(task)
+    trainer.update(task, toy_batch(task), 10)
+    trainer.save(tmp_path / "last.pt", task)
+    trainer.load(tmp_path / "last.pt", task)
+    before = read[0]["state"]["optimizer"]["state"]
+    for number, now in trainer.optimizer.state_dict()["state"].items():
+        assert torch.equal(now["exp_avg"], before[number]["exp_avg"])
+        assert now["exp_avg"].data_ptr() != before[number]["exp_avg"].data_ptr()
+
+
 def test_steps_left_out_long_ago_end_no_training():
     task = toy_task(loss=broken_loss([1]))
     trainer = Trainer(task)

@@ -55,6 +55,8 @@ def copy_weights(source, out, dataset):
     models = [path for kind in KINDS for _, _, path in model_files(source, kind)]
     if not models:
         raise UserError(f"--weights {source}: no models there")
+    if out.resolve() == source.resolve():
+        raise UserError(f"--weights {source}: would be replaced by its own copy; another --out")
     cspine.load_ensemble(source, torch.device("cpu"))  # refused now, not on Kaggle
     cspine.read_calibration(source)  # says if it is of other models
     out.mkdir(parents=True, exist_ok=True)

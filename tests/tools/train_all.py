@@ -31,11 +31,14 @@ def call(command):
     """The exit status of a command. SIGTERM is passed on, SIGINT it gets from the terminal;
     then it saves and ends by itself, which is waited for."""
     with cspine.stop_signals() as stop, subprocess.Popen(command) as process:
-        while process.poll() is None:
-            time.sleep(0.1)
-            if stop.signal == "SIGTERM":
-                process.send_signal(signal.SIGTERM)
-                stop.signal = ""
+        try:
+            while process.poll() is None:
+                time.sleep(0.1)
+                if stop.signal == "SIGTERM":
+                    process.send_signal(signal.SIGTERM)
+                    stop.signal = ""
+        except KeyboardInterrupt:  # a second signal
+            process.terminate()
     return process.returncode
 
 
