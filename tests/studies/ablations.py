@@ -107,14 +107,14 @@ def segmenter_task(options, device):
         BACKBONE, options.epochs, batch_size=8, lr=1e-3, size=SMALL, dropout=0.0,
         seed=options.seed)
 
-    def load(k, first=0):
-        cube, labels = np.load(options.out / f"cubes/{k}.npy")
+    def load(sample, first=0):
+        cube, labels = np.load(options.out / f"cubes/{sample[0]}.npy")
         cube = torch.from_numpy(cube)[None].float()
         cube = F.avg_pool3d(cube, EDGE // SMALL)[0]
         return cube.round().byte().numpy(), labels[1::2, 1::2, 1::2]
 
-    def score(model, k):
-        cube, labels = load(k)
+    def answer(model, k):
+        cube, labels = load((k,))
         logits = model(torch.from_numpy(cube)[None, None].to(device) / 255)
         return cspine.dice_scores(logits[0].float().sigmoid().cpu().numpy(), labels)
 
@@ -123,7 +123,7 @@ def segmenter_task(options, device):
         return dict(score=1 - dice, dice=dice)
 
     loss = cspine.segmenter_batch
-    return cspine.Task("segmenter", recipe, device, load, loss, score, judge)
+    return cspine.Task("segmenter", recipe, device, load, loss, answer, judge)
 
 
 def vertebra_task(options, device, truth):
@@ -147,7 +147,7 @@ def vertebra_task(options, device, truth):
         crops = crops_of(k, v)[first :: recipe.thin]
         return crops, truth[k][[v]] if crops.any() else np.float32([np.nan])
 
-    def score(model, k):
+    def answer(model, k):
         models = dict.fromkeys(cspine.KINDS, []) | {"vertebra": [model]}
         outputs = cspine.classify(cspine.Ensemble(models, device), crops_of(k, slice(7)))
         largest = np.sort(outputs[0].steps, 1)[:, -cspine.Answers().top_k :]
@@ -164,7 +164,7 @@ def vertebra_task(options, device, truth):
         return dict(score=loss, auc=area, log_loss=loss)
 
     loss = cspine.classifier_batch
-    return cspine.Task("vertebra", recipe, device, load, loss, score, judge)
+    return cspine.Task("vertebra", recipe, device, load, loss, answer, judge)
 
 
 def undivided(load_init, model, path):
@@ -208,13 +208,13 @@ def run(options):
     """Train one variant."""
     table = pd.read_csv(options.out / "labels.csv")
     held = table.pop("held_out").to_numpy()
-    train = np.flatnonzero(~held).tolist()
+    train = [(k,) for k in np.flatnonzero(~held).tolist()]
     device = cspine.pick_device(options.device)
     if options.variant in SEGMENTERS:
         task = segmenter_task(options, device)
     else:
         task = vertebra_task(options, device, table.to_numpy(np.float32))
-        train = [(k, v) for k in train for v in range(7)]
+        train = [(k, v) for k, in train for v in range(7)]
     task = task._replace(
         name=f"{options.variant}, seed {options.seed}",
         train=train * options.rounds,
