@@ -492,8 +492,8 @@ def even_steps(mm):
     return np.interp(even, mm, index)
 
 def read_series(path, workers, give_up):
-    """The series that covers most places: planes, even_steps, affine, problems, and the
-    planes' sources. The affine (4, 4) gives LPS mm from (step, row, column, 1)."""
+    """The series that covers most places: planes, even_steps, affine, problems, the planes'
+    sources, None. The affine (4, 4) gives LPS mm from (step, row, column, 1)."""
     slices, problems = read_folder(path, workers, give_up)
     stacks = stacks_of(slices)
     studies = {one.study for one in slices} - {""}
