@@ -22,7 +22,7 @@ from phantoms import make_dataset  # noqa: E402
 
 # What a second process runs beside the first when the whole suite is asked for: about half of
 # the time. Most tests keep one core busy, and the other would wait.
-SECOND_HALF = "test_training", "test_readme", "test_predict"
+SECOND_HALF = "test_training", "test_readme", "test_predict", "test_notebooks"
 second_half = pytest.StashKey()
 
 
