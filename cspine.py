@@ -305,6 +305,15 @@ PASS_TAGS = (  # what tells two scans of the same places in one series apart
     "FrameAcquisitionNumber", "FrameType", "TemporalPositionIndex", "SliceThickness",
     "AcquisitionTime", "ContentTime")  # the times also order what no tag parts
 
+@contextmanager
+def leaving_out(problems, where):
+    """Whatever fails inside becomes one of the problems, with its reason."""
+    try:
+        with errors_as(StudyError, where):
+            yield
+    except StudyError as error:
+        problems.append(f"{error}; left out")
+
 def read_slices(path):
     """([Slice, ...], [what was left out, why]) of a DICOM file, with or without its
     preamble: a Slice of each frame. StudyError if it is no CT."""
@@ -324,11 +333,8 @@ def read_slices(path):
     found, problems = [], []
     for k, stored in enumerate(frames):
         name = path.name + (f", frame {k + 1}" if len(frames) > 1 else "")
-        try:
-            with errors_as(StudyError, name):
-                found.append(place_frame(stored, data, k, (name, uid)))
-        except StudyError as error:
-            problems.append(f"{error}; left out")
+        with leaving_out(problems, name):
+            found.append(place_frame(stored, data, k, (name, uid)))
     return found, problems
 
 def place_frame(stored, data, k, source):
@@ -386,13 +392,10 @@ def read_folder(path, workers, give_up):
     for file, future in prefetch(read_slices, files, workers, 4 * workers + 1):
         if give_up():
             raise StudyError("out of time")
-        try:
-            with errors_as(StudyError, file.name):
-                found, bad = future.result()
-        except StudyError as error:
-            found, bad = [], [f"{error}; left out"]
-        slices += found
-        problems += bad
+        with leaving_out(problems, file.name):
+            found, bad = future.result()
+            slices += found
+            problems += bad
     return slices, problems
 
 def stacks_of(slices):
@@ -436,8 +439,7 @@ def places_of(mm):
     at = mm[order]
     gaps = np.pad(np.diff(at), 1, constant_values=math.inf)
     beside = np.minimum(gaps[:-2], gaps[2:])
-    near = TWIN_SHARE * beside
-    near = near.clip(SAME_PLACE_MM, TWIN_MM)
+    near = (TWIN_SHARE * beside).clip(SAME_PLACE_MM, TWIN_MM)
     places = parts_of(order, at, near)
     return np.array([min(place) for place in places])
 
@@ -628,8 +630,8 @@ def read_volume(folder, workers=2, give_up=lambda: False):
         by_slice = by_slice[::-1] if flip[0] else by_slice
     volume = Volume(
         path.name, hu, tuple(spacing), affine, tuple(problems), tuple(by_slice))
-    grid = dict(grid=(axes, tuple(flip.tolist())), header=header) if nifti else {}
-    return volume._replace(**grid)
+    grid = (axes, tuple(flip.tolist()))
+    return volume._replace(grid=grid, header=header) if nifti else volume
 
 
 # ==== Masks ====
@@ -1824,9 +1826,9 @@ FIT_ROUNDS = 100  # of Newton's method at most; five to twenty are usual
 LEAST_STEP, LARGEST_STEP = 1e-7, 0.5  # of log scale and shift, in a round
 
 # The columns of a classifier's held-out answers: every step of C1..C7, and the patient.
-SEEN = "trained_on"  # a column of held-out answers that are none
 STEP_TARGETS = [f"{name}_{step}" for name in VERTEBRAE for step in range(1, STEPS + 1)]
 STEP_TARGETS += TARGETS[7:]
+SEEN = "trained_on"  # one more, where they are of studies that were trained on
 
 def element_losses(answers, labels):
     """Log loss of each answer, clipped at 1e-15 as the metric's."""
@@ -1966,9 +1968,8 @@ def read_held_out(weights):
         table = read_csv(path, (STUDY, *STEP_TARGETS)).set_index(STUDY)
         if SEEN in table:
             say(f"{path}: with --folds 1, of studies that were trained on: no fair score")
-        table = table[STEP_TARGETS]
         with errors_as(UserError, path):
-            rows = table.to_numpy(float)
+            rows = table[STEP_TARGETS].to_numpy(float)
         for uid, row in zip(table.index, rows):
             steps = row[:-1].reshape(7, STEPS)
             outputs.setdefault(uid, []).append(Output(steps, row[-1], name))
@@ -2486,8 +2487,10 @@ def load_models(weights, kind, device):
 def held_out_of(path):
     """The uids that a model's training held out; none of --folds 1, or without its csv."""
     kept = path.with_name(f"{path.stem}_heldout.csv")
-    table = read_csv(kept, (STUDY,)) if kept.exists() else pd.DataFrame({STUDY: []})
-    return {*table[STUDY]} if SEEN not in table else set()
+    if not kept.exists():
+        return set()
+    table = read_csv(kept, (STUDY,))
+    return set() if SEEN in table else {*table[STUDY]}
 
 def makers_of(weights):
     """The hashes of the segmenters in a folder, by which crops know their own."""
@@ -2616,8 +2619,8 @@ def init_file(options, kind, fold, held_out):
         path = Path(options.init)
         if not path.is_file():
             raise UserError(f"--init {path}: cannot be read: no such file")
-        own = rf"{model_name(kind, options.name, '')}\d+\.pt"
-        if path.parent.resolve() == weights.resolve() and re.fullmatch(own, path.name):
+        own = [file for _, name, file in model_files(weights, kind) if name == options.name]
+        if any(map(path.samefile, own)):
             raise UserError(f"--init {path}: may be overwritten: copy it elsewhere first")
         return path
     for name in dict.fromkeys((options.name, "")):
@@ -2774,10 +2777,9 @@ class Trainer:
         rows = sum(over_ranks(rows), [])
         losses = sum(over_ranks(now.losses), [])
         table = pd.DataFrame(rows, columns=[STUDY, *task.columns][: len(rows[0])])
+        line = dict(epoch=epoch, **task.judge(table.set_index(STUDY)))
         if {uid for uid, *_ in task.train}.intersection(task.held_out):
             table[SEEN] = 1  # with --folds 1
-        scored = table.set_index(STUDY).drop(columns=SEEN, errors="ignore")
-        line = dict(epoch=epoch, **task.judge(scored))
         line["train_loss"] = float(np.mean(losses or math.nan))
         line["lr"] = self.optimizer.param_groups[0]["lr"]
         line["samples_per_s"] = len(now.losses) * task.recipe.batch_size / now.seconds
@@ -2823,11 +2825,11 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
                         f"{len(task.held_out)} studies held out; give fewer --folds")
     if rank == 0:  # which alone writes; better now than after an epoch
         try_writing(weights)
-    run = Trainer(task, init)
     last = weights / f"{name}_last.pt"
     if last.exists() and not go_on:
         raise UserError(f"{last}: of an earlier run: --resume goes on with it; delete it "
                         "to begin anew")
+    run = Trainer(task, init)
     if last.exists():
         run.load(last, task)
     elif rank == 0 and (weights / f"{name}.pt").exists():
@@ -3710,8 +3712,7 @@ class Evaluation:
 def calibrate(outputs, folds, truth, weights):
     """Write the fit to all held-out answers; gives them, each fold fitted by the others;
     None of one fold alone."""
-    pairs = {(one.name, folds[uid]) for uid in outputs for one in outputs[uid]}
-    made = {f"{name}_fold{fold}.pt" for name, fold in pairs}
+    made = {f"{one.name}_fold{folds[uid]}.pt" for uid in outputs for one in outputs[uid]}
     for lost in sorted(made - model_hashes(weights).keys()):
         say(f"{lost} is not there, but its held-out answers are, and count in the fit")
     write_calibration(weights, fit_calibration(outputs, truth))

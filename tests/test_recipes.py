@@ -19,6 +19,8 @@ from bench import MASKED_STUDIES, TRAINED_STUDIES
 from kaggle_training import CARD_TFLOPS, crops_gb, planned_hours, training_flops
 from small_kernel import make_study, make_weights
 
+CPU = torch.device("cpu")
+
 TIMM = "tf_efficientnetv2_s"
 
 
@@ -89,7 +91,7 @@ def test_processes_of_unlike_devices_are_refused_before_they_wait_for_each_other
     monkeypatch.setattr(cspine.dist, "init_process_group", backends.append)
     monkeypatch.setattr(cspine, "over_ranks", lambda kind: [kind, "cuda"])
     with pytest.raises(cspine.UserError, match="lower --nproc_per_node"):
-        cspine.join_processes(torch.device("cpu"))
+        cspine.join_processes(CPU)
     assert backends == ["gloo"]
 
 
@@ -362,7 +364,7 @@ def test_models_with_names_are_found_beside_the_others(tmp_path):
     make_weights(tmp_path, folds=2, patient=False)
     (tmp_path / "vertebra_fold1.pt").rename(tmp_path / "vertebra_v2s_fold1.pt")
     (tmp_path / "vertebra_v2s_fold1_last.pt").write_bytes(b"")
-    cpu = torch.device("cpu")
+    cpu = CPU
     assert [*cspine.load_models(tmp_path, "vertebra", cpu)] == [(0, ""), (1, "v2s")]
     assert len(cspine.load_ensemble(tmp_path, cpu).models["vertebra"]) == 2
     assert "vertebra_v2s_fold1.pt" in cspine.model_hashes(tmp_path)
@@ -372,7 +374,7 @@ def test_models_with_names_are_found_beside_the_others(tmp_path):
 def test_classifiers_of_large_crops_are_shown_large_crops(tmp_path, monkeypatch):
     """As they were trained, not crops of 224 pixels made larger."""
     weights = make_weights(tmp_path / "weights", size=256)
-    ensemble = cspine.load_ensemble(weights, torch.device("cpu"))
+    ensemble = cspine.load_ensemble(weights, CPU)
     for model in ensemble.models["segmenter"]:
         model.settings["size"] = 32
     make_study(tmp_path / "study")
@@ -393,7 +395,7 @@ def test_segmenters_of_other_sizes_answer_together(tmp_path):
         make_weights(tmp_path / str(size), patient=False, size=size)
         models += cspine.load_models(tmp_path / str(size), "segmenter", "cpu").values()
     with torch.inference_mode():
-        mean = cspine.mean_probability(models, volume, torch.device("cpu"))
+        mean = cspine.mean_probability(models, volume, CPU)
     assert mean.shape == (7, 32, 32, 32)
     assert torch.allclose(mean, torch.tensor(-0.4).sigmoid().expand_as(mean), atol=0.01)
 
@@ -404,14 +406,14 @@ def test_a_segmenter_that_answers_nan_halves_no_others_masks(tmp_path):
     make_weights(tmp_path / "w", folds=2, patient=False)
     good, bad = cspine.load_models(tmp_path / "w", "segmenter", "cpu").values()
     with torch.inference_mode():
-        alone = cspine.mean_probability([good], volume, torch.device("cpu"))
+        alone = cspine.mean_probability([good], volume, CPU)
         bad.head.bias.fill_(torch.nan)
         for models in ([good, bad], [bad, good]):
-            both = cspine.mean_probability(models, volume, torch.device("cpu"))
+            both = cspine.mean_probability(models, volume, CPU)
             assert torch.equal(both, alone)
-        assert not cspine.mean_probability([bad], volume, torch.device("cpu")).any()
+        assert not cspine.mean_probability([bad], volume, CPU).any()
         good.head.bias[24:32] = torch.inf  # of C4: a sure answer, no lack of one
-        sure = cspine.mean_probability([good], volume, torch.device("cpu"))
+        sure = cspine.mean_probability([good], volume, CPU)
         assert (sure[3] == 1).all() and torch.equal(sure[:3], alone[:3])
 
 
@@ -456,15 +458,15 @@ def test_every_segmenter_sees_the_window_it_was_trained_with():
 
     volume = cspine.Volume("u", np.full((16, 16, 16), 300, np.int16), (1, 1, 1), np.eye(4))
     for window, share in (((300, 1600), 0.5), ((200, 400), 0.75)):
-        assert cspine.mean_probability([Level(window)], volume, torch.device("cpu")).mean() == pytest.approx(share)
-    both = cspine.mean_probability([Level((300, 1600)), Level([200, 400])], volume, torch.device("cpu"))
+        assert cspine.mean_probability([Level(window)], volume, CPU).mean() == pytest.approx(share)
+    both = cspine.mean_probability([Level((300, 1600)), Level([200, 400])], volume, CPU)
     assert both.mean() == pytest.approx(0.625)
 
 
 @pytest.mark.parametrize("sizes, wanted", [((224, 384), 384), ((384, 224), 384), ((64, 224), None)])
 def test_crops_are_cut_for_the_classifier_of_the_largest(sizes, wanted):
     models = [SimpleNamespace(settings=dict(mask_of="last", z_margin=1.0, size=n)) for n in sizes]
-    ensemble = cspine.Ensemble(dict(vertebra=models[:1], patient=models[1:]), torch.device("cpu"))
+    ensemble = cspine.Ensemble(dict(vertebra=models[:1], patient=models[1:]), CPU)
     assert cspine.crops_wanted(ensemble).get("size") == wanted
 
 
