@@ -453,7 +453,7 @@ def sittings(times):
     order = np.argsort(seconds)
     number = np.zeros(len(times), int)
     number[order[1:]] = np.cumsum(np.diff(seconds[order]) > PASS_APART_S)
-    return number.tolist()
+    return number
 
 def one_pass(stack):
     """The slices of one acquisition: of several passes over a neck, one whole.
@@ -468,19 +468,17 @@ def one_pass(stack):
             marks = (marks - marks.median()).fillna(0).round(1)
         if tag == "ContentTime":
             marks = sittings(marks)
-        passes = {}
-        for at, mark in zip(mm, marks):
-            passes.setdefault(mark, []).append(at)
-        covered = {mark: len(places_of(np.array(passes[mark]))) for mark in sorted(passes)}
+        marks = np.array(marks)
+        covered = {mark: len(places_of(mm[marks == mark])) for mark in np.unique(marks)}
         widest = max(covered, key=covered.get)
-        if len(passes) == 1 or covered[widest] < MIN_SLICES:
+        if len(covered) == 1 or covered[widest] < MIN_SLICES:
             continue
-        own = np.unique(passes[widest])
+        own = np.unique(mm[marks == widest])
         gaps = np.diff(own)
         step = np.median(gaps[gaps > SAME_PLACE_MM])
         after = np.searchsorted(own, mm).clip(1, len(own) - 1)
         apart = np.minimum(abs(mm - own[after - 1]), abs(own[after] - mm))
-        kept = [mark == widest for mark in marks] | (apart >= FILLS_FROM * step)
+        kept = (marks == widest) | (apart >= FILLS_FROM * step)
         stack = [one for one, keep in zip(stack, kept) if keep]
     return sorted(stack, key=lambda one: one.of_pass[-3:])  # earliest first
 
