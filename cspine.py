@@ -375,12 +375,13 @@ def place_frame(stored, data, k, source):
     if padding:  # also at the top of an unsigned range, where it would be the densest metal
         low, high = min(padding), max(padding)
         hu[(stored >= low) & (stored <= high)] = AIR_HU
-    uids = [data.get(f"{what}InstanceUID") or "" for what in ("Study", "Series")]
+    study = str(data.get("StudyInstanceUID") or "")
+    series = str(data.get("SeriesInstanceUID") or "")
     of_pass = [str(own.get(name, data.get(name, ""))) for name in PASS_TAGS]
     number = 0
     with suppress(ValueError, TypeError):  # it only orders what nothing else does
         number = int(data.get("InstanceNumber") or 0)
-    return Slice(hu, lps_from_pixel, source, *map(str, uids), (*of_pass, number), guessed)
+    return Slice(hu, lps_from_pixel, source, study, series, (*of_pass, number), guessed)
 
 def read_folder(path, workers, give_up):
     """([Slice, ...] of the files of a folder, [what was left out, why])."""
@@ -402,11 +403,12 @@ def stacks_of(slices):
     """Slices in lists of one series and geometry."""
     stacks = []
     for one in slices:
-        alike = (stack for stack in stacks if one_stack(stack[0], one))
-        stack = next(alike, None)
-        if stack is None:
-            stacks.append(stack := [])
-        stack.append(one)
+        for stack in stacks:
+            if one_stack(stack[0], one):
+                stack.append(one)
+                break
+        else:
+            stacks.append([one])
     return stacks
 
 def one_stack(first, other):
@@ -525,10 +527,9 @@ def read_series(path, workers, give_up):
     steps = even_steps(mm)
     if not np.array_equal(steps, np.arange(len(mm))):
         problems.append(f"uneven positions: {len(mm)} slices, brought to {len(steps)}")
-    first, last = run[0].lps_from_pixel, run[-1].lps_from_pixel
-    way = (last - first)[:, 2]
-    cosine = np.ptp(mm) / np.linalg.norm(way)  # between the stack's axis and its normal
     origins = np.array([one.lps_from_pixel[:, 2] for one in run])
+    way = origins[-1] - origins[0]
+    cosine = np.ptp(mm) / np.linalg.norm(way)  # between the stack's axis and its normal
     line = origins[0] + np.outer(mm - mm[0], way) / np.ptp(mm)
     aside = np.linalg.norm(origins - line, axis=1).max()
     if aside > 1:
@@ -538,7 +539,7 @@ def read_series(path, workers, give_up):
     if any(one.guessed for one in run):
         problems.append("no ImageOrientationPatient: axial and supine are guessed")
     affine = np.eye(4)
-    affine[:3] = np.c_[way / (len(steps) - 1), first]
+    affine[:3] = np.c_[way / (len(steps) - 1), run[0].lps_from_pixel]
     sources = [one.source for one in run]
     return [one.hu for one in run], steps, affine, problems, sources, None
 
