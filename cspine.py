@@ -2876,14 +2876,17 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
 def segmenter_task(recipe, device, images, masks):
     """The Task of a segmenter: studies in the folder `images`, masks {uid: file}."""
     @functools.cache  # 4 MB a study
-    def load(sample):
-        volume = read_volume(images / sample[0])
+    def read(uid):
+        volume = read_volume(images / uid)
         cube = segmenter_input(volume, recipe.size)[0] * 255
-        labels = fitting_mask(masks[sample[0]], volume, cube.shape)
+        labels = fitting_mask(masks[uid], volume, cube.shape)
         return cube.round().byte().numpy(), labels
 
-    def answer(model, sample):
-        cube, labels = sample
+    def load(sample, first=0):  # a cube has no steps to begin with
+        return read(*sample)
+
+    def answer(model, study):
+        cube, labels = study
         cube = torch.from_numpy(cube)[None, None].to(device)  # (1, 1, D, D, D)
         probability = finite_answer(model, cube / 255)[0].float().sigmoid()
         return dice_scores(probability.cpu().numpy(), labels)
@@ -2893,8 +2896,7 @@ def segmenter_task(recipe, device, images, masks):
         return dict(dice.add_prefix("dice_"), score=1 - dice.mean())
 
     return Task(
-        "segmenter", recipe, device, lambda sample, first=0: load(sample), segmenter_batch,
-        answer, judge, read=lambda uid: load((uid,)))
+        "segmenter", recipe, device, load, segmenter_batch, answer, judge, read=read)
 
 def usable(samples, load, workers):
     """The samples that can be loaded; the others are reported, each with its reason."""
