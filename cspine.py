@@ -2699,8 +2699,7 @@ class Trainer:
         """Write the whole state of the training."""
         state = {name: getattr(self, name).state_dict() for name in self.SAVED}
         state["progress"] = asdict(self.state)
-        content = dict(made_of=task.made_of, state=state)
-        save_checkpoint(path, task.kind, task.recipe, **content)
+        save_checkpoint(path, task.kind, task.recipe, made_of=task.made_of, state=state)
 
     def load(self, path, task):
         """Go on from what save wrote; UserError if made with other options or data."""
@@ -3508,8 +3507,8 @@ def run_training(options, wanted, samples, folds, task):
             seldom = math.ceil(len(kept) / VALIDATION_SHARE / max(len(rest), 1))
             every = getattr(task.recipe, "thin", seldom)  # `thin` epochs show all steps
             name = model_name(task.kind, options.name, fold)
-            one = task._replace(name=name, train=rest, held_out=kept)
-            one = one._replace(made_of=made_of, every=every)
+            one = task._replace(
+                name=name, train=rest, held_out=kept, made_of=made_of, every=every)
             train(one, Path(options.weights), stop, options.workers, go_on, init)
 
 def train_segmenters(options):
