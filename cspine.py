@@ -1429,7 +1429,7 @@ def crops_wanted(ensemble):
         wanted["size"] = largest
     return wanted
 
-def answer_study(volume, read_s, ensemble, folds):
+def answer_study(volume, read_s, ensemble, folds=None):
     """(row of the report, strongest_steps, segment's probability) of a study.
     The row: answers, what was seen, seconds of each stage. StudyError: no finite answer."""
     problems = [*filter(None, (*volume.problems, not_in_hu(volume.hu)))]
@@ -1458,7 +1458,7 @@ def answer_study(volume, read_s, ensemble, folds):
     row |= dict(device=ensemble.device, warnings="; ".join(problems))
     return row, places, probability
 
-def answer_somewhere(volume, read_s, ensemble, folds):
+def answer_somewhere(volume, read_s, ensemble, folds=None):
     """What answer_study gives; from the CPU where the device fails."""
     try:
         return answer_study(volume, read_s, ensemble, folds)
@@ -1717,8 +1717,7 @@ def answer_own(name, future, ensemble, masks):
     volume, read_s = read_in_time(future, MAX_READ_S, f"{name}: ")
     if why := not_in_hu(volume.hu):
         raise StudyError(f"{volume.uid}: {why}")
-    most = max(map(len, ensemble.models.values()))
-    row, places, probability = answer_somewhere(volume, read_s, ensemble, most)
+    row, places, probability = answer_somewhere(volume, read_s, ensemble)
     labels = vertebra_labels(volume, probability)
     lordosis = measure(labels, volume, places)
     places = {v: one for v, one in places.items() if one.get("cm3", 0) >= LEAST_CM3}
@@ -3681,10 +3680,10 @@ def predict(options):
     submission = Submission(Path(options.out), rows_asked(data / "test.csv"))
     rank, world = ranks()
     with stop_signals(minutes_of(options)) as stop:
-        for number, path in report_paths(submission.out).items():
-            if number % world == rank and not options.resume:  # of an earlier run
-                path.unlink(missing_ok=True)
         if not options.resume:
+            for number, path in report_paths(submission.out).items():
+                if number % world == rank:  # of an earlier run
+                    path.unlink(missing_ok=True)
             write_submission(submission)  # the prior, whatever fails from here on
         hashes = model_hashes(options.weights)
         calibration = calibration_asked(options, hashes)
