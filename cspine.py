@@ -1210,8 +1210,8 @@ class VertebraClassifier(nn.Module):
             self, backbone="tf_efficientnetv2_s", size=CROP, mask_of="last", z_margin=0.0,
             hidden=256, drop_path=0, dropout=0, checkpoint=False, **_):  # and more
         super().__init__()
-        self.settings = dict(backbone=backbone, size=size, mask_of=mask_of, hidden=hidden)
-        self.settings["z_margin"] = z_margin
+        self.settings = dict(
+            backbone=backbone, size=size, mask_of=mask_of, hidden=hidden, z_margin=z_margin)
         self.encoder = StepEncoder(backbone, hidden, drop_path, dropout, checkpoint)
         self.head = logit_head(2 * hidden, hidden, dropout)
 
@@ -1228,8 +1228,7 @@ class VertebraClassifier(nn.Module):
 class PatientClassifier(VertebraClassifier):
     """(B, 105, 6, S, S) -> (B, 105) logits of the steps of C1..C7, (B,) of the patient."""
     def __init__(self, backbone="convnext_nano", hidden=256, dropout=0, **others):
-        others |= dict(hidden=hidden, dropout=dropout)
-        super().__init__(backbone, **others)
+        super().__init__(backbone, hidden=hidden, dropout=dropout, **others)
         self.patient_lstm = copy.deepcopy(self.encoder.lstm)
         self.patient_head = logit_head(4 * hidden, hidden, dropout)
 
