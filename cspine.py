@@ -2259,11 +2259,11 @@ def crops_head(path):
 
 def crops_heads(folder, uids, workers):
     """{uid: CropsHead} of the studies whose crops are in a folder, read in threads."""
-    files = [folder / f"{uid}.npz" for uid in uids]
-    there = [path for path in files if path.exists()]
+    files = {uid: folder / f"{uid}.npz" for uid in uids}
+    there = [uid for uid, path in files.items() if path.exists()]
     ahead = 4 * workers  # a folder on a network answers many as fast as one
-    heads = prefetch(crops_head, there, workers, ahead)
-    return {path.stem: future.result() for path, future in heads}
+    heads = prefetch(lambda uid: crops_head(files[uid]), there, workers, ahead)
+    return {uid: future.result() for uid, future in heads}
 
 def draw_matrix(rng, ranges, axes):
     """(A, A + 1) of affine_grid in A axes: turned, enlarged, mirrored, shifted."""
