@@ -403,10 +403,9 @@ def stacks_of(slices):
     """Slices in lists of one series and geometry."""
     stacks = []
     for one in slices:
-        for stack in stacks:
-            if one_stack(stack[0], one):
-                stack.append(one)
-                break
+        alike = [stack for stack in stacks if one_stack(stack[0], one)]
+        if alike:
+            alike[0].append(one)
         else:
             stacks.append([one])
     return stacks
@@ -2879,9 +2878,6 @@ def segmenter_task(recipe, device, images, masks):
         labels = fitting_mask(masks[uid], volume, cube.shape)
         return cube.round().byte().numpy(), labels
 
-    def load(sample, first=0):  # a cube has no steps to begin with
-        return read(*sample)
-
     def answer(model, study):
         cube, labels = study
         cube = torch.from_numpy(cube)[None, None].to(device)  # (1, 1, D, D, D)
@@ -2893,7 +2889,8 @@ def segmenter_task(recipe, device, images, masks):
         return dict(dice.add_prefix("dice_"), score=1 - dice.mean())
 
     return Task(
-        "segmenter", recipe, device, load, segmenter_batch, answer, judge, read=read)
+        "segmenter", recipe, device, lambda sample, first=0: read(*sample), segmenter_batch,
+        answer, judge, read=read)
 
 def usable(samples, load, workers):
     """The samples that can be loaded; the others are reported, each with its reason."""
