@@ -3467,9 +3467,9 @@ def say_plan(options):
         say(f"--preset {options.preset}: train-seg to train-patient need about "
             f"{PLANS[options.preset]} on two T4 (operations counted, not timed: README)")
 
-def folds_wanted(options, kind):
-    """The folds to train. UserError, before data is read, if --fold, --name, --size or
-    --backbone cannot be."""
+def training_asked(options, kind):
+    """([fold to train], Recipe). UserError, before data is read, if --fold, --name, --size
+    or --backbone cannot be."""
     wanted = [k for k in range(options.folds) if options.fold in ("all", str(k))]
     if not wanted:
         raise UserError(f"--fold {options.fold}: there are folds 0 to {options.folds - 1}")
@@ -3479,7 +3479,7 @@ def folds_wanted(options, kind):
     if kind == "segmenter" and recipe.size % 16:
         raise UserError(f"--size {recipe.size}: must be a multiple of 16")
     new_model(kind, asdict(recipe))  # raises where the backbone does not fit
-    return wanted
+    return wanted, recipe
 
 def run_training(options, wanted, samples, folds, task):
     """Train the folds that are wanted, of samples (uid, ...)."""
@@ -3510,10 +3510,9 @@ def train_segmenters(options):
     """Train segmenters on the studies with masks.
     Reads train.csv, train_images and segmentations of --data; writes segmenter_fold<k>.pt,
     its log and held-out Dice to --weights."""
-    wanted = folds_wanted(options, "segmenter")
+    wanted, recipe = training_asked(options, "segmenter")
     truth, folds, masks = training_data(options)
     samples = [(uid,) for uid in truth if uid in masks]
-    recipe = recipe_from(options, "segmenter")
     images = Path(options.data) / "train_images"
     if not samples:
         raise UserError(f"no study of train.csv has images and a mask in {options.data}")
@@ -3616,7 +3615,7 @@ def train_classifiers(options):
     --weights."""
     kind = "patient" if options.mode == "train-patient" else "vertebra"
     asked = [[*range(8)]] if kind == "patient" else [[v] for v in range(7)]
-    wanted = folds_wanted(options, kind)
+    wanted, recipe = training_asked(options, kind)
     truth, folds, _ = training_data(options)
     folder = Path(options.work) / options.mask_of
     heads = crops_heads(folder, truth, options.workers)
@@ -3638,7 +3637,6 @@ def train_classifiers(options):
     edge, z_margin = cuts.pop()
     makers = [(uid, sorted(head.made_by)) for uid, head in heads.items()]
     samples = [(uid, targets) for uid in heads for targets in asked]
-    recipe = recipe_from(options, kind)
     if recipe.size > edge and ranks()[0] == 0:
         say(f"--size {recipe.size} only enlarges crops of {edge} pixels: extract --size "
             "cuts larger ones")
