@@ -1692,9 +1692,8 @@ def lower_end(voxels, volume):
 def measure(labels, volume, places):
     """The C2-C7 Cobb angle in degrees, or None; adds each mask's measures to its `places`.
     `labels` is uint8 (Z, Y, X). Height, depth and width are along the study's axes."""
-    at = np.flatnonzero(labels)
-    voxels = np.stack(np.unravel_index(at, labels.shape), 1)  # (N, 3)
-    which = labels.ravel()[at]
+    voxels = np.argwhere(labels)  # (N, 3)
+    which = labels[labels > 0]
     voxel_mm3 = abs(np.linalg.det(volume.affine[:3, :3]))
     ends = {}
     for v, name in enumerate(VERTEBRAE, 1):
@@ -2231,8 +2230,7 @@ def read_crops(path, vertebrae=range(7), steps=slice(None)):
 def undo_differences(packed, edge):
     """uint8 (N, S, S) of packed images of differences, S pixels an edge."""
     unpacked = bytearray(b"".join(map(zlib.decompress, packed)))
-    images = np.frombuffer(unpacked, np.uint8).reshape(-1, edge, edge)
-    images = torch.from_numpy(images)
+    images = torch.frombuffer(unpacked, dtype=torch.uint8).view(-1, edge, edge)
     for axis in (1, 2):
         images = images.cumsum(axis, dtype=torch.uint8)  # numpy's takes twice as long
     return images.numpy()
