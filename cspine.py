@@ -1030,14 +1030,14 @@ def place_back(part, low, high, shape):
     return F.grid_sample(part, grid, align_corners=False)[0]  # 0 around
 
 @torch.inference_mode()
-def segment(models, volume, device, report=print, closer=True):
+def segment(models, volume, device, report=print):
     """float32 (7, D, D, D): probability of C1..C7 in the cells of a cube over the study.
     The mean of the models; what is out of order is renamed or emptied (in_order). Where
-    the neck is small in the study, it is looked at a second time by itself, unless `closer`
-    is False; then the mean of both looks counts, as each misses what the other sees.
-    `report` is told everything odd."""
+    the neck is small in the study, it is looked at a second time by itself, and the mean of
+    both looks counts, as each misses what the other sees. `report` is told everything odd.
+    """
     probability = mean_probability(models, volume, device)
-    part = neck_part(probability, volume.hu.shape) if closer else None
+    part = neck_part(probability, volume.hu.shape)
     if part:
         low, high = part
         neck = volume._replace(hu=volume.hu[tuple(map(slice, low, high))])
