@@ -114,6 +114,9 @@ MASKED_SLICES = dict(last=-1, center=SLICES_PER_STEP // 2)  # of a step, its mas
 CHANNELS = SLICES_PER_STEP + 1  # and a mask
 CROP = 224  # pixels an edge
 BOX_MARGIN = 1.0  # cells around the mask (first place)
+LEAST_INSIDE = 0.5  # share of a mask's labels that lie in its study; else it is another's
+BONE_HU = 100  # HU; cancellous bone of a vertebra has about 150 to 350
+LEAST_BONE = 0.25  # share of a mask's labels on bone, or it lies elsewhere
 
 # The machine.
 HERE = Path(globals().get("__file__", "cspine.py")).resolve().parent
@@ -128,16 +131,12 @@ LOG_S = 60  # s between two lines of progress in a log
 READING_THREADS = 99  # enough that studies stuck in hanging files leave the next one some
 CROPS_ON_CPU = STEPS  # crops in one pass of a backbone: about a CPU's cache
 CROPS_ON_GPU = 2 * 7 * STEPS  # crops in one pass: those of two patients
-LEAST_INSIDE = 0.5  # share of a mask's labels that lie in its study; else it is another's
-BONE_HU = 100  # HU; cancellous bone of a vertebra has about 150 to 350
-LEAST_BONE = 0.25  # share of a mask's labels on bone, or it lies elsewhere
+
+# The trainings.
 LEAST_SEEN = 0.5  # share of all vertebrae that the crops must show, to train on them
 MAX_SKIPPED_STEPS = 20  # steps in a row without a finite gradient
 VALIDATION_SHARE = 0.1  # studies scored for one trained on, at most, by a segmenter
 INIT_LEVELS = 6  # of /kaggle/input: models, owner, model, framework, variation, version
-FROM_SCRATCH = (  # by the public code and write-ups of the top teams
-    "training from scratch, where a score of 0.43 to 0.52 is expected instead of 0.32 to "
-    "0.35; the third to sixth places and the starting solution began from ImageNet")
 
 class UserError(Exception):
     """Something that the user can mend; main prints it in one line, status 2."""
@@ -3406,6 +3405,10 @@ TOOL_MODES = {  # they need the repository, and stand in tests/tools
 PLANS = {  # hours, and disk of the crops, on the competition's data: bench.py plan
     "fast": "1 hour and 6 GB", "standard": "17 hours and 21 GB",
     "gold": "49 hours and 63 GB", "gold-second": "48 hours more than gold"}
+
+FROM_SCRATCH = (  # by the public code and write-ups of the top teams
+    "training from scratch, where a score of 0.43 to 0.52 is expected instead of 0.32 to "
+    "0.35; the third to sixth places and the starting solution began from ImageNet")
 
 def data_folder(options, *needed):
     """The Path of --data, which must hold the files needed; else UserError."""
