@@ -789,6 +789,11 @@ def mask_fit(path, volume, labels):
     inside = min(found_mm3 / max(whole_mm3, 1), 1)
     return inside, (hu > BONE_HU).mean()
 
+def mask_files(data):
+    """{uid: NIfTI file} of a data set."""
+    files = [path for path in sorted(data.glob("segmentations/*")) if is_nifti(path)]
+    return {re.sub(r"(?i)\.nii(\.gz)?$", "", path.name): path for path in files}
+
 def fitting_mask(path, volume, shape):
     """What read_mask gives; StudyError if it lies outside the study, or beside its bone."""
     labels = read_mask(path, volume, shape)
@@ -2123,11 +2128,6 @@ def cross_fitted(outputs, folds, labels):
         parts.append(blend(here, found))
     return pd.concat(parts)
 
-def model_hashes(weights):
-    """{file name: SHA-256} of the models of a folder."""
-    files = sum([model_files(weights, kind) for kind in sorted(KINDS)], [])
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for *_, path in files}
-
 def write_calibration(weights, found):
     """Write calibration.json: scale, shift, unseen of each target; blend; the models."""
     columns = np.transpose(found[:3]).tolist()
@@ -2484,6 +2484,11 @@ def held_out_of(path):
         return set()
     table = read_csv(kept, (STUDY,))
     return set() if SEEN in table else {*table[STUDY]}
+
+def model_hashes(weights):
+    """{file name: SHA-256} of the models of a folder."""
+    files = sum([model_files(weights, kind) for kind in sorted(KINDS)], [])
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for *_, path in files}
 
 def makers_of(weights):
     """The hashes of the segmenters in a folder, by which crops know their own."""
@@ -3018,6 +3023,13 @@ def read_csv(path, columns):
             raise ValueError(f"no column {missing[0]}")
     return table
 
+def hash_of(*parts):
+    """A short hash of plain values, and of the content of a Path."""
+    whole = hashlib.sha256()
+    for part in parts:
+        whole.update(part.read_bytes() if isinstance(part, Path) else repr(part).encode())
+    return whole.hexdigest()[:16]
+
 def prefetch(work, items, workers, ahead=1):
     """(item, future of work(item)) in order, `ahead` more under way in threads meanwhile.
     Whoever leaves early drops what has not begun."""
@@ -3418,11 +3430,6 @@ def data_folder(options, *needed):
             raise UserError(f"no {name} in --data {options.data}{own}")
     return Path(options.data)
 
-def mask_files(data):
-    """{uid: NIfTI file} of a data set."""
-    files = [path for path in sorted(data.glob("segmentations/*")) if is_nifti(path)]
-    return {re.sub(r"(?i)\.nii(\.gz)?$", "", path.name): path for path in files}
-
 def training_data(options):
     """({uid: labels (8,)} of the studies with images, {uid: fold}, {uid: mask})."""
     data = data_folder(options, "train.csv", "train_images")
@@ -3434,13 +3441,6 @@ def training_data(options):
     if len(here) < len(table) and ranks()[0] == 0:
         say(f"{data}/train_images has {len(here)} of the {len(table)} studies of train.csv")
     return here, folds, masks
-
-def hash_of(*parts):
-    """A short hash of plain values, and of the content of a Path."""
-    whole = hashlib.sha256()
-    for part in parts:
-        whole.update(part.read_bytes() if isinstance(part, Path) else repr(part).encode())
-    return whole.hexdigest()[:16]
 
 def recipe_from(options, kind):
     """The Recipe that the options of a training make."""
