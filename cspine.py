@@ -1827,7 +1827,7 @@ LEAST_STEP, LARGEST_STEP = 1e-7, 0.5  # of log scale and shift, in a round
 # The columns of a classifier's held-out answers: every step of C1..C7, and the patient.
 STEP_TARGETS = [f"{name}_{step}" for name in VERTEBRAE for step in range(1, STEPS + 1)]
 STEP_TARGETS += TARGETS[7:]
-SEEN = "trained_on"  # one more, where they are of studies that were trained on
+TRAINED_ON = "trained_on"  # one more, where they are of studies that were trained on
 
 def element_losses(answers, labels):
     """Log loss of each answer, clipped at 1e-15 as the metric's."""
@@ -1965,7 +1965,7 @@ def read_held_out(weights):
             continue  # a segmenter's
         name, fold = named.groups()
         table = read_csv(path, (STUDY, *STEP_TARGETS)).set_index(STUDY)
-        if SEEN in table:
+        if TRAINED_ON in table:
             say(f"{path}: with --folds 1, of studies that were trained on: no fair score")
         with errors_as(UserError, path):
             rows = table[STEP_TARGETS].to_numpy(float)
@@ -2483,7 +2483,7 @@ def held_out_of(path):
     if not kept.exists():
         return set()
     table = read_csv(kept, (STUDY,))
-    return set() if SEEN in table else {*table[STUDY]}
+    return set() if TRAINED_ON in table else {*table[STUDY]}
 
 def model_hashes(weights):
     """{file name: SHA-256} of the models of a folder."""
@@ -2776,7 +2776,7 @@ class Trainer:
         table = pd.DataFrame(rows, columns=[STUDY, *task.columns][: len(rows[0])])
         line = dict(epoch=epoch, **task.judge(table.set_index(STUDY)))
         if {uid for uid, *_ in task.train}.intersection(task.held_out):
-            table[SEEN] = 1  # with --folds 1
+            table[TRAINED_ON] = 1  # with --folds 1
         line["train_loss"] = float(np.mean(losses or math.nan))
         line["lr"] = self.optimizer.param_groups[0]["lr"]
         line["samples_per_s"] = len(now.losses) * task.recipe.batch_size / now.seconds
@@ -3821,13 +3821,13 @@ def add_option(parser, one, default):
             how["help"] += " (default: %(default)s)"
         parser.add_argument(flag, action=Given, limits=limits, type=type(default), **how)
 
-def preset_of(argv):
+def preset_given(argv):
     """The --preset of a command line; its values are the defaults that a parser knows."""
     parser = Parser("cspine.py", add_help=False)
     parser.add_argument("--preset")
     return parser.parse_known_args(argv)[0].preset
 
-def presets_of(name):
+def presets_text(name):
     """What each preset sets in a mode, as text."""
     texts = []
     for preset, values in PRESETS.items():
@@ -3847,7 +3847,7 @@ def build_parser(modes, others=(), preset=""):
         one = parsers.add_parser(name, help=text.splitlines()[0], description=text)
         one.set_defaults(given=())
         if "preset" in mode.shared:
-            one.epilog = presets_of(name)
+            one.epilog = presets_text(name)
         defaults = vars(Shared()) | vars(mode.own) | PRESETS.get(preset, {}).get(name, {})
         shared = [part for part in fields(Shared) if part.name in mode.shared.split()]
         for part in (*shared, *fields(mode.own)):
@@ -3863,7 +3863,7 @@ def run_mode(modes, argv, others=()):
     cv2.utils.logging.setLogLevel(0)  # else it prints a line a slice of JPEG 2000
     benchmark = torch.backends.cudnn.benchmark  # which trainings switch on
     try:
-        options = build_parser(modes, others, preset_of(argv)).parse_args(argv)
+        options = build_parser(modes, others, preset_given(argv)).parse_args(argv)
         modes[options.mode].run(options)
         return 0
     except (torch.OutOfMemoryError, MemoryError):

@@ -332,7 +332,7 @@ def test_gold_is_followed_by_its_second_set(monkeypatch, tmp_path):
     monkeypatch.setattr(kaggle_training, "trained", trained)
     given = ["--preset", "gold", "--data", "d", "--weights", str(tmp_path)]
     assert train_all.main(given) == 0
-    modes_run = [(one[0], cspine.preset_of(one)) for one in ran]
+    modes_run = [(one[0], cspine.preset_given(one)) for one in ran]
     fit = ("evaluate", None)
     later = ("extract", "train-cls", "train-patient")
     assert modes_run == [*((mode, "gold") for mode in later), fit,

@@ -200,7 +200,7 @@ def test_from_scratch_is_said_once_and_loudly_but_not_where_it_is_wanted(capsys)
 
 def parsed(*arguments):
     """The values of a mode's options as run_mode makes them."""
-    parser = build_parser(MODES, preset=cspine.preset_of(arguments))
+    parser = build_parser(MODES, preset=cspine.preset_given(arguments))
     options = vars(parser.parse_args(arguments))
     return {name: options[name] for name in options if name not in ("preset", "given")}
 
