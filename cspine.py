@@ -2732,7 +2732,8 @@ class Trainer:
 
     def update(self, task, batch, total):
         """One step of `total`, on a batch of [(arrays, generator)]."""
-        recipe, now, model = task.recipe, self.state, self.model.train()
+        recipe, now = task.recipe, self.state
+        model = self.model.train()  # a backbone is tried for inference when it is built
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(recipe, now.step / total)
         # For dropout: the same in a run that was resumed, another on every process.
@@ -2809,7 +2810,7 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
     """Train one fold to <name>.pt in `weights`: its history, a dict a scoring.
     Raises Stopped, with all of it saved, if a signal or the time ends the run."""
     rank, world = ranks()
-    recipe, name, samples = task.recipe, task.name, len(task.train)
+    recipe, name, count = task.recipe, task.name, len(task.train)
     least = 2 if world > 1 and getattr(recipe, "mixup", 0) else 1  # mixup needs two
     size = world * max(least, math.ceil(recipe.batch_size / world))
     if size != recipe.batch_size:
@@ -2817,8 +2818,8 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
             say(f"{name}: --batch-size {size}: {size // world} samples a process")
         recipe = replace(recipe, batch_size=size)
         task = task._replace(recipe=recipe)
-    if not samples or not task.held_out:
-        raise UserError(f"{name}: too few studies: {samples} samples to train on, "
+    if not count or not task.held_out:
+        raise UserError(f"{name}: too few studies: {count} samples to train on, "
                         f"{len(task.held_out)} studies held out; give fewer --folds")
     if rank == 0:  # which alone writes; better now than after an epoch
         try_writing(weights)
@@ -2833,12 +2834,12 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
         say(f"{weights / name}.pt is there already, and will be overwritten")
 
     now = run.state
-    steps = max(1, samples // size)  # an epoch
+    steps = max(1, count // size)  # an epoch
     total = steps * recipe.epochs
     if now.step == total and rank == 0:
         say(f"{name}: finished before")
     shuffles = [np.random.default_rng([recipe.seed, k]) for k in range(recipe.epochs)]
-    order = [np.resize(rng.permutation(samples), steps * size) for rng in shuffles]
+    order = [np.resize(rng.permutation(count), steps * size) for rng in shuffles]
     order = np.concatenate(order)
     mine = range(now.step * size + rank, len(order), world)
     thin = getattr(recipe, "thin", 1)
@@ -2849,11 +2850,11 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
 
     loaded = prefetch(load, mine, workers, 2 * size)
 
-    def loss():
+    def note():
         mean = f", loss {np.mean(now.losses[-20:]):.3g}" if now.losses else ""
         return f"at {now.step} of {total}{mean}"
 
-    for step in progress(range(now.step, total), "step", note=loss):
+    for step in progress(range(now.step, total), "step", note=note):
         started = stop.clock()
         reason = max(over_ranks(stop.reason(1.1 * now.slowest)))  # any process's ends all
         if reason:
