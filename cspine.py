@@ -88,14 +88,14 @@ MAX_VOXELS = 2**30  # voxels, 2 GB of int16; more is damage or does not fit
 MAX_GAP_MM = 30.0  # mm; a longer hole along the normal separates two scans
 SAME_PLACE_MM = 0.05  # mm; closer slices lie at one place (spacings begin at 0.3)
 TWIN_MM, TWIN_SHARE = 0.25, 0.34  # mm, and share of the gaps beside: two passes' slices
-FILLS_FROM = 0.75  # of a slice step; another pass's slices nearer to a kept one go
+FILLS_FROM = 0.75  # share of a step; slices of other passes nearer to a kept one go
 SAME_STEP = 0.01  # share of a pixel by which the pixels of slices of one series may differ
 PASS_APART_S = 30  # s; images of a pass are reconstructed in any order, with no such pause
 UNEVEN = 0.25  # share of a step by which a slice may miss its even place
 STRAIGHT = 0.999  # least cosine of a stack's axis and its normal; below: a tilted gantry
 AIR_BELOW = -200  # HU; a neck has air, which labels, grey values and MR have not
 BONE_ABOVE = 300  # HU; and bone
-LEAST_TISSUE = 0.02  # share of a CT between both, or its values are no HU
+LEAST_TISSUE = 0.02  # share of a CT's voxels between these two; fewer, and they are no HU
 
 # Masks and crops; a cell is a voxel of the segmenter's cube.
 SEGMENTER_WINDOW = (300, 1600)  # level, width; HU
@@ -135,8 +135,8 @@ CROPS_ON_GPU = 2 * 7 * STEPS  # crops in one pass: those of two patients
 # The trainings.
 LEAST_SEEN = 0.5  # share of all vertebrae that the crops must show, to train on them
 MAX_SKIPPED_STEPS = 20  # steps in a row without a finite gradient
-VALIDATION_SHARE = 0.1  # studies scored for one trained on, at most, by a segmenter
-INIT_LEVELS = 6  # of /kaggle/input: models, owner, model, framework, variation, version
+VALIDATION_SHARE = 0.1  # a segmenter scores at most so many studies for one trained on
+INIT_LEVELS = 6  # of folders: models, owner, model, framework, variation, version
 
 class UserError(Exception):
     """Something that the user can mend; main prints it in one line, status 2."""
@@ -296,13 +296,13 @@ class Slice(NamedTuple):
     source: tuple = ("", "")  # file, SOPInstanceUID
     study: str = ""  # StudyInstanceUID
     series: str = ""  # SeriesInstanceUID
-    of_pass: tuple = ()  # what PASS_TAGS say of it, and its InstanceNumber
+    of_pass: tuple = ()  # its values of PASS_TAGS, then its InstanceNumber
     guessed: bool = False  # whether its header has no orientation
 
 PASS_TAGS = (  # what tells two scans of the same places in one series apart
     "AcquisitionNumber", "ConvolutionKernel", "ImageType", "TemporalPositionIdentifier",
     "FrameAcquisitionNumber", "FrameType", "TemporalPositionIndex", "SliceThickness",
-    "AcquisitionTime", "ContentTime")  # the times also order what no tag parts
+    "AcquisitionTime", "ContentTime")  # the times come last: one_pass also sorts by them
 
 @contextmanager
 def leaving_out(problems, where):
@@ -443,7 +443,7 @@ def places_of(mm):
     places = parts_of(order, at, near)
     return np.array([min(place) for place in places])
 
-def sittings(times):
+def passes_by_time(times):
     """For each ContentTime, "HHMMSS...", the number of the pass it is of: another lies more
     than PASS_APART_S away. Stamps of one pass need not follow its slices, as several
     computers may have reconstructed them."""
@@ -457,9 +457,9 @@ def sittings(times):
 
 def one_pass(stack):
     """The slices of one acquisition: of several passes over a neck, one whole.
-    By each of PASS_TAGS in turn, the pass that covers most places (of equals the first) is
-    kept. Of the others stays what fills its holes or prolongs it; what lies between its
-    slices goes. Where no tag parts them, a place's earliest slice comes first."""
+    Each of PASS_TAGS in turn parts the slices into passes. The one that covers most places
+    is kept, of equals the first; of the others only what fills its holes or prolongs it.
+    Where no tag parts them, a place's earliest slice comes first."""
     for k, tag in enumerate(PASS_TAGS):
         mm = along_normal(stack)
         marks = [one.of_pass[k] for one in stack]
@@ -467,7 +467,7 @@ def one_pass(stack):
             marks = pd.to_numeric(pd.Series(marks), errors="coerce")
             marks = (marks - marks.median()).fillna(0).round(1)
         if tag == "ContentTime":
-            marks = sittings(marks)
+            marks = passes_by_time(marks)
         marks = np.array(marks)
         covered = {mark: len(places_of(mm[marks == mark])) for mark in np.unique(marks)}
         widest = max(covered, key=covered.get)
@@ -480,7 +480,7 @@ def one_pass(stack):
         apart = np.minimum(abs(mm - own[after - 1]), abs(own[after] - mm))
         kept = (marks == widest) | (apart >= FILLS_FROM * step)
         stack = [one for one, keep in zip(stack, kept) if keep]
-    return sorted(stack, key=lambda one: one.of_pass[-3:])  # earliest first
+    return sorted(stack, key=lambda one: one.of_pass[-3:])  # by both times, then number
 
 def even_steps(mm):
     """Where evenly spaced planes lie among slices: 2.5 is halfway from slice 2 to 3."""
@@ -497,8 +497,8 @@ def read_series(path, workers, give_up):
     slices, problems = read_folder(path, workers, give_up)
     stacks = stacks_of(slices)
     studies = {one.study for one in slices} - {""}
-    unnamed = len(studies) in (0, 1, len(slices))  # at most one, or a name in every file
-    if unnamed and len(stacks) > 1 and max(map(len, stacks)) < MIN_SLICES:
+    one_neck = len(studies) in (0, 1, len(slices))  # none, one, or another in every file
+    if one_neck and len(stacks) > 1 and max(map(len, stacks)) < MIN_SLICES:
         stacks = stacks_of([one._replace(series="", study="") for one in slices])
         problems.append("no series of enough images: SeriesInstanceUID is not looked at")
     run = []
@@ -761,7 +761,7 @@ def read_mask(path, volume, shape=None):
     z, y, x = (c * n / len(c) - 0.5 for c, n in zip(cells, volume.hu.shape))  # of voxels
     down, back, left, start = matrix.swapaxes(0, 1)
     flat = back * y[:, None] + left * x  # (3, Y, X)
-    flat = flat + start + 0.5
+    flat = flat + start + 0.5  # so that floor finds the nearest
     limits = np.reshape(stored.shape, (3, 1, 1))
     for plane, above in zip(out, z):
         at = np.floor(flat + down * above).astype(int)
