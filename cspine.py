@@ -2755,9 +2755,9 @@ class Trainer:
             raise UserError("too many steps without a finite gradient: lower --lr")
         self.scaler.update()
         now.step += 1
-        share = 1 - min(recipe.ema, (1 + now.step) / (10 + now.step))  # as TensorFlow's
-        with torch.no_grad():
-            torch._foreach_lerp_(*self.floats, share)  # whole-number counts: not read
+        decay = min(recipe.ema, (1 + now.step) / (10 + now.step))  # as TensorFlow's
+        average = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
+        average(*self.floats, now.step)  # without whole-number counts, which nobody reads
 
     def close_epoch(self, task, weights, epoch, workers):
         """Score the averaged weights on the held-out studies; log them, and keep them."""
