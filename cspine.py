@@ -370,7 +370,7 @@ def place_frame(stored, data, k, source):
     hu[:] = np.rint(rescaled).clip(AIR_HU, MAX_HU)
     padding = map(data.get, ("PixelPaddingValue", "PixelPaddingRangeLimit"))
     padding = [value for value in padding if isinstance(value, int)]
-    padding = np.array(padding, np.int64).astype(stored.dtype).tolist()  # as US or as SS
+    padding = np.array(padding, np.int64).astype(stored.dtype).tolist()  # signed as pixels
     if padding:  # also at the top of an unsigned range, where it would be the densest metal
         low, high = min(padding), max(padding)
         hu[(stored >= low) & (stored <= high)] = AIR_HU
@@ -410,7 +410,7 @@ def stacks_of(slices):
     return stacks
 
 def one_stack(first, other):
-    """Whether Slices have one series and geometry, but for the last digits of a header.
+    """Whether Slices have one series and geometry, but for rounding in their headers.
     Where no series is named, the study counts: two patients make no neck."""
     of_first = first.series or first.study
     of_other = other.series or other.study
@@ -492,8 +492,8 @@ def even_steps(mm):
     return np.interp(even, mm, index)
 
 def read_series(path, workers, give_up):
-    """The series that covers most places: planes, even_steps, affine, problems, the planes'
-    sources, None. The affine (4, 4) gives LPS mm from (step, row, column, 1)."""
+    """The series that covers most places: planes, even_steps, affine, problems, sources of
+    the planes, no header. The affine (4, 4) gives LPS mm from (step, row, column, 1)."""
     slices, problems = read_folder(path, workers, give_up)
     stacks = stacks_of(slices)
     studies = {one.study for one in slices} - {""}
@@ -821,7 +821,7 @@ def segmenter_input(volume, size=CUBE, window=SEGMENTER_WINDOW):
     planes = []
     for hu in volume.hu:
         plane = np.float32(np.clip(hu, low, low + width))
-        plane = resize(plane, size, plane.shape[1])  # an axis at a time: one may grow
+        plane = resize(plane, size, plane.shape[1])  # an axis at a time: each its own way
         planes.append(resize(plane, size, size).ravel())
     cube = resize(np.array(planes), size, size * size)  # (Z, D * D) -> (D, D * D)
     return torch.from_numpy((cube.reshape(1, size, size, size) - low) / width)
@@ -843,7 +843,7 @@ class BatchNormAct3d(nn.BatchNorm3d):
         return self.act(super().forward(x))
 
 class SqueezeExcite3d(nn.Sequential):
-    """Squeeze-excite over three axes; the 2-D one runs on five dimensions, and is wrong."""
+    """timm's layers on the mean over three axes; over two they run, and answer wrongly."""
     def forward(self, x):
         return x * super().forward(x.mean((2, 3, 4), keepdim=True))
 
@@ -991,7 +991,7 @@ def fullest_run(profile, gap):
 
 def mean_probability(models, volume, device):
     """float32 (7, D, D, D) on the CPU: the mean of the segmenters' answers.
-    D is the first one's; those of another size are asked at theirs."""
+    D is the first model's; one of another size gets a cube of its own."""
     size = models[0].settings["size"]
     cube_of = functools.cache(functools.partial(segmenter_input, volume))
     total = torch.zeros((7, *[size] * 3), device=device)
@@ -1007,9 +1007,8 @@ def mean_probability(models, volume, device):
     return (total / count.clamp(min=1)).cpu()
 
 def neck_part(probability, shape):
-    """(low, high) voxels, (3,) each, of the neck and its surroundings, or None if it fills
-    the study. Where C1..C7 fill little of the cube, their cells are too coarse for a good
-    mask."""
+    """(low, high) voxels, (3,) each, of the neck and its surroundings, where they fill
+    little of the study, whose cells are then too coarse for a good mask; else None."""
     cells = probability.shape[-1]
     box = vertebra_box(probability.amax(0).numpy(), gap=cells)
     if box is None:
@@ -1244,7 +1243,7 @@ class PatientClassifier(VertebraClassifier):
 
 def classifier_loss(outputs, labels):
     """Log loss with the competition's weights, a vertebra's label on each of its steps;
-    they are divided by those of a whole study, not by those of its own labels.
+    the sum is divided by the weights of a whole study, not by those of its own labels.
     `outputs` are a classifier's: (B, N) logits with labels (B, 1), or ((B, N), (B,)) with
     labels (B, 8). A label that is NaN is unknown and counts nothing."""
     targets = labels.shape[1]
@@ -1550,7 +1549,7 @@ def predict_studies(images, submission, ensemble, stop, workers, resume=False):
     todo = [uid for uid in uids[rank::world] if uid not in done]
     reports = [*done.values()]
     most = max(map(len, ensemble.models.values()))
-    seconds = 1e-9  # of one fold
+    seconds = 1e-9  # that a fold needs for a study; not known yet
 
     def read(uid):
         start = stop.clock()
@@ -1656,7 +1655,7 @@ def largest_piece(mask):
 
 def vertebra_labels(volume, probability):
     """uint8 (Z, Y, X), 1-7 = C1-C7, on the study's grid, of a probability (7, D, D, D).
-    A voxel is that vertebra's which is likeliest there, of each the largest piece."""
+    A voxel is of the vertebra that is likeliest there; the largest piece of each counts."""
     whole = []
     for cells in probability:
         inside = cells > MASK_FROM
@@ -2044,7 +2043,7 @@ def mask_table(data, uids, models, workers):
 
 def fit_scale(answers, labels):
     """(2, 8) scale and shift in logit space that lower the score of (N, 8) answers.
-    The score's weights, and a pull towards the identity; of one class alone it stays."""
+    The score's weights, and a pull towards the identity; a target of one class keeps it."""
     weight = element_weights(labels)
     weight /= (weight * TARGET_WEIGHTS).sum(1, keepdims=True).clip(1e-9)
     both = (labels == 1).any(0) & (labels == 0).any(0)
