@@ -2472,9 +2472,9 @@ def model_files(weights, kind):
     return sorted(found)
 
 def load_models(weights, kind, device):
-    """{(fold, name): model} of all models of a kind in a folder."""
+    """{Path: model} of all models of a kind in a folder."""
     files = model_files(weights, kind)
-    return {(fold, name): load_model(path, kind, device) for fold, name, path in files}
+    return {path: load_model(path, kind, device) for *_, path in files}
 
 def held_out_of(path):
     """The uids that a model's training held out; none of --folds 1, or without its csv."""
@@ -3572,8 +3572,7 @@ def extract(options):
     wanted = CropsHead(options.size, options.z_margin, makers)
     refuse_other_crops(out, crops_heads(out, truth, options.workers), wanted)
     say_plan(options)
-    files = model_files(options.weights, "segmenter")
-    held_out = {(fold, name): held_out_of(path) for fold, name, path in files}
+    held_out = {path: held_out_of(path) for path in models}
     if options.folds == 1:  # held out are the very studies trained on
         held_out = {}
     unseen = set().union(*held_out.values())
@@ -3596,7 +3595,7 @@ def extract(options):
             if stop.reason():
                 message = f"extract: stopped by {stop.reason()}; the same command goes on"
                 raise Stopped(message, stop.status())
-            own = [models[key] for key, uids in held_out.items() if uid in uids]
+            own = [models[path] for path, uids in held_out.items() if uid in uids]
             try:
                 volume = future.result()
                 probability = segment(

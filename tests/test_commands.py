@@ -286,8 +286,9 @@ def test_files_that_only_look_like_folds_are_left_alone(data, weights, tmp_path,
     shutil.copytree(weights, folder)
     for name in ("vertebra_fold0_last.pt", "vertebra_fold_old1.pt", "segmenter_fold0x2.pt"):
         (folder / name).write_text("no weights")
-    assert list(cspine.load_models(folder, "vertebra", torch.device("cpu"))) == [(0, "")]
-    assert list(cspine.load_models(folder, "segmenter", torch.device("cpu"))) == [(0, "")]
+    for kind in ("vertebra", "segmenter"):
+        found = cspine.load_models(folder, kind, torch.device("cpu"))
+        assert list(found) == [folder / f"{kind}_fold0.pt"]
 
 
 def test_an_output_that_cannot_be_written(refused, data, weights, tmp_path):

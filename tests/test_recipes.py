@@ -365,7 +365,8 @@ def test_models_with_names_are_found_beside_the_others(tmp_path):
     (tmp_path / "vertebra_fold1.pt").rename(tmp_path / "vertebra_v2s_fold1.pt")
     (tmp_path / "vertebra_v2s_fold1_last.pt").write_bytes(b"")
     cpu = CPU
-    assert [*cspine.load_models(tmp_path, "vertebra", cpu)] == [(0, ""), (1, "v2s")]
+    found = cspine.load_models(tmp_path, "vertebra", cpu)
+    assert [path.stem for path in found] == ["vertebra_fold0", "vertebra_v2s_fold1"]
     assert len(cspine.load_ensemble(tmp_path, cpu).models["vertebra"]) == 2
     assert "vertebra_v2s_fold1.pt" in cspine.model_hashes(tmp_path)
     assert len(cspine.model_hashes(tmp_path)) == 4

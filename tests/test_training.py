@@ -980,7 +980,7 @@ def test_extract_goes_on_with_what_is_missing(extraction, tmp_path, monkeypatch,
     assert [file.stem in masks for file in files] == [False, True, True, True]
     for file in files[:2]:
         volume = cspine.read_volume(tmp_path / "data" / "train_images" / file.stem)
-        fold = (folds[file.stem], "")
+        fold = tmp_path / "weights" / f"segmenter_fold{folds[file.stem]}.pt"
         own = [models[fold]] if file.stem in masks else [*models.values()]
         probability = cspine.segment(own, volume, CPU)
         crops = cspine.vertebra_slices(volume, probability)
