@@ -3572,9 +3572,8 @@ def extract(options):
     wanted = CropsHead(options.size, options.z_margin, makers)
     refuse_other_crops(out, crops_heads(out, truth, options.workers), wanted)
     say_plan(options)
-    held_out = {path: held_out_of(path) for path in models}
-    if options.folds == 1:  # held out are the very studies trained on
-        held_out = {}
+    # With --folds 1, held out are the very studies trained on: none is unseen.
+    held_out = {path: held_out_of(path) for path in models if options.folds > 1}
     unseen = set().union(*held_out.values())
     chosen = sorted(truth, key=hash_of)[:options.studies or None]
     known = {*chosen} & masks.keys() - unseen
