@@ -150,6 +150,16 @@ class Stopped(Exception):
         super().__init__(message)
         self.status = status
 
+@contextmanager
+def errors_as(kind, where):
+    """Any exception becomes a `kind` in one line: damaged bytes raise all sorts."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:240] or type(error).__name__
+        where = " ".join(str(where).split())  # macOS has files named "Icon\r"
+        raise kind(f"{where}: {reason}") from error
+
 def setting(default, meaning, choices=(), least=-math.inf, most=math.inf):
     """A field of settings: its meaning is the text of --help, the rest what it may be."""
     limits = dict(help=meaning, choices=choices, least=least, most=most)
@@ -1759,49 +1769,6 @@ def print_own(table):
         if isinstance(row.warnings, str) and row.warnings:
             say(f"study {row.study}: {row.warnings:.300}")
 
-def predict_own(options):
-    """predict, of the paths given."""
-    out = Path(options.out if "out" in options.given else "answers")
-    folders = [Path(folder) for folder in (out, options.masks) if folder]
-    for folder in folders:
-        if folder.is_file() or folder.suffix == ".csv":
-            raise UserError(f"{folder}: with a PATH, --out and --masks are folders")
-    written = {Path(os.path.realpath(folder)) for folder in folders}
-    studies = named_studies(options.path, written)
-    for folder in folders:
-        try_writing(folder)  # now, not after an hour
-    for name in studies if options.masks else ():
-        refuse_to_overwrite(Path(options.masks) / f"{name}.nii.gz")
-    hashes = model_hashes(options.weights)
-    calibration = calibration_asked(options, hashes)
-    weights = f"weights {hash_of(hashes)}, trained on: {calibration.trained_on}"
-    note = f"For research, not for diagnosis; {weights}"
-    device = pick_device(options.device)
-    ensemble = tried_on_device(load_ensemble(options.weights, device, calibration))
-
-    def read(name):
-        start = monotonic()
-        return read_volume(studies[name], options.workers), monotonic() - start
-
-    rows = []
-    futures = prefetch(read, studies, READING_THREADS)  # some may hang
-    for name, future in progress(futures, "study", len(studies)):
-        rows.append(dict(study=name, path=str(studies[name])))
-        try:
-            rows[-1] |= answer_own(name, future, ensemble, options.masks)
-        except Exception as error:  # of this study, or of its mask's file
-            if len(studies) == 1:
-                raise
-            reason = in_words(error)
-            say(f"study {name}: {reason}; no answer")
-            rows[-1] |= dict(status="failed", warnings=reason)
-        table = write_answers(out, rows, note, options.json)
-    print(note)
-    print_own(table)
-    print(f"{out / 'answers.csv'}: {len(rows)} studies")
-    if (table.status == "failed").all():
-        raise Stopped("no study has an answer", 2)
-
 
 # ---- The road ends here; what follows makes the weights. ----
 
@@ -2947,16 +2914,6 @@ def classifier_task(kind, recipe, device, folder, truth):
 # ==== Tools ====
 # What several rooms need: errors, words, files, threads, processes, devices, an end.
 
-@contextmanager
-def errors_as(kind, where):
-    """Any exception becomes a `kind` in one line: damaged bytes raise all sorts."""
-    try:
-        yield
-    except Exception as error:
-        reason = " ".join(str(error).split())[:240] or type(error).__name__
-        where = " ".join(str(where).split())  # macOS has files named "Icon\r"
-        raise kind(f"{where}: {reason}") from error
-
 def in_words(error):
     """What an exception says; of one that is not ours also its kind."""
     return (str(error) if isinstance(error, UserError) else repr(error))[:300]
@@ -3655,6 +3612,49 @@ def calibration_asked(options, hashes):
     if given and fitted.answers != Answers():
         say(f"{given} as asked for, in place of the fitted {fitted.answers}")
     return fitted._replace(answers=replace(fitted.answers, **given))
+
+def predict_own(options):
+    """predict, of the paths given."""
+    out = Path(options.out if "out" in options.given else "answers")
+    folders = [Path(folder) for folder in (out, options.masks) if folder]
+    for folder in folders:
+        if folder.is_file() or folder.suffix == ".csv":
+            raise UserError(f"{folder}: with a PATH, --out and --masks are folders")
+    written = {Path(os.path.realpath(folder)) for folder in folders}
+    studies = named_studies(options.path, written)
+    for folder in folders:
+        try_writing(folder)  # now, not after an hour
+    for name in studies if options.masks else ():
+        refuse_to_overwrite(Path(options.masks) / f"{name}.nii.gz")
+    hashes = model_hashes(options.weights)
+    calibration = calibration_asked(options, hashes)
+    weights = f"weights {hash_of(hashes)}, trained on: {calibration.trained_on}"
+    note = f"For research, not for diagnosis; {weights}"
+    device = pick_device(options.device)
+    ensemble = tried_on_device(load_ensemble(options.weights, device, calibration))
+
+    def read(name):
+        start = monotonic()
+        return read_volume(studies[name], options.workers), monotonic() - start
+
+    rows = []
+    futures = prefetch(read, studies, READING_THREADS)  # some may hang
+    for name, future in progress(futures, "study", len(studies)):
+        rows.append(dict(study=name, path=str(studies[name])))
+        try:
+            rows[-1] |= answer_own(name, future, ensemble, options.masks)
+        except Exception as error:  # of this study, or of its mask's file
+            if len(studies) == 1:
+                raise
+            reason = in_words(error)
+            say(f"study {name}: {reason}; no answer")
+            rows[-1] |= dict(status="failed", warnings=reason)
+        table = write_answers(out, rows, note, options.json)
+    print(note)
+    print_own(table)
+    print(f"{out / 'answers.csv'}: {len(rows)} studies")
+    if (table.status == "failed").all():
+        raise Stopped("no study has an answer", 2)
 
 def predict(options):
     """Answer every row of test.csv, or one's own studies.
