@@ -369,14 +369,14 @@ def place_frame(stored, data, k, source):
     if not (spacing.min() > 0 and farthest < 1e6 and 0.9 < normal @ normal < 1.1):
         raise StudyError("no usable position, orientation or pixel spacing")
 
-    memory = mmap.mmap(-1, 2 * stored.size, mmap.MAP_PRIVATE)  # malloc would not free it
-    hu = np.ndarray(stored.shape, np.int16, memory)
     slope, intercept = tag("RescaleSlope", 1), tag("RescaleIntercept", 0)
     if not (0 < abs(slope) < math.inf and abs(intercept) < math.inf):
         raise StudyError(f"no usable rescaling: slope {slope}, intercept {intercept}")
     rescaled = stored * slope + intercept
     if "ModalityLUTSequence" in data:
         rescaled = pydicom.pixels.apply_modality_lut(stored, data)
+    memory = mmap.mmap(-1, 2 * stored.size, mmap.MAP_PRIVATE)  # malloc would not free it
+    hu = np.ndarray(stored.shape, np.int16, memory)
     hu[:] = np.rint(rescaled).clip(AIR_HU, MAX_HU)
     padding = map(data.get, ("PixelPaddingValue", "PixelPaddingRangeLimit"))
     padding = [value for value in padding if isinstance(value, int)]
