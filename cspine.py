@@ -1240,7 +1240,8 @@ class VertebraClassifier(nn.Module):
 class PatientClassifier(VertebraClassifier):
     """(B, 105, 6, S, S) -> (B, 105) logits of the steps of C1..C7, (B,) of the patient."""
     def __init__(self, backbone="convnext_nano", hidden=256, dropout=0, **others):
-        super().__init__(backbone, hidden=hidden, dropout=dropout, **others)
+        others |= dict(hidden=hidden, dropout=dropout)
+        super().__init__(backbone, **others)
         self.patient_lstm = copy.deepcopy(self.encoder.lstm)
         self.patient_head = logit_head(4 * hidden, hidden, dropout)
 
@@ -2664,7 +2665,8 @@ class Trainer:
         """Write the whole state of the training."""
         state = {name: getattr(self, name).state_dict() for name in self.SAVED}
         state["progress"] = asdict(self.state)
-        save_checkpoint(path, task.kind, task.recipe, made_of=task.made_of, state=state)
+        content = dict(made_of=task.made_of, state=state)
+        save_checkpoint(path, task.kind, task.recipe, **content)
 
     def load(self, path, task):
         """Go on from what save wrote; UserError if made with other options or data."""
