@@ -1441,7 +1441,7 @@ def crops_wanted(ensemble):
         wanted["size"] = largest
     return wanted
 
-def answer_study(volume, read_s, ensemble, folds=None):
+def answer_study(volume, read_s, ensemble, folds):
     """(row of the report, strongest_steps, segment's probability) of a study.
     The row: answers, what was seen, seconds of each stage. StudyError: no finite answer."""
     problems = [*filter(None, (*volume.problems, not_in_hu(volume.hu)))]
