@@ -33,6 +33,7 @@ import copy
 import functools
 import gzip
 import hashlib
+import inspect
 import io
 import json
 import math
@@ -44,6 +45,7 @@ import signal
 import struct
 import subprocess
 import sys
+import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
@@ -181,10 +183,11 @@ GOLD_CROPS = dict(  # first place's, whose 50 to 75 epochs show all steps; ours,
 GOLD = {
     "train-seg": dict(epochs=1000, drop_path=0.2),  # 17,000 steps; first place: 17,400
     "extract": dict(size=384),
+    # First place's rates; its batches are of 7 or 8, and norms see a third of them here.
     "train-cls": dict(GOLD_CROPS, batch_size=12, lr=2e-4, drop_path=0.2),
     "train-patient": dict(GOLD_CROPS, batch_size=4, lr=6e-5, checkpoint=True)}  # for 16 GB
-OTHERS = {  # kept beside the first: their errors differ
-    "train-seg": dict(name="second", lr=3e-4, backbone="resnet18d"),
+OTHERS = {  # kept beside the first: their errors differ; the classifiers' rates are ours
+    "train-seg": dict(name="second", lr=3e-4, backbone="resnet18d"),  # first place's
     "train-cls": dict(name="second", lr=1e-4, backbone="convnext_nano"),
     "train-patient": dict(name="second", lr=1e-4, backbone="tf_efficientnetv2_s")}
 SECOND = {mode: values | OTHERS.get(mode, {}) for mode, values in GOLD.items()}
@@ -206,7 +209,7 @@ class Shared:
     resume: bool = setting(
         False, "go on where it stopped, as a training with --fold all always does")
     time_limit: float = setting(
-        0.0, "minutes until a run ends, saved; 0: none, on Kaggle 510", least=0)
+        0.0, "minutes until a run ends, saved; 0: none, but 510 on Kaggle", least=0)
     init: str = setting(
         "auto", "file of weights to start from, ours or timm's; or none; auto looks for "
         "timm's under /kaggle/input, in --data and in weights/pretrained beside cspine.py; "
@@ -375,7 +378,7 @@ def place_frame(stored, data, k, source):
     rescaled = stored * slope + intercept
     if "ModalityLUTSequence" in data:
         rescaled = pydicom.pixels.apply_modality_lut(stored, data)
-    memory = mmap.mmap(-1, 2 * stored.size, mmap.MAP_PRIVATE)  # malloc would not free it
+    memory = mmap.mmap(-1, 2 * stored.size, mmap.MAP_PRIVATE)  # malloc would keep it
     hu = np.ndarray(stored.shape, np.int16, memory)
     hu[:] = np.rint(rescaled).clip(AIR_HU, MAX_HU)
     padding = map(data.get, ("PixelPaddingValue", "PixelPaddingRangeLimit"))
@@ -1364,7 +1367,7 @@ def calibrated(raw, calibration):
     logits = torch.tensor(raw) * scale + shift
     whole = 1 - logits[:, :7].sigmoid()
     either = 1 - whole.nan_to_num(1).prod(1)  # not in view: not broken
-    either = torch.where(either > 0, either, math.nan)
+    either = torch.where(either > 0, either, math.nan)  # no vertebra in view: no answer
     own = torch.tensor(raw[:, 7]).sigmoid()
     own = torch.where(own.isnan(), either, own)  # without a patient classifier
     share = calibration.answers.noisy_or
@@ -1748,7 +1751,9 @@ def write_answers(out, rows, note, with_json):
     table = pd.DataFrame(lines, dtype=object).drop(columns="vertebrae", errors="ignore")
     table.insert(0, "note", note)
     write_csv(out / "answers.csv", table)
-    if with_json:
+    if not with_json:  # an older one would be of other studies
+        (out / "answers.json").unlink(missing_ok=True)
+    else:
         lordosis = "angle between lines fitted to the lower ends of the masks of C2 and C7"
         content = dict(note=note, lordosis=lordosis, studies=rows)
         text = json.dumps(content, indent=1, default=str)
@@ -1868,7 +1873,7 @@ def dice_scores(probability, labels):
 def named_right(probability, labels):
     """(7,) whether most of each mask (7, D, D, D) lies in its true vertebra."""
     inside = [labels[mask > 0.5] == v for v, mask in enumerate(probability, 1)]
-    return [np.append(cells, False).mean() > 0.5 for cells in inside]  # False if empty
+    return [cells.size > 0 and cells.mean() > 0.5 for cells in inside]
 
 def assign_folds(table, folds, masked):
     """{uid: fold}: strata of mask, patient, number of fractures; then by the uid's hash."""
@@ -2059,11 +2064,10 @@ def fit_moves(outputs, found, labels):
     scores = study_scores(calibrated(raw, found), labels)
     return np.nanmean(scores), found
 
-def fit_calibration(outputs, labels):
-    """The Calibration of {uid: outputs} and labels (N, 8), a table by uid.
+def fit_unseen(outputs, labels):
+    """(Calibration of what is not in view, labels (N, 8) of what is; others are NaN).
     What is not in view is answered by how often it was broken, and UNSEEN_PULL studies of
-    the prior. Scale and shift are fitted to every blend that is tried; the one choice that
-    lowers the score most is changed, as long as it gains LEAST_GAIN."""
+    the prior."""
     truth = labels.loc[[*outputs]].to_numpy()
     unseen = np.isnan(mean_logits(outputs.values(), Calibration()))  # by every model
     unseen[:, 7] = False
@@ -2071,12 +2075,16 @@ def fit_calibration(outputs, labels):
     known = unseen & ~np.isnan(truth)
     rate = PRIOR / (2 - PRIOR)  # whose best answer is the prior: 2 p / (1 + p)
     rate = (broken.sum(0) + UNSEEN_PULL * rate) / (known.sum(0) + UNSEEN_PULL)
-    found = Calibration(unseen=2 * rate / (1 + rate))
+    return Calibration(unseen=2 * rate / (1 + rate)), np.where(unseen, np.nan, truth)
 
-    in_view = np.where(unseen, np.nan, truth)
+def fit_calibration(outputs, labels):
+    """The Calibration of {uid: outputs} and labels (N, 8), a table by uid.
+    Scale and shift are fitted to every blend that is tried; the one choice that lowers the
+    score most is changed, as long as it gains LEAST_GAIN."""
+    found, in_view = fit_unseen(outputs, labels)
     score, found = fit_moves(outputs, found, in_view)
     names = {output.name for one in outputs.values() for output in one}
-    while len(truth) >= LEAST_STUDIES:
+    while len(outputs) >= LEAST_STUDIES:
         blends = other_blends(found, sorted(names))
         tried = [fit_moves(outputs, other, in_view) for other in blends]
         best, other = min(tried, key=lambda pair: pair[0])
@@ -2180,7 +2188,8 @@ def pack_differences(pixels, edge):
 def read_crops(path, vertebrae=range(7), steps=slice(None)):
     """uint8 (V, T, 6, S, S) of some vertebrae and steps of a study.
     StudyError if the file is damaged."""
-    with errors_as(StudyError, f"{path}: no crops"), np.load(path) as file:
+    damaged = f"{path}: no crops; delete it and run extract again"
+    with errors_as(StudyError, damaged), np.load(path) as file:
         index = file["index"][:, steps]
         edge = int(file["edge"])
         out = np.zeros((len(vertebrae), *index.shape[1:], edge, edge), np.uint8)
@@ -2401,6 +2410,9 @@ def save_checkpoint(path, kind, recipe, **content):
 def load_checkpoint(path):
     """What save_checkpoint wrote; UserError for any other file."""
     try:
+        with zipfile.ZipFile(path) as file:  # what is mapped is not checked by torch
+            if damaged := file.testzip():
+                raise ValueError(f"{damaged} is damaged")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises many kinds, and advises to load pickles
         raise UserError(f"{path}: no checkpoint that can be read") from error
@@ -2424,11 +2436,15 @@ def load_model(path, kind, device="cpu"):
         model = new_model(kind, content["settings"], device)
         model.load_state_dict(content["tensors"])
         model.settings["name"] = Path(path).stem.rpartition("_fold")[0]
-        return fuse_norms(model).to(device)
+        model = fuse_norms(model).to(device)
+    epochs = content["recipe"].get("epochs", 0)
+    if content.get("epoch", epochs) < epochs and ranks()[0] == 0:
+        say(f"{path}: NOT TRAINED TO ITS END: epoch {content['epoch']} of {epochs}")
+    return model
 
 def model_name(kind, name, fold):
     """The name of a fold's files; `name` keeps a second set of models apart."""
-    return f"{kind}_{name}".rstrip("_") + f"_fold{fold}"
+    return f"{kind}_{name}_fold{fold}" if name else f"{kind}_fold{fold}"
 
 def model_files(weights, kind):
     """[(fold, name, Path)] of all <kind>_fold<k>.pt and <kind>_<name>_fold<k>.pt."""
@@ -2471,6 +2487,9 @@ def load_ensemble(weights, device, calibration=Calibration()):
                         f"some in {HERE / 'weights'}")
     if len({(m.settings["mask_of"], m.settings["z_margin"]) for m in classifiers}) > 1:
         raise UserError(f"--weights {weights}: classifiers of unlike --mask-of, --z-margin")
+    for kind in ("vertebra", "patient"):  # what weighs nothing would only cost time
+        counts = [calibration.weights.get(m.settings["name"], 1) for m in models[kind]]
+        models[kind] = [model for model, count in zip(models[kind], counts) if count]
     on_cpu = Ensemble(models, torch.device("cpu"), calibration)
     if device.type == "cpu":
         return on_cpu
@@ -2536,7 +2555,8 @@ def load_init(model, path):
         raise UserError(f"--init {path}: {made}: not the architecture of {model.settings}")
     part.load_state_dict(taken, strict=False)
     how = "by name" if named else "in order"
-    say(f"--init: {len(taken)} of {len(source)} tensors {how} from {path}")
+    if ranks()[0] == 0:
+        say(f"--init: {len(taken)} of {len(source)} tensors {how} from {path}")
 
 def files_below(folder, levels):
     """The files in a folder, and some levels of folders down; not the slices."""
@@ -2546,35 +2566,37 @@ def files_below(folder, levels):
         elif levels and not path.name.endswith("_images"):
             yield from files_below(path, levels - 1)
 
+def in_underscores(name):
+    """A file's or network's name as files of both are compared: timm's dots and Kaggle's
+    hyphens become underscores."""
+    return re.sub(r"[-. ]", "_", str(name).lower())
+
 def imagenet_file(backbone, data):
     """The Path of timm's file of a backbone, or None; its name, or a folder's, says so.
-    Looks under /kaggle/input, in --data and in weights/pretrained."""
-    plain = re.sub(r"[-. ]", "_", backbone.lower())
+    Looks under /kaggle/input, in --data and in weights/pretrained. Best is, as with timm,
+    what saw more than ImageNet-1k and was tuned to it; a .bin may be an optimiser's."""
+    import timm
+    plain = in_underscores(backbone)
+    longer = timm.list_models(f"{backbone}_*")  # convnext_nano_ols is no convnext_nano
     places = {KAGGLE / "input": INIT_LEVELS, Path(data): 1}
     places[HERE / "weights" / "pretrained"] = INIT_LEVELS
     for folder, levels in places.items():
         found = []
         for path in files_below(folder, levels):
-            name = re.sub(r"[-. ]", "_", str(path.relative_to(folder)).lower())
+            name = in_underscores(path.relative_to(folder))
             named = re.search(rf"(^|/|timm_+){re.escape(plain)}[_/]", name)
-            if named and path.suffix in (".safetensors", ".bin", ".pth"):
-                found.append(path)
+            another = any(other in name for other in longer)
+            if named and not another and path.suffix in (".safetensors", ".bin", ".pth"):
+                tuned = re.search(r"in\d+k?_?ft", name)
+                found.append((not tuned, path.suffix != ".safetensors", len(name), path))
         if found:
-            return min(found, key=lambda path: how_far(backbone, path, folder))
+            return min(found)[-1]
     return None
-
-def how_far(backbone, path, folder):
-    """A key that sorts files of a backbone: what suits best comes first.
-    convnext_nano_ols is another network than convnext_nano, convnext_nano.in12k a training
-    of it; best is, as with timm, what saw more than ImageNet-1k and was tuned to it."""
-    name = str(path.relative_to(folder))
-    other = re.search(rf"{re.escape(backbone)}_(?!in\d)", name)
-    tuned = re.search(r"in\d+k?[-_. ]?ft", name)
-    return bool(other), not tuned, len(name), name
 
 def init_file(options, kind, fold, held_out):
     """The Path that a training starts from, by --init, or None.
-    A patient classifier's may be its fold's vertebra classifier, of its --name or of none.
+    A patient classifier's may be a vertebra classifier of its fold and backbone, first that
+    of its own --name.
     A vertebra classifier that has seen studies that are now held out is none to start from.
     UserError if the file that is named is not there."""
     weights = Path(options.weights)
@@ -2588,16 +2610,19 @@ def init_file(options, kind, fold, held_out):
         if any(map(path.samefile, own)):
             raise UserError(f"--init {path}: may be overwritten: copy it elsewhere first")
         return path
-    for name in dict.fromkeys((options.name, "")):
-        path = weights / f"{model_name('vertebra', name, fold)}.pt"
-        if kind == "patient" and path.exists():
-            made = load_checkpoint(path).get("settings", {})
-            wanted = dict(backbone=options.backbone, hidden=options.hidden)
-            alike = wanted.items() <= made.items()
-            if alike and (options.folds == 1 or held_out_of(path).issuperset(held_out)):
-                return path
-            if alike and ranks()[0] == 0:
-                say(f"{path}: not started from: it may have seen studies held out here")
+    files = model_files(weights, "vertebra") if kind == "patient" else []
+    files = [file for file in files if file[0] == fold]
+    for _, _, path in sorted(files, key=lambda file: file[1] != options.name):
+        made = load_checkpoint(path).get("settings", {})
+        if made.get("backbone") != options.backbone:
+            continue
+        reason = "it may have seen studies held out here"
+        if made["hidden"] != options.hidden:
+            reason = f"its --hidden is {made['hidden']}"
+        elif options.folds == 1 or held_out_of(path).issuperset(held_out):
+            return path
+        if ranks()[0] == 0:
+            say(f"{path}: not started from: {reason}")
     return imagenet_file(options.backbone, options.data)
 
 
@@ -2672,9 +2697,11 @@ class Trainer:
         """Go on from what save wrote; UserError if made with other options or data."""
         saved = load_checkpoint(path)
         then = asdict(type(task.recipe)()) | saved["recipe"]  # older ones lack new options
-        before = saved.get("made_of", {}) | {"options": then}
-        now = task.made_of | {"options": asdict(task.recipe)}
+        now, before = task.made_of, saved.get("made_of", {})
         other = [name for name in now if now[name] != before.get(name)]
+        for name, value in asdict(task.recipe).items():
+            if value != then[name]:
+                other.append(f"--{name.replace('_', '-')} (it was {then[name]})")
         if other:
             names = ", ".join(other)
             raise UserError(f"{path}: made with other {names}: give the same as before, or "
@@ -2685,6 +2712,7 @@ class Trainer:
                 if state:  # not of a scaler that was not needed
                     getattr(self, name).load_state_dict(state)
             self.state = TrainingState(**saved["state"]["progress"])
+            self.state.slowest = 0.0  # a machine's bad moment would stop every later run
 
     def gradient(self, task, batch):
         """Leave the gradient of [(arrays, generator)] in the model; gives the mean loss."""
@@ -2765,6 +2793,7 @@ class Trainer:
         # On a GPU an LSTM's weights share one storage; each would be saved with all of it.
         tensors = {name: t.half() if t.ndim > 1 else t.clone() for name, t in weights}
         content = dict(settings=self.model.settings, tensors=tensors)
+        content["epoch"] = history[-1]["epoch"]
         save_checkpoint(f"{stem}.pt", task.kind, task.recipe, **content)
         write_csv(f"{stem}_heldout.csv", table)
         write_csv(f"{stem}_log.csv", pd.DataFrame(history))  # last: it tells what is done
@@ -2806,6 +2835,9 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
     total = steps * recipe.epochs
     if now.step == total and rank == 0:
         say(f"{name}: finished before")
+    if now.step == total and not (weights / f"{name}.pt").exists():
+        del now.history[-1]  # it is scored again
+        run.close_epoch(task, weights, recipe.epochs, workers)
     shuffles = [np.random.default_rng([recipe.seed, k]) for k in range(recipe.epochs)]
     order = [np.resize(rng.permutation(count), steps * size) for rng in shuffles]
     order = np.concatenate(order)
@@ -3004,8 +3036,14 @@ def prefetch(work, items, workers, ahead=1):
         pool.shutdown(wait=False, cancel_futures=True)  # some may hang
 
 def ranks():
-    """(number of this process, number of all), as torchrun sets them."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """(number of this process, number of all), as torchrun sets them; UserError if they
+    are another program's: a process that takes itself for one of two does half."""
+    rank, world = os.environ.get("RANK", 0), os.environ.get("WORLD_SIZE", 1)
+    with errors_as(UserError, f"RANK {rank}, WORLD_SIZE {world} in the environment"):
+        rank, world = int(rank), int(world)
+        if not 0 <= rank < world:
+            raise ValueError("torchrun counts from 0 to WORLD_SIZE - 1")
+        return rank, world
 
 def join_processes(device):
     """Let the processes of torchrun speak to each other, each on its device."""
@@ -3015,7 +3053,8 @@ def join_processes(device):
         torch.cuda.set_device(device)  # NCCL takes the current card
     # Objects go by gloo: the default of a machine with GPUs knows NCCL alone.
     has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
-    dist.init_process_group("cpu:gloo,cuda:nccl" if has_nccl else "gloo")
+    with errors_as(UserError, "no processes to join, as torchrun starts them"):
+        dist.init_process_group("cpu:gloo,cuda:nccl" if has_nccl else "gloo")
     if len({*over_ranks(device.type)}) > 1:
         raise UserError("more processes than usable GPUs: lower --nproc_per_node")
 
@@ -3105,12 +3144,13 @@ class Stop:
 
 @contextmanager
 def stop_signals(minutes=0.0):
-    """A Stop that notes SIGINT and SIGTERM as long as the context lasts."""
+    """A Stop that notes SIGINT, SIGTERM and SIGHUP as long as the context lasts."""
     stop = Stop(minutes)
     before = {}
     with suppress(ValueError):  # outside of the main thread there are no handlers
-        for kind in (signal.SIGINT, signal.SIGTERM):
-            before[kind] = signal.signal(kind, stop.note)
+        for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(kind) is not signal.SIG_IGN:  # nohup's
+                before[kind] = signal.signal(kind, stop.note)
     try:
         yield stop
     finally:
@@ -3396,7 +3436,8 @@ def training_data(options):
     masks = mask_files(data)
     folds = assign_folds(table, options.folds, masks)  # of all: a study keeps its fold
     truth = zip(table[STUDY], table[[*TARGETS]].to_numpy(np.float32))
-    here = {uid: labels for uid, labels in truth if (data / "train_images" / uid).is_dir()}
+    folders = {path.name for path in (data / "train_images").glob("*") if path.is_dir()}
+    here = {uid: labels for uid, labels in truth if uid in folders}
     if len(here) < len(table) and ranks()[0] == 0:
         say(f"{data}/train_images has {len(here)} of the {len(table)} studies of train.csv")
     return here, folds, masks
@@ -3424,8 +3465,9 @@ def say_start(options, starts):
 def say_plan(options):
     """Say before the first step what all modes of a preset cost, if one was asked for."""
     if "preset" in options.given and ranks()[0] == 0:
-        say(f"--preset {options.preset}: train-seg to train-patient need about "
-            f"{PLANS[options.preset]} on two T4 (operations counted, not timed: README)")
+        say(f"--preset {options.preset}, with its own values: train-seg to train-patient "
+            f"need about {PLANS[options.preset]} on two T4 (operations counted, not timed: "
+            "README)")
 
 def training_asked(options, kind):
     """([fold to train], Recipe). UserError, before data is read, if --fold, --name, --size
@@ -3439,6 +3481,7 @@ def training_asked(options, kind):
     if kind == "segmenter" and recipe.size % 16:
         raise UserError(f"--size {recipe.size}: must be a multiple of 16")
     new_model(kind, asdict(recipe))  # raises where the backbone does not fit
+    say_plan(options)
     return wanted, recipe
 
 def run_training(options, wanted, samples, folds, task):
@@ -3450,7 +3493,6 @@ def run_training(options, wanted, samples, folds, task):
     starts = {k: init_file(options, task.kind, k, held_out[k]) for k in wanted}
     if ranks()[0] == 0:
         say_start(options, starts)
-    say_plan(options)
     if task.device.type == "cuda":  # batches have few shapes: cuDNN tries what is fastest
         torch.backends.cudnn.benchmark = True
     with stop_signals(minutes_of(options)) as stop:
@@ -3521,6 +3563,7 @@ def extract(options):
     under --work. A study that some segmenters held out is masked by the mean of these; any
     other by the mean of all, as predict does. The masks go to --masks as NIfTI. A study
     that has all its files is not read again."""
+    say_plan(options)
     truth, _, masks = training_data(options)
     device = pick_device(options.device)
     models = load_models(options.weights, "segmenter", device)
@@ -3530,7 +3573,6 @@ def extract(options):
     makers = makers_of(options.weights)
     wanted = CropsHead(options.size, options.z_margin, makers)
     refuse_other_crops(out, crops_heads(out, truth, options.workers), wanted)
-    say_plan(options)
     # With --folds 1, held out are the very studies trained on: none is unseen.
     held_out = {path: held_out_of(path) for path in models if options.folds > 1}
     unseen = set().union(*held_out.values())
@@ -3561,10 +3603,21 @@ def extract(options):
                 write_study(volume, probability, options, makers, *written(uid))
             except StudyError as error:
                 say(f"study {uid}: {error}; left out")
-    heads = crops_heads(out, truth, options.workers)
+    heads = crops_heads(out, mine, options.workers)  # each process speaks of its share
     count = sum((head.seen.astype(int) for head in heads.values()), np.zeros(7, int))
     found = ", ".join(f"{name} in {n}" for name, n in zip(VERTEBRAE, count))
-    print(f"{out}: crops of {len(heads)} of {len(truth)} studies; {found}")
+    print(f"{out}: crops of {len(heads)} of {len(mine)} studies; {found}")
+    if 2 * len(heads) < len(mine):
+        raise Stopped("most studies have no crops: the lines above say why", 3)
+
+def say_makers(folder, heads, segmenters):
+    """Say where crops, {uid: CropsHead}, are not all by one and the same set of segmenters,
+    or by others than these hashes."""
+    sets = {frozenset(head.made_by) for head in heads.values()}
+    if len(sets) > 1 and ranks()[0] == 0:
+        say(f"{folder}: crops by {len(sets)} different sets of segmenters")
+    if segmenters and not segmenters.issuperset(*sets) and ranks()[0] == 0:
+        say(f"{folder}: crops by other segmenters than those in --weights")
 
 def train_classifiers(options):
     """Train classifiers on the crops: of a vertebra, or of all seven and the patient.
@@ -3594,6 +3647,7 @@ def train_classifiers(options):
         raise UserError(f"{folder}: crops of unlike (edge, z margin): {cuts}")
     edge, z_margin = cuts.pop()
     makers = [(uid, sorted(head.made_by)) for uid, head in heads.items()]
+    say_makers(folder, heads, makers_of(options.weights))
     samples = [(uid, targets) for uid in heads for targets in asked]
     if recipe.size > edge and ranks()[0] == 0:
         say(f"--size {recipe.size} only enlarges crops of {edge} pixels: extract --size "
@@ -3683,6 +3737,8 @@ def predict(options):
         hashes = model_hashes(options.weights)
         calibration = calibration_asked(options, hashes)
         submission = submission._replace(made_by=hash_of(hashes, calibration))
+        if options.resume and not read_reports(submission):
+            say("--resume: no report of these models and options: all is answered anew")
         write_submission(submission)
         device = pick_device(options.device)
         ensemble = tried_on_device(load_ensemble(options.weights, device, calibration))
@@ -3705,14 +3761,16 @@ class Evaluation:
 
 def calibrate(outputs, folds, truth, weights):
     """Write the fit to all held-out answers; gives them, each fold fitted by the others;
-    None of one fold alone."""
+    of one fold alone, each fifth of its studies."""
     made = {f"{one.name}_fold{folds[uid]}.pt" for uid in outputs for one in outputs[uid]}
     for lost in sorted(made - model_hashes(weights).keys()):
         say(f"{lost} is not there, but its held-out answers are, and count in the fit")
     write_calibration(weights, fit_calibration(outputs, truth))
-    if len({folds[uid] for uid in outputs}) > 1:
-        return cross_fitted(outputs, folds, truth)
-    say("only one fold: the fit that is written is not scored on others")
+    if len(outputs) < LEAST_STUDIES:
+        say(f"under {LEAST_STUDIES} studies: the blend is not fitted, only scale and shift")
+    if len({folds[uid] for uid in outputs}) == 1:
+        folds = {uid: k % 5 for k, uid in enumerate(sorted(outputs, key=hash_of))}
+    return cross_fitted(outputs, folds, truth)
 
 def evaluate(options):
     """Score a submission, or the folds' held-out answers.
@@ -3748,11 +3806,10 @@ def evaluate(options):
         say(f"{options.submission} answers {found}; the others are not scored")
     print_scores(answers.to_numpy(), labels)
     if options.calibrate:
-        fitted = calibrate(outputs, folds, truth, weights)
-        if fitted is not None:
-            answers = fitted.loc[answers.index]
-            print("The same, each fold blended and calibrated by a fit to the others:")
-            print_scores(answers.to_numpy(), labels)
+        answers = calibrate(outputs, folds, truth, weights).loc[answers.index]
+        print("The same, each fold (of one alone, each fifth of its studies) blended and "
+              "calibrated by a fit to the others:")
+        print_scores(answers.to_numpy(), labels)
     table = score_table(answers.to_numpy(), labels)
     if not options.folds:
         device = pick_device(options.device)
@@ -3827,14 +3884,15 @@ def preset_given(argv):
     parser.add_argument("--preset")
     return parser.parse_known_args(argv)[0].preset
 
-def presets_text(name):
-    """What each preset sets in a mode, as text."""
-    texts = []
-    for preset, values in PRESETS.items():
-        own = values.get(name, {}).items()
-        set_to = ", ".join(f"{key.replace('_', '-')} {value}" for key, value in own)
-        texts.append(f"{preset}: {set_to or 'nothing'}")
-    return f"What presets set, other than these defaults: {'; '.join(texts)}."
+def presets_text(name, defaults):
+    """What each preset sets in a mode, as a table."""
+    columns = {
+        preset: pd.Series(values.get(name, {}), dtype=object)  # whole numbers stay whole
+        for preset, values in PRESETS.items()}
+    table = pd.DataFrame(columns)
+    table["standard"] = [defaults[option] for option in table.index]
+    table.index = "--" + table.index.str.replace("_", "-")
+    return f"What presets set; empty: as standard.\n\n{table.to_string(na_rep='')}"
 
 def build_parser(modes, others=(), preset=""):
     """The parser of {name: Mode}; the others, {name: text}, are told in --help alone.
@@ -3843,12 +3901,14 @@ def build_parser(modes, others=(), preset=""):
     parser = Parser("cspine.py", description=__doc__.splitlines()[0], epilog=how)
     parsers = parser.add_subparsers(dest="mode", required=True, metavar="MODE")
     for name, mode in modes.items():
-        text = mode.run.__doc__
+        text = inspect.cleandoc(mode.run.__doc__)
         one = parsers.add_parser(name, help=text.splitlines()[0], description=text)
+        one.formatter_class = argparse.RawDescriptionHelpFormatter
         one.set_defaults(given=())
+        defaults = vars(Shared()) | vars(mode.own)
         if "preset" in mode.shared:
-            one.epilog = presets_text(name)
-        defaults = vars(Shared()) | vars(mode.own) | PRESETS.get(preset, {}).get(name, {})
+            one.epilog = presets_text(name, defaults)
+        defaults |= PRESETS.get(preset, {}).get(name, {})
         shared = [part for part in fields(Shared) if part.name in mode.shared.split()]
         for part in (*shared, *fields(mode.own)):
             add_option(one, part, defaults[part.name])
@@ -3863,12 +3923,21 @@ def run_mode(modes, argv, others=()):
     cv2.utils.logging.setLogLevel(0)  # else it prints a line a slice of JPEG 2000
     benchmark = torch.backends.cudnn.benchmark  # which trainings switch on
     try:
+        if ranks()[1] > 1 and "RANK" not in os.environ:
+            raise UserError("WORLD_SIZE is in the environment and RANK is not: unset it")
         options = build_parser(modes, others, preset_given(argv)).parse_args(argv)
         modes[options.mode].run(options)
         return 0
     except (torch.OutOfMemoryError, MemoryError):
         say("cspine: out of memory: try --device cpu, a smaller --batch-size, --checkpoint")
         return 2
+    except RuntimeError as error:
+        if "CUDA error" not in str(error):
+            raise  # a fault of ours, whose place is worth seeing
+        say(f"cspine: the GPU failed: {error!r:.200}; --resume, or --device cpu")
+        return 2
+    except BrokenPipeError:  # whoever read it has gone, as in `| head`
+        return 141
     except (UserError, Stopped, OSError) as error:  # such as a folder one may not read
         say(f"cspine: {error}")
         return error.status if isinstance(error, Stopped) else 2
@@ -3894,6 +3963,8 @@ def main(argv=None):
     return run_mode(MODES, argv, TOOL_MODES)
 
 if __name__ == "__main__" and "__file__" in globals():
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # `>&-` has closed it
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     with suppress(AttributeError):  # a name that the terminal cannot show; not a notebook's
         sys.stdout.reconfigure(errors="backslashreplace")
     status = main()

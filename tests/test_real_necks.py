@@ -195,15 +195,29 @@ def test_a_neck_without_landmarks_is_let_in_if_its_names_are_consistent():
         assert not train_classifiers.is_consistent(wrong, neck)
 
 
-def test_how_much_of_a_fit_is_kept_follows_from_the_rows_left_out():
-    """The best on the mean of those that are nowhere above the constants."""
-    constants = {train_classifiers.CONSTANTS: [0.5, 0.5], train_classifiers.OWN_BEST: [0.4, 0.4]}
-    scores = {0.7: [0.40, 0.40], 0.85: [0.30, 0.45], 1.0: [0.10, 0.60]}
+def test_the_share_of_noisy_or_follows_from_the_rows_left_out():
+    """The best on the mean of those that are nowhere above the studies' own constants."""
+    constants = {train_classifiers.CONSTANTS: [0.6, 0.6], train_classifiers.OWN_BEST: [0.5, 0.5]}
+    scores = {0.7: [0.40, 0.40], 0.85: [0.30, 0.45], 1.0: [0.10, 0.55]}
     table = pd.DataFrame(constants | scores, ["a", "b"]).T
     assert train_classifiers.choose(table) == 0.85
     assert train_classifiers.choose(table[["a"]]) == 1.0
-    table.loc[1.0] = [0.30, 0.452]  # the whole fit, unless something gains 0.005
+    table.loc[0.7:, "b"] = 0.7  # none is safe
     assert train_classifiers.choose(table) == 1.0
+
+
+def test_a_share_of_noisy_or_is_fitted_with_its_scale_and_shift():
+    """At 0 the patient's own answers count alone, here the truth; at 1 the vertebrae's."""
+    rng = np.random.default_rng(0)
+    truth = (rng.random((60, 8)) < 0.3).astype(float)
+    labels = pd.DataFrame(truth, [f"s{k}" for k in range(60)], cspine.TARGETS)
+    outputs = {uid: [cspine.Output(rng.random((7, cspine.STEPS)), 0.1 + 0.8 * row[7])]
+               for uid, row in zip(labels.index, truth)}
+    own, vertebrae = (train_classifiers.fit(outputs, labels, share) for share in (0, 1))
+    assert (own.answers.noisy_or, vertebrae.answers.noisy_or) == (0, 1)
+    found = [cspine.auc(cspine.blend(outputs, one).to_numpy()[:, 7], truth[:, 7])
+             for one in (own, vertebrae)]
+    assert found[0] == 1 and found[1] < 0.8
 
 
 def test_the_constants_of_very_studies_score_best_there():

@@ -139,7 +139,7 @@ def test_a_patient_classifier_begins_from_its_folds_vertebra_classifier(tmp_path
     assert "it may have seen studies held out here" in capsys.readouterr().err
     options.hidden = 16
     assert cspine.init_file(options, "patient", 0, ["b0"]) is None
-    assert not capsys.readouterr().err
+    assert "not started from: its --hidden is 8" in capsys.readouterr().err
 
 
 def test_a_vertebra_classifier_of_one_fold_has_seen_every_study(tmp_path):
@@ -300,9 +300,11 @@ def test_help_shows_the_defaults_of_the_preset_that_is_named(capsys):
             cspine.main(["train-patient", *arguments, "--help"])
         return " ".join(capsys.readouterr().out.split())
     assert "passes over the training studies (default: 15)" in said()
-    table = said().partition("What presets set, other than these defaults: ")[2]
-    assert "fast: fold 0, epochs 12, thin 3; standard: nothing; gold: size 384" in table
-    assert "drop-path 0.3" in table and "checkpoint True; gold-second: size 384" in table
+    table = said().partition("What presets set; empty: as standard. ")[2]
+    assert table.startswith("fast standard gold gold-second --augment mild strong strong")
+    for row in ("--epochs 12 15 50 50 --fold 0 all --lr", "--size 224 384 384 --thin 3 1 3 3"):
+        assert row in table
+    assert "--drop-path 0.05 0.3 0.3" in table and "--checkpoint False True True" in table
     for given in (["--preset", "fast"], ["--preset=fast"]):
         text = said(*given)
         assert "passes over the training studies (default: 12)" in text

@@ -26,6 +26,7 @@ import json
 import math
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -72,9 +73,7 @@ TRAININGS = dict(
     vertebra=f"train-cls --batch-size 16 --lr 1.5e-4 --epochs 2 --seed 51 {SHARED}",
     patient=f"train-patient --batch-size 4 --lr 1e-4 --epochs 1 --seed 52 {SHARED}")
 
-# The calibration that is fitted is drawn towards the prior: this share of it stays.
-FIT_SHARES = 0.7, 0.85, 1.0
-LEAST_GAIN = 0.005  # of the mean left-out score, or the plain fit stays
+NOISY_OR = np.linspace(0, 1, 11)  # shares of the vertebrae in the patient's answer
 CONSTANTS = "the best constants of the 2019 training labels"
 OWN_BEST = "the best constants of these very studies"
 TRAINED_ON = "phantoms and 57 real necks; no real fracture"
@@ -317,15 +316,16 @@ def train(step, o):
 
 # ==== Calibration ====
 
-def towards_prior(found, share):
-    """The Calibration with a share of its scale and shift, and the rest of the prior's."""
-    prior = np.log(cspine.PRIOR / (1 - cspine.PRIOR))
-    shift = share * np.array(found.shift) + (1 - share) * prior
-    return found._replace(scale=share * np.array(found.scale), shift=shift)
+def fit(outputs, labels, share):
+    """The Calibration of a share of noisy-or, to {uid: outputs} and a table of labels."""
+    start, in_view = cspine.fit_unseen(outputs, labels)
+    answers = replace(start.answers, noisy_or=float(share))
+    return cspine.fit_moves(outputs, start._replace(answers=answers), in_view)[1]
 
 
 def calibrate(o):
-    """Choose by the left-out scores how far to trust a fit; fit to all; print the table."""
+    """Choose by the left-out scores how much the patient's answer is of noisy-or, the rest
+    being the patient classifier's; fit to all; print the table."""
     data = o.work / "calibrate"
     labels = read_rows(data)
     weights = o.work / "weights"
@@ -338,20 +338,16 @@ def calibrate(o):
         for uid in labels.index}
     generator = labels.index.str.split(".").str[0]
 
-    table, fits = {}, {}
+    table = {}
     for name in sorted(set(generator)):
-        others = [uid for uid in labels.index[generator != name]]
-        fits[name] = cspine.fit_calibration({u: outputs[u] for u in others}, labels)
-        truth = labels[generator == name].to_numpy()
+        others = {u: outputs[u] for u in labels.index[generator != name]}
+        left_out = {u: outputs[u] for u in labels.index[generator == name]}
+        truth = labels.loc[[*left_out]].to_numpy()
         prior = np.broadcast_to(cspine.PRIOR, truth.shape)
         table[CONSTANTS, name] = score(prior, truth)
         table[OWN_BEST, name] = score(np.broadcast_to(own_best(truth), truth.shape), truth)
-    for share in FIT_SHARES:
-        for name, fit in fits.items():
-            left_out = labels.index[generator == name]
-            found = towards_prior(fit, share)
-            answers = cspine.blend({u: outputs[u] for u in left_out}, found)
-            truth = labels.loc[left_out].to_numpy()
+        for share in NOISY_OR:
+            answers = cspine.blend(left_out, fit(others, labels, share))
             table[share, name] = score(answers.to_numpy(), truth)
     table = pd.Series(table).unstack()
     print(table.round(3).to_string())
@@ -360,9 +356,8 @@ def calibrate(o):
         other = choose(table.drop(columns=name))
         print(f"{name}: {table.loc[other, name]:.3f} by the share that the others choose, {other}")
     share = choose(table)
-    print(f"chosen: {share} of the fit")
-    found = cspine.fit_calibration(outputs, labels)
-    write_calibration(weights, towards_prior(found, share))
+    print(f"chosen: {share}")
+    write_calibration(weights, fit(outputs, labels, share))
 
 
 def own_best(truth):
@@ -373,14 +368,12 @@ def own_best(truth):
 
 
 def choose(table):
-    """How much of the fit is kept, by left-out scores: a row a share, a column a generator.
-    Of the shares that are nowhere above the constants the best on the mean, or the whole fit
-    if that gains nothing."""
+    """The share of noisy-or, by left-out scores: a row a share, a column a generator. Of the
+    shares that are nowhere above the best constants of these very studies, which score no
+    worse than the training labels', the best on the mean."""
     tried = table.drop(index=[CONSTANTS, OWN_BEST])
-    safe = tried[(tried <= table.loc[CONSTANTS]).all(axis=1)]
-    means = (safe if len(safe) else tried).mean(axis=1)
-    gains = means.get(1.0, math.inf) - means.min()
-    return means.idxmin() if gains > LEAST_GAIN else 1.0
+    safe = tried[(tried <= table.loc[OWN_BEST]).all(axis=1)]
+    return (safe if len(safe) else tried).mean(axis=1).idxmin()
 
 
 def write_calibration(weights, found):

@@ -4,11 +4,22 @@ from pathlib import Path
 
 import cspine
 import numpy as np
-from cspine import STUDY, TARGETS, load_models, pick_device, read_csv, read_volume, segment
+from cspine import (
+    STUDY, TARGETS, UserError, load_models, pick_device, read_csv, read_volume, segment)
 from phantoms import make_dataset
 from pictures import overview
 
 MATRIX = 256  # rows of a demo's slice, pixels
+UID_ROOT = "1.2.826.0.1.3680043.9999."  # of all phantoms
+
+
+def refuse_real_studies(path):
+    """UserError if a csv, which would be overwritten, has rows of other studies than
+    phantoms."""
+    if path.exists():
+        first = read_csv(path, ()).iloc[:, 0].astype(str)
+        if not first.str.startswith(UID_ROOT).all():
+            raise UserError(f"{path}: is not of phantoms, and not overwritten; choose another")
 
 
 def phantom(options):
@@ -18,6 +29,8 @@ def phantom(options):
     truth of the test, test_labels.csv, to the folder. Example: cspine.py phantom data
     --studies 50
     """
+    for name in ("train.csv", "test.csv"):
+        refuse_real_studies(Path(options.target) / name)
     make_dataset(
         Path(options.target), options.studies, options.test_studies, options.seed,
         options.matrix, options.workers, options.variety, options.fractures)
@@ -38,6 +51,7 @@ def demo(options):
     to --out, prints the answers beside the truth and their score, and draws the most
     suspicious study. Example: cspine.py demo
     """
+    refuse_real_studies(Path(options.out))
     data = Path(options.work) / "demo"
     make_dataset(data, 0, options.test_studies, options.seed, MATRIX, options.workers)
     print(f"{data}/test_images: {options.test_studies} phantoms that no training saw")

@@ -3,12 +3,14 @@
 `cspine.py notebook --train` writes this file into its second cell; the last cell of a session
 says what to attach to the next one, which goes on from there."""
 
+import functools
 import json
 import math
 import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -118,10 +120,20 @@ def earlier_session():
     found = []
     for path in cspine.files_below(KAGGLE / "input", LEVELS):
         if path.name == NOTE:
-            number = json.loads(path.read_text()).get("session", 0)  # 0: another program's
-            found.append((number, path.parent))
-    number, folder = max([one for one in found if one[0]], default=(0, None))
+            with suppress(ValueError, KeyError, TypeError):  # another program's
+                found.append((int(json.loads(path.read_text())["session"]), path.parent))
+    number, folder = max([one for one in found if one[0] > 0], default=(0, None))
     return folder, number
+
+
+def refuse_other_preset(preset, earlier):
+    """UserError if an earlier session trained by another preset, which cannot go on; the
+    models of gold-second may be kept beside those of gold."""
+    note = json.loads((earlier / NOTE).read_text()) if earlier else {}
+    before = note.get("preset", preset)
+    if before != preset and (before, preset) != ("gold", "gold-second"):
+        raise UserError(f"the output attached is of --preset {before}, and this notebook of "
+                        f"{preset}: detach it, or take a notebook of {before}")
 
 
 def work_folder(needed):
@@ -198,6 +210,7 @@ def preflight(preset, minutes, from_scratch=False):
         raise UserError(f"no study with a mask in {data}")
 
     earlier, number = earlier_session()
+    refuse_other_preset(preset, earlier)
     print(f"earlier session: {earlier or 'none attached: this is the first'}")
     work = work_folder(crops_gb(preset, len(truth)) + MODELS_GB)
     find_imagenet(preset, data, from_scratch)
@@ -227,9 +240,9 @@ def take_over(session):
             source = session.earlier / name
             for path in cspine.files_below(source, 1):
                 target = folder / path.relative_to(source)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                if not target.exists():
-                    shutil.copyfile(path, target)
+                if not target.exists() and path.name[0] != ".":  # what a kill left half-written
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    cspine.write_atomic(target, functools.partial(shutil.copyfile, path))
 
 
 def stems(weights, preset, mode, *more):
@@ -306,7 +319,11 @@ def close(session, stopped):
     """Mark the output as a session's, and say what comes next."""
     note = dict(session=session.number, preset=session.preset, stopped=stopped)
     (KAGGLE / "working" / NOTE).write_text(json.dumps(note))
-    if stopped:
+    if "FAILED" in stopped:
+        print(f"Session {session.number}: {stopped}.")
+        print("NOT YET TRAINED. Mend what those lines say before another session: the same cells "
+              "and inputs would fail in the same way. What was trained is in this output.")
+    elif stopped:
         print(f"Session {session.number}: {stopped}.")
         print(f"NOT YET TRAINED. Next session: attach the output of this one, which holds {NOTE} "
               "(Add Input, Your Work, this notebook; or make a data set of it), in place of "

@@ -12,13 +12,15 @@ import cspine
 from cspine import COMPETITION, HERE, KINDS, UserError, model_files, write_atomic
 
 SLUG = r"([\w-]+/[A-Za-z0-9-]{6,50})?"  # of a data set; Kaggle refuses other names
+METADATA = "dataset-metadata.json"  # of Kaggle
 SESSION_MINUTES = 690  # of the 12 hours that Kaggle gives a session with GPUs
 
 RUN = """\
 import glob, os, subprocess, sys, torch
+kaggle = os.environ.get("KAGGLE_ROOT", "/kaggle")
 def mounted(name):  # Kaggle mounts at /kaggle/input, or a level or two below
-    found = [f for k in range(3) for f in glob.glob("/kaggle/input/" + "*/" * k + name)]
-    return (found or ["/kaggle/input/" + name])[0]
+    found = [f for k in range(3) for f in glob.glob(f"{kaggle}/input/" + "*/" * k + name)]
+    return (found or [f"{kaggle}/input/{name}"])[0]
 count = max(1, torch.cuda.device_count())
 data = mounted("COMPETITION")
 command = [sys.executable, "cspine.py", "predict", "--data", data, *ARGUMENTS]
@@ -60,6 +62,9 @@ def copy_weights(source, out, dataset):
     cspine.load_ensemble(source, torch.device("cpu"))  # refused now, not on Kaggle
     cspine.read_calibration(source)  # says if it is of other models
     out.mkdir(parents=True, exist_ok=True)
+    if any(out.iterdir()) and not (out / METADATA).exists():
+        raise UserError(f"{out}: has files, and is no data set that was written here; "
+                        "another --out")
     for old in (*out.glob("*_fold*.pt"), out / "calibration.json"):
         old.unlink(missing_ok=True)
     for path in models:
@@ -67,7 +72,7 @@ def copy_weights(source, out, dataset):
     if (source / "calibration.json").exists():
         shutil.copy(source / "calibration.json", out)
     title = dataset.partition("/")[2]
-    write_json(out / "dataset-metadata.json", dict(
+    write_json(out / METADATA, dict(
         id=dataset, title=title, licenses=[dict(name="other")]))
 
 
@@ -107,6 +112,8 @@ def notebook(options):
     cells += training_cells(options.preset) if options.train else prediction_cells(name)
     kernel = dict(name="python3", display_name="Python 3")
 
+    if name and not options.train:  # first: it may refuse
+        copy_weights(Path(options.weights), out / "weights", weights)
     write_json(out / f"{title}.ipynb", dict(
         nbformat=4,
         nbformat_minor=4,
@@ -125,7 +132,6 @@ def notebook(options):
         dataset_sources=[weights] if weights else [],
         competition_sources=[COMPETITION]))
     if name and not options.train:
-        copy_weights(Path(options.weights), out / "weights", weights)
         print(f"kaggle datasets create -p {out / 'weights'}")
     elif not options.train:
         print("no --weights-dataset: this notebook finds no models, and submits the prior")
