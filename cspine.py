@@ -3036,14 +3036,15 @@ def prefetch(work, items, workers, ahead=1):
         pool.shutdown(wait=False, cancel_futures=True)  # some may hang
 
 def ranks():
-    """(number of this process, number of all), as torchrun sets them; UserError if they
-    are another program's: a process that takes itself for one of two does half."""
-    rank, world = os.environ.get("RANK", 0), os.environ.get("WORLD_SIZE", 1)
-    with errors_as(UserError, f"RANK {rank}, WORLD_SIZE {world} in the environment"):
-        rank, world = int(rank), int(world)
-        if not 0 <= rank < world:
-            raise ValueError("torchrun counts from 0 to WORLD_SIZE - 1")
-        return rank, world
+    """(number of this process, number of all), as torchrun sets them."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+def refuse_foreign_ranks():
+    """UserError if they are another program's: who takes itself for one of two does half."""
+    with errors_as(UserError, "RANK and WORLD_SIZE, which are in the environment"):
+        rank, world = ranks()
+        if not 0 <= rank < world or (world > 1 and "RANK" not in os.environ):
+            raise ValueError("not as torchrun sets them: unset both")
 
 def join_processes(device):
     """Let the processes of torchrun speak to each other, each on its device."""
@@ -3923,8 +3924,7 @@ def run_mode(modes, argv, others=()):
     cv2.utils.logging.setLogLevel(0)  # else it prints a line a slice of JPEG 2000
     benchmark = torch.backends.cudnn.benchmark  # which trainings switch on
     try:
-        if ranks()[1] > 1 and "RANK" not in os.environ:
-            raise UserError("WORLD_SIZE is in the environment and RANK is not: unset it")
+        refuse_foreign_ranks()
         options = build_parser(modes, others, preset_given(argv)).parse_args(argv)
         modes[options.mode].run(options)
         return 0
