@@ -3040,7 +3040,7 @@ def ranks():
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 def refuse_foreign_ranks():
-    """UserError if they are another program's: who takes itself for one of two does half."""
+    """UserError if they are another program's: one process of two does half of the work."""
     with errors_as(UserError, "RANK and WORLD_SIZE, which are in the environment"):
         rank, world = ranks()
         if not 0 <= rank < world or (world > 1 and "RANK" not in os.environ):
@@ -3892,7 +3892,7 @@ def presets_text(name, defaults):
         for preset, values in PRESETS.items()}
     table = pd.DataFrame(columns)
     table["standard"] = [defaults[option] for option in table.index]
-    table.index = "--" + table.index.str.replace("_", "-")
+    table.index = [f"--{option}".replace("_", "-") for option in table.index]
     return f"What presets set; empty: as standard.\n\n{table.to_string(na_rep='')}"
 
 def build_parser(modes, others=(), preset=""):
