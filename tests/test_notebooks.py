@@ -285,10 +285,11 @@ def test_a_run_that_is_ended_ends_its_processes_which_save():
     '{"user": 1}', "[]", '{"session": "x"}', '{"session": 0}', "not json", ""))
 def test_notes_of_other_programs_are_no_sessions(text, tmp_path, monkeypatch):
     monkeypatch.setattr(kaggle_training, "KAGGLE", tmp_path)
-    for place, note in (("other", text), ("ours", '{"session": 1}')):
-        (tmp_path / "input" / place).mkdir(parents=True)
-        (tmp_path / "input" / place / "session.json").write_text(note)
-    assert kaggle_training.earlier_session() == (tmp_path / "input" / "ours", 1)
+    other, ours = (tmp_path / "input" / name for name in ("other", "ours"))
+    for folder, note, found in ((other, text, (None, 0)), (ours, '{"session": 1}', (ours, 1))):
+        folder.mkdir(parents=True)
+        (folder / "session.json").write_text(note)
+        assert kaggle_training.earlier_session() == found
 
 
 ROW = "epoch,lr\n60.0,1e-3\n"
