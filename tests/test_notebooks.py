@@ -77,6 +77,18 @@ def test_a_data_set_does_not_replace_the_models_that_it_is_made_of(tmp_path, cap
     assert len([*weights.glob("*_fold0.pt")]) == 3
 
 
+def test_a_folder_that_no_notebook_wrote_keeps_its_files(tmp_path, capsys):
+    """A refused command leaves no notebook either."""
+    weights, out = make_weights(tmp_path / "w", patient=False), tmp_path / "out"
+    (out / "weights").mkdir(parents=True)
+    (out / "weights" / "vertebra_fold3.pt").write_text("days of training")
+    named = ["--weights", weights, "--weights-dataset", "me/my-weights"]
+    assert notebook_of(out, *named) == 2
+    assert f"{out / 'weights'}: has files" in capsys.readouterr().err
+    left = {str(path.relative_to(out)) for path in out.rglob("*")}
+    assert left == {"weights", "weights/vertebra_fold3.pt"}
+
+
 def test_models_that_predict_would_refuse_become_no_data_set(tmp_path, capsys):
     weights = make_weights(tmp_path / "w", patient=False)
     (weights / "vertebra_fold0.pt").unlink()
@@ -96,6 +108,17 @@ def test_the_notebook_that_trains_is_not_pushed_as_the_owner_of_the_imagenet_fil
     meta = json.loads((tmp_path / "kernel-metadata.json").read_text())
     assert meta["id"] == "OWNER/cspine-train" and meta["dataset_sources"] == ["other/imagenet"]
     assert "your name in place of OWNER" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place", ("", "one", "one/two"))
+def test_the_notebook_finds_its_inputs_below_another_root(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("KAGGLE_ROOT", str(tmp_path))
+    cell = {}
+    exec(notebooks.RUN.partition("count = ")[0], cell)
+    found = tmp_path / "input" / place / "my-weights"
+    found.mkdir(parents=True)
+    assert Path(cell["mounted"]("my-weights")) == found
+    assert Path(cell["mounted"]("none")) == tmp_path / "input" / "none"
 
 
 @pytest.mark.parametrize("reports", [(), ("", "1")])
@@ -258,14 +281,107 @@ def test_a_run_that_is_ended_ends_its_processes_which_save():
     assert train_all.call([sys.executable, "-c", child]) == 7
 
 
-def test_notes_and_logs_of_other_programs_are_no_sessions(tmp_path, monkeypatch):
-    monkeypatch.setattr(cspine, "KAGGLE", tmp_path)
+@pytest.mark.parametrize("text", (
+    '{"user": 1}', "[]", '{"session": "x"}', '{"session": 0}', "not json", ""))
+def test_notes_of_other_programs_are_no_sessions(text, tmp_path, monkeypatch):
     monkeypatch.setattr(kaggle_training, "KAGGLE", tmp_path)
-    (tmp_path / "input" / "other").mkdir(parents=True)
-    (tmp_path / "input" / "other" / "session.json").write_text('{"user": 1}')
-    assert kaggle_training.earlier_session() == (None, 0)
-    (tmp_path / "segmenter_fold0_log.csv").write_text("stage,step\nlong,100\n")
-    assert not kaggle_training.trained(tmp_path, "fast", "train-seg")
+    other, ours = (tmp_path / "input" / name for name in ("other", "ours"))
+    for folder, note, found in ((other, text, (None, 0)), (ours, '{"session": 1}', (ours, 1))):
+        folder.mkdir(parents=True)
+        (folder / "session.json").write_text(note)
+        assert kaggle_training.earlier_session() == found
+
+
+ROW = "epoch,lr\n60.0,1e-3\n"
+
+
+@pytest.mark.parametrize("text, done", (
+    (ROW, True), ("stage,step\nlong,100\n", False), ("", False), ("\0\1\2", False),
+    (ROW[:9], False), (ROW[:10], False)))
+def test_a_training_is_ended_by_a_whole_log_alone(text, done, tmp_path):
+    """Another program's, and those that are cut short, tell of nothing."""
+    (tmp_path / "segmenter_fold0_log.csv").write_text(text)
+    assert kaggle_training.trained(tmp_path, "fast", "train-seg") is done
+
+
+@pytest.fixture
+def preflight(tmp_path, monkeypatch, phantom_data):
+    """preflight(preset, before) -> the Session after one of the preset `before`, each of whose
+    steps would take an hour."""
+    monkeypatch.setattr(kaggle_training, "KAGGLE", tmp_path)
+    monkeypatch.setattr(kaggle_training, "try_cards", lambda: 1)
+    monkeypatch.setattr(kaggle_training, "find_imagenet", lambda *given: None)
+    monkeypatch.setattr(kaggle_training, "planned_hours",
+                        lambda *given: dict.fromkeys(kaggle_training.STEPS, 1.0))
+    free_disk(monkeypatch, working=1e12)
+    output = tmp_path / "input" / "last-output"
+    (output / "weights").mkdir(parents=True)
+    (tmp_path / "input" / NAME).symlink_to(phantom_data)
+
+    def start(preset, before):
+        (output / "session.json").write_text(json.dumps(dict(session=1, preset=before)))
+        return kaggle_training.preflight(preset, 60)
+    return start
+
+
+@pytest.mark.parametrize("before, preset", (
+    ("gold", "standard"), ("gold-second", "gold"), ("fast", "gold-second")))
+def test_a_session_does_not_go_on_from_another_preset(before, preset, preflight):
+    said = f"attached is of --preset {before}, and this notebook of {preset}: detach it"
+    with pytest.raises(cspine.UserError, match=said):
+        preflight(preset, before)
+
+
+def test_the_second_set_goes_on_from_the_first(preflight):
+    assert preflight("gold-second", "gold").number == 2
+
+
+def test_a_damaged_log_of_an_earlier_session_is_planned_anew(preflight, tmp_path, capsys):
+    logs = tmp_path / "input" / "last-output" / "weights"
+    (logs / "segmenter_fold0_log.csv").write_text("")
+    (logs / "vertebra_fold0_log.csv").write_text("epoch,lr\n16.0,1e-3\n")
+    assert preflight("fast", "fast").number == 2
+    assert "train-seg 1.0, extract 1.0, train-cls 0.0" in capsys.readouterr().out
+
+
+@pytest.fixture
+def second_session(tmp_path):
+    """A session after one that left a model and what a kill left of a state."""
+    left = tmp_path / "earlier" / "weights"
+    left.mkdir(parents=True)
+    for name in ("vertebra_fold0.pt", ".74f5.vertebra_fold0_last.pt"):
+        (left / name).write_text("whole")
+    return kaggle_training.Session("fast", 2, math.inf, 1, tmp_path, tmp_path / "weights",
+                                   tmp_path / "work", tmp_path / "earlier")
+
+
+def test_a_session_takes_over_whole_files_alone(second_session):
+    kaggle_training.take_over(second_session)
+    assert [path.name for path in second_session.weights.iterdir()] == ["vertebra_fold0.pt"]
+
+
+def test_a_copy_that_is_cut_short_is_none(second_session, monkeypatch):
+    def cut(source, target):
+        Path(target).write_text("wh")
+        raise OSError("disk full")
+    with monkeypatch.context() as patch, pytest.raises(cspine.UserError, match="disk full"):
+        patch.setattr(shutil, "copyfile", cut)
+        kaggle_training.take_over(second_session)
+    kaggle_training.take_over(second_session)
+    assert (second_session.weights / "vertebra_fold0.pt").read_text() == "whole"
+
+
+@pytest.mark.parametrize("mode, attached", (("train-cls", True), ("evaluate", False)))
+def test_what_failed_is_not_attached_to_fail_again(
+        mode, attached, second_session, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(kaggle_training, "KAGGLE", tmp_path)
+    (tmp_path / "working").mkdir()
+    stopped = f"the time was over in {mode}" if attached else f"{mode} FAILED with exit status 2"
+    kaggle_training.close(second_session, stopped)
+    said = capsys.readouterr().out
+    assert f"Session 2: {stopped}." in said and "NOT YET TRAINED" in said
+    assert ("attach the output of this one" in said) is attached
+    assert ("Mend what those lines say" in said) is not attached
 
 
 def test_folds_may_be_fewer_and_crops_that_are_cut_short_are_not_taken_for_all(
@@ -316,6 +432,22 @@ def test_a_session_refuses_a_file_of_another_network_before_it_begins(
     torch.save(timm.create_model("test_resnet").state_dict(), path)
     kaggle_training.find_imagenet("fast", phantom_data, False)
     assert f"test_resnet: {path}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("status", (2, 3))
+def test_what_fails_ends_the_row(status, monkeypatch, tmp_path):
+    """Also crops that most studies lack, of which extract says 3."""
+    ran = []
+
+    def run(arguments, cards):
+        ran.append(arguments[0])
+        return status if arguments[0] == "extract" else 0
+
+    monkeypatch.setattr(train_all, "run", run)
+    monkeypatch.setattr(kaggle_training, "trained", lambda *given: bool(ran))
+    given = ["--preset", "gold", "--data", "d", "--weights", str(tmp_path), "--device", "cpu"]
+    assert train_all.main(given) == status
+    assert ran == ["train-seg", "extract"]
 
 
 def test_gold_is_followed_by_its_second_set(monkeypatch, tmp_path):

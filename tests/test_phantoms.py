@@ -1,9 +1,16 @@
 """I rely on: the phantoms are necks in the layout of the competition, with its traps, from a seed."""
 
 import hashlib
+import io
+import runpy
+import shutil
 import struct
+import sys
 from dataclasses import replace
+from pathlib import Path
 
+import demo
+import modes
 import numpy as np
 import pandas as pd
 import pydicom
@@ -149,3 +156,52 @@ def test_whatever_the_storage_the_hu_come_back(tmp_path, monkeypatch):
         high = low + slope * (2**bits - 1)
         expected = p.hu.astype(int).clip(max(low, -1024), high)
         assert np.array_equal(hu[:, inner], expected[:, inner]), k
+
+
+# ---- What lies where phantoms go ----
+
+NONE = "--studies", "0", "--test-studies", "0"
+REAL = "1.2.826.0.1.3680043.9999"  # as the competition names its studies
+TABLES = {
+    "train.csv": f"StudyInstanceUID,C1\n{demo.UID_ROOT}0.0,1\n{REAL},1\n",
+    "test.csv": f"row_id,StudyInstanceUID\n{REAL}_C1,{REAL}\n"}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_of_other_studies_are_not_overwritten(name, tmp_path, capsys):
+    path = tmp_path / name
+    path.write_text(TABLES[name])
+    assert main(["phantom", str(tmp_path), *NONE]) == 2
+    assert capsys.readouterr().err.startswith(f"cspine: {path}: is not of phantoms")
+    assert [*tmp_path.iterdir()] == [path] and path.read_text() == TABLES[name]
+
+
+def test_a_submission_of_other_studies_is_not_overwritten(tmp_path, capsys):
+    path = tmp_path / "submission.csv"
+    path.write_text(f"row_id,fractured\n{REAL}_C1,0.9\n")
+    assert main(["demo", "--out", str(path), "--work", str(tmp_path / "work")]) == 2
+    assert "is not of phantoms" in capsys.readouterr().err
+    assert [*tmp_path.iterdir()] == [path] and "0.9" in path.read_text()
+
+
+def test_tables_of_phantoms_are_renewed(many, tmp_path):
+    """Also those that name no study."""
+    tables = sorted(path.name for path in many.glob("*.csv"))
+    for name in tables:
+        shutil.copy(many / name, tmp_path)
+        demo.refuse_real_studies(tmp_path / name)
+    for _ in range(2):
+        assert main(["phantom", str(tmp_path), *NONE]) == 0
+        assert all(pd.read_csv(tmp_path / name).empty for name in tables)
+
+
+def test_a_folder_that_the_terminal_cannot_show_gets_its_data(tmp_path, monkeypatch):
+    """What cspine.py starts for the mode, on a terminal of ASCII alone."""
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, "ascii"))
+    monkeypatch.setattr(sys, "argv", ["tools", "phantom", str(tmp_path / "h\u00e4lse"), *NONE])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(Path(modes.__file__).parent / "__main__.py"), run_name="__main__")
+    sys.stdout.flush()
+    assert end.value.code == 0 and b"h\\xe4lse: 0 training" in printed.getvalue()

@@ -192,6 +192,28 @@ def test_eda_takes_an_empty_label_as_unknown(phantom_data, tmp_path, monkeypatch
     assert drawn["fractured vertebrae per patient"] == {0: 3, 2: 1}
 
 
+HEAD = "epoch,score,train_loss,lr\n"
+
+
+@pytest.mark.parametrize("text, drawn, said", (
+    (HEAD + "1,0.6,0.7,1e-3\n2,0.", 1, ""), ("stage,step\nlong,100\n", 0, ""),
+    ("", 0, "not drawn"), (HEAD, 0, "not drawn"), (HEAD + "1,x,0.7,1e-3\n2,0.5,0.6,1e-4\n", 0,
+                                                  "not drawn")))
+def test_a_damaged_log_is_told_of_and_costs_the_others_nothing(
+        text, drawn, said, phantom_data, tmp_path, monkeypatch, capsys):
+    """A training of other stages than epochs has no such curves."""
+    monkeypatch.setattr(pictures, "chart", lambda *given: np.zeros((4, 4, 3), np.uint8))
+    (tmp_path / "patient_fold0_log.csv").write_text(text)
+    (tmp_path / "vertebra_fold0_log.csv").write_text(HEAD + "1,0.6,0.7,1e-3\n")
+    assert modes.main(["eda", "--data", str(phantom_data), "--weights", str(tmp_path),
+                       "--out", str(tmp_path)]) == 0
+    out, errors = capsys.readouterr()
+    assert f"the curves of {1 + drawn} trainings" in out
+    lines = [line for line in errors.splitlines() if "_log.csv" in line]
+    assert len(lines) == bool(said) and all(said in line for line in lines)
+    assert (tmp_path / "vertebra_fold0_curves.png").exists()
+
+
 @pytest.mark.parametrize("numbers, order", [
     (range(1, 21), "head first"), (range(20, 0, -1), "foot first"),
     (np.random.default_rng(0).permutation(20) + 1, "mixed")])

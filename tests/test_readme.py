@@ -46,7 +46,7 @@ SMALLER = (
     (r"(train-cls|train-patient)", r"\1 --hidden 8"))
 TINY = dict(backbone="mobilenetv3_small_050", size=32, epochs=1, fold="0")
 TINY_PRESET = {  # in place of every preset
-    "train-seg": TINY, "train-cls": TINY | dict(hidden=8),
+    "train-seg": TINY, "extract": dict(size=32), "train-cls": TINY | dict(hidden=8),
     "train-patient": TINY | dict(hidden=8)}
 EVERYWHERE = np.full((7, 32, 32, 32), 0.4, np.float32)  # what a segmenter says
 FORM_ONLY = (

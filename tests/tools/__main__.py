@@ -2,6 +2,7 @@
 modes."""
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).parents[2]))  # where cspine.py lies
@@ -9,4 +10,6 @@ sys.path.insert(1, str(Path(__file__).parents[2]))  # where cspine.py lies
 from modes import main  # noqa: E402
 
 if __name__ == "__main__":
+    with suppress(AttributeError):  # a name that the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(main(sys.argv[1:]))

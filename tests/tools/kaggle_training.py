@@ -15,7 +15,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
-import pandas as pd
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -252,13 +251,19 @@ def stems(weights, preset, mode, *more):
     return [Path(weights) / name for name in names]
 
 
+def last_epoch(log):
+    """The last epoch that a training's log tells of; 0 if there is none, or it is damaged."""
+    with suppress(UserError, IndexError):  # the latter: no row
+        return cspine.read_csv(log, ("epoch",))["epoch"].iloc[-1]
+    return 0
+
+
 def trained(weights, preset, mode, *more):
     """Whether every fold of a training is trained to its last epoch, by its log; `more`
     options than the preset's may be given."""
     epochs = options_of(preset, mode, *more).epochs
-    logs = [Path(f"{stem}_log.csv") for stem in stems(weights, preset, mode, *more)]
-    tables = [pd.read_csv(log) if log.exists() else {} for log in logs]
-    return all("epoch" in table and table["epoch"].iloc[-1] == epochs for table in tables)
+    logs = [f"{stem}_log.csv" for stem in stems(weights, preset, mode, *more)]
+    return all(last_epoch(log) == epochs for log in logs)
 
 
 def closed(weights, preset, mode, *more):

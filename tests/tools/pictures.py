@@ -41,6 +41,7 @@ from cspine import (
     read_mask,
     read_truth,
     read_volume,
+    say,
     segment,
     strongest_steps,
     studies_in,
@@ -492,6 +493,23 @@ def box_places(path, table):
     return share[boxes.order != "mixed"]
 
 
+def draw_logs(weights, out):
+    """Draw the curves of the trainings whose logs lie in a folder; how many. A damaged log
+    is said, one that is not by epochs left out."""
+    drawn = 0
+    for log in sorted(weights.glob("*_fold*_log.csv")):
+        path = out / log.name.replace("_log.csv", "_curves.png")
+        try:
+            with errors_as(UserError, f"{log}: not drawn"):
+                history = pd.read_csv(log)
+                if "epoch" in history:
+                    draw_curves(path, history.to_dict("records"))
+                    drawn += 1
+        except UserError as error:
+            say(f"{error}")
+    return drawn
+
+
 def eda(options):
     """Draw and tell what is in a data set.
 
@@ -513,12 +531,7 @@ def eda(options):
         file = re.sub(r"\W+", "_", name)
         title = f"{name}, {len(table)} studies".capitalize()
         write_png(out / f"{file}.png", chart(title, counts, (name, "count")))
-    logs = sorted(Path(options.weights).glob("*_fold*_log.csv"))
-    histories = {log.name: pd.read_csv(log) for log in logs}
-    histories = {name: one for name, one in histories.items() if "epoch" in one}  # by epochs
-    for name, history in histories.items():
-        path = out / name.replace("_log.csv", "_curves.png")
-        draw_curves(path, history.to_dict("records"))
-    drawn = f"{len(charts)} charts and the curves of {len(histories)} trainings"
+    trainings = draw_logs(Path(options.weights), out)
+    drawn = f"{len(charts)} charts and the curves of {trainings} trainings"
     print(f"{len(table)} studies, {drawn} in {out}/. Unusual:")
     print(*unusual(table), sep="\n")
