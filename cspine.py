@@ -25,7 +25,8 @@ reads and writes. On two GPUs: torchrun --nproc_per_node=2 cspine.py MODE. Paste
 notebook, the file runs nothing; main(["predict", "--weights", "..."]) runs a mode.
 
 Exit status: 0 done, or ended by --time-limit; 2 what you can mend, in one line; 3 most
-studies got the prior; 130 interrupted, with what was finished on disk; 1 a fault of ours.
+studies got the prior, or no crops; 130 interrupted, with what was finished on disk; 141
+nobody reads what is printed; 1 a fault of ours.
 """
 
 import argparse
@@ -1751,9 +1752,7 @@ def write_answers(out, rows, note, with_json):
     table = pd.DataFrame(lines, dtype=object).drop(columns="vertebrae", errors="ignore")
     table.insert(0, "note", note)
     write_csv(out / "answers.csv", table)
-    if not with_json:  # an older one would be of other studies
-        (out / "answers.json").unlink(missing_ok=True)
-    else:
+    if with_json:
         lordosis = "angle between lines fitted to the lower ends of the masks of C2 and C7"
         content = dict(note=note, lordosis=lordosis, studies=rows)
         text = json.dumps(content, indent=1, default=str)
@@ -2437,7 +2436,7 @@ def load_model(path, kind, device="cpu"):
         model.load_state_dict(content["tensors"])
         model.settings["name"] = Path(path).stem.rpartition("_fold")[0]
         model = fuse_norms(model).to(device)
-    epochs = content["recipe"].get("epochs", 0)
+    epochs = content.get("recipe", {}).get("epochs", 0)
     if content.get("epoch", epochs) < epochs and ranks()[0] == 0:
         say(f"{path}: NOT TRAINED TO ITS END: epoch {content['epoch']} of {epochs}")
     return model
@@ -2490,6 +2489,9 @@ def load_ensemble(weights, device, calibration=Calibration()):
     for kind in ("vertebra", "patient"):  # what weighs nothing would only cost time
         counts = [calibration.weights.get(m.settings["name"], 1) for m in models[kind]]
         models[kind] = [model for model, count in zip(models[kind], counts) if count]
+    if not models["vertebra"] + models["patient"]:
+        raise UserError(f"--weights {weights}: by calibration.json every classifier there "
+                        "weighs 0: evaluate --folds --calibrate anew")
     on_cpu = Ensemble(models, torch.device("cpu"), calibration)
     if device.type == "cpu":
         return on_cpu
@@ -2574,19 +2576,21 @@ def in_underscores(name):
 def imagenet_file(backbone, data):
     """The Path of timm's file of a backbone, or None; its name, or a folder's, says so.
     Looks under /kaggle/input, in --data and in weights/pretrained. Best is, as with timm,
-    what saw more than ImageNet-1k and was tuned to it; a .bin may be an optimiser's."""
+    what saw more than ImageNet-1k and was tuned to it; a .bin, which may be an optimiser's,
+    comes last."""
     import timm
-    plain = in_underscores(backbone)
+    at_start = rf"(?:^|/|timm_+){re.escape(in_underscores(backbone))}(?=[_/])"
     longer = timm.list_models(f"{backbone}_*")  # convnext_nano_ols is no convnext_nano
+    others = tuple(name.removeprefix(backbone) for name in longer)
     places = {KAGGLE / "input": INIT_LEVELS, Path(data): 1}
     places[HERE / "weights" / "pretrained"] = INIT_LEVELS
     for folder, levels in places.items():
         found = []
         for path in files_below(folder, levels):
             name = in_underscores(path.relative_to(folder))
-            named = re.search(rf"(^|/|timm_+){re.escape(plain)}[_/]", name)
-            another = any(other in name for other in longer)
-            if named and not another and path.suffix in (".safetensors", ".bin", ".pth"):
+            ends = [match.end() for match in re.finditer(at_start, name)]
+            named = [end for end in ends if not name.startswith(others, end)]
+            if named and path.suffix in (".safetensors", ".bin", ".pth"):
                 tuned = re.search(r"in\d+k?_?ft", name)
                 found.append((not tuned, path.suffix != ".safetensors", len(name), path))
         if found:
@@ -2614,7 +2618,7 @@ def init_file(options, kind, fold, held_out):
     files = [file for file in files if file[0] == fold]
     for _, _, path in sorted(files, key=lambda file: file[1] != options.name):
         made = load_checkpoint(path).get("settings", {})
-        if made.get("backbone") != options.backbone:
+        if made.get("backbone") != options.backbone or "hidden" not in made:
             continue
         reason = "it may have seen studies held out here"
         if made["hidden"] != options.hidden:
@@ -2712,7 +2716,6 @@ class Trainer:
                 if state:  # not of a scaler that was not needed
                     getattr(self, name).load_state_dict(state)
             self.state = TrainingState(**saved["state"]["progress"])
-            self.state.slowest = 0.0  # a machine's bad moment would stop every later run
 
     def gradient(self, task, batch):
         """Leave the gradient of [(arrays, generator)] in the model; gives the mean loss."""
@@ -2787,16 +2790,20 @@ class Trainer:
         """Write the log, the weights and the held-out answers. The last epoch's stay: the
         best would be chosen by the studies that then calibrate and report."""
         history = self.state.history
+        self.write_model(task, f"{stem}.pt")
+        write_csv(f"{stem}_heldout.csv", table)
+        write_csv(f"{stem}_log.csv", pd.DataFrame(history))  # last: it tells what is done
         words = [f"{name} {value:.4g}" for name, value in history[-1].items()]
         say("  ".join([task.name, *words]))
+
+    def write_model(self, task, path):
+        """Write the averaged weights as of the last scoring, for load_model."""
         weights = self.averaged.state_dict().items()
         # On a GPU an LSTM's weights share one storage; each would be saved with all of it.
         tensors = {name: t.half() if t.ndim > 1 else t.clone() for name, t in weights}
         content = dict(settings=self.model.settings, tensors=tensors)
-        content["epoch"] = history[-1]["epoch"]
-        save_checkpoint(f"{stem}.pt", task.kind, task.recipe, **content)
-        write_csv(f"{stem}_heldout.csv", table)
-        write_csv(f"{stem}_log.csv", pd.DataFrame(history))  # last: it tells what is done
+        content["epoch"] = int(self.state.history[-1]["epoch"])
+        save_checkpoint(path, task.kind, task.recipe, **content)
 
 def learning_rate(recipe, done):
     """At a share of all steps: a linear warm-up, then half a cosine down to 1 %."""
@@ -2831,13 +2838,13 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
         say(f"{weights / name}.pt is there already, and will be overwritten")
 
     now = run.state
+    now.slowest = min(now.slowest, stop.left() / 10)  # one stall is no rule for all runs
     steps = max(1, count // size)  # an epoch
     total = steps * recipe.epochs
     if now.step == total and rank == 0:
         say(f"{name}: finished before")
-    if now.step == total and not (weights / f"{name}.pt").exists():
-        del now.history[-1]  # it is scored again
-        run.close_epoch(task, weights, recipe.epochs, workers)
+        if not (weights / f"{name}.pt").exists():
+            run.write_model(task, weights / f"{name}.pt")
     shuffles = [np.random.default_rng([recipe.seed, k]) for k in range(recipe.epochs)]
     order = [np.resize(rng.permutation(count), steps * size) for rng in shuffles]
     order = np.concatenate(order)
@@ -2955,7 +2962,8 @@ def in_words(error):
 def say(text):
     """A line on stderr, above the bar of progress."""
     text = text.encode(errors="backslashreplace").decode()  # a file's name may be no UTF-8
-    tqdm.write(text, file=sys.stderr)
+    with suppress(OSError):  # the terminal may have gone
+        tqdm.write(text, file=sys.stderr)
 
 def say_of(volume):
     """Say what was odd about a study; gives a function that says more of it."""
@@ -3041,10 +3049,12 @@ def ranks():
 
 def refuse_foreign_ranks():
     """UserError if they are another program's: one process of two does half of the work."""
-    with errors_as(UserError, "RANK and WORLD_SIZE, which are in the environment"):
+    found = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE")]
+    hint = f"RANK and WORLD_SIZE are {found}, not as torchrun sets them: unset both"
+    with errors_as(UserError, hint):
         rank, world = ranks()
         if not 0 <= rank < world or (world > 1 and "RANK" not in os.environ):
-            raise ValueError("not as torchrun sets them: unset both")
+            raise ValueError("these make no process of several")
 
 def join_processes(device):
     """Let the processes of torchrun speak to each other, each on its device."""
@@ -3150,7 +3160,7 @@ def stop_signals(minutes=0.0):
     before = {}
     with suppress(ValueError):  # outside of the main thread there are no handlers
         for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(kind) is not signal.SIG_IGN:  # nohup's
+            if kind != signal.SIGHUP or signal.getsignal(kind) != signal.SIG_IGN:  # nohup
                 before[kind] = signal.signal(kind, stop.note)
     try:
         yield stop
@@ -3608,7 +3618,7 @@ def extract(options):
     count = sum((head.seen.astype(int) for head in heads.values()), np.zeros(7, int))
     found = ", ".join(f"{name} in {n}" for name, n in zip(VERTEBRAE, count))
     print(f"{out}: crops of {len(heads)} of {len(mine)} studies; {found}")
-    if 2 * len(heads) < len(mine):
+    if world == 1 and 2 * len(heads) < len(mine):  # one of several would end the others
         raise Stopped("most studies have no crops: the lines above say why", 3)
 
 def say_makers(folder, heads, segmenters):
@@ -3617,7 +3627,7 @@ def say_makers(folder, heads, segmenters):
     sets = {frozenset(head.made_by) for head in heads.values()}
     if len(sets) > 1 and ranks()[0] == 0:
         say(f"{folder}: crops by {len(sets)} different sets of segmenters")
-    if segmenters and not segmenters.issuperset(*sets) and ranks()[0] == 0:
+    if segmenters and set().union(*sets) - segmenters and ranks()[0] == 0:
         say(f"{folder}: crops by other segmenters than those in --weights")
 
 def train_classifiers(options):
@@ -3681,6 +3691,8 @@ def predict_own(options):
     studies = named_studies(options.path, written)
     for folder in folders:
         try_writing(folder)  # now, not after an hour
+    if (out / "answers.json").exists() and not options.json:
+        say(f"{out / 'answers.json'} is of an earlier run, and stays: --json renews it")
     for name in studies if options.masks else ():
         refuse_to_overwrite(Path(options.masks) / f"{name}.nii.gz")
     hashes = model_hashes(options.weights)
@@ -3738,8 +3750,6 @@ def predict(options):
         hashes = model_hashes(options.weights)
         calibration = calibration_asked(options, hashes)
         submission = submission._replace(made_by=hash_of(hashes, calibration))
-        if options.resume and not read_reports(submission):
-            say("--resume: no report of these models and options: all is answered anew")
         write_submission(submission)
         device = pick_device(options.device)
         ensemble = tried_on_device(load_ensemble(options.weights, device, calibration))
@@ -3932,9 +3942,10 @@ def run_mode(modes, argv, others=()):
         say("cspine: out of memory: try --device cpu, a smaller --batch-size, --checkpoint")
         return 2
     except RuntimeError as error:
-        if "CUDA error" not in str(error):
+        if "CUDA error" not in str(error) or "assert" in str(error):
             raise  # a fault of ours, whose place is worth seeing
-        say(f"cspine: the GPU failed: {error!r:.200}; --resume, or --device cpu")
+        say(f"cspine: the GPU failed: {error!r:.200}; go on, as with --resume, or by "
+            "--device cpu")
         return 2
     except BrokenPipeError:  # whoever read it has gone, as in `| head`
         return 141

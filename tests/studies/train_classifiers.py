@@ -23,7 +23,6 @@ import functools
 import importlib
 import importlib.util
 import json
-import math
 import shutil
 import sys
 from dataclasses import replace

@@ -326,8 +326,8 @@ def close(session, stopped):
     (KAGGLE / "working" / NOTE).write_text(json.dumps(note))
     if "FAILED" in stopped:
         print(f"Session {session.number}: {stopped}.")
-        print("NOT YET TRAINED. Mend what those lines say before another session: the same cells "
-              "and inputs would fail in the same way. What was trained is in this output.")
+        print("NOT YET TRAINED. Mend what those lines tell first, or the next session may fail in "
+              f"the same way; then attach the output of this one, which holds {NOTE}, and go on.")
     elif stopped:
         print(f"Session {session.number}: {stopped}.")
         print(f"NOT YET TRAINED. Next session: attach the output of this one, which holds {NOTE} "

@@ -65,15 +65,15 @@ def copy_weights(source, out, dataset):
     if any(out.iterdir()) and not (out / METADATA).exists():
         raise UserError(f"{out}: has files, and is no data set that was written here; "
                         "another --out")
+    title = dataset.partition("/")[2]
+    write_json(out / METADATA, dict(  # first: by it the folder is known as ours
+        id=dataset, title=title, licenses=[dict(name="other")]))
     for old in (*out.glob("*_fold*.pt"), out / "calibration.json"):
         old.unlink(missing_ok=True)
     for path in models:
         shutil.copy(path, out)
     if (source / "calibration.json").exists():
         shutil.copy(source / "calibration.json", out)
-    title = dataset.partition("/")[2]
-    write_json(out / METADATA, dict(
-        id=dataset, title=title, licenses=[dict(name="other")]))
 
 
 def prediction_cells(name):

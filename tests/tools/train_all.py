@@ -28,14 +28,14 @@ FOLLOWED = {"gold": ["gold-second"]}  # preset: those that are trained after it
 
 
 def call(command):
-    """The exit status of a command. SIGTERM is passed on, SIGINT it gets from the terminal;
+    """The exit status of a command. SIGTERM and SIGHUP are passed on, SIGINT it gets from the terminal;
     then it saves and ends by itself, which is waited for."""
     with cspine.stop_signals() as stop, subprocess.Popen(command) as process:
         try:
             while process.poll() is None:
                 time.sleep(0.1)
-                if stop.signal == "SIGTERM":
-                    process.send_signal(signal.SIGTERM)
+                if stop.signal in ("SIGTERM", "SIGHUP"):
+                    process.send_signal(signal.Signals[stop.signal])
                     stop.signal = ""
         except KeyboardInterrupt:  # a second signal
             process.terminate()
