@@ -2798,12 +2798,14 @@ class Trainer:
 
     def write_model(self, task, path):
         """Write the averaged weights as of the last scoring, for load_model."""
-        weights = self.averaged.state_dict().items()
-        # On a GPU an LSTM's weights share one storage; each would be saved with all of it.
-        tensors = {name: t.half() if t.ndim > 1 else t.clone() for name, t in weights}
-        content = dict(settings=self.model.settings, tensors=tensors)
-        content["epoch"] = int(self.state.history[-1]["epoch"])
-        save_checkpoint(path, task.kind, task.recipe, **content)
+        tensors = {}
+        for name, tensor in self.averaged.state_dict().items():
+            # On a GPU an LSTM's weights share one storage: each would be saved with it all.
+            tensors[name] = tensor.half() if tensor.ndim > 1 else tensor.clone()
+        epoch = int(self.state.history[-1]["epoch"])
+        settings = self.model.settings
+        save_checkpoint(
+            path, task.kind, task.recipe, settings=settings, tensors=tensors, epoch=epoch)
 
 def learning_rate(recipe, done):
     """At a share of all steps: a linear warm-up, then half a cosine down to 1 %."""

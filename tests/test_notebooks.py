@@ -371,17 +371,17 @@ def test_a_copy_that_is_cut_short_is_none(second_session, monkeypatch):
     assert (second_session.weights / "vertebra_fold0.pt").read_text() == "whole"
 
 
-@pytest.mark.parametrize("mode, attached", (("train-cls", True), ("evaluate", False)))
-def test_what_failed_is_not_attached_to_fail_again(
-        mode, attached, second_session, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("mode, ended", (("train-cls", True), ("evaluate", False)))
+def test_what_failed_is_mended_before_it_is_attached(
+        mode, ended, second_session, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(kaggle_training, "KAGGLE", tmp_path)
     (tmp_path / "working").mkdir()
-    stopped = f"the time was over in {mode}" if attached else f"{mode} FAILED with exit status 2"
+    stopped = f"the time was over in {mode}" if ended else f"{mode} FAILED with exit status 2"
     kaggle_training.close(second_session, stopped)
     said = capsys.readouterr().out
     assert f"Session 2: {stopped}." in said and "NOT YET TRAINED" in said
-    assert ("attach the output of this one" in said) is attached
-    assert ("Mend what those lines say" in said) is not attached
+    assert "attach the output of this one" in said
+    assert ("Mend what those lines tell first" in said) is not ended
 
 
 def test_folds_may_be_fewer_and_crops_that_are_cut_short_are_not_taken_for_all(

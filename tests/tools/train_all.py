@@ -28,8 +28,8 @@ FOLLOWED = {"gold": ["gold-second"]}  # preset: those that are trained after it
 
 
 def call(command):
-    """The exit status of a command. SIGTERM and SIGHUP are passed on, SIGINT it gets from the terminal;
-    then it saves and ends by itself, which is waited for."""
+    """The exit status of a command. SIGTERM and SIGHUP are passed on, SIGINT it gets from the
+    terminal; then it saves and ends by itself, which is waited for."""
     with cspine.stop_signals() as stop, subprocess.Popen(command) as process:
         try:
             while process.poll() is None:
