@@ -854,7 +854,8 @@ def test_two_processes_train_as_one(kind, arguments, launch, tmp_path):
     at_start, alone, shared = (torch.cat([t.flatten().double() for t in state.values()])
                                for state in (fresh.state_dict(), one["model"], two["model"]))
     assert (alone - at_start).norm() > 0.01
-    print("MEASURED", kind, ((alone - shared).norm() / alone.norm()).item(), ((alone - shared).norm() / (alone - at_start).norm()).item())
+    if kind != "segmenter":  # whose BatchNorm and Dice see a process's own batch
+        assert (alone - shared).norm() < 1e-4 * (alone - at_start).norm()
     assert_same(*(torch.load(tmp_path / f"kept{k}") for k in (0, 1)))
     tables = [pd.read_csv(tmp_path / f / f"{name}_heldout.csv") for f in ("one", "rank0")]
     assert set(tables[0][STUDY]) == set(tables[1][STUDY])
