@@ -1,14 +1,16 @@
 """I rely on: how models are blended is fitted to held-out answers, and never to its own fold."""
 
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 import cspine
 from cspine import STEPS, STUDY, TARGETS, Answers, Calibration, Output
-from small_kernel import make_test_set, make_weights
+from small_kernel import make_study, make_test_set, make_weights
 
 
 def sigmoid(x):
@@ -180,3 +182,14 @@ def test_no_blend_is_tried_in_which_nobody_answers():
     tried = list(cspine.other_blends(found, ["a", "b"]))
     assert any(other.weights.get("b") == 4 for other in tried)
     assert all(any(other.weights.get(name, 1) for name in "ab") for other in tried)
+
+
+def test_a_name_that_weighs_nothing_leaves_the_others_the_time_of_a_single_fold(tmp_path):
+    """It came first, and a study with time for one fold got the prior."""
+    weights = make_weights(tmp_path / "weights", patient=False)
+    shutil.copy(weights / "vertebra_fold0.pt", weights / "vertebra_second_fold0.pt")
+    found = Calibration(weights={"vertebra": 0})
+    ensemble = cspine.load_ensemble(weights, torch.device("cpu"), found)
+    make_study(tmp_path / "study")
+    row, *_ = cspine.answer_study(cspine.read_volume(tmp_path / "study"), 0, ensemble, 1)
+    assert not any(row[target] == prior for target, prior in zip(TARGETS, cspine.PRIOR))

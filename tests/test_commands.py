@@ -280,6 +280,37 @@ def test_a_foreign_or_cut_file_is_refused(content, refused, data, weights, tmp_p
     assert "patient_fold0.pt" in refused("predict", "--data", data, "--weights", folder)
 
 
+def test_a_file_whose_middle_is_lost_is_refused(refused, data, weights, tmp_path):
+    """As by a copy that was cut short and filled up; its list of contents is whole."""
+    folder = tmp_path / "weights"
+    shutil.copytree(weights, folder)
+    path = folder / "patient_fold0.pt"
+    content = path.read_bytes()
+    middle = len(content) // 2
+    path.write_bytes(content[:middle] + bytes(4096) + content[middle + 4096:])
+    with pytest.raises(cspine.UserError, match="patient_fold0.pt: no checkpoint that can be"):
+        cspine.load_checkpoint(path)
+    assert "patient_fold0.pt" in refused("predict", "--data", data, "--weights", folder)
+
+
+@pytest.mark.parametrize("rank, world", [("1", None), ("2", "2"), ("-1", "2"), ("x", "2"), ("0", "")])
+def test_ranks_that_cannot_be_are_refused(rank, world, refused, monkeypatch):
+    """Another program's: a process that takes itself for one of two does half."""
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if world is not None:
+        monkeypatch.setenv("WORLD_SIZE", world)
+    with pytest.raises(cspine.UserError, match=f"RANK {rank}, WORLD_SIZE"):
+        cspine.ranks()
+    assert f"RANK {rank}, WORLD_SIZE" in refused("predict")
+
+
+def test_a_number_of_processes_without_the_own_number_is_refused(refused, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    assert "WORLD_SIZE is in the environment and RANK is not" in refused("predict")
+
+
 def test_files_that_only_look_like_folds_are_left_alone(data, weights, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "weights"
@@ -392,6 +423,38 @@ def test_a_bug_shows_its_traceback(monkeypatch, tmp_path):
     monkeypatch.setattr(cspine, "read_csv", broken)
     with pytest.raises(ZeroDivisionError):
         cspine.main(["predict", "--data", str(tmp_path)])
+
+
+@pytest.fixture
+def failing(tmp_path, monkeypatch):
+    """failing(error) -> the exit status of a mode in which it is raised."""
+    def run(error):
+        def broken(path, columns):
+            raise error
+        write_test_csv(tmp_path, [("a_C1", "a", "C1")])
+        monkeypatch.setattr(cspine, "read_csv", broken)
+        return cspine.main(["predict", "--data", str(tmp_path)])
+    return run
+
+
+def test_a_card_that_fails_ends_a_mode_in_one_line_and_a_bug_of_ours_does_not(failing, capsys):
+    assert failing(RuntimeError("CUDA error: unspecified launch failure")) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "the GPU failed" in line and "launch failure" in line
+    with pytest.raises(RuntimeError, match="shapes"):
+        failing(RuntimeError("shapes do not fit"))
+
+
+def test_whoever_stops_reading_ends_a_mode_as_a_shell_expects(failing, capsys):
+    assert failing(BrokenPipeError(32, "Broken pipe")) == 141
+    assert not capsys.readouterr().err
+
+
+def test_a_closed_stdout_changes_no_status(tmp_path):
+    command = [sys.executable, cspine.__file__, "predict", "--data", "nowhere"]
+    done = subprocess.run(
+        ["sh", "-c", '"$@" >&-', "sh", *command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_demo_goes_from_phantoms_to_scores_and_dice(weights, tmp_path, monkeypatch, capsys):

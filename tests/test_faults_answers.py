@@ -388,7 +388,7 @@ def test_a_training_goes_on_with_what_it_was_made_of_and_names_what_differs(
     (data / "train_images" / "u3").rmdir()
     assert "studies" in other()
     (data / "train_images" / "u3").mkdir()
-    assert other("--lr", "0.01") == "options"
+    assert re.fullmatch(r"--lr \(it was \S+\)", other("--lr", "0.01"))
     assert (tmp_path / "w" / "vertebra_fold0_last.pt").read_bytes() == before
 
 
@@ -711,7 +711,28 @@ def test_a_calibration_by_folds_1_says_what_it_was_fitted_to(said, tmp_path):
         if trained:
             pd.read_csv(path).assign(trained_on=1).to_csv(path, index=False)
         _, errors = said(command)
-        assert "only one fold" in errors and ("trained on: no fair score" in errors) == trained
+        assert ("trained on: no fair score" in errors) == trained
+        assert "the blend is not fitted" not in errors
+
+
+def test_the_fit_to_one_fold_is_scored_across_fifths_of_its_studies(said, tmp_path):
+    """A study's own labels move the answers of others, and not its own."""
+    weights, data = tmp_path / "weights", tmp_path / "data"
+    labels = folds_of_answers(weights, 30)  # 15 of each fold
+    (weights / "vertebra_fold1_heldout.csv").unlink()
+    write_labels(data, labels)
+    out, errors = said(["evaluate", "--folds", "--calibrate", "--data", data, "--weights", weights])
+    assert "The same, each fold (of one alone, each fifth of its studies) blended" in out
+    assert len(re.findall(r"better: (\d\.\d+) per study", out)) == 2
+    assert "under 20 studies: the blend is not fitted, only scale and shift" in errors
+
+    outputs, folds = cspine.read_held_out(weights)
+    truth = pd.DataFrame.from_dict(labels, orient="index", columns=TARGETS)
+    before = cspine.calibrate(outputs, folds, truth, weights)
+    truth.loc["u0"] = 1 - truth.loc["u0"]
+    after = cspine.calibrate(outputs, folds, truth, weights).loc[before.index]
+    moved = (after != before).any(axis=1)
+    assert len(before) == 15 and not moved["u0"] and moved.sum() == 12
 
 
 def test_a_score_of_unlike_models_a_study_is_told(said, tmp_path):

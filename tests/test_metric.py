@@ -212,3 +212,11 @@ def test_a_mask_is_named_right_if_most_of_it_lies_in_its_vertebra():
     probability[1, 1:5] = 0.9  # C2: three of four planes
     probability[2, 1:5] = 0.9  # C3: one of four
     assert [*cspine.named_right(probability, labels)] == [False, True] + 5 * [False]
+
+
+def test_a_mask_of_three_cells_is_named_right_by_two():
+    labels = np.zeros((2, 2, 2), np.uint8)
+    labels[0, 0] = 4
+    probability = np.zeros((7, 2, 2, 2), np.float32)
+    probability[3, 0, 0] = probability[3, 1, 0, 0] = 1
+    assert [*cspine.named_right(probability, labels)] == [False] * 3 + [True] + [False] * 3

@@ -231,6 +231,14 @@ def test_dicom_and_nifti_of_one_ct_have_the_same_answers(predict, ct, tmp_path, 
     assert place["sop_instance_uid"] == f"1.2.3.9.{place['slice']}"
 
 
+def test_an_older_json_of_other_studies_does_not_stay_beside_new_answers(predict, ct, tmp_path):
+    path = tmp_path / "answers" / "answers.json"
+    path.parent.mkdir()
+    path.write_text("{}")
+    status, table = predict("dicom")
+    assert status == 0 and len(table) == 1 and not path.exists()
+
+
 def test_the_turned_volume_equals_the_series(ct, tmp_path):
     other = cspine.read_volume(tmp_path / "ct.nii.gz")
     assert np.array_equal(other.hu, ct.hu) and np.allclose(other.affine, ct.affine, atol=1e-4)

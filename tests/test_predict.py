@@ -334,6 +334,13 @@ def test_resume_repeats_what_failed(predict, tmp_path):
     assert submission["b_C1"] != PRIOR["C1"]
 
 
+def test_resume_says_where_there_is_nothing_to_go_on_with(predict, capsys):
+    for said in (True, False):
+        _, report, status = predict("--resume")
+        assert status == 0 and len(report) == 2
+        assert ("no report of these models and options: " in capsys.readouterr().err) == said
+
+
 def test_without_resume_nothing_of_an_earlier_run_is_taken(predict, tmp_path):
     first, report, _ = predict()
     report.reset_index().assign(C1=0.125).to_csv(tmp_path / "predict_report.csv", index=False)

@@ -124,6 +124,25 @@ def test_a_file_in_data_is_found_too(tmp_path, monkeypatch):
     assert imagenet_file(TIMM, tmp_path / "data") == path
 
 
+def test_weights_are_taken_and_not_the_optimisers_state_beside_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(cspine, "KAGGLE", tmp_path)
+    folder = tmp_path / "input" / f"{TIMM}.in21k_ft_in1k"
+    other = touch(folder / "optimizer.bin")
+    assert imagenet_file(TIMM, tmp_path) == other  # the only one, as a pytorch_model.bin is
+    path = touch(folder / "model.safetensors")
+    assert imagenet_file(TIMM, tmp_path) == path
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_longer_name_in_kaggles_hyphens_is_another_network_also_alone(
+        beside, tmp_path, monkeypatch):
+    monkeypatch.setattr(cspine, "KAGGLE", tmp_path)
+    touch(tmp_path / "input" / "convnext-nano-ols.d1h-in1k" / "model.safetensors")
+    own = tmp_path / "input" / "convnext-nano-a-much-longer-name" / "model.safetensors"
+    found = touch(own) if beside else None
+    assert imagenet_file("convnext_nano", tmp_path) == found
+
+
 def test_a_patient_classifier_begins_from_its_folds_vertebra_classifier(tmp_path, capsys):
     make_weights(tmp_path, folds=2, patient=False)
     for fold in (0, 1):
@@ -183,6 +202,22 @@ def test_a_patient_classifier_begins_from_a_fold_of_its_backbone_by_any_name(tmp
     assert cspine.init_file(options, "patient", 1, ["a"]) is None
     second.write_bytes(first.read_bytes())
     assert cspine.init_file(options, "patient", 0, ["a"]) == second
+
+
+def test_where_neither_the_own_name_nor_none_is_there_another_will_do(tmp_path, capsys):
+    """And one that only another --hidden keeps from it is told of; another backbone is not."""
+    make_weights(tmp_path, patient=False)
+    third = (tmp_path / "vertebra_fold0.pt").rename(tmp_path / "vertebra_third_fold0.pt")
+    third.with_name(f"{third.stem}_heldout.csv").write_text(f"{cspine.STUDY}\na\n")
+    options = Namespace(init="auto", name="second", weights=tmp_path, data=tmp_path, hidden=8,
+                        backbone="mobilenetv3_small_050", folds=5)
+    assert cspine.init_file(options, "patient", 0, ["a"]) == third
+    options.backbone = "test_resnet"
+    assert cspine.init_file(options, "patient", 0, ["a"]) is None
+    assert not capsys.readouterr().err
+    options.backbone, options.hidden = "mobilenetv3_small_050", 16
+    assert cspine.init_file(options, "patient", 0, ["a"]) is None
+    assert capsys.readouterr().err == f"{third}: not started from: its --hidden is 8\n"
 
 
 def test_from_scratch_is_said_once_and_loudly_but_not_where_it_is_wanted(capsys):
@@ -336,6 +371,17 @@ def test_the_plan_that_is_said_is_the_one_that_was_counted(preset, capsys):
     assert f"{sum(hours.values()):.0f} hour" in said and "not timed" in said
 
 
+@pytest.mark.parametrize("mode", ["train-seg", "extract"])
+def test_the_plan_is_said_before_a_study_is_read(mode, tmp_path, monkeypatch, capsys):
+    def stop(options):
+        raise cspine.UserError("data is read")
+    monkeypatch.setattr(cspine, "training_data", stop)
+    given = ["--backbone", "test_resnet"] if mode == "train-seg" else []
+    assert cspine.main([mode, "--preset", "fast", "--weights", tmp_path, *given]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("--preset fast") and second == "cspine: data is read"
+
+
 def test_fast_ends_within_an_hour_of_two_t4_by_its_plan():
     """It cuts crops of some studies alone: reading all takes longer."""
     hours = planned_hours("fast", TRAINED_STUDIES, MASKED_STUDIES, 2, CARD_TFLOPS)
@@ -372,6 +418,15 @@ def test_models_with_names_are_found_beside_the_others(tmp_path):
     assert len(cspine.load_ensemble(tmp_path, cpu).models["vertebra"]) == 2
     assert "vertebra_v2s_fold1.pt" in cspine.model_hashes(tmp_path)
     assert len(cspine.model_hashes(tmp_path)) == 4
+
+
+def test_every_name_has_files_of_its_own(tmp_path):
+    """Also one that is, or ends in, an underscore."""
+    names = ["", "_", "a", "a_", "_a"]
+    for name in names:
+        touch(tmp_path / f"{cspine.model_name('vertebra', name, 0)}.pt")
+    files = cspine.model_files(tmp_path, "vertebra")
+    assert sorted(name for _, name, _ in files) == sorted(names)
 
 
 def test_classifiers_of_large_crops_are_shown_large_crops(tmp_path, monkeypatch):
