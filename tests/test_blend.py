@@ -193,3 +193,10 @@ def test_a_name_that_weighs_nothing_leaves_the_others_the_time_of_a_single_fold(
     make_study(tmp_path / "study")
     row, *_ = cspine.answer_study(cspine.read_volume(tmp_path / "study"), 0, ensemble, 1)
     assert not any(row[target] == prior for target, prior in zip(TARGETS, cspine.PRIOR))
+
+
+def test_models_that_all_weigh_nothing_are_refused(tmp_path):
+    weights = make_weights(tmp_path / "weights", patient=False)
+    found = Calibration(weights={"vertebra": 0})
+    with pytest.raises(cspine.UserError, match="every classifier there weighs 0"):
+        cspine.load_ensemble(weights, torch.device("cpu"), found)

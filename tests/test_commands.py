@@ -293,136 +293,15 @@ def test_a_file_whose_middle_is_lost_is_refused(refused, data, weights, tmp_path
     assert "patient_fold0.pt" in refused("predict", "--data", data, "--weights", folder)
 
 
-@pytest.mark.parametrize("rank, world", [("1", None), ("2", "2"), ("-1", "2"), ("x", "2"), ("0", "")])
+@pytest.mark.parametrize("rank, world", [
+    ("1", None), ("2", "2"), ("-1", "2"), ("x", "2"), ("0", ""), (None, "2")])
 def test_ranks_that_cannot_be_are_refused(rank, world, refused, monkeypatch):
     """Another program's: a process that takes itself for one of two does half."""
-    monkeypatch.setenv("RANK", rank)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    if world is not None:
-        monkeypatch.setenv("WORLD_SIZE", world)
-    with pytest.raises(cspine.UserError, match=f"RANK {rank}, WORLD_SIZE"):
-        cspine.ranks()
-    assert f"RANK {rank}, WORLD_SIZE" in refused("predict")
-
-
-def test_a_number_of_processes_without_the_own_number_is_refused(refused, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.delenv("RANK", raising=False)
-    assert "WORLD_SIZE is in the environment and RANK is not" in refused("predict")
-
-
-def test_files_that_only_look_like_folds_are_left_alone(data, weights, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "weights"
-    shutil.copytree(weights, folder)
-    for name in ("vertebra_fold0_last.pt", "vertebra_fold_old1.pt", "segmenter_fold0x2.pt"):
-        (folder / name).write_text("no weights")
-    for kind in ("vertebra", "segmenter"):
-        found = cspine.load_models(folder, kind, torch.device("cpu"))
-        assert list(found) == [folder / f"{kind}_fold0.pt"]
-
-
-def test_an_output_that_cannot_be_written(refused, data, weights, tmp_path):
-    (tmp_path / "file").write_text("")
-    line = refused("predict", "--data", data, "--weights", weights, "--out",
-                   tmp_path / "file" / "submission.csv")
-    assert "cannot write" in line
-
-
-def test_evaluate_scores_a_submission_with_holes(data, weights, tmp_path, capsys):
-    """What is missing or no number counts as the prior."""
-    rows = [("a_C1", "0.9"), ("a_C2", "none"), ("odd", "0.5")]
-    path = tmp_path / "submission.csv"
-    pd.DataFrame(rows, columns=["row_id", "fractured"]).to_csv(path, index=False)
-    assert cspine.main(["evaluate", "--data", str(data), "--weights", str(tmp_path),
-                        "--submission", str(path)]) == 0
-    answer, label = cspine.PRIOR.copy(), np.array([1, *[0] * 6, 1])
-    answer[0] = 0.9
-    weight = np.where(label, 2, 1) * [1, 1, 1, 1, 1, 1, 1, 7]
-    loss = -np.where(label, np.log(answer), np.log(1 - answer))
-    assert f"{(weight * loss).sum() / weight.sum():.4f} per study" in capsys.readouterr().out
-
-
-def test_a_study_whose_answers_are_all_missing_is_scored_as_the_prior(tmp_path):
-    path = tmp_path / "submission.csv"
-    rows = [("a_C1", "0.9"), ("b_C1", "none"), ("b_C2", ""), ("odd", "0.5")]
-    pd.DataFrame(rows, columns=["row_id", "fractured"]).to_csv(path, index=False)
-    found = cspine.read_answers(path)
-    assert [*found.index] == ["a", "b"] and found.loc["b"].isna().all()
-    assert found.C1["a"] == 0.9 and found.loc["a"].isna().sum() == 7
-
-
-def test_a_damaged_study_costs_evaluate_its_dice_alone(tmp_path, capsys):
-    data = tmp_path / "data"
-    for uid in ("bad", "good"):
-        make_study(data / "train_images" / uid)
-        (data / "segmentations").mkdir(exist_ok=True)
-    volume = cspine.read_volume(data / "train_images" / "good")
-    labels = np.ones(volume.hu.shape, np.uint8)
-    cspine.write_nifti(data / "segmentations" / "good.nii.gz", labels, volume)
-    (data / "segmentations" / "bad.nii.gz").write_bytes(b"damaged")
-    make_weights(tmp_path / "weights")
-    models = [*cspine.load_models(tmp_path / "weights", "segmenter", "cpu").values()]
-    table = cspine.mask_table(data, ["bad", "good"], models, 1)
-    assert table.Dice["C1"] >= 0 and "study bad" in capsys.readouterr().err
-
-
-def test_a_notebook_may_give_paths_and_numbers(tmp_path, capsys):
-    assert cspine.main(["predict", "--data", tmp_path / "none", "--workers", 2]) == 2
-    assert "no test.csv" in capsys.readouterr().err
-
-
-def test_a_folder_that_may_not_be_read_ends_in_one_line(tmp_path, monkeypatch, capsys):
-    def forbidden(path):
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(cspine.Path, "exists", forbidden)
-    assert cspine.main(["predict", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_run_in_a_notebook_the_file_leaves_the_kernel_alive(tmp_path):
-    """%run gives a file its name and its path, in the process of the kernel."""
-    program = f"""
-import runpy, sys, types
-sys.modules["ipykernel"] = types.ModuleType("ipykernel")
-sys.argv = ["cspine.py", "predict", "--data", "nowhere"]
-try:
-    runpy.run_path({cspine.__file__!r}, run_name="__main__")
-except SystemExit as end:
-    print("alive", end.code)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout.split() == ["alive", "2"], done.stderr
-
-
-def test_evaluate_reads_no_mask_outside_the_data(data, weights, tmp_path, capsys):
-    folder = tmp_path / "data"
-    for name in ("train_images", "segmentations"):
-        (folder / name).mkdir(parents=True)
-    make_study(tmp_path / "x1")  # both lie where data/train_images/../../x1 leads
-    volume = cspine.read_volume(tmp_path / "x1")
-    cspine.write_nifti(tmp_path / "x1.nii.gz", np.ones(volume.hu.shape, np.uint8), volume)
-    rows = pd.DataFrame([["../../x1", 1, 1, *[0] * 6]],
-                        columns=[cspine.STUDY, "patient_overall", *cspine.VERTEBRAE])
-    rows.to_csv(folder / "train.csv", index=False)
-    path = tmp_path / "submission.csv"
-    pd.DataFrame([("../../x1_C1", 0.5)], columns=["row_id", "fractured"]).to_csv(path, index=False)
-    assert cspine.main(["evaluate", "--data", str(folder), "--weights", str(weights),
-                        "--submission", str(path)]) == 0
-    said = capsys.readouterr().out
-    assert "weighted log loss" in said and "Dice" not in said
-
-
-def test_a_bug_shows_its_traceback(monkeypatch, tmp_path):
-    def broken(path, columns):
-        raise ZeroDivisionError
-
-    write_test_csv(tmp_path, [("a_C1", "a", "C1")])
-    monkeypatch.setattr(cspine, "read_csv", broken)
-    with pytest.raises(ZeroDivisionError):
-        cspine.main(["predict", "--data", str(tmp_path)])
+    for name, value in dict(RANK=rank, WORLD_SIZE=world).items():
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert f"RANK and WORLD_SIZE are {[rank, world]}, not as torchrun" in refused("predict")
 
 
 @pytest.fixture

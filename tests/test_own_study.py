@@ -231,12 +231,15 @@ def test_dicom_and_nifti_of_one_ct_have_the_same_answers(predict, ct, tmp_path, 
     assert place["sop_instance_uid"] == f"1.2.3.9.{place['slice']}"
 
 
-def test_an_older_json_of_other_studies_does_not_stay_beside_new_answers(predict, ct, tmp_path):
+def test_an_older_json_of_other_studies_is_told_of(predict, ct, tmp_path, capsys):
     path = tmp_path / "answers" / "answers.json"
     path.parent.mkdir()
     path.write_text("{}")
     status, table = predict("dicom")
-    assert status == 0 and len(table) == 1 and not path.exists()
+    assert status == 0 and len(table) == 1 and path.read_text() == "{}"
+    assert "answers/answers.json is of an earlier run, and stays" in capsys.readouterr().err
+    predict("dicom", "--json")
+    assert "earlier run" not in capsys.readouterr().err and path.read_text() != "{}"
 
 
 def test_the_turned_volume_equals_the_series(ct, tmp_path):

@@ -338,7 +338,7 @@ def test_resume_says_where_there_is_nothing_to_go_on_with(predict, capsys):
     for said in (True, False):
         _, report, status = predict("--resume")
         assert status == 0 and len(report) == 2
-        assert ("no report of these models and options: " in capsys.readouterr().err) == said
+        assert ("--resume: 0 studies have answers" in capsys.readouterr().err) == said
 
 
 def test_without_resume_nothing_of_an_earlier_run_is_taken(predict, tmp_path):

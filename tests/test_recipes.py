@@ -143,6 +143,14 @@ def test_a_longer_name_in_kaggles_hyphens_is_another_network_also_alone(
     assert imagenet_file("convnext_nano", tmp_path) == found
 
 
+def test_a_folder_named_after_two_networks_holds_the_files_of_both(tmp_path, monkeypatch):
+    monkeypatch.setattr(cspine, "KAGGLE", tmp_path)
+    folder = tmp_path / "input" / "convnext-nano-ols-and-others"
+    touch(folder / "convnext_nano_ols.d1h_in1k.safetensors")
+    own = touch(folder / "convnext_nano.d1h_in1k.safetensors")
+    assert imagenet_file("convnext_nano", tmp_path) == own
+
+
 def test_a_patient_classifier_begins_from_its_folds_vertebra_classifier(tmp_path, capsys):
     make_weights(tmp_path, folds=2, patient=False)
     for fold in (0, 1):
