@@ -166,8 +166,8 @@ def test_the_notebook_runs_from_its_first_cell_to_its_last(
                               (weights_at, "my-weights", weights)):
         (tmp_path / "input" / place).mkdir(parents=True, exist_ok=True)
         (tmp_path / "input" / place / name).symlink_to(real)
-    run = run.replace("/kaggle/input/", f"{tmp_path}/input/")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KAGGLE_ROOT", str(tmp_path))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     kernel = {"__name__": "__main__"}
