@@ -10,6 +10,9 @@ from phantoms import make_dataset
 from pictures import overview
 
 MATRIX = 256  # rows of a demo's slice, pixels
+TABLES = (  # that phantom writes
+    "train.csv", "train_bounding_boxes.csv", "test.csv", "test_labels.csv",
+    "sample_submission.csv")
 UID_ROOT = "1.2.826.0.1.3680043.9999."  # of all phantoms
 
 
@@ -29,7 +32,7 @@ def phantom(options):
     truth of the test, test_labels.csv, to the folder. Example: cspine.py phantom data
     --studies 50
     """
-    for name in ("train.csv", "test.csv"):
+    for name in TABLES:
         refuse_real_studies(Path(options.target) / name)
     make_dataset(
         Path(options.target), options.studies, options.test_studies, options.seed,

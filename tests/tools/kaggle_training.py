@@ -119,7 +119,7 @@ def earlier_session():
     found = []
     for path in cspine.files_below(KAGGLE / "input", LEVELS):
         if path.name == NOTE:
-            with suppress(ValueError, KeyError, TypeError):  # another program's
+            with suppress(ValueError, KeyError, TypeError, OverflowError):  # another program's
                 found.append((int(json.loads(path.read_text())["session"]), path.parent))
     number, folder = max([one for one in found if one[0] > 0], default=(0, None))
     return folder, number
