@@ -90,7 +90,8 @@ MIN_SLICES = 16  # slices; fewer are no study (the competition's shortest has 69
 MAX_VOXELS = 2**30  # voxels, 2 GB of int16; more is damage or does not fit
 MAX_GAP_MM = 30.0  # mm; a longer hole along the normal separates two scans
 SAME_PLACE_MM = 0.05  # mm; closer slices lie at one place (spacings begin at 0.3)
-TWIN_MM, TWIN_SHARE = 0.25, 0.34  # mm, and share of the gaps beside: two passes' slices
+TWIN_MM = 0.25  # mm; slices of two passes that lie closer are at one place, where that
+TWIN_SHARE = 0.34  # is also less than this share of the gaps beside
 FILLS_FROM = 0.75  # share of a step; slices of other passes nearer to a kept one go
 SAME_STEP = 0.01  # share of a pixel by which the pixels of slices of one series may differ
 PASS_APART_S = 30  # s; images of a pass are reconstructed in any order, with no such pause
@@ -128,10 +129,10 @@ COMPETITION = "rsna-2022-cervical-spine-fracture-detection"
 MOUNTED = KAGGLE / "input/competitions" / COMPETITION  # older: without competitions/
 KAGGLE_DATA = str(MOUNTED if MOUNTED.is_dir() else KAGGLE / "input" / COMPETITION)
 KAGGLE_MINUTES = 510.0  # minutes, of the 540 that a submission has
-MAX_READ_S = 600  # s, or a quarter of the time left, that reading a study may cost
-ECHO_S = 2  # s in which a signal may come again
+MAX_READ_S = 600  # s that reading a study may take; a quarter of the time left, if less
+ECHO_S = 2  # s in which a repeated signal is an echo of torchrun's
 LOG_S = 60  # s between two lines of progress in a log
-READING_THREADS = 99  # enough that studies stuck in hanging files leave the next one some
+READING_THREADS = 99  # studies that hang keep one each, and the next still gets some
 CROPS_ON_CPU = STEPS  # crops in one pass of a backbone: about a CPU's cache
 CROPS_ON_GPU = 2 * 7 * STEPS  # crops in one pass: those of two patients
 
@@ -179,7 +180,7 @@ FAST = {  # ours: one fold within an hour on two T4, most of which reads the stu
     "extract": dict(studies=550),
     "train-cls": dict(fold="0", epochs=16, thin=3),
     "train-patient": dict(fold="0", epochs=12, thin=3)}
-GOLD_CROPS = dict(  # first place's, whose 50 to 75 epochs show all steps; ours, a third
+GOLD_CROPS = dict(  # first place's, whose 50 to 75 epochs show all steps; `thin`, a third
     size=384, epochs=50, thin=3, mixup=0.5, drop_path=0.3, dropout=0.3, augment="strong")
 GOLD = {
     "train-seg": dict(epochs=1000, drop_path=0.2),  # 17,000 steps; first place: 17,400
@@ -1108,8 +1109,8 @@ def crop_plane(plane, box, size):
 
 def slice_indices(extent, z_margin, edge, count):
     """(15, 5): the native slices of every step, of `count`; a border slice repeats. The
-    centres lie evenly over the slices that a vertebra's cells cover, `extent` (first, last)
-    of a cube with `edge`, and `z_margin` cells beyond."""
+    centres lie evenly over the slices that a vertebra's cells cover, from `extent` (first,
+    last) of the `edge` cells along Z, and `z_margin` cells beyond."""
     first = max(extent[0] - z_margin, 0) * count / edge
     last = min(extent[1] + z_margin + 1, edge) * count / edge - 1
     last = max(first, last)  # a cell may be thinner than a slice
@@ -1690,8 +1691,8 @@ def vertebra_labels(volume, probability):
 
 def lower_end(voxels, volume):
     """Degrees by which the lower end of a vertebra's body falls from front to back.
-    `voxels` (N, 3) are its mask's. In the middle, the body ends where the canal begins;
-    None if it does not, or is too small."""
+    `voxels` (N, 3) are its mask's. In the middle, where the canal opens behind it, the body
+    ends at the canal; None if there is none, or too little of a body."""
     x = voxels[:, 2].mean()
     aside = abs(voxels[:, 2] - x) * volume.spacing[2]
     z, y = voxels[aside < SLAB_MM, :2].T
@@ -2659,7 +2660,7 @@ class TrainingState:
     skipped: int = 0  # steps without a finite gradient
     in_a_row: int = 0  # of these, without a good one between
     seconds: float = 0.0  # of the steps since the last scoring
-    slowest: float = 0.0  # seconds of a step with what followed it
+    slowest: float = 0.0  # seconds of the slowest step, with its scoring and saving
     losses: list = field(default_factory=list)  # since the last scoring
     history: list = field(default_factory=list)  # a dict a scoring
 
@@ -2923,7 +2924,7 @@ def classifier_task(kind, recipe, device, folder, truth):
         uid, targets = sample
         steps = slice(first, None, recipe.thin)
         crops = read_crops(folder / f"{uid}.npz", targets[:7], steps)  # (V, T, K, S, S)
-        labels = truth[uid][targets]
+        labels = truth[uid][targets]  # a copy: targets is a list
         unseen = ~crops.any((1, 2, 3, 4))
         labels[: len(crops)][unseen] = np.nan
         crops = np.concatenate(crops)  # (V * T, K, S, S)
