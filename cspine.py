@@ -2404,8 +2404,13 @@ KINDS = dict(segmenter=Segmenter, vertebra=VertebraClassifier, patient=PatientCl
 def save_checkpoint(path, kind, recipe, **content):
     """Write plain values and tensors, by the first process alone."""
     content |= dict(program="cspine", kind=kind, recipe=asdict(recipe))
+
+    def write(new):
+        with new.open("wb") as file:  # by a name, it would stand in the file: other bytes
+            torch.save(content, file)
+
     if ranks()[0] == 0:
-        write_atomic(path, lambda new: torch.save(content, new))
+        write_atomic(path, write)
 
 def load_checkpoint(path):
     """What save_checkpoint wrote; UserError for any other file."""
@@ -2577,8 +2582,7 @@ def in_underscores(name):
 def imagenet_file(backbone, data):
     """The Path of timm's file of a backbone, or None; its name, or a folder's, says so.
     Looks under /kaggle/input, in --data and in weights/pretrained. Best is, as with timm,
-    what saw more than ImageNet-1k and was tuned to it; a .bin, which may be an optimiser's,
-    comes last."""
+    what saw more than ImageNet-1k and was tuned to it, of two alike a .safetensors."""
     import timm
     at_start = rf"(?:^|/|timm_+){re.escape(in_underscores(backbone))}(?=[_/])"
     longer = timm.list_models(f"{backbone}_*")  # convnext_nano_ols is no convnext_nano
@@ -2589,9 +2593,10 @@ def imagenet_file(backbone, data):
         found = []
         for path in files_below(folder, levels):
             name = in_underscores(path.relative_to(folder))
+            if path.suffix not in (".safetensors", ".bin", ".pth") or "optim" in path.name:
+                continue
             ends = [match.end() for match in re.finditer(at_start, name)]
-            named = [end for end in ends if not name.startswith(others, end)]
-            if named and path.suffix in (".safetensors", ".bin", ".pth"):
+            if ends and not name.startswith(others, ends[-1]):  # the deepest name counts
                 tuned = re.search(r"in\d+k?_?ft", name)
                 found.append((not tuned, path.suffix != ".safetensors", len(name), path))
         if found:
@@ -2841,13 +2846,14 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
         say(f"{weights / name}.pt is there already, and will be overwritten")
 
     now = run.state
-    now.slowest = min(now.slowest, stop.left() / 10)  # one stall is no rule for all runs
+    now.slowest = min(now.slowest, max(stop.left() / 10, 0))  # a past stall is no rule
     steps = max(1, count // size)  # an epoch
     total = steps * recipe.epochs
     if now.step == total and rank == 0:
         say(f"{name}: finished before")
         if not (weights / f"{name}.pt").exists():
             run.write_model(task, weights / f"{name}.pt")
+        write_csv(weights / f"{name}_log.csv", pd.DataFrame(now.history))
     shuffles = [np.random.default_rng([recipe.seed, k]) for k in range(recipe.epochs)]
     order = [np.resize(rng.permutation(count), steps * size) for rng in shuffles]
     order = np.concatenate(order)
@@ -3057,7 +3063,7 @@ def refuse_foreign_ranks():
     with errors_as(UserError, hint):
         rank, world = ranks()
         if not 0 <= rank < world or (world > 1 and "RANK" not in os.environ):
-            raise ValueError("these make no process of several")
+            raise ValueError("no process of several has these numbers")
 
 def join_processes(device):
     """Let the processes of torchrun speak to each other, each on its device."""
@@ -3621,7 +3627,7 @@ def extract(options):
     count = sum((head.seen.astype(int) for head in heads.values()), np.zeros(7, int))
     found = ", ".join(f"{name} in {n}" for name, n in zip(VERTEBRAE, count))
     print(f"{out}: crops of {len(heads)} of {len(mine)} studies; {found}")
-    if world == 1 and 2 * len(heads) < len(mine):  # one of several would end the others
+    if world == 1 and 2 * len(heads) < len(mine):  # as in predict
         raise Stopped("most studies have no crops: the lines above say why", 3)
 
 def say_makers(folder, heads, segmenters):
@@ -3764,7 +3770,7 @@ def predict(options):
     good = sum(reports.get(uid, {}).get("status") in ("ok", "partial") for uid in mine)
     print(f"{submission.out}: {len(submission.rows)} rows, {len(mine)} studies, "
           f"{len(mine) - good} fell back to a prior")
-    if 2 * good < len(mine):
+    if world == 1 and 2 * good < len(mine):  # one of several would end the others
         raise Stopped("most studies got the prior: see predict_report.csv", 3)
 
 @dataclass(frozen=True)
@@ -3945,10 +3951,10 @@ def run_mode(modes, argv, others=()):
         say("cspine: out of memory: try --device cpu, a smaller --batch-size, --checkpoint")
         return 2
     except RuntimeError as error:
-        if "CUDA error" not in str(error) or "assert" in str(error):
+        text = " ".join(str(error).split())
+        if "CUDA error" not in text or "assert triggered" in text:
             raise  # a fault of ours, whose place is worth seeing
-        say(f"cspine: the GPU failed: {error!r:.200}; go on, as with --resume, or by "
-            "--device cpu")
+        say(f"cspine: the GPU failed: {text:.80}: go on by --resume, or use --device cpu")
         return 2
     except BrokenPipeError:  # whoever read it has gone, as in `| head`
         return 141

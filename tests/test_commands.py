@@ -317,11 +317,14 @@ def failing(tmp_path, monkeypatch):
 
 
 def test_a_card_that_fails_ends_a_mode_in_one_line_and_a_bug_of_ours_does_not(failing, capsys):
-    assert failing(RuntimeError("CUDA error: unspecified launch failure")) == 2
+    advice = ("\nCUDA kernel errors might be asynchronously reported at some other API call.\n"
+              "Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.\n")
+    assert failing(RuntimeError("CUDA error: unspecified launch failure" + advice)) == 2
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and "the GPU failed" in line and "launch failure" in line
-    with pytest.raises(RuntimeError, match="shapes"):
-        failing(RuntimeError("shapes do not fit"))
+    for fault in ("shapes do not fit", "CUDA error: device-side assert triggered" + advice):
+        with pytest.raises(RuntimeError, match=fault[:10]):
+            failing(RuntimeError(fault))
 
 
 def test_whoever_stops_reading_ends_a_mode_as_a_shell_expects(failing, capsys):

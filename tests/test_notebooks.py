@@ -381,7 +381,7 @@ def test_what_failed_is_mended_before_it_is_attached(
     said = capsys.readouterr().out
     assert f"Session 2: {stopped}." in said and "NOT YET TRAINED" in said
     assert "attach the output of this one" in said
-    assert ("Mend what those lines tell first" in said) is not ended
+    assert ("First mend what those lines name" in said) is not ended
 
 
 def test_folds_may_be_fewer_and_crops_that_are_cut_short_are_not_taken_for_all(

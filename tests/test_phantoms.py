@@ -172,7 +172,7 @@ def test_tables_of_other_studies_are_not_overwritten(name, tmp_path, capsys):
     path = tmp_path / name
     path.write_text(TABLES[name])
     assert main(["phantom", str(tmp_path), *NONE]) == 2
-    assert capsys.readouterr().err.startswith(f"cspine: {path}: is not of phantoms")
+    assert capsys.readouterr().err.startswith(f"cspine: {path}: not a table of phantoms")
     assert [*tmp_path.iterdir()] == [path] and path.read_text() == TABLES[name]
 
 
@@ -180,7 +180,7 @@ def test_a_submission_of_other_studies_is_not_overwritten(tmp_path, capsys):
     path = tmp_path / "submission.csv"
     path.write_text(f"row_id,fractured\n{REAL}_C1,0.9\n")
     assert main(["demo", "--out", str(path), "--work", str(tmp_path / "work")]) == 2
-    assert "is not of phantoms" in capsys.readouterr().err
+    assert "not a table of phantoms" in capsys.readouterr().err
     assert [*tmp_path.iterdir()] == [path] and "0.9" in path.read_text()
 
 

@@ -127,10 +127,22 @@ def test_a_file_in_data_is_found_too(tmp_path, monkeypatch):
 def test_weights_are_taken_and_not_the_optimisers_state_beside_them(tmp_path, monkeypatch):
     monkeypatch.setattr(cspine, "KAGGLE", tmp_path)
     folder = tmp_path / "input" / f"{TIMM}.in21k_ft_in1k"
-    other = touch(folder / "optimizer.bin")
-    assert imagenet_file(TIMM, tmp_path) == other  # the only one, as a pytorch_model.bin is
-    path = touch(folder / "model.safetensors")
+    touch(folder / "optimizer.bin")
+    assert imagenet_file(TIMM, tmp_path) is None
+    path = touch(folder / "pytorch_model.bin")
     assert imagenet_file(TIMM, tmp_path) == path
+    path = touch(folder / "a_rather_longer_name_of_model.safetensors")
+    assert imagenet_file(TIMM, tmp_path) == path
+
+
+def test_the_deepest_name_is_the_files(tmp_path, monkeypatch):
+    """Kaggle's models have their variations in folders below them."""
+    monkeypatch.setattr(cspine, "KAGGLE", tmp_path)
+    folder = tmp_path / "input" / "convnext_nano" / "pytorch"
+    touch(folder / "ols" / "1" / "convnext_nano_ols.pth")
+    assert imagenet_file("convnext_nano", tmp_path) is None
+    own = touch(folder / "d1h" / "1" / "model.pth")
+    assert imagenet_file("convnext_nano", tmp_path) == own
 
 
 @pytest.mark.parametrize("beside", [False, True])

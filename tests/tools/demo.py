@@ -5,7 +5,8 @@ from pathlib import Path
 import cspine
 import numpy as np
 from cspine import (
-    STUDY, TARGETS, UserError, load_models, pick_device, read_csv, read_volume, segment)
+    STUDY, TARGETS, UserError, errors_as, load_models, pick_device, read_csv, read_volume,
+    segment)
 from phantoms import make_dataset
 from pictures import overview
 
@@ -20,9 +21,10 @@ def refuse_real_studies(path):
     """UserError if a csv, which would be overwritten, has rows of other studies than
     phantoms."""
     if path.exists():
-        first = read_csv(path, ()).iloc[:, 0].astype(str)
-        if not first.str.startswith(UID_ROOT).all():
-            raise UserError(f"{path}: is not of phantoms, and not overwritten; choose another")
+        with errors_as(UserError, f"{path}: not a table of phantoms, and not overwritten"):
+            first = read_csv(path, ()).iloc[:, 0].astype(str)
+            if not first.str.startswith(UID_ROOT).all():
+                raise ValueError("choose another")
 
 
 def phantom(options):

@@ -326,7 +326,7 @@ def close(session, stopped):
     (KAGGLE / "working" / NOTE).write_text(json.dumps(note))
     if "FAILED" in stopped:
         print(f"Session {session.number}: {stopped}.")
-        print("NOT YET TRAINED. Mend what those lines tell first, or the next session may fail in "
+        print("NOT YET TRAINED. First mend what those lines name, or the next session may fail in "
               f"the same way; then attach the output of this one, which holds {NOTE}, and go on.")
     elif stopped:
         print(f"Session {session.number}: {stopped}.")

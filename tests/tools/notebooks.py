@@ -59,8 +59,8 @@ def copy_weights(source, out, dataset):
         raise UserError(f"--weights {source}: no models there")
     if out.resolve() == source.resolve():
         raise UserError(f"--weights {source}: would be replaced by its own copy; another --out")
-    cspine.load_ensemble(source, torch.device("cpu"))  # refused now, not on Kaggle
-    cspine.read_calibration(source)  # says if it is of other models
+    calibration = cspine.read_calibration(source)  # says if it is of other models
+    cspine.load_ensemble(source, torch.device("cpu"), calibration)  # refused now, not on Kaggle
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()) and not (out / METADATA).exists():
         raise UserError(f"{out}: has files, and is no data set that was written here; "

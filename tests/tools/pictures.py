@@ -502,6 +502,8 @@ def draw_logs(weights, out):
         try:
             with errors_as(UserError, f"{log}: not drawn"):
                 history = pd.read_csv(log)
+                if history.empty:
+                    raise ValueError("no epoch in it")
                 if "epoch" in history:
                     draw_curves(path, history.to_dict("records"))
                     drawn += 1
