@@ -34,7 +34,6 @@ import copy
 import functools
 import gzip
 import hashlib
-import inspect
 import io
 import json
 import math
@@ -46,6 +45,7 @@ import signal
 import struct
 import subprocess
 import sys
+import textwrap
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -216,7 +216,9 @@ class Shared:
         "auto", "file of weights to start from, ours or timm's; or none; auto looks for "
         "timm's under /kaggle/input, in --data and in weights/pretrained beside cspine.py; "
         "train-patient takes the vertebra classifier of its fold, where that fits")
-    name: str = setting("", "keeps a second set apart, as vertebra_NAME_fold0.pt")
+    name: str = setting(
+        "", "keeps a second set apart, as vertebra_NAME_fold0.pt; it is the first once "
+        "more, unless --backbone or --seed is another")
     preset: str = setting("standard", "defaults of a whole training", tuple(PRESETS))
 
 @dataclass(frozen=True)
@@ -2488,8 +2490,8 @@ def load_ensemble(weights, device, calibration=Calibration()):
     classifiers = models["vertebra"] + models["patient"]
     if not models["segmenter"] or not classifiers:
         lacking = "classifier" if models["segmenter"] else "segmenter"
-        raise UserError(f"--weights {weights}: no {lacking} there; cspine.py comes with "
-                        f"some in {HERE / 'weights'}")
+        raise UserError(f"--weights {weights}: no {lacking} there; the repository comes "
+                        "with some in weights/")
     if len({(m.settings["mask_of"], m.settings["z_margin"]) for m in classifiers}) > 1:
         raise UserError(f"--weights {weights}: classifiers of unlike --mask-of, --z-margin")
     for kind in ("vertebra", "patient"):  # what weighs nothing would only cost time
@@ -3627,6 +3629,8 @@ def extract(options):
     count = sum((head.seen.astype(int) for head in heads.values()), np.zeros(7, int))
     found = ", ".join(f"{name} in {n}" for name, n in zip(VERTEBRAE, count))
     print(f"{out}: crops of {len(heads)} of {len(mine)} studies; {found}")
+    if count.sum() < LEAST_SEEN * 7 * len(heads):
+        say(f"{out}: most vertebrae were not found: train better segmenters first")
     if world == 1 and 2 * len(heads) < len(mine):  # as in predict
         raise Stopped("most studies have no crops: the lines above say why", 3)
 
@@ -3921,8 +3925,9 @@ def build_parser(modes, others=(), preset=""):
     parser = Parser("cspine.py", description=__doc__.splitlines()[0], epilog=how)
     parsers = parser.add_subparsers(dest="mode", required=True, metavar="MODE")
     for name, mode in modes.items():
-        text = inspect.cleandoc(mode.run.__doc__)
-        one = parsers.add_parser(name, help=text.splitlines()[0], description=text)
+        text = textwrap.fill(" ".join(mode.run.__doc__.split()), 79)
+        first = mode.run.__doc__.partition("\n")[0]
+        one = parsers.add_parser(name, help=first, description=text)
         one.formatter_class = argparse.RawDescriptionHelpFormatter
         one.set_defaults(given=())
         defaults = vars(Shared()) | vars(mode.own)

@@ -210,6 +210,7 @@ def kaggle(tmp_path, monkeypatch, phantom_data, one_thread):
 
     out = tmp_path / "kernel"
     assert modes.main(["notebook", "--train", "--preset", "fast", "--out", str(out)]) == 0
+    assert "add ImageNet's files to the notebook by hand" in capsys.readouterr().out
     meta = json.loads((out / "kernel-metadata.json").read_text())
     assert meta["machine_shape"] == "NvidiaTeslaT4" and meta["code_file"] == "cspine-train.ipynb"
     return start

@@ -245,6 +245,17 @@ def weights(tmp_path):
     return tmp_path
 
 
+def test_show_gives_no_dice_of_what_the_mask_has_not(phantom_data, weights, tmp_path, monkeypatch,
+                                                     capsys):
+    monkeypatch.setattr(pictures, "true_mask", lambda *_: (None, np.r_[np.nan, np.full(6, 0.5)]))
+    uid = pd.read_csv(phantom_data / "test.csv")[cspine.STUDY][0]
+    monkeypatch.setattr(cspine.vertebra_slices, "__defaults__", (64, "last", 1.0))  # crops
+    assert modes.main(["show", uid, "--data", str(phantom_data), "--weights", str(weights),
+                       "--out", str(tmp_path)]) == 0
+    first, *others = capsys.readouterr().out.splitlines()
+    assert "Dice" not in first and all(line.endswith("Dice 0.500") for line in others)
+
+
 def test_show_draws_a_study_and_says_what_it_sees(phantom_data, weights, tmp_path, monkeypatch, capsys):
     def segment(models, volume, device):  # the true masks of C1 to C6
         path = phantom_data / "segmentations" / f"{volume.uid}.nii"

@@ -1097,6 +1097,12 @@ def test_each_process_counts_the_crops_of_its_share_of_the_studies_asked_for(
         assert f"crops of {cut} of {len(mine)} studies" in capsys.readouterr().out
 
 
+def test_an_extraction_that_finds_few_vertebrae_says_so(extraction, monkeypatch, capsys):
+    monkeypatch.setattr(cspine, "segment", lambda *_: np.zeros((7, 16, 16, 16), np.float32))
+    cspine.main(extraction)
+    assert "most vertebrae were not found: train better segmenters" in capsys.readouterr().err
+
+
 def test_an_extraction_of_which_most_studies_have_no_crops_ends_with_a_status(
         extraction, monkeypatch, capsys):
     def unreadable(*_):

@@ -135,6 +135,8 @@ def notebook(options):
         print(f"kaggle datasets create -p {out / 'weights'}")
     elif not options.train:
         print("no --weights-dataset: this notebook finds no models, and submits the prior")
+    elif not name:
+        print("no --weights-dataset: add ImageNet's files to the notebook by hand (Add Input)")
     if not owner:
         print(f"{out / 'kernel-metadata.json'}: write your name in place of OWNER")
     print(f"kaggle kernels push -p {out}")

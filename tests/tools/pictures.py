@@ -380,7 +380,8 @@ def show(options):
             image = strip(name, crops[v], steps[v], heat)
         write_png(out / f"{name}.png", image)
         line = f"{name}: {words}; probability {answers[v]:.3f}"
-        print(line if dice is None else f"{line}; Dice {dice[v]:.3f}")
+        known = dice is not None and not np.isnan(dice[v])  # NaN: not in the mask
+        print(f"{line}; Dice {dice[v]:.3f}" if known else line)
 
 
 # ---- A data set ----
