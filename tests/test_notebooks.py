@@ -102,6 +102,11 @@ def test_a_notebook_without_models_says_what_it_will_do(tmp_path, capsys):
     assert "submits the prior" in capsys.readouterr().out
 
 
+def test_a_training_notebook_without_imagenets_files_says_so(tmp_path, capsys):
+    assert notebook_of(tmp_path, "--train") == 0
+    assert "add ImageNet's files to the notebook by hand" in capsys.readouterr().out
+
+
 def test_the_notebook_that_trains_is_not_pushed_as_the_owner_of_the_imagenet_files(
         tmp_path, capsys):
     assert notebook_of(tmp_path, "--train", "--weights-dataset", "other/imagenet") == 0
@@ -210,7 +215,6 @@ def kaggle(tmp_path, monkeypatch, phantom_data, one_thread):
 
     out = tmp_path / "kernel"
     assert modes.main(["notebook", "--train", "--preset", "fast", "--out", str(out)]) == 0
-    assert "add ImageNet's files to the notebook by hand" in capsys.readouterr().out
     meta = json.loads((out / "kernel-metadata.json").read_text())
     assert meta["machine_shape"] == "NvidiaTeslaT4" and meta["code_file"] == "cspine-train.ipynb"
     return start
