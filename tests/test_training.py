@@ -85,11 +85,11 @@ def run_main(argv, stderr, cut=0, environment=(), keep=""):
     cspine.vertebra_slices.__defaults__ = SMALL_CROP, "last", 1.0
     save, count = torch.save, [0]
 
-    def save_half(content, path):
-        save(content, path)
+    def save_half(content, file):
+        save(content, file)
         count[0] += 1
         if count[0] == cut:
-            os.truncate(path, os.path.getsize(path) // 2)
+            file.truncate(file.tell() // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
     def save_own(trainer, path, task):
