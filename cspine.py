@@ -2190,8 +2190,7 @@ def pack_differences(pixels, edge):
 def read_crops(path, vertebrae=range(7), steps=slice(None)):
     """uint8 (V, T, 6, S, S) of some vertebrae and steps of a study.
     StudyError if the file is damaged."""
-    damaged = f"{path}: no crops; delete it and run extract again"
-    with errors_as(StudyError, damaged), np.load(path) as file:
+    with errors_as(StudyError, f"{path}: {NO_CROPS}"), np.load(path) as file:
         index = file["index"][:, steps]
         edge = int(file["edge"])
         out = np.zeros((len(vertebrae), *index.shape[1:], edge, edge), np.uint8)
@@ -2212,6 +2211,8 @@ def undo_differences(packed, edge):
         images = images.cumsum(axis, dtype=torch.uint8)  # numpy's takes twice as long
     return images.numpy()
 
+NO_CROPS = "no crops; delete it and run extract again"  # of a damaged file
+
 class CropsHead(NamedTuple):
     """What a file of crops says of itself, without its images.
     `made_by` holds the hashes of the segmenters: whatever another machine rounds
@@ -2223,8 +2224,7 @@ class CropsHead(NamedTuple):
 
 def crops_head(path):
     """The CropsHead of a file. UserError if it is damaged, or of an older version."""
-    damaged = f"{path}: no crops; delete it and run extract again"
-    with errors_as(UserError, damaged), np.load(path) as file:
+    with errors_as(UserError, f"{path}: {NO_CROPS}"), np.load(path) as file:
         if "made_by" not in file:
             raise ValueError("of an older version")
         seen = (file["index"] >= 0).any((1, 2))
@@ -2608,9 +2608,8 @@ def imagenet_file(backbone, data):
 def init_file(options, kind, fold, held_out):
     """The Path that a training starts from, by --init, or None.
     A patient classifier's may be a vertebra classifier of its fold and backbone, first that
-    of its own --name.
-    A vertebra classifier that has seen studies that are now held out is none to start from.
-    UserError if the file that is named is not there."""
+    of its own --name, but none that has seen studies that are now held out. UserError if
+    the file that is named is not there."""
     weights = Path(options.weights)
     if options.init == "none":
         return None
@@ -3638,9 +3637,9 @@ def say_makers(folder, heads, segmenters):
     """Say where crops, {uid: CropsHead}, are not all by one and the same set of segmenters,
     or by others than these hashes."""
     sets = {frozenset(head.made_by) for head in heads.values()}
-    if len(sets) > 1 and ranks()[0] == 0:
+    if len(sets) > 1:
         say(f"{folder}: crops by {len(sets)} different sets of segmenters")
-    if segmenters and set().union(*sets) - segmenters and ranks()[0] == 0:
+    if segmenters and set().union(*sets) - segmenters:
         say(f"{folder}: crops by other segmenters than those in --weights")
 
 def train_classifiers(options):
@@ -3671,7 +3670,8 @@ def train_classifiers(options):
         raise UserError(f"{folder}: crops of unlike (edge, z margin): {cuts}")
     edge, z_margin = cuts.pop()
     makers = [(uid, sorted(head.made_by)) for uid, head in heads.items()]
-    say_makers(folder, heads, makers_of(options.weights))
+    if ranks()[0] == 0:
+        say_makers(folder, heads, makers_of(options.weights))
     samples = [(uid, targets) for uid in heads for targets in asked]
     if recipe.size > edge and ranks()[0] == 0:
         say(f"--size {recipe.size} only enlarges crops of {edge} pixels: extract --size "

@@ -7,14 +7,13 @@ import numpy as np
 from cspine import (
     STUDY, TARGETS, UserError, errors_as, load_models, pick_device, read_csv, read_volume,
     segment)
-from phantoms import make_dataset
+from phantoms import UID_ROOT, make_dataset
 from pictures import overview
 
 MATRIX = 256  # rows of a demo's slice, pixels
 TABLES = (  # that phantom writes
     "train.csv", "train_bounding_boxes.csv", "test.csv", "test_labels.csv",
     "sample_submission.csv")
-UID_ROOT = "1.2.826.0.1.3680043.9999."  # of all phantoms
 
 
 def refuse_real_studies(path):

@@ -240,7 +240,6 @@ def take_over(session):
             for path in cspine.files_below(source, 1):
                 target = folder / path.relative_to(source)
                 if not target.exists() and path.name[0] != ".":  # what a kill left half-written
-                    target.parent.mkdir(parents=True, exist_ok=True)
                     cspine.write_atomic(target, functools.partial(shutil.copyfile, path))
 
 

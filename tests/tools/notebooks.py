@@ -61,8 +61,7 @@ def copy_weights(source, out, dataset):
         raise UserError(f"--weights {source}: would be replaced by its own copy; another --out")
     calibration = cspine.read_calibration(source)  # says if it is of other models
     cspine.load_ensemble(source, torch.device("cpu"), calibration)  # refused now, not on Kaggle
-    out.mkdir(parents=True, exist_ok=True)
-    if any(out.iterdir()) and not (out / METADATA).exists():
+    if out.exists() and any(out.iterdir()) and not (out / METADATA).exists():
         raise UserError(f"{out}: has files, and is no data set that was written here; "
                         "another --out")
     title = dataset.partition("/")[2]

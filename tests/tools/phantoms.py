@@ -7,9 +7,8 @@ the frame "neck" z counts levels down from C1. Body and skull are painted as she
 shells. phantoms_measures.csv holds an adult's sizes by eye, in mm: of a body height, half
 width, half depth and the disc below it; pillars from the midline; half the span of the
 transverse processes; the spinous process behind the canal, and its tip's drop below the
-body. phantoms_tissues.csv holds the range of each tissue's HU ("grain": of
-spongy bone), phantoms_storage.csv the forms that pixels have in the competition's files,
-and odder ones.
+body. phantoms_tissues.csv holds the range of each tissue's HU ("grain": of spongy bone),
+phantoms_storage.csv the forms that pixels have in the competition's files, and odder ones.
 """
 
 import functools
@@ -28,6 +27,7 @@ from writers import STUDY, VERTEBRAE, Phantom, Storage, dicom_header, label_row
 from writers import lowest_value, stored_values, write_mask, write_slices, write_tables
 
 HERE = Path(__file__).parent
+UID_ROOT = "1.2.826.0.1.3680043.9999."
 LEVELS = 13  # C1 to T6
 FIRST_TEST = 50_000  # index of the first test study
 
@@ -583,7 +583,7 @@ def write_phantom(phantom, uid, images, masks, seed):
 
 def make_study(out, seed, matrix, variety, fractures, index):
     """One study on disk; its row of labels and its rows of boxes."""
-    uid = f"1.2.826.0.1.3680043.9999.{seed}.{index}"
+    uid = f"{UID_ROOT}{seed}.{index}"
     images = out / ("train_images" if index < FIRST_TEST else "test_images")
     share = np.random.default_rng([seed, index, 2]).random()
     own = 1 + (variety - 1) * share  # from realistic to `variety`
