@@ -312,7 +312,7 @@ class Slice(NamedTuple):
     lps_from_pixel: np.ndarray  # (3, 3) mm from (row, column, 1)
     source: tuple = ("", "")  # file, SOPInstanceUID
     study: str = ""  # StudyInstanceUID
-    series: str = ""  # SeriesInstanceUID
+    series: str = ""  # SeriesInstanceUID, or without one the study
     of_pass: tuple = ()  # its values of PASS_TAGS, then its InstanceNumber
     guessed: bool = False  # whether its header has no orientation
 
@@ -392,7 +392,7 @@ def place_frame(stored, data, k, source):
         low, high = min(padding), max(padding)
         hu[(stored >= low) & (stored <= high)] = AIR_HU
     study = str(data.get("StudyInstanceUID") or "")
-    series = str(data.get("SeriesInstanceUID") or "")
+    series = str(data.get("SeriesInstanceUID") or study)  # two patients make no neck
     of_pass = [str(own.get(name, data.get(name, ""))) for name in PASS_TAGS]
     number = 0
     with suppress(ValueError, TypeError):  # it only orders what nothing else does
@@ -427,11 +427,8 @@ def stacks_of(slices):
     return stacks
 
 def one_stack(first, other):
-    """Whether Slices have one series and geometry, but for rounding in their headers.
-    Where no series is named, the study counts: two patients make no neck."""
-    of_first = first.series or first.study
-    of_other = other.series or other.study
-    if of_first != of_other or first.hu.shape != other.hu.shape:
+    """Whether Slices have one series and geometry, but for rounding in their headers."""
+    if first.series != other.series or first.hu.shape != other.hu.shape:
         return False
     apart = (first.lps_from_pixel - other.lps_from_pixel)[:, :2]  # a pixel's steps
     return abs(apart).max() < SAME_STEP * np.linalg.norm(first.lps_from_pixel[:, 0])
