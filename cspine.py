@@ -387,10 +387,9 @@ def place_frame(stored, data, k, source):
     hu[:] = np.rint(rescaled).clip(AIR_HU, MAX_HU)
     padding = map(data.get, ("PixelPaddingValue", "PixelPaddingRangeLimit"))
     padding = [value for value in padding if isinstance(value, int)]
-    padding = np.array(padding, np.int64).astype(stored.dtype).tolist()  # signed as pixels
-    if padding:  # also at the top of an unsigned range, where it would be the densest metal
-        low, high = min(padding), max(padding)
-        hu[(stored >= low) & (stored <= high)] = AIR_HU
+    padding = np.array(padding, np.int64).astype(stored.dtype)  # signed as pixels
+    if len(padding):  # also at the top of an unsigned range, else the densest metal
+        hu[(stored >= padding.min()) & (stored <= padding.max())] = AIR_HU
     study = str(data.get("StudyInstanceUID") or "")
     series = str(data.get("SeriesInstanceUID") or study)  # two patients make no neck
     of_pass = [str(own.get(name, data.get(name, ""))) for name in PASS_TAGS]
