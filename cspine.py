@@ -516,10 +516,10 @@ def read_series(path, workers, give_up):
         places = max(parts_of(order, mm[order], MAX_GAP_MM), key=len)
         if len(places) > len(run):  # not the most images, but the most places
             run = [stack[k] for k in places]
-    left_out = sum(map(len, stacks)) - len(run)
-    if left_out:
+    others = len(slices) - len(run)
+    if others:
         why = "of another series, pass, size or position"
-        problems.append(f"{left_out} images {why} left out")
+        problems.append(f"{others} images {why} left out")
     if len(studies) > 1:
         problems.append(f"images of {len(studies)} studies: give each its own folder")
     if len(run) < MIN_SLICES:
