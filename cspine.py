@@ -738,8 +738,8 @@ def write_nifti(path, labels, volume):
     zooms = np.linalg.norm(affine[:, :3], axis=0)
     turn = affine[:, :3] / zooms
     mirror = np.sign(np.linalg.det(turn))
-    turn[:, 2] = mirror * np.cross(turn[:, 0], turn[:, 1])
-    vector = cv2.Rodrigues(turn * [1, 1, mirror])[0].ravel()  # axis times angle, radians
+    turn[:, 2] = np.cross(turn[:, 0], turn[:, 1])
+    vector = cv2.Rodrigues(turn)[0].ravel()  # axis times angle, radians
     half = np.linalg.norm(vector) / 2
     values = dict(MASK_HEADER, qoffset=affine[:, 3], srow=affine.ravel())
     values["dim"] = [3, *stored.shape[::-1]] + [1] * 4
