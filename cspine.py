@@ -3182,7 +3182,7 @@ PREDICTOR_HALVES |= {5: (2, 1, -1), 6: (1, 2, -1), 7: (1, 1, 0)}
 STREAM_PARTS = 2048  # of a stream, walked side by side
 LEAST_PART = 256  # bits; a code and its difference have 32 at most
 FEW_PARTS = 32  # so few are walked code by code
-WALK_ROUNDS = 4  # of walks of the parts that began at a wrong bit
+WALK_ROUNDS = 5  # of walks of the parts that began at a wrong bit, or did not yet
 
 def decode_pixels(data):
     """Stored values (frames, rows, columns), 16 or 32 bits, of a pydicom dataset.
@@ -3355,24 +3355,22 @@ def code_places(words, bits, advance_of):
     codes = np.zeros((len(first), size), bool)
     begin = np.full_like(first, -1)
     left = begin.copy()
-    if len(first) > FEW_PARTS:
-        left = walk(first + size // 2, end, words, advance_of, codes.ravel())
+    right = first + size // 2  # where walks should have begun; these are guessed
     for _ in range(WALK_ROUNDS):
-        right = np.append(0, left[:-1])
         stale = np.flatnonzero(begin != right)
         if len(stale) <= FEW_PARTS:
             break
         begin[stale] = right[stale]
         codes[stale] = False
         left[stale] = walk(right[stale], end[stale], words, advance_of, codes.ravel())
+        right = np.append(0, left[:-1])
 
     codes = codes.ravel()
     is_code = memoryview(codes)
     word_at = memoryview(words)
     advance = bytes(advance_of)
     at = 0
-    for part in np.stack([first, end, begin, left], 1).tolist():
-        first, end, begin, left = part
+    for first, end, begin, left in np.stack([first, end, begin, left], 1).tolist():
         if at == begin:
             at = left
             continue
