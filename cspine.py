@@ -460,7 +460,8 @@ def passes_by_time(times):
     """For each ContentTime, "HHMMSS...", the number of the pass it is of: another lies more
     than PASS_APART_S away. Stamps of one pass need not follow its slices, as several
     computers may have reconstructed them."""
-    stamps = pd.to_datetime(times.str[:6], format="%H%M%S", errors="coerce")  # or NaT
+    stamps = pd.Series(times).str[:6]
+    stamps = pd.to_datetime(stamps, format="%H%M%S", errors="coerce")  # NaT: no stamp
     is_next = stamps.sort_values().diff() > pd.Timedelta(seconds=PASS_APART_S)
     return is_next.cumsum().sort_index()
 
@@ -471,12 +472,13 @@ def one_pass(stack):
     Where no tag parts them, a place's earliest slice comes first."""
     for k, tag in enumerate(PASS_TAGS):
         mm = along_normal(stack)
-        marks = pd.Series([one.of_pass[k] for one in stack])
+        marks = [one.of_pass[k] for one in stack]
         if tag == "SliceThickness":  # to the tenth of a mm; some headers have noise
-            marks = pd.to_numeric(marks, errors="coerce")
+            marks = pd.to_numeric(pd.Series(marks), errors="coerce")
             marks = (marks - marks.median()).fillna(0).round(1)
         if tag == "ContentTime":
             marks = passes_by_time(marks)
+        marks = np.array(marks)
         covered = {mark: len(places_of(mm[marks == mark])) for mark in np.unique(marks)}
         widest = max(covered, key=covered.get)
         if len(covered) == 1 or covered[widest] < MIN_SLICES:
