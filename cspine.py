@@ -2827,8 +2827,7 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
     least = 2 if world > 1 and getattr(recipe, "mixup", 0) else 1  # mixup needs two
     size = world * max(least, math.ceil(recipe.batch_size / world))
     if size != recipe.batch_size:
-        if rank == 0:
-            say(f"{name}: --batch-size {size}: {size // world} samples a process")
+        say_once(f"{name}: --batch-size {size}: {size // world} samples a process")
         recipe = replace(recipe, batch_size=size)
         task = task._replace(recipe=recipe)
     if not count or not task.held_out:
@@ -2843,8 +2842,8 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
     run = Trainer(task, init)
     if last.exists():
         run.load(last, task)
-    elif rank == 0 and (weights / f"{name}.pt").exists():
-        say(f"{weights / name}.pt is there already, and will be overwritten")
+    elif (weights / f"{name}.pt").exists():
+        say_once(f"{weights / name}.pt is there already, and will be overwritten")
 
     now = run.state
     now.slowest = min(now.slowest, max(stop.left() / 10, 0))  # a past stall is no rule
@@ -2974,6 +2973,11 @@ def say(text):
     text = text.encode(errors="backslashreplace").decode()  # a file's name may be no UTF-8
     with suppress(OSError):  # the terminal may have gone
         tqdm.write(text, file=sys.stderr)
+
+def say_once(text):
+    """A line that all processes would say alike, by the first alone."""
+    if ranks()[0] == 0:
+        say(text)
 
 def say_of(volume):
     """Say what was odd about a study; gives a function that says more of it."""
@@ -3438,10 +3442,6 @@ PLANS = {  # hours, and disk of the crops, on the competition's data: bench.py p
     "fast": "1 hour and 6 GB", "standard": "17 hours and 21 GB",
     "gold": "49 hours and 63 GB", "gold-second": "48 hours more than gold"}
 
-FROM_SCRATCH = (  # by the public code and write-ups of the top teams
-    "training from scratch, where a score of 0.43 to 0.52 is expected instead of 0.32 to "
-    "0.35; the third to sixth places and the starting solution began from ImageNet")
-
 def data_folder(options, *needed):
     """The Path of --data, which must hold the files needed; else UserError."""
     for name in needed:
@@ -3459,8 +3459,9 @@ def training_data(options):
     truth = zip(table[STUDY], table[[*TARGETS]].to_numpy(np.float32))
     folders = {path.name for path in (data / "train_images").glob("*") if path.is_dir()}
     here = {uid: labels for uid, labels in truth if uid in folders}
-    if len(here) < len(table) and ranks()[0] == 0:
-        say(f"{data}/train_images has {len(here)} of the {len(table)} studies of train.csv")
+    if len(here) < len(table):
+        found = f"{len(here)} of the {len(table)} studies of train.csv"
+        say_once(f"{data}/train_images has {found}")
     return here, folds, masks
 
 def recipe_from(options, kind):
@@ -3476,17 +3477,21 @@ def say_start(options, starts):
     """Say what the folds start from; if from nothing, what that costs."""
     found = sorted({str(path) for path in starts.values() if path})
     if found:
-        say(f"--init {options.init}: {', '.join(found)}")
+        say_once(f"--init {options.init}: {', '.join(found)}")
     if options.init == "auto" and not all(starts.values()):
-        name = options.backbone
-        say(f"NO IMAGENET WEIGHTS of {name}: {FROM_SCRATCH}. Attach timm's file of it, "
+        name = options.backbone  # the scores are of the top teams' public code and write-ups
+        say_once(
+            f"NO IMAGENET WEIGHTS of {name}: training from scratch, where a score of 0.43 to "
+            "0.52 is expected instead of 0.32 to 0.35; the third to sixth places and the "
+            "starting solution began from ImageNet. Attach timm's file of it, "
             f"{name}*.safetensors, .bin or .pth, under {KAGGLE}/input, or put it into "
             "--data or weights/pretrained; --init none does without")
 
 def say_plan(options):
     """Say before the first step what all modes of a preset cost, if one was asked for."""
-    if "preset" in options.given and ranks()[0] == 0:
-        say(f"--preset {options.preset}, with its own values: train-seg to train-patient "
+    if "preset" in options.given:
+        say_once(
+            f"--preset {options.preset}, with its own values: train-seg to train-patient "
             f"need about {PLANS[options.preset]} on two T4 (operations counted, not timed: "
             "README)")
 
@@ -3512,8 +3517,7 @@ def run_training(options, wanted, samples, folds, task):
     uids = [*dict.fromkeys(uid for uid, *_ in samples)]
     held_out = {k: [uid for uid in uids if folds[uid] == k] for k in wanted}
     starts = {k: init_file(options, task.kind, k, held_out[k]) for k in wanted}
-    if ranks()[0] == 0:
-        say_start(options, starts)
+    say_start(options, starts)
     if task.device.type == "cuda":  # batches have few shapes: cuDNN tries what is fastest
         torch.backends.cudnn.benchmark = True
     with stop_signals(minutes_of(options)) as stop:
@@ -3540,9 +3544,9 @@ def train_segmenters(options):
     if not samples:
         raise UserError(f"no study of train.csv has images and a mask in {options.data}")
     strays = masks.keys() - {path.name for path in Path(options.data).glob("*_images/*")}
-    if strays and ranks()[0] == 0:
-        say(f"{len(samples)} studies have a mask; {len(strays)} mask files are of no study "
-            f"here, as {masks[min(strays)]}")
+    if strays:
+        say_once(f"{len(samples)} studies have a mask; {len(strays)} mask files are of no "
+                 f"study here, as {masks[min(strays)]}")
     task = segmenter_task(recipe, pick_device(options.device), images, masks)
     samples = usable(samples, task.load, options.workers)
     sums = [(uid, hash_of(masks[uid])) for uid, *_ in samples]
@@ -3566,9 +3570,9 @@ def refuse_other_crops(folder, heads, wanted):
             raise UserError(f"{folder}: has crops by other segmenters, as of {uid}; these "
                             "need another --work")
     fewer = sum(head.made_by < wanted.made_by for head in heads.values())
-    if heads and ranks()[0] == 0:
-        say(f"{folder}: crops of {len(heads)} studies exist already, and are kept; {fewer} "
-            "of them are by fewer segmenters than there are now")
+    if heads:
+        say_once(f"{folder}: crops of {len(heads)} studies exist already, and are kept; "
+                 f"{fewer} of them are by fewer segmenters than there are now")
 
 def write_study(volume, probability, options, makers, file, mask=None):
     """Write a study's crops to a file, and its mask where one is asked for."""
@@ -3599,8 +3603,9 @@ def extract(options):
     unseen = set().union(*held_out.values())
     chosen = sorted(truth, key=hash_of)[:options.studies or None]
     known = {*chosen} & masks.keys() - unseen
-    if known and ranks()[0] == 0:
-        say(f"{len(known)} studies are masked by segmenters that may have trained on them")
+    if known:
+        say_once(
+            f"{len(known)} studies are masked by segmenters that may have trained on them")
 
     def written(uid):
         mask = [Path(options.masks) / f"{uid}.nii.gz"] if options.masks else []
@@ -3638,9 +3643,9 @@ def say_makers(folder, heads, segmenters):
     or by others than these hashes."""
     sets = {frozenset(head.made_by) for head in heads.values()}
     if len(sets) > 1:
-        say(f"{folder}: crops by {len(sets)} different sets of segmenters")
+        say_once(f"{folder}: crops by {len(sets)} different sets of segmenters")
     if segmenters and set().union(*sets) - segmenters:
-        say(f"{folder}: crops by other segmenters than those in --weights")
+        say_once(f"{folder}: crops by other segmenters than those in --weights")
 
 def train_classifiers(options):
     """Train classifiers on the crops: of a vertebra, or of all seven and the patient.
@@ -3655,9 +3660,9 @@ def train_classifiers(options):
     heads = crops_heads(folder, truth, options.workers)
     if not heads:
         raise UserError(f"no crops in {folder}: run extract first")
-    if len(heads) < len(truth) and ranks()[0] == 0:
+    if len(heads) < len(truth):
         found = f"crops of {len(heads)} of {len(truth)} studies"
-        say(f"{folder}: {found}; the others are left out")
+        say_once(f"{folder}: {found}; the others are left out")
     share = np.mean([head.seen for head in heads.values()])
     if share < LEAST_SEEN:
         found = f"only {share:.0%} of C1..C7 were found in {len(heads)} studies"
@@ -3670,12 +3675,11 @@ def train_classifiers(options):
         raise UserError(f"{folder}: crops of unlike (edge, z margin): {cuts}")
     edge, z_margin = cuts.pop()
     makers = [(uid, sorted(head.made_by)) for uid, head in heads.items()]
-    if ranks()[0] == 0:
-        say_makers(folder, heads, makers_of(options.weights))
+    say_makers(folder, heads, makers_of(options.weights))
     samples = [(uid, targets) for uid in heads for targets in asked]
-    if recipe.size > edge and ranks()[0] == 0:
-        say(f"--size {recipe.size} only enlarges crops of {edge} pixels: extract --size "
-            "cuts larger ones")
+    if recipe.size > edge:
+        say_once(f"--size {recipe.size} only enlarges crops of {edge} pixels: extract "
+                 "--size cuts larger ones")
     if "z_margin" in options.given and options.z_margin != z_margin:
         raise UserError(f"{folder}: has crops of --z-margin {z_margin}")
     recipe = replace(recipe, z_margin=z_margin)
