@@ -3876,9 +3876,9 @@ class Parser(argparse.ArgumentParser):
 
 class Given(argparse.Action):
     """Stores an option's value, if within its limits, and its name among those given."""
-    def __init__(self, limits, **others):
+    def __init__(self, least, most, **others):
         super().__init__(**others)
-        self.least, self.most = limits
+        self.least, self.most = least, most
 
     def __call__(self, parser, namespace, values, option_string=None):
         if not isinstance(values, str):
@@ -3891,20 +3891,18 @@ class Given(argparse.Action):
 
 def add_option(parser, one, default):
     """Give a parser the option of a setting, with its meaning, limits and default."""
-    flag = "--" + one.name.replace("_", "-")
-    how = dict(help=one.metadata["help"], default=default, metavar=one.name.upper())
-    if "positional" in one.metadata:
-        parser.add_argument(one.name, nargs=one.metadata["count"], **how)
+    name, about = one.name, one.metadata
+    flag = "--" + name.replace("_", "-")
+    how = dict(help=about["help"], default=default)
+    if "positional" in about:
+        parser.add_argument(name, nargs=about["count"], metavar=name.upper(), **how)
     elif isinstance(default, bool):
-        how.pop("metavar")
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, **how)
     else:
-        limits = (one.metadata["least"], one.metadata["most"])
-        if one.metadata["choices"]:
-            how |= dict(choices=one.metadata["choices"], metavar=None)
+        how |= dict(about, type=type(default), choices=about["choices"] or None)
         if default != "":
             how["help"] += " (default: %(default)s)"
-        parser.add_argument(flag, action=Given, limits=limits, type=type(default), **how)
+        parser.add_argument(flag, action=Given, **how)
 
 def preset_given(argv):
     """The --preset of a command line; its values are the defaults that a parser knows."""
