@@ -3695,7 +3695,7 @@ def calibration_asked(options, hashes):
     given = {name: getattr(options, name) for name in names}
     if given and fitted.answers != Answers():
         say(f"{given} as asked for, in place of the fitted {fitted.answers}")
-    return fitted._replace(answers=replace(fitted.answers, **given))
+    return fitted._replace(answers=replace(fitted.answers, **given)), hashes
 
 def predict_own(options):
     """predict, of the paths given."""
@@ -3712,8 +3712,7 @@ def predict_own(options):
         say(f"{out / 'answers.json'} is of an earlier run, and stays: --json renews it")
     for name in studies if options.masks else ():
         refuse_to_overwrite(Path(options.masks) / f"{name}.nii.gz")
-    hashes = model_hashes(options.weights)
-    calibration = calibration_asked(options, hashes)
+    calibration, hashes = calibration_asked(options)
     weights = f"weights {hash_of(hashes)}, trained on: {calibration.trained_on}"
     note = f"For research, not for diagnosis; {weights}"
     device = pick_device(options.device)
@@ -3764,8 +3763,7 @@ def predict(options):
                 if number % world == rank:  # of an earlier run
                     path.unlink(missing_ok=True)
             write_submission(submission)  # the prior, whatever fails from here on
-        hashes = model_hashes(options.weights)
-        calibration = calibration_asked(options, hashes)
+        calibration, hashes = calibration_asked(options)
         submission = submission._replace(made_by=hash_of(hashes, calibration))
         write_submission(submission)
         device = pick_device(options.device)
