@@ -3510,8 +3510,8 @@ def training_asked(options, kind):
     say_plan(options)
     return wanted, recipe
 
-def run_training(options, wanted, samples, folds, task):
-    """Train the folds that are wanted, of samples (uid, ...)."""
+def run_training(options, wanted, samples, folds, task, **made_of):
+    """Train the folds that are wanted, of samples (uid, ...); `made_of` names the data."""
     go_on = options.resume or options.fold == "all"
     join_processes(task.device)
     uids = [*dict.fromkeys(uid for uid, *_ in samples)]
@@ -3524,13 +3524,13 @@ def run_training(options, wanted, samples, folds, task):
         for fold, init in starts.items():
             rest = [s for s in samples if folds[s[0]] != fold or options.folds == 1]
             kept = held_out[fold]
-            made_of = task.made_of | {"studies": hash_of(rest, kept)}
-            made_of["--init"] = hash_of(init) if init else ""
+            start = hash_of(init) if init else ""
+            made = made_of | {"studies": hash_of(rest, kept), "--init": start}
             seldom = math.ceil(len(kept) / VALIDATION_SHARE / max(len(rest), 1))
             every = getattr(task.recipe, "thin", seldom)  # `thin` epochs show all steps
             name = model_name(task.kind, options.name, fold)
             one = task._replace(
-                name=name, train=rest, held_out=kept, made_of=made_of, every=every)
+                name=name, train=rest, held_out=kept, made_of=made, every=every)
             train(one, Path(options.weights), stop, options.workers, go_on, init)
 
 def train_segmenters(options):
@@ -3550,8 +3550,7 @@ def train_segmenters(options):
     task = segmenter_task(recipe, pick_device(options.device), images, masks)
     samples = usable(samples, task.load, options.workers)
     sums = [(uid, hash_of(masks[uid])) for uid, *_ in samples]
-    task = task._replace(made_of={"masks": hash_of(sums)})
-    run_training(options, wanted, samples, folds, task)
+    run_training(options, wanted, samples, folds, task, masks=hash_of(sums))
 
 @dataclass(frozen=True)
 class Extraction(Cut):
@@ -3560,8 +3559,7 @@ class Extraction(Cut):
     studies: int = setting(0, "studies to cut, drawn by hash; 0: all", least=0)
 
 def refuse_other_crops(folder, heads, wanted):
-    """UserError if some crops, {uid: CropsHead}, were cut otherwise than the `wanted`
-    head says, or by other segmenters."""
+    """UserError if crops, {uid: CropsHead}, are not as `wanted`, or by other segmenters."""
     for uid, head in heads.items():
         if (head.edge, head.z_margin) != (wanted.edge, wanted.z_margin):
             raise UserError(f"{folder}: has crops of --size {head.edge} --z-margin "
@@ -3573,14 +3571,6 @@ def refuse_other_crops(folder, heads, wanted):
     if heads:
         say_once(f"{folder}: crops of {len(heads)} studies exist already, and are kept; "
                  f"{fewer} of them are by fewer segmenters than there are now")
-
-def write_study(volume, probability, options, makers, file, mask=None):
-    """Write a study's crops to a file, and its mask where one is asked for."""
-    how = (options.size, options.mask_of, options.z_margin)
-    crops = vertebra_slices(volume, probability, *how)
-    write_crops(file, crops, options.z_margin, makers)
-    if mask:
-        write_nifti(mask, vertebra_labels(volume, probability), volume)
 
 def extract(options):
     """Write the crops of all studies, for the classifiers.
@@ -3608,8 +3598,8 @@ def extract(options):
             f"{len(known)} studies are masked by segmenters that may have trained on them")
 
     def written(uid):
-        mask = [Path(options.masks) / f"{uid}.nii.gz"] if options.masks else []
-        return [out / f"{uid}.npz", *mask]
+        masks = [Path(options.masks) / f"{uid}.nii.gz"] if options.masks else []
+        return [out / f"{uid}.npz", *masks]
 
     rank, world = ranks()
     mine = chosen[rank::world]
@@ -3626,7 +3616,12 @@ def extract(options):
                 volume = future.result()
                 probability = segment(
                     own or [*models.values()], volume, device, say_of(volume))
-                write_study(volume, probability, options, makers, *written(uid))
+                crops = vertebra_slices(
+                    volume, probability, options.size, options.mask_of, options.z_margin)
+                file, *masks = written(uid)
+                write_crops(file, crops, options.z_margin, makers)
+                for mask in masks:
+                    write_nifti(mask, vertebra_labels(volume, probability), volume)
             except StudyError as error:
                 say(f"study {uid}: {error}; left out")
     heads = crops_heads(out, mine, options.workers)  # each process speaks of its share
@@ -3637,15 +3632,6 @@ def extract(options):
         say(f"{out}: most vertebrae were not found: train better segmenters first")
     if world == 1 and 2 * len(heads) < len(mine):  # as in predict
         raise Stopped("most studies have no crops: the lines above say why", 3)
-
-def say_makers(folder, heads, segmenters):
-    """Say where crops, {uid: CropsHead}, are not all by one and the same set of segmenters,
-    or by others than these hashes."""
-    sets = {frozenset(head.made_by) for head in heads.values()}
-    if len(sets) > 1:
-        say_once(f"{folder}: crops by {len(sets)} different sets of segmenters")
-    if segmenters and set().union(*sets) - segmenters:
-        say_once(f"{folder}: crops by other segmenters than those in --weights")
 
 def train_classifiers(options):
     """Train classifiers on the crops: of a vertebra, or of all seven and the patient.
@@ -3674,8 +3660,13 @@ def train_classifiers(options):
     if len(cuts) > 1:
         raise UserError(f"{folder}: crops of unlike (edge, z margin): {cuts}")
     edge, z_margin = cuts.pop()
-    makers = [(uid, sorted(head.made_by)) for uid, head in heads.items()]
-    say_makers(folder, heads, makers_of(options.weights))
+    makers = {uid: sorted(head.made_by) for uid, head in heads.items()}
+    sets = {tuple(hashes) for hashes in makers.values()}
+    if len(sets) > 1:
+        say_once(f"{folder}: crops by {len(sets)} different sets of segmenters")
+    present = makers_of(options.weights)
+    if present and set().union(*sets) - present:
+        say_once(f"{folder}: crops by other segmenters than those in --weights")
     samples = [(uid, targets) for uid in heads for targets in asked]
     if recipe.size > edge:
         say_once(f"--size {recipe.size} only enlarges crops of {edge} pixels: extract "
@@ -3684,12 +3675,13 @@ def train_classifiers(options):
         raise UserError(f"{folder}: has crops of --z-margin {z_margin}")
     recipe = replace(recipe, z_margin=z_margin)
     task = classifier_task(kind, recipe, pick_device(options.device), folder, truth)
-    made_of = {"labels": hash_of(labels.tolist()), "crops": hash_of([*makers, edge])}
-    task = task._replace(made_of=made_of)
-    run_training(options, wanted, samples, folds, task)
+    made_of = dict(labels=hash_of(labels.tolist()), crops=hash_of([*makers.items(), edge]))
+    run_training(options, wanted, samples, folds, task, **made_of)
 
-def calibration_asked(options, hashes):
-    """The Calibration of --weights; an option of Answers that was given wins over a fit."""
+def calibration_asked(options):
+    """The Calibration of --weights, and {file name: hash} of the models there; an option of
+    Answers that was given wins over a fit."""
+    hashes = model_hashes(options.weights)
     fitted = read_calibration(options.weights, hashes)
     names = [one.name for one in fields(Answers) if one.name in options.given]
     given = {name: getattr(options, name) for name in names}
