@@ -3474,16 +3474,13 @@ def minutes_of(options):
     return options.time_limit or KAGGLE_MINUTES * KAGGLE.exists()
 
 def say_start(options, starts):
-    """Say what the folds start from; if from nothing, what that costs."""
-    found = sorted({str(path) for path in starts.values() if path})
-    if found:
-        say_once(f"--init {options.init}: {', '.join(found)}")
+    """Say what it costs if some of the folds start from nothing."""
     if options.init == "auto" and not all(starts.values()):
-        name = options.backbone  # the scores are of the top teams' public code and write-ups
+        name = options.backbone  # scores: by the public code and write-ups of the top teams
         say_once(
-            f"NO IMAGENET WEIGHTS of {name}: training from scratch, where a score of 0.43 to "
-            "0.52 is expected instead of 0.32 to 0.35; the third to sixth places and the "
-            "starting solution began from ImageNet. Attach timm's file of it, "
+            f"NO IMAGENET WEIGHTS of {name}: training from scratch, where a score of 0.43 "
+            "to 0.52 is expected instead of 0.32 to 0.35; the third to sixth places and "
+            "the starting solution began from ImageNet. Attach timm's file of it, "
             f"{name}*.safetensors, .bin or .pth, under {KAGGLE}/input, or put it into "
             "--data or weights/pretrained; --init none does without")
 
