@@ -2766,18 +2766,17 @@ class Trainer:
         average(*self.floats, now.step)  # without whole-number counts, which nobody reads
 
     def close_epoch(self, task, weights, epoch, workers):
-        """Score the averaged weights on the held-out studies; log them, and keep them."""
+        """Score the averaged weights on the held-out studies; log them, and keep them. The
+        last epoch's stay: the best would be chosen by the studies that then calibrate and
+        report."""
         now = self.state
         rank, world = ranks()
         if dist.is_initialized():  # each process has its own batches' norms: one's are kept
             for statistics in self.averaged.buffers():
                 dist.broadcast(statistics, 0)
         mine = prefetch(task.read, task.held_out[rank::world], workers, workers)
-        rows = []
         with torch.inference_mode(), autocast(task.device):
-            for uid, future in mine:
-                values = task.answer(self.averaged, future.result())
-                rows.append((uid, *values))
+            rows = [(uid, *task.answer(self.averaged, one.result())) for uid, one in mine]
         rows = sum(over_ranks(rows), [])
         losses = sum(over_ranks(now.losses), [])
         table = pd.DataFrame(rows, columns=[STUDY, *task.columns][: len(rows[0])])
@@ -2788,31 +2787,27 @@ class Trainer:
         line["lr"] = self.optimizer.param_groups[0]["lr"]
         line["samples_per_s"] = len(now.losses) * task.recipe.batch_size / now.seconds
         line |= dict(seconds=now.seconds, skipped_steps=now.skipped, peak_gb=peak_gb())
-        now.history.append({name: float(value) for name, value in line.items()})
+        line = {name: float(value) for name, value in line.items()}
+        now.history.append(line)
         now.losses, now.seconds = [], 0.0
         if rank == 0:
-            self.write_epoch(task, weights / task.name, table)
-
-    def write_epoch(self, task, stem, table):
-        """Write the log, the weights and the held-out answers. The last epoch's stay: the
-        best would be chosen by the studies that then calibrate and report."""
-        history = self.state.history
-        self.write_model(task, f"{stem}.pt")
-        write_csv(f"{stem}_heldout.csv", table)
-        write_csv(f"{stem}_log.csv", pd.DataFrame(history))  # last: it tells what is done
-        words = [f"{name} {value:.4g}" for name, value in history[-1].items()]
-        say("  ".join([task.name, *words]))
+            stem = weights / task.name
+            self.write_model(task, f"{stem}.pt")
+            write_csv(f"{stem}_heldout.csv", table)
+            log = pd.DataFrame(now.history)
+            write_csv(f"{stem}_log.csv", log)  # last: it tells what is done
+            words = [f"{name} {value:.4g}" for name, value in line.items()]
+            say("  ".join([task.name, *words]))
 
     def write_model(self, task, path):
         """Write the averaged weights as of the last scoring, for load_model."""
-        tensors = {}
-        for name, tensor in self.averaged.state_dict().items():
-            # On a GPU an LSTM's weights share one storage: each would be saved with it all.
-            tensors[name] = tensor.half() if tensor.ndim > 1 else tensor.clone()
-        epoch = int(self.state.history[-1]["epoch"])
-        settings = self.model.settings
-        save_checkpoint(
-            path, task.kind, task.recipe, settings=settings, tensors=tensors, epoch=epoch)
+        # On a GPU an LSTM's weights share one storage: each would be saved with it all.
+        tensors = {
+            name: tensor.half() if tensor.ndim > 1 else tensor.clone()
+            for name, tensor in self.averaged.state_dict().items()}
+        content = dict(settings=self.model.settings, tensors=tensors)
+        content["epoch"] = int(self.state.history[-1]["epoch"])
+        save_checkpoint(path, task.kind, task.recipe, **content)
 
 def learning_rate(recipe, done):
     """At a share of all steps: a linear warm-up, then half a cosine down to 1 %."""
@@ -2835,15 +2830,15 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
                         f"{len(task.held_out)} studies held out; give fewer --folds")
     if rank == 0:  # which alone writes; better now than after an epoch
         try_writing(weights)
-    last = weights / f"{name}_last.pt"
+    path, last = weights / f"{name}.pt", weights / f"{name}_last.pt"
     if last.exists() and not go_on:
         raise UserError(f"{last}: of an earlier run: --resume goes on with it; delete it "
                         "to begin anew")
     run = Trainer(task, init)
     if last.exists():
         run.load(last, task)
-    elif (weights / f"{name}.pt").exists():
-        say_once(f"{weights / name}.pt is there already, and will be overwritten")
+    elif path.exists():
+        say_once(f"{path} is there already, and will be overwritten")
 
     now = run.state
     now.slowest = min(now.slowest, max(stop.left() / 10, 0))  # a past stall is no rule
@@ -2851,8 +2846,8 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
     total = steps * recipe.epochs
     if now.step == total and rank == 0:
         say(f"{name}: finished before")
-        if not (weights / f"{name}.pt").exists():
-            run.write_model(task, weights / f"{name}.pt")
+        if not path.exists():
+            run.write_model(task, path)
         write_csv(weights / f"{name}_log.csv", pd.DataFrame(now.history))
     shuffles = [np.random.default_rng([recipe.seed, k]) for k in range(recipe.epochs)]
     order = [np.resize(rng.permutation(count), steps * size) for rng in shuffles]
@@ -2861,8 +2856,10 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
     thin = getattr(recipe, "thin", 1)
 
     def load(k):
-        first = np.random.default_rng([recipe.seed, k // size, 1]).integers(thin)
-        return task.load(task.train[order[k]], first)
+        of_step = np.random.default_rng([recipe.seed, k // size, 1])
+        of_sample = np.random.default_rng([recipe.seed, k])
+        sample = task.train[order[k]]
+        return task.load(sample, of_step.integers(thin)), of_sample
 
     loaded = prefetch(load, mine, workers, 2 * size)
 
@@ -2877,9 +2874,7 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
             run.save(last, task)
             where = f"{name}: stopped by {reason} at step {step} of {total}"
             raise Stopped(f"{where}; --resume goes on", stop.status())
-        batch = []
-        for k, future in islice(loaded, size // world):
-            batch.append((future.result(), np.random.default_rng([recipe.seed, k])))
+        batch = [future.result() for _, future in islice(loaded, size // world)]
         run.update(task, batch, total)
         now.seconds += stop.clock() - started
         if now.step % (steps * task.every) == 0 or now.step == total:
