@@ -2783,7 +2783,7 @@ class Trainer:
         line = dict(epoch=epoch, **task.judge(table.set_index(STUDY)))
         if {uid for uid, *_ in task.train}.intersection(task.held_out):
             table[TRAINED_ON] = 1  # with --folds 1
-        line["train_loss"] = float(np.mean(losses or math.nan))
+        line["train_loss"] = np.mean(losses or math.nan)
         line["lr"] = self.optimizer.param_groups[0]["lr"]
         line["samples_per_s"] = len(now.losses) * task.recipe.batch_size / now.seconds
         line |= dict(seconds=now.seconds, skipped_steps=now.skipped, peak_gb=peak_gb())
@@ -2931,9 +2931,6 @@ def classifier_task(kind, recipe, device, folder, truth):
         crops = np.concatenate(crops)  # (V * T, K, S, S)
         return crops, labels
 
-    def read(uid):
-        return read_crops(folder / f"{uid}.npz")
-
     def answer(model, crops):
         models = dict.fromkeys(KINDS, []) | {kind: [model]}
         only = classify(Ensemble(models, device), crops)[0]
@@ -2953,7 +2950,7 @@ def classifier_task(kind, recipe, device, folder, truth):
 
     return Task(
         kind, recipe, device, load, classifier_batch, answer, judge, columns=STEP_TARGETS,
-        read=read)
+        read=lambda uid: read_crops(folder / f"{uid}.npz"))
 
 
 # ==== Tools ====
