@@ -2759,53 +2759,48 @@ class Trainer:
         average(*self.floats, now.step)  # without whole-number counts, which nobody reads
 
     def close_epoch(self, task, weights, epoch, workers):
-        """Score the averaged weights on the held-out studies; log them, and keep them."""
+        """Score the averaged weights on the held-out studies; log them, and keep them. The
+        last epoch's stay: the best would be chosen by the studies that then calibrate and
+        report."""
         now = self.state
         rank, world = ranks()
         if dist.is_initialized():  # each process has its own batches' norms: one's are kept
             for statistics in self.averaged.buffers():
                 dist.broadcast(statistics, 0)
         mine = prefetch(task.read, task.held_out[rank::world], workers, workers)
-        rows = []
         with torch.inference_mode(), autocast(task.device):
-            for uid, future in mine:
-                values = task.answer(self.averaged, future.result())
-                rows.append((uid, *values))
+            rows = [(uid, *task.answer(self.averaged, one.result())) for uid, one in mine]
         rows = sum(over_ranks(rows), [])
         losses = sum(over_ranks(now.losses), [])
         table = pd.DataFrame(rows, columns=[STUDY, *task.columns][: len(rows[0])])
         line = dict(epoch=epoch, **task.judge(table.set_index(STUDY)))
         if {uid for uid, *_ in task.train}.intersection(task.held_out):
             table[TRAINED_ON] = 1  # with --folds 1
-        line["train_loss"] = float(np.mean(losses or math.nan))
+        line["train_loss"] = np.mean(losses or math.nan)
         line["lr"] = self.optimizer.param_groups[0]["lr"]
         line["samples_per_s"] = len(now.losses) * task.recipe.batch_size / now.seconds
         line |= dict(seconds=now.seconds, skipped_steps=now.skipped, peak_gb=peak_gb())
-        now.history.append({name: float(value) for name, value in line.items()})
+        line = {name: float(value) for name, value in line.items()}
+        now.history.append(line)
         now.losses, now.seconds = [], 0.0
         if rank == 0:
-            self.write_epoch(task, weights / task.name, table)
-
-    def write_epoch(self, task, stem, table):
-        """Write the log, the weights and the held-out answers. The last epoch's stay: the
-        best would be chosen by the studies that then calibrate and report."""
-        history = self.state.history
-        self.write_model(task, f"{stem}.pt")
-        write_csv(f"{stem}_heldout.csv", table)
-        write_csv(f"{stem}_log.csv", pd.DataFrame(history))  # last: it tells what is done
-        words = [f"{name} {value:.4g}" for name, value in history[-1].items()]
-        say("  ".join([task.name, *words]))
+            stem = weights / task.name
+            self.write_model(task, f"{stem}.pt")
+            write_csv(f"{stem}_heldout.csv", table)
+            log = pd.DataFrame(now.history)
+            write_csv(f"{stem}_log.csv", log)  # last: it tells what is done
+            words = [f"{name} {value:.4g}" for name, value in line.items()]
+            say("  ".join([task.name, *words]))
 
     def write_model(self, task, path):
         """Write the averaged weights as of the last scoring, for load_model."""
-        tensors = {}
-        for name, tensor in self.averaged.state_dict().items():
-            # On a GPU an LSTM's weights share one storage: each would be saved with it all.
-            tensors[name] = tensor.half() if tensor.ndim > 1 else tensor.clone()
-        epoch = int(self.state.history[-1]["epoch"])
-        settings = self.model.settings
-        save_checkpoint(
-            path, task.kind, task.recipe, settings=settings, tensors=tensors, epoch=epoch)
+        # On a GPU an LSTM's weights share one storage: each would be saved with it all.
+        tensors = {
+            name: tensor.half() if tensor.ndim > 1 else tensor.clone()
+            for name, tensor in self.averaged.state_dict().items()}
+        content = dict(settings=self.model.settings, tensors=tensors)
+        content["epoch"] = int(self.state.history[-1]["epoch"])
+        save_checkpoint(path, task.kind, task.recipe, **content)
 
 def learning_rate(recipe, done):
     """At a share of all steps: a linear warm-up, then half a cosine down to 1 %."""
@@ -2820,8 +2815,7 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
     least = 2 if world > 1 and getattr(recipe, "mixup", 0) else 1  # mixup needs two
     size = world * max(least, math.ceil(recipe.batch_size / world))
     if size != recipe.batch_size:
-        if rank == 0:
-            say(f"{name}: --batch-size {size}: {size // world} samples a process")
+        say_once(f"{name}: --batch-size {size}: {size // world} samples a process")
         recipe = replace(recipe, batch_size=size)
         task = task._replace(recipe=recipe)
     if not count or not task.held_out:
@@ -2829,15 +2823,15 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
                         f"{len(task.held_out)} studies held out; give fewer --folds")
     if rank == 0:  # which alone writes; better now than after an epoch
         try_writing(weights)
-    last = weights / f"{name}_last.pt"
+    path, last = weights / f"{name}.pt", weights / f"{name}_last.pt"
     if last.exists() and not go_on:
         raise UserError(f"{last}: of an earlier run: --resume goes on with it; delete it "
                         "to begin anew")
     run = Trainer(task, init)
     if last.exists():
         run.load(last, task)
-    elif rank == 0 and (weights / f"{name}.pt").exists():
-        say(f"{weights / name}.pt is there already, and will be overwritten")
+    elif path.exists():
+        say_once(f"{path} is there already, and will be overwritten")
 
     now = run.state
     now.slowest = min(now.slowest, max(stop.left() / 10, 0))  # a past stall is no rule
@@ -2845,8 +2839,8 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
     total = steps * recipe.epochs
     if now.step == total and rank == 0:
         say(f"{name}: finished before")
-        if not (weights / f"{name}.pt").exists():
-            run.write_model(task, weights / f"{name}.pt")
+        if not path.exists():
+            run.write_model(task, path)
         write_csv(weights / f"{name}_log.csv", pd.DataFrame(now.history))
     shuffles = [np.random.default_rng([recipe.seed, k]) for k in range(recipe.epochs)]
     order = [np.resize(rng.permutation(count), steps * size) for rng in shuffles]
@@ -2855,8 +2849,10 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
     thin = getattr(recipe, "thin", 1)
 
     def load(k):
-        first = np.random.default_rng([recipe.seed, k // size, 1]).integers(thin)
-        return task.load(task.train[order[k]], first)
+        of_step = np.random.default_rng([recipe.seed, k // size, 1])
+        of_sample = np.random.default_rng([recipe.seed, k])
+        sample = task.train[order[k]]
+        return task.load(sample, of_step.integers(thin)), of_sample
 
     loaded = prefetch(load, mine, workers, 2 * size)
 
@@ -2871,9 +2867,7 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
             run.save(last, task)
             where = f"{name}: stopped by {reason} at step {step} of {total}"
             raise Stopped(f"{where}; --resume goes on", stop.status())
-        batch = []
-        for k, future in islice(loaded, size // world):
-            batch.append((future.result(), np.random.default_rng([recipe.seed, k])))
+        batch = [future.result() for _, future in islice(loaded, size // world)]
         run.update(task, batch, total)
         now.seconds += stop.clock() - started
         if now.step % (steps * task.every) == 0 or now.step == total:
@@ -2930,9 +2924,6 @@ def classifier_task(kind, recipe, device, folder, truth):
         crops = np.concatenate(crops)  # (V * T, K, S, S)
         return crops, labels
 
-    def read(uid):
-        return read_crops(folder / f"{uid}.npz")
-
     def answer(model, crops):
         models = dict.fromkeys(KINDS, []) | {kind: [model]}
         only = classify(Ensemble(models, device), crops)[0]
@@ -2952,7 +2943,7 @@ def classifier_task(kind, recipe, device, folder, truth):
 
     return Task(
         kind, recipe, device, load, classifier_batch, answer, judge, columns=STEP_TARGETS,
-        read=read)
+        read=lambda uid: read_crops(folder / f"{uid}.npz"))
 
 
 # ==== Tools ====
@@ -2967,6 +2958,11 @@ def say(text):
     text = text.encode(errors="backslashreplace").decode()  # a file's name may be no UTF-8
     with suppress(OSError):  # the terminal may have gone
         tqdm.write(text, file=sys.stderr)
+
+def say_once(text):
+    """A line that all processes would say alike, by the first alone."""
+    if ranks()[0] == 0:
+        say(text)
 
 def say_of(volume):
     """Say what was odd about a study; gives a function that says more of it."""
@@ -3429,10 +3425,6 @@ PLANS = {  # hours, and disk of the crops, on the competition's data: bench.py p
     "fast": "1 hour and 6 GB", "standard": "17 hours and 21 GB",
     "gold": "49 hours and 63 GB", "gold-second": "48 hours more than gold"}
 
-FROM_SCRATCH = (  # by the public code and write-ups of the top teams
-    "training from scratch, where a score of 0.43 to 0.52 is expected instead of 0.32 to "
-    "0.35; the third to sixth places and the starting solution began from ImageNet")
-
 def data_folder(options, *needed):
     """The Path of --data, which must hold the files needed; else UserError."""
     for name in needed:
@@ -3450,8 +3442,9 @@ def training_data(options):
     truth = zip(table[STUDY], table[[*TARGETS]].to_numpy(np.float32))
     folders = {path.name for path in (data / "train_images").glob("*") if path.is_dir()}
     here = {uid: labels for uid, labels in truth if uid in folders}
-    if len(here) < len(table) and ranks()[0] == 0:
-        say(f"{data}/train_images has {len(here)} of the {len(table)} studies of train.csv")
+    if len(here) < len(table):
+        found = f"{len(here)} of the {len(table)} studies of train.csv"
+        say_once(f"{data}/train_images has {found}")
     return here, folds, masks
 
 def recipe_from(options, kind):
@@ -3464,20 +3457,21 @@ def minutes_of(options):
     return options.time_limit or KAGGLE_MINUTES * KAGGLE.exists()
 
 def say_start(options, starts):
-    """Say what the folds start from; if from nothing, what that costs."""
-    found = sorted({str(path) for path in starts.values() if path})
-    if found:
-        say(f"--init {options.init}: {', '.join(found)}")
+    """Say what it costs if some of the folds start from nothing."""
     if options.init == "auto" and not all(starts.values()):
-        name = options.backbone
-        say(f"NO IMAGENET WEIGHTS of {name}: {FROM_SCRATCH}. Attach timm's file of it, "
+        name = options.backbone  # scores: by the public code and write-ups of the top teams
+        say_once(
+            f"NO IMAGENET WEIGHTS of {name}: training from scratch, where a score of 0.43 "
+            "to 0.52 is expected instead of 0.32 to 0.35; the third to sixth places and "
+            "the starting solution began from ImageNet. Attach timm's file of it, "
             f"{name}*.safetensors, .bin or .pth, under {KAGGLE}/input, or put it into "
             "--data or weights/pretrained; --init none does without")
 
 def say_plan(options):
     """Say before the first step what all modes of a preset cost, if one was asked for."""
-    if "preset" in options.given and ranks()[0] == 0:
-        say(f"--preset {options.preset}, with its own values: train-seg to train-patient "
+    if "preset" in options.given:
+        say_once(
+            f"--preset {options.preset}, with its own values: train-seg to train-patient "
             f"need about {PLANS[options.preset]} on two T4 (operations counted, not timed: "
             "README)")
 
@@ -3496,28 +3490,27 @@ def training_asked(options, kind):
     say_plan(options)
     return wanted, recipe
 
-def run_training(options, wanted, samples, folds, task):
-    """Train the folds that are wanted, of samples (uid, ...)."""
+def run_training(options, wanted, samples, folds, task, **made_of):
+    """Train the folds that are wanted, of samples (uid, ...); `made_of` names the data."""
     go_on = options.resume or options.fold == "all"
     join_processes(task.device)
     uids = [*dict.fromkeys(uid for uid, *_ in samples)]
     held_out = {k: [uid for uid in uids if folds[uid] == k] for k in wanted}
     starts = {k: init_file(options, task.kind, k, held_out[k]) for k in wanted}
-    if ranks()[0] == 0:
-        say_start(options, starts)
+    say_start(options, starts)
     if task.device.type == "cuda":  # batches have few shapes: cuDNN tries what is fastest
         torch.backends.cudnn.benchmark = True
     with stop_signals(minutes_of(options)) as stop:
         for fold, init in starts.items():
             rest = [s for s in samples if folds[s[0]] != fold or options.folds == 1]
             kept = held_out[fold]
-            made_of = task.made_of | {"studies": hash_of(rest, kept)}
-            made_of["--init"] = hash_of(init) if init else ""
+            start = hash_of(init) if init else ""
+            made = made_of | {"studies": hash_of(rest, kept), "--init": start}
             seldom = math.ceil(len(kept) / VALIDATION_SHARE / max(len(rest), 1))
             every = getattr(task.recipe, "thin", seldom)  # `thin` epochs show all steps
             name = model_name(task.kind, options.name, fold)
             one = task._replace(
-                name=name, train=rest, held_out=kept, made_of=made_of, every=every)
+                name=name, train=rest, held_out=kept, made_of=made, every=every)
             train(one, Path(options.weights), stop, options.workers, go_on, init)
 
 def train_segmenters(options):
@@ -3531,14 +3524,13 @@ def train_segmenters(options):
     if not samples:
         raise UserError(f"no study of train.csv has images and a mask in {options.data}")
     strays = masks.keys() - {path.name for path in Path(options.data).glob("*_images/*")}
-    if strays and ranks()[0] == 0:
-        say(f"{len(samples)} studies have a mask; {len(strays)} mask files are of no study "
-            f"here, as {masks[min(strays)]}")
+    if strays:
+        say_once(f"{len(samples)} studies have a mask; {len(strays)} mask files are of no "
+                 f"study here, as {masks[min(strays)]}")
     task = segmenter_task(recipe, pick_device(options.device), images, masks)
     samples = usable(samples, task.load, options.workers)
     sums = [(uid, hash_of(masks[uid])) for uid, *_ in samples]
-    task = task._replace(made_of={"masks": hash_of(sums)})
-    run_training(options, wanted, samples, folds, task)
+    run_training(options, wanted, samples, folds, task, masks=hash_of(sums))
 
 @dataclass(frozen=True)
 class Extraction(Cut):
@@ -3547,8 +3539,7 @@ class Extraction(Cut):
     studies: int = setting(0, "studies to cut, drawn by hash; 0: all", least=0)
 
 def refuse_other_crops(folder, heads, wanted):
-    """UserError if some crops, {uid: CropsHead}, were cut otherwise than the `wanted`
-    head says, or by other segmenters."""
+    """UserError if crops, {uid: CropsHead}, are not as `wanted`, or by other segmenters."""
     for uid, head in heads.items():
         if (head.edge, head.z_margin) != (wanted.edge, wanted.z_margin):
             raise UserError(f"{folder}: has crops of --size {head.edge} --z-margin "
@@ -3557,17 +3548,9 @@ def refuse_other_crops(folder, heads, wanted):
             raise UserError(f"{folder}: has crops by other segmenters, as of {uid}; these "
                             "need another --work")
     fewer = sum(head.made_by < wanted.made_by for head in heads.values())
-    if heads and ranks()[0] == 0:
-        say(f"{folder}: crops of {len(heads)} studies exist already, and are kept; {fewer} "
-            "of them are by fewer segmenters than there are now")
-
-def write_study(volume, probability, options, makers, file, mask=None):
-    """Write a study's crops to a file, and its mask where one is asked for."""
-    how = (options.size, options.mask_of, options.z_margin)
-    crops = vertebra_slices(volume, probability, *how)
-    write_crops(file, crops, options.z_margin, makers)
-    if mask:
-        write_nifti(mask, vertebra_labels(volume, probability), volume)
+    if heads:
+        say_once(f"{folder}: crops of {len(heads)} studies exist already, and are kept; "
+                 f"{fewer} of them are by fewer segmenters than there are now")
 
 def extract(options):
     """Write the crops of all studies, for the classifiers.
@@ -3590,12 +3573,13 @@ def extract(options):
     unseen = set().union(*held_out.values())
     chosen = sorted(truth, key=hash_of)[:options.studies or None]
     known = {*chosen} & masks.keys() - unseen
-    if known and ranks()[0] == 0:
-        say(f"{len(known)} studies are masked by segmenters that may have trained on them")
+    if known:
+        say_once(
+            f"{len(known)} studies are masked by segmenters that may have trained on them")
 
     def written(uid):
-        mask = [Path(options.masks) / f"{uid}.nii.gz"] if options.masks else []
-        return [out / f"{uid}.npz", *mask]
+        masks = [Path(options.masks) / f"{uid}.nii.gz"] if options.masks else []
+        return [out / f"{uid}.npz", *masks]
 
     rank, world = ranks()
     mine = chosen[rank::world]
@@ -3612,7 +3596,12 @@ def extract(options):
                 volume = future.result()
                 probability = segment(
                     own or [*models.values()], volume, device, say_of(volume))
-                write_study(volume, probability, options, makers, *written(uid))
+                crops = vertebra_slices(
+                    volume, probability, options.size, options.mask_of, options.z_margin)
+                file, *masks = written(uid)
+                write_crops(file, crops, options.z_margin, makers)
+                for mask in masks:
+                    write_nifti(mask, vertebra_labels(volume, probability), volume)
             except StudyError as error:
                 say(f"study {uid}: {error}; left out")
     heads = crops_heads(out, mine, options.workers)  # each process speaks of its share
@@ -3623,15 +3612,6 @@ def extract(options):
         say(f"{out}: most vertebrae were not found: train better segmenters first")
     if world == 1 and 2 * len(heads) < len(mine):  # as in predict
         raise Stopped("most studies have no crops: the lines above say why", 3)
-
-def say_makers(folder, heads, segmenters):
-    """Say where crops, {uid: CropsHead}, are not all by one and the same set of segmenters,
-    or by others than these hashes."""
-    sets = {frozenset(head.made_by) for head in heads.values()}
-    if len(sets) > 1:
-        say(f"{folder}: crops by {len(sets)} different sets of segmenters")
-    if segmenters and set().union(*sets) - segmenters:
-        say(f"{folder}: crops by other segmenters than those in --weights")
 
 def train_classifiers(options):
     """Train classifiers on the crops: of a vertebra, or of all seven and the patient.
@@ -3646,9 +3626,9 @@ def train_classifiers(options):
     heads = crops_heads(folder, truth, options.workers)
     if not heads:
         raise UserError(f"no crops in {folder}: run extract first")
-    if len(heads) < len(truth) and ranks()[0] == 0:
+    if len(heads) < len(truth):
         found = f"crops of {len(heads)} of {len(truth)} studies"
-        say(f"{folder}: {found}; the others are left out")
+        say_once(f"{folder}: {found}; the others are left out")
     share = np.mean([head.seen for head in heads.values()])
     if share < LEAST_SEEN:
         found = f"only {share:.0%} of C1..C7 were found in {len(heads)} studies"
@@ -3660,29 +3640,34 @@ def train_classifiers(options):
     if len(cuts) > 1:
         raise UserError(f"{folder}: crops of unlike (edge, z margin): {cuts}")
     edge, z_margin = cuts.pop()
-    makers = [(uid, sorted(head.made_by)) for uid, head in heads.items()]
-    if ranks()[0] == 0:
-        say_makers(folder, heads, makers_of(options.weights))
+    makers = {uid: sorted(head.made_by) for uid, head in heads.items()}
+    sets = {tuple(hashes) for hashes in makers.values()}
+    if len(sets) > 1:
+        say_once(f"{folder}: crops by {len(sets)} different sets of segmenters")
+    present = makers_of(options.weights)
+    if present and set().union(*sets) - present:
+        say_once(f"{folder}: crops by other segmenters than those in --weights")
     samples = [(uid, targets) for uid in heads for targets in asked]
-    if recipe.size > edge and ranks()[0] == 0:
-        say(f"--size {recipe.size} only enlarges crops of {edge} pixels: extract --size "
-            "cuts larger ones")
+    if recipe.size > edge:
+        say_once(f"--size {recipe.size} only enlarges crops of {edge} pixels: extract "
+                 "--size cuts larger ones")
     if "z_margin" in options.given and options.z_margin != z_margin:
         raise UserError(f"{folder}: has crops of --z-margin {z_margin}")
     recipe = replace(recipe, z_margin=z_margin)
     task = classifier_task(kind, recipe, pick_device(options.device), folder, truth)
-    made_of = {"labels": hash_of(labels.tolist()), "crops": hash_of([*makers, edge])}
-    task = task._replace(made_of=made_of)
-    run_training(options, wanted, samples, folds, task)
+    made_of = dict(labels=hash_of(labels.tolist()), crops=hash_of([*makers.items(), edge]))
+    run_training(options, wanted, samples, folds, task, **made_of)
 
-def calibration_asked(options, hashes):
-    """The Calibration of --weights; an option of Answers that was given wins over a fit."""
+def calibration_asked(options):
+    """The Calibration of --weights, and {file name: hash} of the models there; an option of
+    Answers that was given wins over a fit."""
+    hashes = model_hashes(options.weights)
     fitted = read_calibration(options.weights, hashes)
     names = [one.name for one in fields(Answers) if one.name in options.given]
     given = {name: getattr(options, name) for name in names}
     if given and fitted.answers != Answers():
         say(f"{given} as asked for, in place of the fitted {fitted.answers}")
-    return fitted._replace(answers=replace(fitted.answers, **given))
+    return fitted._replace(answers=replace(fitted.answers, **given)), hashes
 
 def predict_own(options):
     """predict, of the paths given."""
@@ -3699,8 +3684,7 @@ def predict_own(options):
         say(f"{out / 'answers.json'} is of an earlier run, and stays: --json renews it")
     for name in studies if options.masks else ():
         refuse_to_overwrite(Path(options.masks) / f"{name}.nii.gz")
-    hashes = model_hashes(options.weights)
-    calibration = calibration_asked(options, hashes)
+    calibration, hashes = calibration_asked(options)
     weights = f"weights {hash_of(hashes)}, trained on: {calibration.trained_on}"
     note = f"For research, not for diagnosis; {weights}"
     device = pick_device(options.device)
@@ -3751,8 +3735,7 @@ def predict(options):
                 if number % world == rank:  # of an earlier run
                     path.unlink(missing_ok=True)
             write_submission(submission)  # the prior, whatever fails from here on
-        hashes = model_hashes(options.weights)
-        calibration = calibration_asked(options, hashes)
+        calibration, hashes = calibration_asked(options)
         submission = submission._replace(made_by=hash_of(hashes, calibration))
         write_submission(submission)
         device = pick_device(options.device)
@@ -3863,9 +3846,9 @@ class Parser(argparse.ArgumentParser):
 
 class Given(argparse.Action):
     """Stores an option's value, if within its limits, and its name among those given."""
-    def __init__(self, limits, **others):
+    def __init__(self, least, most, **others):
         super().__init__(**others)
-        self.least, self.most = limits
+        self.least, self.most = least, most
 
     def __call__(self, parser, namespace, values, option_string=None):
         if not isinstance(values, str):
@@ -3878,20 +3861,18 @@ class Given(argparse.Action):
 
 def add_option(parser, one, default):
     """Give a parser the option of a setting, with its meaning, limits and default."""
-    flag = "--" + one.name.replace("_", "-")
-    how = dict(help=one.metadata["help"], default=default, metavar=one.name.upper())
-    if "positional" in one.metadata:
-        parser.add_argument(one.name, nargs=one.metadata["count"], **how)
+    name, about = one.name, one.metadata
+    flag = "--" + name.replace("_", "-")
+    how = dict(help=about["help"], default=default)
+    if "positional" in about:
+        parser.add_argument(name, nargs=about["count"], metavar=name.upper(), **how)
     elif isinstance(default, bool):
-        how.pop("metavar")
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, **how)
     else:
-        limits = (one.metadata["least"], one.metadata["most"])
-        if one.metadata["choices"]:
-            how |= dict(choices=one.metadata["choices"], metavar=None)
+        how |= dict(about, type=type(default), choices=about["choices"] or None)
         if default != "":
             how["help"] += " (default: %(default)s)"
-        parser.add_argument(flag, action=Given, limits=limits, type=type(default), **how)
+        parser.add_argument(flag, action=Given, **how)
 
 def preset_given(argv):
     """The --preset of a command line; its values are the defaults that a parser knows."""

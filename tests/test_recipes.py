@@ -247,7 +247,7 @@ def test_from_scratch_is_said_once_and_loudly_but_not_where_it_is_wanted(capsys)
         said = capsys.readouterr().err
         assert said.count("\n") == lines == said.count(f"NO IMAGENET WEIGHTS of {TIMM}")
     cspine.say_start(Namespace(init="auto"), {0: Path("a.pth"), 1: Path("a.pth")})
-    assert capsys.readouterr().err == "--init auto: a.pth\n"
+    assert not capsys.readouterr().err
 
 
 # ---- Presets ----
@@ -344,7 +344,7 @@ def test_folds_that_find_no_file_are_told_also_beside_one_that_does(tmp_path, ca
     options = Namespace(init="auto", backbone="resnet18d")
     cspine.say_start(options, {0: tmp_path / "vertebra_fold0.pt", 1: None})
     said = capsys.readouterr().err
-    assert "vertebra_fold0.pt" in said and said.count("NO IMAGENET WEIGHTS of resnet18d") == 1
+    assert said.count("NO IMAGENET WEIGHTS of resnet18d") == 1
     cspine.say_start(options, {0: tmp_path / "vertebra_fold0.pt"})
     assert "NO IMAGENET" not in capsys.readouterr().err
 
