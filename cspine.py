@@ -849,8 +849,7 @@ class Conv3dSame(nn.Conv3d):
         """(B, C, Z, Y, X) -> (B, F, Z/stride, Y/stride, X/stride), rounded up."""
         padding = []
         for length in x.shape[:1:-1]:  # F.pad takes the last axis first
-            rest = length % self.stride[0] or self.stride[0]
-            total = max(self.kernel_size[0] - rest, 0)
+            total = max(self.kernel_size[0] - 1 - (length - 1) % self.stride[0], 0)
             padding += [total // 2, total - total // 2]
         return super().forward(F.pad(x, padding))
 
@@ -867,7 +866,8 @@ class SqueezeExcite3d(nn.Sequential):
 LAYERS_3D = dict(  # by the name of the 2-D class
     Conv2d=nn.Conv3d, Conv2dSame=Conv3dSame, MaxPool2d=nn.MaxPool3d, AvgPool2d=nn.AvgPool3d,
     BatchNorm2d=nn.BatchNorm3d, BatchNormAct2d=BatchNormAct3d)
-PLAIN_LAYERS = "activation|ConvNormAct|DropPath"  # of timm, right in 3-D as they are
+# Layers for images, or timm's own, but for those that are right in 3-D as they are.
+NO_TWIN = r"2d|timm\.layers(?!.*(activation|ConvNormAct|DropPath))"
 
 def to_3d(network):
     """The 3-D twin of a timm network, with the same names of layers.
@@ -876,30 +876,25 @@ def to_3d(network):
     twin = copy.deepcopy(network)
     for path, layer in twin.named_modules():
         kind = str(type(layer))
-        settings = vars(layer).items()
+        kind_3d = LAYERS_3D.get(type(layer).__name__)
+        settings = vars(layer).items()  # of these, some hold a value an axis
         pairs = {n: v for n, v in settings if isinstance(v, tuple) and len(v) == 2}
         even = all(first == second for first, second in pairs.values())
-        own = [*layer.parameters(False), *layer.buffers(False)]
-        known = "timm.layers" not in kind or re.search(PLAIN_LAYERS, kind)
+        weights = [*layer.parameters(False), *layer.buffers(False)]
         if "SqueezeExcite" in kind or "SEModule" in kind:
             layer.__class__ = SqueezeExcite3d
-        elif type(layer).__name__ in LAYERS_3D and even:
-            deepen(layer, pairs)
-        elif own or "2d" in kind or not known:  # weights, images, or timm's own
+        elif kind_3d and even:
+            layer.__class__ = kind_3d
+            vars(layer).update({n: v[:1] * 3 for n, v in pairs.items()})
+        elif weights or re.search(NO_TWIN, kind):
             where = f"{type(network).__name__}.{path}"
             raise UserError(f"no 3-D twin of {where}: unknown {kind}")
+        if isinstance(layer, nn.Conv3d):
+            # A kernel that is repeated k times is divided by k, or activations would grow.
+            depth = layer.kernel_size[0]
+            weight = torch.stack([layer.weight.data / depth] * depth, 2)
+            layer.weight = nn.Parameter(weight)  # (O, I, k, k) -> (O, I, k, k, k)
     return twin
-
-def deepen(layer, pairs):
-    """Make a 2-D layer 3-D, in place; `pairs` are its settings that hold a value an axis.
-    A kernel that is repeated k times is divided by k, or activations would grow."""
-    layer.__class__ = LAYERS_3D[type(layer).__name__]
-    for name, value in pairs.items():
-        setattr(layer, name, value[:1] * 3)
-    if isinstance(layer, nn.Conv3d):
-        depth = layer.kernel_size[0]
-        weight = torch.stack([layer.weight.data / depth] * depth, 2)
-        layer.weight = nn.Parameter(weight)  # (O, I, k, k) -> (O, I, k, k, k)
 
 def create_backbone(name, **arguments):
     """A timm network by its plain name, with random weights: nothing is downloaded."""
