@@ -1048,9 +1048,8 @@ def place_back(part, low, high, shape):
 def segment(models, volume, device, report=print):
     """float32 (7, D, D, D): probability of C1..C7 in the cells of a cube over the study.
     The mean of the models; what is out of order is renamed or emptied (in_order). Where
-    the neck is small in the study, it is looked at a second time by itself, and the mean of
-    both looks counts, as each misses what the other sees. `report` is told everything odd.
-    """
+    the neck is small in the study, it is looked at again by itself, and the mean of both
+    looks counts, as each misses what the other sees. `report` is told whatever is odd."""
     probability = mean_probability(models, volume, device)
     part = neck_part(probability, volume.hu.shape)
     if part:
