@@ -1103,6 +1103,17 @@ def crop_plane(plane, box, size):
     border = cv2.BORDER_REPLICATE
     return cv2.warpAffine(plane, source, (size, size), flags=how, borderMode=border)
 
+def crop_box(volume, extent, edge, size):
+    """crop_plane's `box` of a mask, from `extent` (2, 2), its first and last of the `edge`
+    cells along Y and X. The crop is square in mm, BOX_MARGIN cells wider than the mask."""
+    plane_mm = np.multiply(volume.hu.shape, volume.spacing)[1:]  # (y, x)
+    beyond = [[-BOX_MARGIN], [1 + BOX_MARGIN]]
+    low_mm, high_mm = (extent.T + beyond) * plane_mm / edge
+    side_mm = (high_mm - low_mm).max()
+    corner_mm = (low_mm + high_mm - side_mm) / 2
+    step_mm = np.full(2, side_mm / size)
+    return np.array([corner_mm, step_mm]) / plane_mm
+
 def slice_indices(extent, z_margin, edge, count):
     """(15, 5): the native slices of every step, of `count`; a border slice repeats. The
     centres lie evenly over the slices that a vertebra's cells cover, from `extent` (first,
@@ -1132,37 +1143,24 @@ def vertebra_slices(volume, probability, size=CROP, mask_of="last", z_margin=BOX
     """The ninety images of every vertebra: uint8 (7, 15, 6, S, S), a mask after 5 slices.
     `probability` (7, D, D, D) covers the whole study. `mask_of` says of which of a step's
     slices the mask is, the "last" or the "center". The steps cover the vertebra's mask and
-    `z_margin` cells beyond it, above and below. A vertebra that is not seen is all 0; the
-    mask of one that is seen is nowhere 0."""
+    `z_margin` cells beyond it, above and below; the slices are in BONE_WINDOW. A vertebra
+    that is not seen is all 0; the mask of one that is seen is nowhere 0."""
+    count = len(volume.hu)
     out = np.zeros((7, STEPS, CHANNELS, size, size), np.uint8)
     for v, cells in enumerate(probability):
         extent = vertebra_box(cells)
-        if extent is not None:
-            out[v] = ninety_images(volume, cells, extent, size, mask_of, z_margin)
+        if extent is None:
+            continue
+        box = crop_box(volume, extent[1:], len(cells), size)
+        index = slice_indices(extent[0], z_margin, len(cells), count)  # (15, 5)
+        shown, which = np.unique(index, return_inverse=True)  # steps share slices
+        grey = [apply_window(volume.hu[z], BONE_WINDOW) for z in shown]
+        images = np.array([crop_plane(plane, box, size) for plane in grey])
+        planes = [mask_at(cells, z, count) for z in index[:, MASKED_SLICES[mask_of]]]
+        masks = np.array([crop_plane(plane, box, size) for plane in planes])
+        masks = np.rint(masks * 255).clip(1)  # 0 means: not seen
+        out[v] = interleave(images[which.ravel()], masks)  # 75 slices, 15 masks
     return out
-
-def ninety_images(volume, cells, extent, size, mask_of, z_margin):
-    """uint8 (15, 6, S, S) in BONE_WINDOW of a vertebra; `extent`: its vertebra_box.
-    The crop is square in mm, BOX_MARGIN cells wider than the mask."""
-    edge, count = len(cells), len(volume.hu)
-    extent_mm = np.multiply(volume.hu.shape, volume.spacing)[1:]  # (y, x)
-    low, high = extent[1:].T
-    low_mm = (low - BOX_MARGIN) * extent_mm / edge
-    high_mm = (high + 1 + BOX_MARGIN) * extent_mm / edge
-    side_mm = (high_mm - low_mm).max()
-    corner_mm = (low_mm + high_mm - side_mm) / 2
-    step_mm = np.full(2, side_mm / size)
-    box = np.array([corner_mm, step_mm]) / extent_mm
-
-    index = slice_indices(extent[0], z_margin, edge, count)  # (15, 5)
-    shown, which = np.unique(index, return_inverse=True)  # steps share slices
-    grey = [apply_window(volume.hu[z], BONE_WINDOW) for z in shown]
-    images = np.array([crop_plane(plane, box, size) for plane in grey])
-    masked = index[:, MASKED_SLICES[mask_of]]
-    planes = [mask_at(cells, z, count) for z in masked]
-    masks = np.array([crop_plane(plane, box, size) for plane in planes])
-    masks = np.rint(masks * 255).clip(1)  # 0 means: not seen
-    return interleave(images[which.ravel()], masks)  # 75 slices, 15 masks: ninety images
 
 
 # ==== Classifiers ====
