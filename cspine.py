@@ -1207,16 +1207,14 @@ class StepEncoder(nn.Module):
 
         if self.training:
             return features(shown)
-        on_cpu = shown.device.type == "cpu"
-        for at_once in [CROPS_ON_CPU] if on_cpu else [CROPS_ON_GPU, CROPS_ON_CPU]:
+        if shown.device.type != "cpu":
             with suppress(torch.OutOfMemoryError):
-                return torch.cat([*map(features, shown.split(at_once))])
-        raise torch.OutOfMemoryError(f"{CROPS_ON_CPU} crops do not fit into the memory")
+                return torch.cat([*map(features, shown.split(CROPS_ON_GPU))])
+        return torch.cat([*map(features, shown.split(CROPS_ON_CPU))])
 
 class VertebraClassifier(nn.Module):
     """(B, 15, 6, S, S), uint8 or 0..1 -> (B, 15) logits: a fracture of this vertebra.
-    `size`, `mask_of`, `z_margin` (0 where an older checkpoint has none) say for what crops
-    it was trained."""
+    `size`, `mask_of`, `z_margin` (0: an older file has none) say what crops it has seen."""
     def __init__(
             self, backbone="tf_efficientnetv2_s", size=CROP, mask_of="last", z_margin=0.0,
             hidden=256, drop_path=0, dropout=0, checkpoint=False, **_):  # and more
@@ -1321,8 +1319,7 @@ def classify(ensemble, crops, folds=None):
                 logits, head = finite_answer(model, flat)
         steps = logits.sigmoid().view(7, STEPS).cpu().numpy()
         steps[absent] = np.nan
-        name = model.settings.get("name", "")
-        outputs.append(Output(steps, float(head.sigmoid()), name))
+        outputs.append(Output(steps, float(head.sigmoid()), model.settings.get("name", "")))
     return outputs
 
 
