@@ -1336,10 +1336,9 @@ def mean_logits(studies, calibration):
     A model name counts by its weight, else 1, however many models (folds) share it."""
     mean = np.zeros((len(studies), 8))
     for row, outputs in zip(mean, studies):
-        names = [one.name for one in outputs]
-        steps = np.array([one.steps for one in outputs])  # (M, 7, T)
-        vertebrae = vertebra_answers(steps, calibration.answers.top_k)
-        chance = np.column_stack([vertebrae, [one.patient for one in outputs]])  # (M, 8)
+        steps, patient, names = zip(*outputs)
+        vertebrae = vertebra_answers(steps, calibration.answers.top_k)  # (M, 7)
+        chance = np.column_stack([vertebrae, patient])
         share = [calibration.weights.get(name, 1) / names.count(name) for name in names]
         share = np.array(share)[:, None] * ~np.isnan(chance)
         logits = logits_of(chance)
@@ -1354,8 +1353,7 @@ def logits_of(answers):
 def calibrated(raw, calibration):
     """(N, 8) probabilities of mean logits (N, 8).
     The patient's is a blend of its own and of the vertebrae's noisy-or, P(at least one).
-    What is not in view gets calibration.unseen; with no vertebra in view the patient does,
-    too."""
+    What is not in view gets calibration.unseen, as the patient does if no vertebra is."""
     scale, shift, unseen = map(torch.tensor, calibration[:3])
     logits = torch.tensor(raw) * scale + shift
     whole = 1 - logits[:, :7].sigmoid()
