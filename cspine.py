@@ -1532,9 +1532,8 @@ def read_reports(submission):
 def write_submission(submission, reports=()):
     """Write this process's report, and every row asked for: an answer, or the prior."""
     if reports:
-        name = f"predict_report{ranks()[0] or ''}.csv"
         table = pd.DataFrame(reports).assign(made_by=submission.made_by)
-        write_csv(submission.out.parent / name, table)
+        write_csv(submission.out.parent / f"predict_report{ranks()[0] or ''}.csv", table)
     answers = read_reports(submission)
     values = [
         (row_id, answers.get(uid, PRIOR_ANSWERS).get(target, 0.5))
