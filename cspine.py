@@ -1660,11 +1660,10 @@ def largest_piece(mask):
 def vertebra_labels(volume, probability):
     """uint8 (Z, Y, X), 1-7 = C1-C7, on the study's grid, of a probability (7, D, D, D).
     A voxel is of the vertebra that is likeliest there; the largest piece of each counts."""
-    whole = []
-    for cells in probability:
+    whole = probability.copy()
+    for cells in whole:
         inside = cells > MASK_FROM
-        strays = inside & ~largest_piece(inside)
-        whole.append(np.where(strays, 0, cells))
+        cells[inside & ~largest_piece(inside)] = 0  # strays
     labels = np.zeros(volume.hu.shape, np.uint8)
     count, rows, columns = labels.shape
     for z, plane in enumerate(labels):
@@ -1683,11 +1682,10 @@ def lower_end(voxels, volume):
     ends at the canal; None if there is none, or too little of a body."""
     x = voxels[:, 2].mean()
     aside = abs(voxels[:, 2] - x) * volume.spacing[2]
-    z, y = voxels[aside < SLAB_MM, :2].T
+    z, y, _ = voxels[aside < SLAB_MM].T
     rows = np.unique(y)
     body = parts_of(rows, rows, 1)[0]
-    depth_mm = len(body) * volume.spacing[1]
-    if len(body) < LEAST_ROWS or depth_mm > BODY_MM:
+    if len(body) < LEAST_ROWS or len(body) * volume.spacing[1] > BODY_MM:
         return None
     first, last = np.quantile(body, PLATE)
     plate = body[(body >= first) & (body <= last)]
@@ -1737,9 +1735,8 @@ def answer_own(name, future, ensemble, masks):
 
 def write_answers(out, rows, note, with_json):
     """Write answers.csv, a row a study, and answers.json if asked for: the table."""
-    lines = [row | as_columns(row.get("vertebrae", {})) for row in rows]
+    lines = [dict(note=note) | row | as_columns(row.get("vertebrae", {})) for row in rows]
     table = pd.DataFrame(lines, dtype=object).drop(columns="vertebrae", errors="ignore")
-    table.insert(0, "note", note)
     write_csv(out / "answers.csv", table)
     if with_json:
         lordosis = "angle between lines fitted to the lower ends of the masks of C2 and C7"
