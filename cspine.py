@@ -842,8 +842,7 @@ class Conv3dSame(nn.Conv3d):
         """(B, C, Z, Y, X) -> (B, F, Z/stride, Y/stride, X/stride), rounded up."""
         padding = []
         for length in x.shape[:1:-1]:  # F.pad takes the last axis first
-            rest = length % self.stride[0] or self.stride[0]
-            total = max(self.kernel_size[0] - rest, 0)
+            total = max(self.kernel_size[0] - 1 - (length - 1) % self.stride[0], 0)
             padding += [total // 2, total - total // 2]
         return super().forward(F.pad(x, padding))
 
@@ -860,7 +859,8 @@ class SqueezeExcite3d(nn.Sequential):
 LAYERS_3D = dict(  # by the name of the 2-D class
     Conv2d=nn.Conv3d, Conv2dSame=Conv3dSame, MaxPool2d=nn.MaxPool3d, AvgPool2d=nn.AvgPool3d,
     BatchNorm2d=nn.BatchNorm3d, BatchNormAct2d=BatchNormAct3d)
-PLAIN_LAYERS = "activation|ConvNormAct|DropPath"  # of timm, right in 3-D as they are
+# Layers for images, or timm's own, but for those that are right in 3-D as they are.
+NO_TWIN = r"2d|timm\.layers(?!.*(activation|ConvNormAct|DropPath))"
 
 def to_3d(network):
     """The 3-D twin of a timm network, with the same names of layers.
@@ -869,30 +869,25 @@ def to_3d(network):
     twin = copy.deepcopy(network)
     for path, layer in twin.named_modules():
         kind = str(type(layer))
-        settings = vars(layer).items()
+        kind_3d = LAYERS_3D.get(type(layer).__name__)
+        settings = vars(layer).items()  # of these, some hold a value an axis
         pairs = {n: v for n, v in settings if isinstance(v, tuple) and len(v) == 2}
         even = all(first == second for first, second in pairs.values())
-        own = [*layer.parameters(False), *layer.buffers(False)]
-        known = "timm.layers" not in kind or re.search(PLAIN_LAYERS, kind)
+        weights = [*layer.parameters(False), *layer.buffers(False)]
         if "SqueezeExcite" in kind or "SEModule" in kind:
             layer.__class__ = SqueezeExcite3d
-        elif type(layer).__name__ in LAYERS_3D and even:
-            deepen(layer, pairs)
-        elif own or "2d" in kind or not known:  # weights, images, or timm's own
+        elif kind_3d and even:
+            layer.__class__ = kind_3d
+            vars(layer).update({n: v[:1] * 3 for n, v in pairs.items()})
+        elif weights or re.search(NO_TWIN, kind):
             where = f"{type(network).__name__}.{path}"
             raise UserError(f"no 3-D twin of {where}: unknown {kind}")
+        if isinstance(layer, nn.Conv3d):
+            # A kernel that is repeated k times is divided by k, or activations would grow.
+            depth = layer.kernel_size[0]
+            weight = torch.stack([layer.weight.data / depth] * depth, 2)
+            layer.weight = nn.Parameter(weight)  # (O, I, k, k) -> (O, I, k, k, k)
     return twin
-
-def deepen(layer, pairs):
-    """Make a 2-D layer 3-D, in place; `pairs` are its settings that hold a value an axis.
-    A kernel that is repeated k times is divided by k, or activations would grow."""
-    layer.__class__ = LAYERS_3D[type(layer).__name__]
-    for name, value in pairs.items():
-        setattr(layer, name, value[:1] * 3)
-    if isinstance(layer, nn.Conv3d):
-        depth = layer.kernel_size[0]
-        weight = torch.stack([layer.weight.data / depth] * depth, 2)
-        layer.weight = nn.Parameter(weight)  # (O, I, k, k) -> (O, I, k, k, k)
 
 def create_backbone(name, **arguments):
     """A timm network by its plain name, with random weights: nothing is downloaded."""
@@ -1046,9 +1041,8 @@ def place_back(part, low, high, shape):
 def segment(models, volume, device, report=print):
     """float32 (7, D, D, D): probability of C1..C7 in the cells of a cube over the study.
     The mean of the models; what is out of order is renamed or emptied (in_order). Where
-    the neck is small in the study, it is looked at a second time by itself, and the mean of
-    both looks counts, as each misses what the other sees. `report` is told everything odd.
-    """
+    the neck is small in the study, it is looked at again by itself, and the mean of both
+    looks counts, as each misses what the other sees. `report` is told whatever is odd."""
     probability = mean_probability(models, volume, device)
     part = neck_part(probability, volume.hu.shape)
     if part:
@@ -1102,6 +1096,17 @@ def crop_plane(plane, box, size):
     border = cv2.BORDER_REPLICATE
     return cv2.warpAffine(plane, source, (size, size), flags=how, borderMode=border)
 
+def crop_box(volume, extent, edge, size):
+    """crop_plane's `box` of a mask, from `extent` (2, 2), its first and last of the `edge`
+    cells along Y and X. The crop is square in mm, BOX_MARGIN cells wider than the mask."""
+    plane_mm = np.multiply(volume.hu.shape, volume.spacing)[1:]  # (y, x)
+    beyond = [[-BOX_MARGIN], [1 + BOX_MARGIN]]
+    low_mm, high_mm = (extent.T + beyond) * plane_mm / edge
+    side_mm = (high_mm - low_mm).max()
+    corner_mm = (low_mm + high_mm - side_mm) / 2
+    step_mm = np.full(2, side_mm / size)
+    return np.array([corner_mm, step_mm]) / plane_mm
+
 def slice_indices(extent, z_margin, edge, count):
     """(15, 5): the native slices of every step, of `count`; a border slice repeats. The
     centres lie evenly over the slices that a vertebra's cells cover, from `extent` (first,
@@ -1131,37 +1136,24 @@ def vertebra_slices(volume, probability, size=CROP, mask_of="last", z_margin=BOX
     """The ninety images of every vertebra: uint8 (7, 15, 6, S, S), a mask after 5 slices.
     `probability` (7, D, D, D) covers the whole study. `mask_of` says of which of a step's
     slices the mask is, the "last" or the "center". The steps cover the vertebra's mask and
-    `z_margin` cells beyond it, above and below. A vertebra that is not seen is all 0; the
-    mask of one that is seen is nowhere 0."""
+    `z_margin` cells beyond it, above and below; the slices are in BONE_WINDOW. A vertebra
+    that is not seen is all 0; the mask of one that is seen is nowhere 0."""
+    count = len(volume.hu)
     out = np.zeros((7, STEPS, CHANNELS, size, size), np.uint8)
     for v, cells in enumerate(probability):
         extent = vertebra_box(cells)
-        if extent is not None:
-            out[v] = ninety_images(volume, cells, extent, size, mask_of, z_margin)
+        if extent is None:
+            continue
+        box = crop_box(volume, extent[1:], len(cells), size)
+        index = slice_indices(extent[0], z_margin, len(cells), count)  # (15, 5)
+        shown, which = np.unique(index, return_inverse=True)  # steps share slices
+        grey = [apply_window(volume.hu[z], BONE_WINDOW) for z in shown]
+        images = np.array([crop_plane(plane, box, size) for plane in grey])
+        planes = [mask_at(cells, z, count) for z in index[:, MASKED_SLICES[mask_of]]]
+        masks = np.array([crop_plane(plane, box, size) for plane in planes])
+        masks = np.rint(masks * 255).clip(1)  # 0 means: not seen
+        out[v] = interleave(images[which.ravel()], masks)  # 75 slices, 15 masks
     return out
-
-def ninety_images(volume, cells, extent, size, mask_of, z_margin):
-    """uint8 (15, 6, S, S) in BONE_WINDOW of a vertebra; `extent`: its vertebra_box.
-    The crop is square in mm, BOX_MARGIN cells wider than the mask."""
-    edge, count = len(cells), len(volume.hu)
-    extent_mm = np.multiply(volume.hu.shape, volume.spacing)[1:]  # (y, x)
-    low, high = extent[1:].T
-    low_mm = (low - BOX_MARGIN) * extent_mm / edge
-    high_mm = (high + 1 + BOX_MARGIN) * extent_mm / edge
-    side_mm = (high_mm - low_mm).max()
-    corner_mm = (low_mm + high_mm - side_mm) / 2
-    step_mm = np.full(2, side_mm / size)
-    box = np.array([corner_mm, step_mm]) / extent_mm
-
-    index = slice_indices(extent[0], z_margin, edge, count)  # (15, 5)
-    shown, which = np.unique(index, return_inverse=True)  # steps share slices
-    grey = [apply_window(volume.hu[z], BONE_WINDOW) for z in shown]
-    images = np.array([crop_plane(plane, box, size) for plane in grey])
-    masked = index[:, MASKED_SLICES[mask_of]]
-    planes = [mask_at(cells, z, count) for z in masked]
-    masks = np.array([crop_plane(plane, box, size) for plane in planes])
-    masks = np.rint(masks * 255).clip(1)  # 0 means: not seen
-    return interleave(images[which.ravel()], masks)  # 75 slices, 15 masks: ninety images
 
 
 # ==== Classifiers ====
@@ -1208,16 +1200,14 @@ class StepEncoder(nn.Module):
 
         if self.training:
             return features(shown)
-        on_cpu = shown.device.type == "cpu"
-        for at_once in [CROPS_ON_CPU] if on_cpu else [CROPS_ON_GPU, CROPS_ON_CPU]:
+        if shown.device.type != "cpu":
             with suppress(torch.OutOfMemoryError):
-                return torch.cat([*map(features, shown.split(at_once))])
-        raise torch.OutOfMemoryError(f"{CROPS_ON_CPU} crops do not fit into the memory")
+                return torch.cat([*map(features, shown.split(CROPS_ON_GPU))])
+        return torch.cat([*map(features, shown.split(CROPS_ON_CPU))])
 
 class VertebraClassifier(nn.Module):
     """(B, 15, 6, S, S), uint8 or 0..1 -> (B, 15) logits: a fracture of this vertebra.
-    `size`, `mask_of`, `z_margin` (0 where an older checkpoint has none) say for what crops
-    it was trained."""
+    `size`, `mask_of`, `z_margin` (0: an older file has none) say what crops it has seen."""
     def __init__(
             self, backbone="tf_efficientnetv2_s", size=CROP, mask_of="last", z_margin=0.0,
             hidden=256, drop_path=0, dropout=0, checkpoint=False, **_):  # and more
@@ -1322,8 +1312,7 @@ def classify(ensemble, crops, folds=None):
                 logits, head = finite_answer(model, flat)
         steps = logits.sigmoid().view(7, STEPS).cpu().numpy()
         steps[absent] = np.nan
-        name = model.settings.get("name", "")
-        outputs.append(Output(steps, float(head.sigmoid()), name))
+        outputs.append(Output(steps, float(head.sigmoid()), model.settings.get("name", "")))
     return outputs
 
 
@@ -1340,10 +1329,9 @@ def mean_logits(studies, calibration):
     A model name counts by its weight, else 1, however many models (folds) share it."""
     mean = np.zeros((len(studies), 8))
     for row, outputs in zip(mean, studies):
-        names = [one.name for one in outputs]
-        steps = np.array([one.steps for one in outputs])  # (M, 7, T)
-        vertebrae = vertebra_answers(steps, calibration.answers.top_k)
-        chance = np.column_stack([vertebrae, [one.patient for one in outputs]])  # (M, 8)
+        steps, patient, names = zip(*outputs)
+        vertebrae = vertebra_answers(steps, calibration.answers.top_k)  # (M, 7)
+        chance = np.column_stack([vertebrae, patient])
         share = [calibration.weights.get(name, 1) / names.count(name) for name in names]
         share = np.array(share)[:, None] * ~np.isnan(chance)
         logits = logits_of(chance)
@@ -1358,8 +1346,7 @@ def logits_of(answers):
 def calibrated(raw, calibration):
     """(N, 8) probabilities of mean logits (N, 8).
     The patient's is a blend of its own and of the vertebrae's noisy-or, P(at least one).
-    What is not in view gets calibration.unseen; with no vertebra in view the patient does,
-    too."""
+    What is not in view gets calibration.unseen, as the patient does if no vertebra is."""
     scale, shift, unseen = map(torch.tensor, calibration[:3])
     logits = torch.tensor(raw) * scale + shift
     whole = 1 - logits[:, :7].sigmoid()
@@ -1538,9 +1525,8 @@ def read_reports(submission):
 def write_submission(submission, reports=()):
     """Write this process's report, and every row asked for: an answer, or the prior."""
     if reports:
-        name = f"predict_report{ranks()[0] or ''}.csv"
         table = pd.DataFrame(reports).assign(made_by=submission.made_by)
-        write_csv(submission.out.parent / name, table)
+        write_csv(submission.out.parent / f"predict_report{ranks()[0] or ''}.csv", table)
     answers = read_reports(submission)
     values = [
         (row_id, answers.get(uid, PRIOR_ANSWERS).get(target, 0.5))
@@ -1667,11 +1653,10 @@ def largest_piece(mask):
 def vertebra_labels(volume, probability):
     """uint8 (Z, Y, X), 1-7 = C1-C7, on the study's grid, of a probability (7, D, D, D).
     A voxel is of the vertebra that is likeliest there; the largest piece of each counts."""
-    whole = []
-    for cells in probability:
+    whole = probability.copy()
+    for cells in whole:
         inside = cells > MASK_FROM
-        strays = inside & ~largest_piece(inside)
-        whole.append(np.where(strays, 0, cells))
+        cells[inside & ~largest_piece(inside)] = 0  # strays
     labels = np.zeros(volume.hu.shape, np.uint8)
     count, rows, columns = labels.shape
     for z, plane in enumerate(labels):
@@ -1690,11 +1675,10 @@ def lower_end(voxels, volume):
     ends at the canal; None if there is none, or too little of a body."""
     x = voxels[:, 2].mean()
     aside = abs(voxels[:, 2] - x) * volume.spacing[2]
-    z, y = voxels[aside < SLAB_MM, :2].T
+    z, y, _ = voxels[aside < SLAB_MM].T
     rows = np.unique(y)
     body = parts_of(rows, rows, 1)[0]
-    depth_mm = len(body) * volume.spacing[1]
-    if len(body) < LEAST_ROWS or depth_mm > BODY_MM:
+    if len(body) < LEAST_ROWS or len(body) * volume.spacing[1] > BODY_MM:
         return None
     first, last = np.quantile(body, PLATE)
     plate = body[(body >= first) & (body <= last)]
@@ -1744,9 +1728,8 @@ def answer_own(name, future, ensemble, masks):
 
 def write_answers(out, rows, note, with_json):
     """Write answers.csv, a row a study, and answers.json if asked for: the table."""
-    lines = [row | as_columns(row.get("vertebrae", {})) for row in rows]
+    lines = [dict(note=note) | row | as_columns(row.get("vertebrae", {})) for row in rows]
     table = pd.DataFrame(lines, dtype=object).drop(columns="vertebrae", errors="ignore")
-    table.insert(0, "note", note)
     write_csv(out / "answers.csv", table)
     if with_json:
         lordosis = "angle between lines fitted to the lower ends of the masks of C2 and C7"
