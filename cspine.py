@@ -2157,27 +2157,20 @@ def write_crops(path, crops, z_margin=0.0, made_by=()):
     deflated: smaller than PNG, and read in half its time. A vertebra's images are a member
     of their own, so that the others need not be read. `z_margin` says how the crops were
     cut, `made_by` holds the hashes of the segmenters."""
-    index = np.full(crops.shape[:3], -1, np.int16)
+    index = np.full(crops.shape[:3], -1, np.int16)  # its image's number; -1: nothing seen
     edge = crops.shape[-1]
     makers = np.array(sorted(made_by), "U16")
     content = dict(index=index, edge=edge, z_margin=z_margin, made_by=makers)
-    for v, name in enumerate(VERTEBRAE):
-        images = number_images(crops[v], index[v])
+    for name, steps, numbers in zip(VERTEBRAE, crops, index):
+        images = {}  # {bytes: number}
+        for place in zip(*steps.any((2, 3)).nonzero()):
+            pixels = steps[place].tobytes()
+            numbers[place] = images.setdefault(pixels, len(images))
         packed = [pack_differences(pixels, edge) for pixels in images]
-        lengths = [0, *map(len, packed)]
         whole = b"".join(packed)
         content[name] = np.frombuffer(whole, np.uint8)
-        content[f"{name}_ends"] = np.cumsum(lengths)
+        content[f"{name}_ends"] = np.cumsum([0, *map(len, packed)])
     write_atomic(path, lambda new: np.savez(new, **content))
-
-def number_images(steps, places):
-    """The bytes of the different images of steps (15, 6, S, S), in order; `places` (15, 6)
-    gets the number of each, and keeps -1 where nothing is seen."""
-    numbers = {}
-    for place in zip(*steps.any((2, 3)).nonzero()):
-        pixels = steps[place].tobytes()
-        places[place] = numbers.setdefault(pixels, len(numbers))
-    return numbers
 
 def pack_differences(pixels, edge):
     """The deflated differences of an image's bytes, `edge` pixels a row."""
@@ -2233,11 +2226,11 @@ def crops_head(path):
 
 def crops_heads(folder, uids, workers):
     """{uid: CropsHead} of the studies whose crops are in a folder, read in threads."""
-    files = {uid: folder / f"{uid}.npz" for uid in uids}
-    there = [uid for uid, path in files.items() if path.exists()]
+    paths = [folder / f"{uid}.npz" for uid in uids]
+    there = [path for path in paths if path.exists()]
     ahead = 4 * workers  # a folder on a network answers many as fast as one
-    heads = prefetch(lambda uid: crops_head(files[uid]), there, workers, ahead)
-    return {uid: future.result() for uid, future in heads}
+    heads = prefetch(crops_head, there, workers, ahead)
+    return {path.stem: future.result() for path, future in heads}
 
 def draw_matrix(rng, ranges, axes):
     """(A, A + 1) of affine_grid in A axes: turned, enlarged, mirrored, shifted."""
