@@ -2332,19 +2332,21 @@ def augment_bytes(crops, out, rng, ranges):
     Tables instead of arithmetic: what was moved is rounded to bytes, and noise is one of
     256 equally likely values of the normal distribution."""
     size = out.shape[-1]
-    matrix = draw_matrix(rng, ranges, 2)
+    source = in_pixels(draw_matrix(rng, ranges, 2), crops.shape[-1], size)
     greys = draw_greys(rng, ranges, size)
     plain = np.linspace(0, 1, 256, dtype=np.float32)
     levels = (plain * greys.stretch + greys.shift).clip(0, 1) ** greys.gamma
     chances = (torch.arange(256) + 0.5) / 256
     grain = torch.special.ndtri(chances).numpy() * np.float32(greys.noise)
     bits = np.random.PCG64(greys.seed)
+    how = dict(flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
+    how["borderMode"] = BEYOND[ranges["beyond"]]
 
-    planes = crops.reshape(-1, *crops.shape[2:])
-    moved = move_planes(planes, matrix, size, BEYOND[ranges["beyond"]])
-    for step in out:
-        for image in step[:-1]:
-            cv2.LUT(next(moved), levels, image)
+    for planes, step in zip(crops, out):
+        *moved, mask = (cv2.warpAffine(one, source, (size, size), **how) for one in planes)
+        cv2.LUT(mask, plain, step[-1])
+        for plane, image in zip(moved, step):
+            cv2.LUT(plane, levels, image)
             if greys.blurred:
                 half = cv2.resize(image, (size // 2, size // 2))
                 cv2.resize(half, (size, size), image)
@@ -2353,23 +2355,14 @@ def augment_bytes(crops, out, rng, ranges):
             image += cv2.LUT(noise, grain)
             image[greys.hole] = 0
             image.clip(0, 1, image)
-        cv2.LUT(next(moved), plain, step[-1])  # the mask
 
-def move_planes(planes, matrix, size, beyond):
-    """Yields (size, size) of each of planes (N, S, S), moved by affine_grid's (2, 3);
-    `beyond` is what OpenCV puts outside."""
-    edge = planes.shape[-1]
+def in_pixels(matrix, edge, size):
+    """affine_grid's matrix (2, 3) for warpAffine, which counts pixels: from an image of
+    `edge` to one of `size` an edge."""
     turn = matrix[:, :2] * edge / size
     shift = matrix[:, 2] * edge / 2
     middle = (edge - 1) / 2 - turn.sum(1) * (size - 1) / 2
-    source = np.c_[turn, shift + middle]  # of pixels, not of -1 to 1
-    how = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    count = len(planes)
-    for first in range(0, count, 4):  # OpenCV moves four at the price of two
-        four = [planes[k % count] for k in range(first, first + 4)]  # rounded alike
-        whole = cv2.merge(four)
-        moved = cv2.warpAffine(whole, source, (size, size), flags=how, borderMode=beyond)
-        yield from cv2.split(moved)[: count - first]
+    return np.c_[turn, shift + middle]
 
 def segmenter_batch(model, tensors, rngs, recipe):
     """The loss of a batch of cubes and labels, uint8 (B, D, D, D) both."""
