@@ -1826,10 +1826,9 @@ def competition_scores(answers, labels):
     """The competition's score of (N, 8) answers, lower is better: (per study, per column).
     The page defines it per study; some normalise every column."""
     weight = element_weights(labels)
-    known = weight.any(0)
     loss = element_losses(answers, labels) * weight
     columns = loss.sum(0) / weight.sum(0).clip(1e-9)
-    column = np.average(columns[known], weights=TARGET_WEIGHTS[known])
+    column = np.average(columns, weights=TARGET_WEIGHTS * weight.any(0))
     return np.nanmean(study_scores(answers, labels)), column
 
 def interval(scores):
@@ -1910,8 +1909,7 @@ def read_truth(path):
 def read_labels(data):
     """Labels (N, 8) by uid: train.csv, and the phantoms' test_labels.csv."""
     paths = [data / name for name in ("train.csv", "test_labels.csv")]
-    tables = [read_truth(path) for path in paths if path.exists()]
-    table = pd.concat(tables)
+    table = pd.concat(read_truth(path) for path in paths if path.exists())
     return table.groupby(STUDY)[[*TARGETS]].first()
 
 def read_answers(path):
@@ -2036,8 +2034,7 @@ def fit_scale(answers, labels):
         hessian = np.einsum("inv,jnv,nv->vij", slopes, slopes, curvature)  # (8, 2, 2)
         hessian += 2 * CALIBRATION_PULL * np.eye(2)
         hessian[:, 0, 0] += (scaled * error).sum(0).clip(0)  # below 0: not convex there
-        step = np.linalg.solve(hessian, gradient.T[..., None])  # (8, 2, 1)
-        step = step[..., 0].T
+        step = np.linalg.solve(hessian, gradient.T[..., None])[..., 0].T  # (2, 8)
         fit -= step.clip(-LARGEST_STEP, LARGEST_STEP)
         if np.abs(step).max() < LEAST_STEP:
             break
@@ -2150,6 +2147,7 @@ STRONG_MOVES = dict(rotation=45, scale=0.3, shift=0.3, still=0.3, beyond="reflec
 STRONG_GREYS = dict(blur=0.25, hole=0.5, edge=0.5, by_step=True)
 CROP_RANGES = dict(mild=MILD, strong=MILD | STRONG_MOVES | STRONG_GREYS)  # first place's
 BEYOND = dict(zeros=cv2.BORDER_CONSTANT, reflection=cv2.BORDER_REFLECT)
+NO_CROPS = "no crops; delete it and run extract again"  # of a damaged or older file
 
 def write_crops(path, crops, z_margin=0.0, made_by=()):
     """Write a study's crops, uint8 (7, 15, 6, S, S): each different image once, as steps
@@ -2203,8 +2201,6 @@ def undo_differences(packed, edge):
     for axis in (1, 2):
         images = images.cumsum(axis, dtype=torch.uint8)  # numpy's takes twice as long
     return images.numpy()
-
-NO_CROPS = "no crops; delete it and run extract again"  # of a damaged file
 
 class CropsHead(NamedTuple):
     """What a file of crops says of itself, without its images.
@@ -2480,9 +2476,8 @@ def load_ensemble(weights, device, calibration=Calibration()):
                         "with some in weights/")
     if len({(m.settings["mask_of"], m.settings["z_margin"]) for m in classifiers}) > 1:
         raise UserError(f"--weights {weights}: classifiers of unlike --mask-of, --z-margin")
-    for kind in ("vertebra", "patient"):  # what weighs nothing would only cost time
-        counts = [calibration.weights.get(m.settings["name"], 1) for m in models[kind]]
-        models[kind] = [model for model, count in zip(models[kind], counts) if count]
+    for kind, found in models.items():  # what weighs nothing would only cost time
+        models[kind] = [m for m in found if calibration.weights.get(m.settings["name"], 1)]
     if not models["vertebra"] + models["patient"]:
         raise UserError(f"--weights {weights}: by calibration.json every classifier there "
                         "weighs 0: evaluate --folds --calibrate anew")
@@ -2545,8 +2540,8 @@ def load_init(model, path):
     if not any(name.startswith("patient_") for name in source):  # then these stay random
         target = {n: t for n, t in target.items() if not n.startswith("patient_")}
     named = target.keys() <= source.keys()
-    pairs = zip(target.items(), target if named else source)
-    taken = {name: fit_shape(source[other], like) for (name, like), other in pairs}
+    pairs = zip(target, target if named else source)
+    taken = {name: fit_shape(source[other], target[name]) for name, other in pairs}
     if [t.shape for t in taken.values()] != [t.shape for t in target.values()]:
         raise UserError(f"--init {path}: {made}: not the architecture of {model.settings}")
     part.load_state_dict(taken, strict=False)
