@@ -2353,8 +2353,7 @@ def augment_bytes(crops, out, rng, ranges):
             image.clip(0, 1, image)
 
 def in_pixels(matrix, edge, size):
-    """affine_grid's matrix (2, 3) for warpAffine, which counts pixels: from an image of
-    `edge` to one of `size` an edge."""
+    """affine_grid's matrix (2, 3) in pixels, as warpAffine's: from an edge to a `size`."""
     turn = matrix[:, :2] * edge / size
     shift = matrix[:, 2] * edge / 2
     middle = (edge - 1) / 2 - turn.sum(1) * (size - 1) / 2
@@ -2400,8 +2399,8 @@ def load_checkpoint(path):
     """What save_checkpoint wrote; UserError for any other file."""
     try:
         with zipfile.ZipFile(path) as file:  # what is mapped is not checked by torch
-            if damaged := file.testzip():
-                raise ValueError(f"{damaged} is damaged")
+            if file.testzip():
+                raise ValueError("damaged")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises many kinds, and advises to load pickles
         raise UserError(f"{path}: no checkpoint that can be read") from error
@@ -2525,8 +2524,7 @@ def fit_shape(tensor, like):
 
 def load_init(model, path):
     """Start from a file of weights: a checkpoint of ours, or a timm backbone's.
-    Tensors match by name, else in order. UserError if the file is of another architecture.
-    """
+    Tensors match by name, else in order. UserError: a file of another architecture."""
     with errors_as(UserError, f"--init {path}: cannot be read"):
         import timm
         source = timm.models.load_state_dict(str(path), weights_only=True)
@@ -2558,8 +2556,7 @@ def files_below(folder, levels):
             yield from files_below(path, levels - 1)
 
 def in_underscores(name):
-    """A file's or network's name as files of both are compared: timm's dots and Kaggle's
-    hyphens become underscores."""
+    """A name as it is compared: timm's dots, Kaggle's hyphens, spaces are underscores."""
     return re.sub(r"[-. ]", "_", str(name).lower())
 
 def imagenet_file(backbone, data):
