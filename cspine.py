@@ -2302,26 +2302,24 @@ def augment_crops(crops, rngs, size=CROP, ranges=MILD):
     """(B, N, K, S, S), uint8 or 0..1 -> (B, N, K, size, size) in 0..1.
     A sample moves as one, or each of its steps, and masks keep their grey. Bytes on a CPU
     take the faster way."""
-    if ranges["by_step"]:
-        each = [own for rng in rngs for own in rng.spawn(crops.shape[1])]
-        alone = crops.flatten(0, 1)[:, None]  # (B * N, 1, K, S, S)
-        moved = augment_crops(alone, each, size, ranges | dict(by_step=False))
-        return moved.view(*crops.shape[:3], size, size)
+    shape = (*crops.shape[:3], size, size)
+    if ranges["by_step"]:  # each is a sample of its own
+        rngs = [own for rng in rngs for own in rng.spawn(crops.shape[1])]
+        crops = crops.flatten(0, 1)[:, None]  # (B * N, 1, K, S, S)
     if crops.dtype == torch.uint8 and crops.device.type == "cpu":
         moved = torch.empty(*crops.shape[:3], size, size)
         for sample, out, rng in zip(crops.numpy(), moved.numpy(), rngs):
             augment_bytes(sample, out, rng, ranges)
-        return moved
+        return moved.view(shape)
     if crops.dtype == torch.uint8:
         crops = crops / 255
-    shape = (len(crops), 1, size, size)
-    grid = draw_grid(rngs, ranges, shape, crops.device)
+    grid = draw_grid(rngs, ranges, (len(crops), 1, size, size), crops.device)
     beyond = ranges["beyond"]
     moved = F.grid_sample(crops.flatten(1, 2), grid, "bilinear", beyond, False)
     moved = moved.unflatten(1, crops.shape[1:3])
     for slices, rng in zip(moved[:, :, :-1], rngs):
         grey_levels(slices, rng, ranges)
-    return moved
+    return moved.view(shape)
 
 def augment_bytes(crops, out, rng, ranges):
     """Fill `out`, float32 (N, K, size, size), from a sample uint8 (N, K, S, S).
@@ -2353,7 +2351,8 @@ def augment_bytes(crops, out, rng, ranges):
             image.clip(0, 1, image)
 
 def in_pixels(matrix, edge, size):
-    """affine_grid's matrix (2, 3) in pixels, as warpAffine's: from an edge to a `size`."""
+    """affine_grid's matrix (2, 3) for warpAffine, which counts pixels: from an image of
+    `edge` to one of `size`."""
     turn = matrix[:, :2] * edge / size
     shift = matrix[:, 2] * edge / 2
     middle = (edge - 1) / 2 - turn.sum(1) * (size - 1) / 2
