@@ -1802,10 +1802,9 @@ def competition_scores(answers, labels):
     """The competition's score of (N, 8) answers, lower is better: (per study, per column).
     The page defines it per study; some normalise every column."""
     weight = element_weights(labels)
-    known = weight.any(0)
     loss = element_losses(answers, labels) * weight
     columns = loss.sum(0) / weight.sum(0).clip(1e-9)
-    column = np.average(columns[known], weights=TARGET_WEIGHTS[known])
+    column = np.average(columns, weights=TARGET_WEIGHTS * weight.any(0))
     return np.nanmean(study_scores(answers, labels)), column
 
 def interval(scores):
@@ -1886,8 +1885,7 @@ def read_truth(path):
 def read_labels(data):
     """Labels (N, 8) by uid: train.csv, and the phantoms' test_labels.csv."""
     paths = [data / name for name in ("train.csv", "test_labels.csv")]
-    tables = [read_truth(path) for path in paths if path.exists()]
-    table = pd.concat(tables)
+    table = pd.concat(read_truth(path) for path in paths if path.exists())
     return table.groupby(STUDY)[[*TARGETS]].first()
 
 def read_answers(path):
@@ -2012,8 +2010,7 @@ def fit_scale(answers, labels):
         hessian = np.einsum("inv,jnv,nv->vij", slopes, slopes, curvature)  # (8, 2, 2)
         hessian += 2 * CALIBRATION_PULL * np.eye(2)
         hessian[:, 0, 0] += (scaled * error).sum(0).clip(0)  # below 0: not convex there
-        step = np.linalg.solve(hessian, gradient.T[..., None])  # (8, 2, 1)
-        step = step[..., 0].T
+        step = np.linalg.solve(hessian, gradient.T[..., None])[..., 0].T  # (2, 8)
         fit -= step.clip(-LARGEST_STEP, LARGEST_STEP)
         if np.abs(step).max() < LEAST_STEP:
             break
@@ -2126,6 +2123,7 @@ STRONG_MOVES = dict(rotation=45, scale=0.3, shift=0.3, still=0.3, beyond="reflec
 STRONG_GREYS = dict(blur=0.25, hole=0.5, edge=0.5, by_step=True)
 CROP_RANGES = dict(mild=MILD, strong=MILD | STRONG_MOVES | STRONG_GREYS)  # first place's
 BEYOND = dict(zeros=cv2.BORDER_CONSTANT, reflection=cv2.BORDER_REFLECT)
+NO_CROPS = "no crops; delete it and run extract again"  # of a damaged or older file
 
 def write_crops(path, crops, z_margin=0.0, made_by=()):
     """Write a study's crops, uint8 (7, 15, 6, S, S): each different image once, as steps
@@ -2133,27 +2131,20 @@ def write_crops(path, crops, z_margin=0.0, made_by=()):
     deflated: smaller than PNG, and read in half its time. A vertebra's images are a member
     of their own, so that the others need not be read. `z_margin` says how the crops were
     cut, `made_by` holds the hashes of the segmenters."""
-    index = np.full(crops.shape[:3], -1, np.int16)
+    index = np.full(crops.shape[:3], -1, np.int16)  # its image's number; -1: nothing seen
     edge = crops.shape[-1]
     makers = np.array(sorted(made_by), "U16")
     content = dict(index=index, edge=edge, z_margin=z_margin, made_by=makers)
-    for v, name in enumerate(VERTEBRAE):
-        images = number_images(crops[v], index[v])
+    for name, steps, numbers in zip(VERTEBRAE, crops, index):
+        images = {}  # {bytes: number}
+        for place in zip(*steps.any((2, 3)).nonzero()):
+            pixels = steps[place].tobytes()
+            numbers[place] = images.setdefault(pixels, len(images))
         packed = [pack_differences(pixels, edge) for pixels in images]
-        lengths = [0, *map(len, packed)]
         whole = b"".join(packed)
         content[name] = np.frombuffer(whole, np.uint8)
-        content[f"{name}_ends"] = np.cumsum(lengths)
+        content[f"{name}_ends"] = np.cumsum([0, *map(len, packed)])
     write_atomic(path, lambda new: np.savez(new, **content))
-
-def number_images(steps, places):
-    """The bytes of the different images of steps (15, 6, S, S), in order; `places` (15, 6)
-    gets the number of each, and keeps -1 where nothing is seen."""
-    numbers = {}
-    for place in zip(*steps.any((2, 3)).nonzero()):
-        pixels = steps[place].tobytes()
-        places[place] = numbers.setdefault(pixels, len(numbers))
-    return numbers
 
 def pack_differences(pixels, edge):
     """The deflated differences of an image's bytes, `edge` pixels a row."""
@@ -2187,8 +2178,6 @@ def undo_differences(packed, edge):
         images = images.cumsum(axis, dtype=torch.uint8)  # numpy's takes twice as long
     return images.numpy()
 
-NO_CROPS = "no crops; delete it and run extract again"  # of a damaged file
-
 class CropsHead(NamedTuple):
     """What a file of crops says of itself, without its images.
     `made_by` holds the hashes of the segmenters: whatever another machine rounds
@@ -2209,11 +2198,11 @@ def crops_head(path):
 
 def crops_heads(folder, uids, workers):
     """{uid: CropsHead} of the studies whose crops are in a folder, read in threads."""
-    files = {uid: folder / f"{uid}.npz" for uid in uids}
-    there = [uid for uid, path in files.items() if path.exists()]
+    paths = [folder / f"{uid}.npz" for uid in uids]
+    there = [path for path in paths if path.exists()]
     ahead = 4 * workers  # a folder on a network answers many as fast as one
-    heads = prefetch(lambda uid: crops_head(files[uid]), there, workers, ahead)
-    return {uid: future.result() for uid, future in heads}
+    heads = prefetch(crops_head, there, workers, ahead)
+    return {path.stem: future.result() for path, future in heads}
 
 def draw_matrix(rng, ranges, axes):
     """(A, A + 1) of affine_grid in A axes: turned, enlarged, mirrored, shifted."""
@@ -2289,45 +2278,45 @@ def augment_crops(crops, rngs, size=CROP, ranges=MILD):
     """(B, N, K, S, S), uint8 or 0..1 -> (B, N, K, size, size) in 0..1.
     A sample moves as one, or each of its steps, and masks keep their grey. Bytes on a CPU
     take the faster way."""
-    if ranges["by_step"]:
-        each = [own for rng in rngs for own in rng.spawn(crops.shape[1])]
-        alone = crops.flatten(0, 1)[:, None]  # (B * N, 1, K, S, S)
-        moved = augment_crops(alone, each, size, ranges | dict(by_step=False))
-        return moved.view(*crops.shape[:3], size, size)
+    shape = (*crops.shape[:3], size, size)
+    if ranges["by_step"]:  # each is a sample of its own
+        rngs = [own for rng in rngs for own in rng.spawn(crops.shape[1])]
+        crops = crops.flatten(0, 1)[:, None]  # (B * N, 1, K, S, S)
     if crops.dtype == torch.uint8 and crops.device.type == "cpu":
         moved = torch.empty(*crops.shape[:3], size, size)
         for sample, out, rng in zip(crops.numpy(), moved.numpy(), rngs):
             augment_bytes(sample, out, rng, ranges)
-        return moved
+        return moved.view(shape)
     if crops.dtype == torch.uint8:
         crops = crops / 255
-    shape = (len(crops), 1, size, size)
-    grid = draw_grid(rngs, ranges, shape, crops.device)
+    grid = draw_grid(rngs, ranges, (len(crops), 1, size, size), crops.device)
     beyond = ranges["beyond"]
     moved = F.grid_sample(crops.flatten(1, 2), grid, "bilinear", beyond, False)
     moved = moved.unflatten(1, crops.shape[1:3])
     for slices, rng in zip(moved[:, :, :-1], rngs):
         grey_levels(slices, rng, ranges)
-    return moved
+    return moved.view(shape)
 
 def augment_bytes(crops, out, rng, ranges):
     """Fill `out`, float32 (N, K, size, size), from a sample uint8 (N, K, S, S).
     Tables instead of arithmetic: what was moved is rounded to bytes, and noise is one of
     256 equally likely values of the normal distribution."""
     size = out.shape[-1]
-    matrix = draw_matrix(rng, ranges, 2)
+    source = in_pixels(draw_matrix(rng, ranges, 2), crops.shape[-1], size)
     greys = draw_greys(rng, ranges, size)
     plain = np.linspace(0, 1, 256, dtype=np.float32)
     levels = (plain * greys.stretch + greys.shift).clip(0, 1) ** greys.gamma
     chances = (torch.arange(256) + 0.5) / 256
     grain = torch.special.ndtri(chances).numpy() * np.float32(greys.noise)
     bits = np.random.PCG64(greys.seed)
+    how = dict(flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
+    how["borderMode"] = BEYOND[ranges["beyond"]]
 
-    planes = crops.reshape(-1, *crops.shape[2:])
-    moved = move_planes(planes, matrix, size, BEYOND[ranges["beyond"]])
-    for step in out:
-        for image in step[:-1]:
-            cv2.LUT(next(moved), levels, image)
+    for planes, step in zip(crops, out):
+        *moved, mask = (cv2.warpAffine(one, source, (size, size), **how) for one in planes)
+        cv2.LUT(mask, plain, step[-1])
+        for plane, image in zip(moved, step):
+            cv2.LUT(plane, levels, image)
             if greys.blurred:
                 half = cv2.resize(image, (size // 2, size // 2))
                 cv2.resize(half, (size, size), image)
@@ -2336,23 +2325,14 @@ def augment_bytes(crops, out, rng, ranges):
             image += cv2.LUT(noise, grain)
             image[greys.hole] = 0
             image.clip(0, 1, image)
-        cv2.LUT(next(moved), plain, step[-1])  # the mask
 
-def move_planes(planes, matrix, size, beyond):
-    """Yields (size, size) of each of planes (N, S, S), moved by affine_grid's (2, 3);
-    `beyond` is what OpenCV puts outside."""
-    edge = planes.shape[-1]
+def in_pixels(matrix, edge, size):
+    """affine_grid's matrix (2, 3) for warpAffine, which counts pixels: from an image of
+    `edge` to one of `size`."""
     turn = matrix[:, :2] * edge / size
     shift = matrix[:, 2] * edge / 2
     middle = (edge - 1) / 2 - turn.sum(1) * (size - 1) / 2
-    source = np.c_[turn, shift + middle]  # of pixels, not of -1 to 1
-    how = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    count = len(planes)
-    for first in range(0, count, 4):  # OpenCV moves four at the price of two
-        four = [planes[k % count] for k in range(first, first + 4)]  # rounded alike
-        whole = cv2.merge(four)
-        moved = cv2.warpAffine(whole, source, (size, size), flags=how, borderMode=beyond)
-        yield from cv2.split(moved)[: count - first]
+    return np.c_[turn, shift + middle]
 
 def segmenter_batch(model, tensors, rngs, recipe):
     """The loss of a batch of cubes and labels, uint8 (B, D, D, D) both."""
@@ -2394,8 +2374,8 @@ def load_checkpoint(path):
     """What save_checkpoint wrote; UserError for any other file."""
     try:
         with zipfile.ZipFile(path) as file:  # what is mapped is not checked by torch
-            if damaged := file.testzip():
-                raise ValueError(f"{damaged} is damaged")
+            if file.testzip():
+                raise ValueError("damaged")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises many kinds, and advises to load pickles
         raise UserError(f"{path}: no checkpoint that can be read") from error
@@ -2470,9 +2450,8 @@ def load_ensemble(weights, device, calibration=Calibration()):
                         "with some in weights/")
     if len({(m.settings["mask_of"], m.settings["z_margin"]) for m in classifiers}) > 1:
         raise UserError(f"--weights {weights}: classifiers of unlike --mask-of, --z-margin")
-    for kind in ("vertebra", "patient"):  # what weighs nothing would only cost time
-        counts = [calibration.weights.get(m.settings["name"], 1) for m in models[kind]]
-        models[kind] = [model for model, count in zip(models[kind], counts) if count]
+    for kind, found in models.items():  # what weighs nothing would only cost time
+        models[kind] = [m for m in found if calibration.weights.get(m.settings["name"], 1)]
     if not models["vertebra"] + models["patient"]:
         raise UserError(f"--weights {weights}: by calibration.json every classifier there "
                         "weighs 0: evaluate --folds --calibrate anew")
@@ -2520,8 +2499,7 @@ def fit_shape(tensor, like):
 
 def load_init(model, path):
     """Start from a file of weights: a checkpoint of ours, or a timm backbone's.
-    Tensors match by name, else in order. UserError if the file is of another architecture.
-    """
+    Tensors match by name, else in order. UserError: a file of another architecture."""
     with errors_as(UserError, f"--init {path}: cannot be read"):
         import timm
         source = timm.models.load_state_dict(str(path), weights_only=True)
@@ -2535,8 +2513,8 @@ def load_init(model, path):
     if not any(name.startswith("patient_") for name in source):  # then these stay random
         target = {n: t for n, t in target.items() if not n.startswith("patient_")}
     named = target.keys() <= source.keys()
-    pairs = zip(target.items(), target if named else source)
-    taken = {name: fit_shape(source[other], like) for (name, like), other in pairs}
+    pairs = zip(target, target if named else source)
+    taken = {name: fit_shape(source[other], target[name]) for name, other in pairs}
     if [t.shape for t in taken.values()] != [t.shape for t in target.values()]:
         raise UserError(f"--init {path}: {made}: not the architecture of {model.settings}")
     part.load_state_dict(taken, strict=False)
@@ -2553,8 +2531,7 @@ def files_below(folder, levels):
             yield from files_below(path, levels - 1)
 
 def in_underscores(name):
-    """A file's or network's name as files of both are compared: timm's dots and Kaggle's
-    hyphens become underscores."""
+    """A name as it is compared: timm's dots, Kaggle's hyphens, spaces are underscores."""
     return re.sub(r"[-. ]", "_", str(name).lower())
 
 def imagenet_file(backbone, data):
