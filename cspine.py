@@ -1385,8 +1385,9 @@ def rows_asked(path):
     target = table.row_id.str.extract(f"_({'|'.join(TARGETS)})$")[0]
     target = target.fillna(table.prediction_type.str.strip())
     unknown = target[~target.isin(TARGETS)]
-    if len(unknown) and ranks()[0] == 0:
-        say(f"{path}: rows that ask for {unknown.iloc[0]!r}, answered 0.5: {len(unknown)}")
+    if len(unknown):
+        say_once(
+            f"{path}: rows that ask for {unknown.iloc[0]!r}, answered 0.5: {len(unknown)}")
     return [*zip(table.row_id, table[STUDY], target)]
 
 def strongest_steps(volume, probability, outputs, z_margin):
@@ -1804,8 +1805,9 @@ def competition_scores(answers, labels):
     weight = element_weights(labels)
     loss = element_losses(answers, labels) * weight
     columns = loss.sum(0) / weight.sum(0).clip(1e-9)
-    column = np.average(columns, weights=TARGET_WEIGHTS * weight.any(0))
-    return np.nanmean(study_scores(answers, labels)), column
+    counts = TARGET_WEIGHTS * weight.any(0)
+    column = columns @ counts / (counts.sum() or math.nan)  # NaN: no label is known
+    return pd.Series(study_scores(answers, labels)).mean(), column
 
 def interval(scores):
     """(low, high): the 95 % interval of the mean of the studies' scores, by bootstrap."""
@@ -1911,7 +1913,7 @@ def read_held_out(weights):
         named = re.fullmatch(r"((?:vertebra|patient)\w*)_fold(\d+)_heldout", path.stem)
         if not named:
             continue  # a segmenter's
-        name, fold = named.groups()
+        name, fold = named[1], int(named[2])
         table = read_csv(path, (STUDY, *STEP_TARGETS)).set_index(STUDY)
         if TRAINED_ON in table:
             say(f"{path}: with --folds 1, of studies that were trained on: no fair score")
@@ -1920,7 +1922,9 @@ def read_held_out(weights):
         for uid, row in zip(table.index, rows):
             steps = row[:-1].reshape(7, STEPS)
             outputs.setdefault(uid, []).append(Output(steps, row[-1], name))
-            folds[uid] = int(fold)
+            if folds.setdefault(uid, fold) != fold:
+                raise UserError(f"{path}: study {uid} is held out by fold {folds[uid]}, too: "
+                                "of another --folds; delete the files that are old")
     if not outputs:
         raise UserError(f"no vertebra_fold*_heldout.csv in {weights}: run train-cls first")
     return outputs, folds
@@ -1948,7 +1952,7 @@ def score_table(answers, labels):
         known = ~np.isnan(labels[:, columns])
         p = answers[:, columns][known]
         y = labels[:, columns][known]
-        loss = element_losses(p, y).mean()
+        loss = element_losses(p, y).sum() / (y.size or math.nan)
         rows.append((y.sum(), loss, auc(p, y), *equal_point(p, y)))
     names = ["fractured", "log loss", "AUC", "threshold", "sensitivity", "specificity"]
     return pd.DataFrame(rows, [*TARGETS, "C1 to C7"], names)
@@ -2302,21 +2306,19 @@ def augment_bytes(crops, out, rng, ranges):
     Tables instead of arithmetic: what was moved is rounded to bytes, and noise is one of
     256 equally likely values of the normal distribution."""
     size = out.shape[-1]
-    source = in_pixels(draw_matrix(rng, ranges, 2), crops.shape[-1], size)
+    matrix = draw_matrix(rng, ranges, 2)
     greys = draw_greys(rng, ranges, size)
     plain = np.linspace(0, 1, 256, dtype=np.float32)
     levels = (plain * greys.stretch + greys.shift).clip(0, 1) ** greys.gamma
     chances = (torch.arange(256) + 0.5) / 256
     grain = torch.special.ndtri(chances).numpy() * np.float32(greys.noise)
     bits = np.random.PCG64(greys.seed)
-    how = dict(flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
-    how["borderMode"] = BEYOND[ranges["beyond"]]
 
-    for planes, step in zip(crops, out):
-        *moved, mask = (cv2.warpAffine(one, source, (size, size), **how) for one in planes)
-        cv2.LUT(mask, plain, step[-1])
-        for plane, image in zip(moved, step):
-            cv2.LUT(plane, levels, image)
+    planes = crops.reshape(-1, *crops.shape[2:])
+    moved = move_planes(planes, matrix, size, BEYOND[ranges["beyond"]])
+    for step in out:
+        for image in step[:-1]:
+            cv2.LUT(next(moved), levels, image)
             if greys.blurred:
                 half = cv2.resize(image, (size // 2, size // 2))
                 cv2.resize(half, (size, size), image)
@@ -2325,14 +2327,23 @@ def augment_bytes(crops, out, rng, ranges):
             image += cv2.LUT(noise, grain)
             image[greys.hole] = 0
             image.clip(0, 1, image)
+        cv2.LUT(next(moved), plain, step[-1])  # the mask
 
-def in_pixels(matrix, edge, size):
-    """affine_grid's matrix (2, 3) for warpAffine, which counts pixels: from an image of
-    `edge` to one of `size`."""
+def move_planes(planes, matrix, size, beyond):
+    """Yields (size, size) of each of planes (N, S, S), moved by affine_grid's (2, 3);
+    `beyond` is what OpenCV puts outside."""
+    edge = planes.shape[-1]
     turn = matrix[:, :2] * edge / size
     shift = matrix[:, 2] * edge / 2
     middle = (edge - 1) / 2 - turn.sum(1) * (size - 1) / 2
-    return np.c_[turn, shift + middle]
+    source = np.c_[turn, shift + middle]  # of pixels, not of -1 to 1
+    how = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    count = len(planes)
+    for first in range(0, count, 4):  # OpenCV moves four at the price of two
+        four = [planes[k % count] for k in range(first, first + 4)]  # rounded alike
+        whole = cv2.merge(four)
+        moved = cv2.warpAffine(whole, source, (size, size), flags=how, borderMode=beyond)
+        yield from cv2.split(moved)[: count - first]
 
 def segmenter_batch(model, tensors, rngs, recipe):
     """The loss of a batch of cubes and labels, uint8 (B, D, D, D) both."""
@@ -2401,8 +2412,8 @@ def load_model(path, kind, device="cpu"):
         model.settings["name"] = Path(path).stem.rpartition("_fold")[0]
         model = fuse_norms(model).to(device)
     epochs = content.get("recipe", {}).get("epochs", 0)
-    if content.get("epoch", epochs) < epochs and ranks()[0] == 0:
-        say(f"{path}: NOT TRAINED TO ITS END: epoch {content['epoch']} of {epochs}")
+    if content.get("epoch", epochs) < epochs:
+        say_once(f"{path}: NOT TRAINED TO ITS END: epoch {content['epoch']} of {epochs}")
     return model
 
 def model_name(kind, name, fold):
@@ -2450,8 +2461,9 @@ def load_ensemble(weights, device, calibration=Calibration()):
                         "with some in weights/")
     if len({(m.settings["mask_of"], m.settings["z_margin"]) for m in classifiers}) > 1:
         raise UserError(f"--weights {weights}: classifiers of unlike --mask-of, --z-margin")
-    for kind, found in models.items():  # what weighs nothing would only cost time
-        models[kind] = [m for m in found if calibration.weights.get(m.settings["name"], 1)]
+    for kind in ("vertebra", "patient"):  # what weighs nothing would only cost time
+        models[kind] = [
+            m for m in models[kind] if calibration.weights.get(m.settings["name"], 1)]
     if not models["vertebra"] + models["patient"]:
         raise UserError(f"--weights {weights}: by calibration.json every classifier there "
                         "weighs 0: evaluate --folds --calibrate anew")
@@ -2519,8 +2531,7 @@ def load_init(model, path):
         raise UserError(f"--init {path}: {made}: not the architecture of {model.settings}")
     part.load_state_dict(taken, strict=False)
     how = "by name" if named else "in order"
-    if ranks()[0] == 0:
-        say(f"--init: {len(taken)} of {len(source)} tensors {how} from {path}")
+    say_once(f"--init: {len(taken)} of {len(source)} tensors {how} from {path}")
 
 def files_below(folder, levels):
     """The files in a folder, and some levels of folders down; not the slices."""
@@ -2585,8 +2596,7 @@ def init_file(options, kind, fold, held_out):
             reason = f"its --hidden is {made['hidden']}"
         elif options.folds == 1 or held_out_of(path).issuperset(held_out):
             return path
-        if ranks()[0] == 0:
-            say(f"{path}: not started from: {reason}")
+        say_once(f"{path}: not started from: {reason}")
     return imagenet_file(options.backbone, options.data)
 
 

@@ -746,6 +746,16 @@ def test_a_score_of_unlike_models_a_study_is_told(said, tmp_path):
     assert f"held-out answers by model: {{{found}}}: some folds lack" in said(command)[1]
 
 
+def test_a_study_that_two_folds_held_out_is_refused(said, tmp_path):
+    """What was left of a training with other --folds would be scored as well."""
+    weights, data = tmp_path / "weights", tmp_path / "data"
+    write_labels(data, folds_of_answers(weights))
+    first = weights / "vertebra_fold0_heldout.csv"
+    first.with_name("vertebra_fold4_heldout.csv").write_text(first.read_text())
+    _, errors = said(["evaluate", "--folds", "--data", data, "--weights", weights], 2)
+    assert "fold4_heldout.csv: study u0 is held out by fold 0, too" in errors
+
+
 def test_a_damaged_cell_of_held_out_answers_is_one_line(said, tmp_path):
     weights, data = tmp_path / "weights", tmp_path / "data"
     write_labels(data, folds_of_answers(weights))

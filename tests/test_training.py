@@ -1296,3 +1296,10 @@ def test_a_classifier_is_judged_with_the_prior_where_it_says_nothing(tmp_path):
     assert (found["vertebra_auc"], found["patient_auc"]) == (1, 0.5)
     expected, _ = cspine.competition_scores(answers, np.array([*truth.values()]))
     assert found["score"] == pytest.approx(expected)
+
+
+def test_a_fold_without_a_known_label_has_no_score_and_ends_nothing(tmp_path):
+    judge = cspine.classifier_task(
+        "vertebra", TOY, CPU, tmp_path, {"u0": np.full(8, math.nan, np.float32)}).judge
+    found = judge(pd.DataFrame([[0.5] * 106], ["u0"], cspine.STEP_TARGETS))
+    assert all(map(math.isnan, found.values()))
