@@ -1923,8 +1923,8 @@ def read_held_out(weights):
             steps = row[:-1].reshape(7, STEPS)
             outputs.setdefault(uid, []).append(Output(steps, row[-1], name))
             if folds.setdefault(uid, fold) != fold:
-                raise UserError(f"{path}: study {uid} is held out by fold {folds[uid]}, too: "
-                                "of another --folds; delete the files that are old")
+                found = f"study {uid} is held out by fold {folds[uid]}, too"
+                raise UserError(f"{path}: {found}: of other --folds; delete what is old")
     if not outputs:
         raise UserError(f"no vertebra_fold*_heldout.csv in {weights}: run train-cls first")
     return outputs, folds
