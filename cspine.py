@@ -462,7 +462,7 @@ def passes_by_time(times):
     """For each ContentTime, "HHMMSS...", the number of the pass it is of: another lies more
     than PASS_APART_S away. Stamps of one pass need not follow its slices, as several
     computers may have reconstructed them."""
-    stamps = pd.Series(times).str[:6]
+    stamps = pd.Series([time[:6] for time in times])
     stamps = pd.to_datetime(stamps, format="%H%M%S", errors="coerce")  # NaT: no stamp
     is_next = stamps.sort_values().diff() > pd.Timedelta(seconds=PASS_APART_S)
     return is_next.cumsum().sort_index()
@@ -3579,9 +3579,9 @@ def extract(options):
                     own or [*models.values()], volume, device, say_of(volume))
                 crops = vertebra_slices(
                     volume, probability, options.size, options.mask_of, options.z_margin)
-                file, *masks = written(uid)
+                file, *own_masks = written(uid)
                 write_crops(file, crops, options.z_margin, makers)
-                for mask in masks:
+                for mask in own_masks:
                     write_nifti(mask, vertebra_labels(volume, probability), volume)
             except StudyError as error:
                 say(f"study {uid}: {error}; left out")
