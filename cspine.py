@@ -5,7 +5,7 @@
 # ///
 """cspine: neck CT studies in, fracture probabilities of C1..C7 and the patient out.
 
-For the RSNA 2022 Cervical Spine Fracture Detection task; not a medical device. The road:
+For the RSNA 2022 Cervical Spine Fracture Detection task; not a medical device. Data flow:
 
     study folder --read_volume--> Volume (HU, Z Y X, head first)
     Volume --segmenter_input--> (1, D, D, D) --Segmenter--> probability (7, D, D, D)
@@ -16,17 +16,17 @@ For the RSNA 2022 Cervical Spine Fracture Detection task; not a medical device. 
 
 Shapes: B batch, C channels, Z Y X voxel axes (head to foot, front to back, right to left),
 D 128 cube edge, V 7 vertebrae, T 15 steps, K 6 channels of a step, S 224 crop edge, N steps
-that a classifier sees at once (T or V * T; elsewhere a count of what is named), F features
-of a step, M models; I J K are the stored axes of a NIfTI file.
+that a classifier sees at once (T or V * T) or, elsewhere, the number of studies or points,
+F features of a step, M models; I J K are the stored axes of a NIfTI file.
 
 Modes, in the order of the work: phantom, train-seg, extract, train-cls, train-patient,
-predict, evaluate; eda, show, notebook, demo. `python cspine.py MODE --help` tells what each
+predict, evaluate; eda, show, notebook, demo. `python cspine.py MODE --help` shows what each
 reads and writes. On two GPUs: torchrun --nproc_per_node=2 cspine.py MODE. Pasted into a
 notebook, the file runs nothing; main(["predict", "--weights", "..."]) runs a mode.
 
-Exit status: 0 done, or ended by --time-limit; 2 what you can mend, in one line; 3 most
-studies got the prior, or no crops; 130 interrupted, with what was finished on disk; 141
-nobody reads what is printed; 1 a fault of ours.
+Exit status: 0 done, or ended by --time-limit; 1 a bug in this program; 2 an error that you
+can fix, told in one line; 3 most studies got the prior or no crops; 130 interrupted, with
+all finished work on disk; 141 the reader of the output has closed its pipe.
 """
 
 import argparse
@@ -68,8 +68,8 @@ from tqdm import tqdm
 
 
 # ==== Facts and settings ====
-# The numbers of the road, with unit and source; without a source they are the starting
-# solution's. Facts are constants; what a run may change is a setting, and an option.
+# All numbers of the pipeline, with unit and source; those without a source come from the
+# starting solution. Facts are constants; what a run may change is a setting and an option.
 
 VERTEBRAE = ("C1", "C2", "C3", "C4", "C5", "C6", "C7")
 TARGETS = VERTEBRAE + ("patient_overall",)
@@ -84,79 +84,79 @@ PRIOR_ANSWERS = dict(zip(TARGETS, PRIOR))
 LEAST_ANSWER = 1e-4  # answers stay this far from 0 and 1
 
 # A study.
-AIR_HU = -1024  # HU; whatever is darker is padding outside the scanner's circle
+AIR_HU = -1024  # HU; lower values are padding outside the circular field of view
 MAX_HU = 32767  # HU; the largest int16
-MIN_SLICES = 16  # slices; fewer are no study (the competition's shortest has 69)
-MAX_VOXELS = 2**30  # voxels, 2 GB of int16; more is damage or does not fit
-MAX_GAP_MM = 30.0  # mm; a longer hole along the normal separates two scans
-SAME_PLACE_MM = 0.05  # mm; closer slices lie at one place (spacings begin at 0.3)
-TWIN_MM = 0.25  # mm; slices of two passes that lie closer are at one place, where that
-TWIN_SHARE = 0.34  # is also less than this share of the gaps beside
-FILLS_FROM = 0.75  # share of a step; slices of other passes nearer to a kept one go
-SAME_STEP = 0.01  # share of a pixel by which the pixels of slices of one series may differ
-PASS_APART_S = 30  # s; images of a pass are reconstructed in any order, with no such pause
-UNEVEN = 0.25  # share of a step by which a slice may miss its even place
-STRAIGHT = 0.999  # least cosine of a stack's axis and its normal; below: a tilted gantry
-AIR_BELOW = -200  # HU; a neck has air, which labels, grey values and MR have not
-BONE_ABOVE = 300  # HU; and bone
-LEAST_TISSUE = 0.02  # share of a CT's voxels between these two; fewer, and they are no HU
+MIN_SLICES = 16  # slices; shorter series are refused (the competition's shortest has 69)
+MAX_VOXELS = 2**30  # voxels, 2 GB of int16; a larger study is damaged or fills the memory
+MAX_GAP_MM = 30.0  # mm; a wider gap along the normal separates two scans
+SAME_PLACE_MM = 0.05  # mm; slices closer than this share a position (spacings begin at 0.3)
+TWIN_MM = 0.25  # mm; so do slices of two passes that are closer than this, if their gap is
+TWIN_SHARE = 0.34  # also below this share of the gaps on both sides
+FILLS_FROM = 0.75  # share of a step; least distance of a gap-filling slice to a kept one
+SAME_STEP = 0.01  # share of a pixel; the pixel size within a series may differ by this much
+PASS_APART_S = 30  # s; a longer pause between slice times starts another pass
+MAX_UNEVEN = 0.25  # share of a step; if a slice is further off its even place, resample all
+LEAST_COSINE = 0.999  # cosine of a stack's axis and normal; if lower, the gantry is tilted
+AIR_BELOW = -200  # HU; a CT has air darker than this; labels, grey values and MR have not
+BONE_ABOVE = 300  # HU; a CT has bone brighter than this
+LEAST_TISSUE = 0.02  # share of voxels between these two; with fewer, the values are not HU
 
 # Masks and crops; a cell is a voxel of the segmenter's cube.
 SEGMENTER_WINDOW = (300, 1600)  # level, width; HU
-CUBE = 128  # cells an edge
-MASK_THRESHOLDS = (0.2, 0.05)  # first place's; the second where the first finds nothing
-MIN_CELLS = 12  # cells; fewer are no vertebra
-STRAY_SHARE = 0.05  # planes below this share of the fullest plane hold strays
-STRAY_GAP = 2  # cells; a wider gap parts a stray from its vertebra
-APART_CELLS = 2  # cells; two masks in the wrong order, further apart, exchange names
-LOOK_AROUND = (0.25, 0.75, 0.75)  # z y x: share of the neck's extent, added on either side
-LOOK_CLOSER = 0.57  # a second look where the neck needs less than this share of an axis
+CUBE = 128  # cells per edge
+MASK_THRESHOLDS = (0.2, 0.05)  # first place's; the second is tried if the first finds none
+MIN_CELLS = 12  # cells; a smaller mask is not a vertebra
+STRAY_SHARE = 0.05  # planes with less than this share of the fullest plane are strays
+STRAY_GAP = 2  # cells; a wider gap separates a stray from its vertebra
+APART_CELLS = 2  # cells; masks in the wrong order that are further apart swap names
+LOOK_AROUND = (0.25, 0.75, 0.75)  # z y x: share of the neck's extent added on each side
+LOOK_CLOSER = 0.57  # segment again if the neck needs less than this share of an axis
 BONE_WINDOW = (500, 2000)  # level, width; HU
 STEPS = 15
 SLICES_PER_STEP = 5
-MASKED_SLICES = dict(last=-1, center=SLICES_PER_STEP // 2)  # of a step, its mask's slice
-CHANNELS = SLICES_PER_STEP + 1  # and a mask
-CROP = 224  # pixels an edge
+MASKED_SLICES = dict(last=-1, center=SLICES_PER_STEP // 2)  # its index in a step
+CHANNELS = SLICES_PER_STEP + 1  # the slices and one mask
+CROP = 224  # pixels per edge
 BOX_MARGIN = 1.0  # cells around the mask (first place)
-LEAST_INSIDE = 0.5  # share of a mask's labels that lie in its study; else it is another's
+LEAST_INSIDE = 0.5  # share of a mask's labels inside the study; with less it is another's
 BONE_HU = 100  # HU; cancellous bone of a vertebra has about 150 to 350
-LEAST_BONE = 0.25  # share of a mask's labels on bone, or it lies elsewhere
+LEAST_BONE = 0.25  # share of a mask's labels on bone; with less it is misplaced
 
 # The machine.
 HERE = Path(globals().get("__file__", "cspine.py")).resolve().parent
-KAGGLE = Path(os.environ.get("KAGGLE_ROOT", "/kaggle"))  # elsewhere in the tests
+KAGGLE = Path(os.environ.get("KAGGLE_ROOT", "/kaggle"))  # tests set their own
 COMPETITION = "rsna-2022-cervical-spine-fracture-detection"
-MOUNTED = KAGGLE / "input/competitions" / COMPETITION  # older: without competitions/
+MOUNTED = KAGGLE / "input/competitions" / COMPETITION  # older images have no competitions/
 KAGGLE_DATA = str(MOUNTED if MOUNTED.is_dir() else KAGGLE / "input" / COMPETITION)
-KAGGLE_MINUTES = 510.0  # minutes, of the 540 that a submission has
-MAX_READ_S = 600  # s that reading a study may take; a quarter of the time left, if less
-ECHO_S = 2  # s in which a repeated signal is an echo of torchrun's
+KAGGLE_MINUTES = 510.0  # minutes, of the 540 that a submission may run
+MAX_READ_S = 600  # s to read a study in, but at most a quarter of the time left
+ECHO_S = 2  # s; a signal repeated within this time was only forwarded by torchrun
 LOG_S = 60  # s between two lines of progress in a log
-READING_THREADS = 99  # studies that hang keep one each, and the next still gets some
-CROPS_ON_CPU = STEPS  # crops in one pass of a backbone: about a CPU's cache
-CROPS_ON_GPU = 2 * 7 * STEPS  # crops in one pass: those of two patients
+READING_THREADS = 99  # so many because a read that hangs never gives its thread back
+CROPS_ON_CPU = STEPS  # crops per forward pass: their activations about fit a CPU's cache
+CROPS_ON_GPU = 2 * 7 * STEPS  # crops per forward pass: those of two studies
 
 # The trainings.
-LEAST_SEEN = 0.5  # share of all vertebrae that the crops must show, to train on them
-MAX_SKIPPED_STEPS = 20  # steps in a row without a finite gradient
-VALIDATION_SHARE = 0.1  # a segmenter scores at most so many studies for one trained on
-INIT_LEVELS = 6  # of folders: models, owner, model, framework, variation, version
+LEAST_SEEN = 0.5  # share of all vertebrae that must be visible in crops to train on them
+MAX_SKIPPED_STEPS = 20  # steps in a row without a finite gradient; more end a training
+VALIDATION_SHARE = 0.1  # studies that a segmenter scores, at most, per study it trains on
+INIT_LEVELS = 6  # folder levels: models, owner, model, framework, variation, version
 
 class UserError(Exception):
-    """Something that the user can mend; main prints it in one line, status 2."""
+    """An error that the user can fix; main prints it in one line and returns 2."""
 
 class StudyError(UserError):
     """One study or one of its files cannot be used; the run goes on with the others."""
 
 class Stopped(Exception):
-    """A run that ends with a status of its own; whatever was finished is on disk."""
+    """Ends a run with an exit status of its own; all finished work is on disk."""
     def __init__(self, message, status):
         super().__init__(message)
         self.status = status
 
 @contextmanager
 def errors_as(kind, where):
-    """Any exception becomes a `kind` in one line: damaged bytes raise all sorts."""
+    """Turn any exception into a `kind` of one line: damaged files raise all sorts."""
     try:
         yield
     except Exception as error:
@@ -165,30 +165,30 @@ def errors_as(kind, where):
         raise kind(f"{where}: {reason}") from error
 
 def setting(default, meaning, choices=(), least=-math.inf, most=math.inf):
-    """A field of settings: its meaning is the text of --help, the rest what it may be."""
+    """A settings field: `meaning` is its text in --help, the rest limits its values."""
     limits = dict(help=meaning, choices=choices, least=least, most=most)
     return field(default=default, metadata=limits)
 
 def argument(meaning, count=None):
-    """A field of settings that is no option but must be given; "*": any number of times."""
+    """A settings field for positional arguments; `count` is argparse's nargs."""
     return field(default="", metadata=dict(help=meaning, positional=True, count=count))
 
-# Presets: other defaults of a mode's options; what is not named stays a recipe's. Hours:
-# tests/studies/bench.py plan.
-FAST = {  # ours: one fold within an hour on two T4, most of which reads the studies
+# A preset replaces defaults of a mode's options; what it does not name stays the recipe's.
+# Hours are by `tests/studies/bench.py plan`.
+FAST = {  # ours: one fold within an hour on two T4s, most of it spent on reading studies
     "train-seg": dict(fold="0", epochs=60),  # 1,020 steps
     "extract": dict(studies=550),
     "train-cls": dict(fold="0", epochs=16, thin=3),
     "train-patient": dict(fold="0", epochs=12, thin=3)}
-GOLD_CROPS = dict(  # first place's, whose 50 to 75 epochs show all steps; `thin`, a third
+GOLD_CROPS = dict(  # first place's, but its 50 to 75 epochs see all steps, not every third
     size=384, epochs=50, thin=3, mixup=0.5, drop_path=0.3, dropout=0.3, augment="strong")
 GOLD = {
     "train-seg": dict(epochs=1000, drop_path=0.2),  # 17,000 steps; first place: 17,400
     "extract": dict(size=384),
-    # First place's rates; its batches are of 7 or 8, and norms see a third of them here.
+    # First place's rates. Its batch is 7 or 8; with `thin`, norms see a third of a batch.
     "train-cls": dict(GOLD_CROPS, batch_size=12, lr=2e-4, drop_path=0.2),
     "train-patient": dict(GOLD_CROPS, batch_size=4, lr=6e-5, checkpoint=True)}  # for 16 GB
-OTHERS = {  # kept beside the first: their errors differ; the classifiers' rates are ours
+OTHERS = {  # a second set, whose errors differ from the first's; classifiers' rates: ours
     "train-seg": dict(name="second", lr=3e-4, backbone="resnet18d"),  # first place's
     "train-cls": dict(name="second", lr=1e-4, backbone="convnext_nano"),
     "train-patient": dict(name="second", lr=1e-4, backbone="tf_efficientnetv2_s")}
@@ -211,22 +211,22 @@ class Shared:
     resume: bool = setting(
         False, "go on where it stopped, as a training with --fold all always does")
     time_limit: float = setting(
-        0.0, "minutes until a run ends, saved; 0: none, but 510 on Kaggle", least=0)
+        0.0, "minutes until a run saves and ends; 0: none, but 510 on Kaggle", least=0)
     init: str = setting(
         "auto", "file of weights to start from, ours or timm's; or none; auto looks for "
         "timm's under /kaggle/input, in --data and in weights/pretrained beside cspine.py; "
         "train-patient takes the vertebra classifier of its fold, where that fits")
     name: str = setting(
-        "", "keeps a second set apart, as vertebra_NAME_fold0.pt; it is the first once "
-        "more, unless --backbone or --seed is another")
+        "", "names a second set of models, as vertebra_NAME_fold0.pt; it only repeats the "
+        "first unless --backbone or --seed differs")
     preset: str = setting("standard", "defaults of a whole training", tuple(PRESETS))
 
 @dataclass(frozen=True)
 class Cut:
     """How crops are cut; options of extract and of the classifiers' trainings."""
-    mask_of: str = setting("last", "which slice of a step the mask is of", MASKED_SLICES)
+    mask_of: str = setting("last", "slice of a step that its mask shows", MASKED_SLICES)
     z_margin: float = setting(
-        BOX_MARGIN, "z margin of crops, cells of the cube; a training takes its crops'",
+        BOX_MARGIN, "z margin of crops, cells of the cube; trainings take their crops'",
         least=0)
 
 @dataclass(frozen=True)
@@ -251,14 +251,14 @@ class Recipe:
 
 @dataclass(frozen=True)
 class ClassifierRecipe(Cut, Recipe):
-    """What the training of a classifier has besides."""
+    """How a classifier is trained and its crops are cut."""
     mixup: float = setting(0.2, "share of batches with mixed losses", least=0, most=1)
     hidden: int = setting(256, "width of the LSTMs", least=1)
     augment: str = setting(
         "mild", "how far crops are changed; strong: as first place did, every step by "
         "itself", ("mild", "strong"))
     thin: int = setting(
-        1, "3: a batch sees every third step, from one of the first three on",
+        1, "3: a batch sees every third step, starting at one of the first three",
         (1, 3, 5, 15))
     checkpoint: bool = setting(False, "compute blocks twice: less memory, a third slower")
 
@@ -280,31 +280,31 @@ class Answers:
 
 @dataclass(frozen=True)
 class Asked(Answers):
-    """What else predict may be given."""
+    """All that predict may be given."""
     path: tuple = argument(
         "a CT: a NIfTI or DICOM file, a folder with one series, or of such folders", "*")
     json: bool = setting(False, "with PATH: write answers.json, all that is known")
 
 
 # ==== Reading ====
-# In: a folder of DICOM files. Out: a Volume; but for Decoding, no other room knows DICOM.
-# The trap: file names say nothing. Only its position says where a slice lies.
+# In: a folder of DICOM files. Out: a Volume. Only Reading and Decoding know DICOM.
+# Pitfall: file names say nothing about the order of slices; only their positions do.
 
 class Volume(NamedTuple):
     """A CT study, head first.
     `hu` is int16 (Z, Y, X) in Hounsfield units, Z from head to foot, Y from front to
     back, X from right to left; `spacing` is in mm, in the order of the axes; `affine`
     (4, 4) gives LPS mm (DICOM's axes) from (z, y, x, 1). `problems` says what was odd.
-    `sources` holds the file and SOPInstanceUID of each slice, where slices are axial;
-    `grid` the stored axes that became Z, Y, X, and which ran backwards."""
+    `sources` holds the file and SOPInstanceUID of each slice if slices are axial;
+    `grid` tells which stored axes became Z, Y, X, and which of them were flipped."""
     uid: str
     hu: np.ndarray
     spacing: tuple
     affine: np.ndarray
     problems: tuple = ()
     sources: tuple = ()
-    grid: tuple = ((0, 1, 2), (True, False, False))  # a series' masks go foot to head
-    header: Any = None  # of a NIfTI; its masks take their place from it
+    grid: tuple = ((0, 1, 2), (True, False, False))  # masks are written foot first
+    header: Any = None  # of a NIfTI CT, whose masks copy their placement from it
 
 class Slice(NamedTuple):
     """A decoded image, and where its pixels lie."""
@@ -312,18 +312,18 @@ class Slice(NamedTuple):
     lps_from_pixel: np.ndarray  # (3, 3) mm from (row, column, 1)
     source: tuple = ("", "")  # file, SOPInstanceUID
     study: str = ""  # StudyInstanceUID
-    series: str = ""  # SeriesInstanceUID, or without one the study
+    series: str = ""  # SeriesInstanceUID; if it is missing, StudyInstanceUID
     of_pass: tuple = ()  # its values of PASS_TAGS, then its InstanceNumber
-    guessed: bool = False  # whether its header has no orientation
+    guessed: bool = False  # True if its header has no orientation
 
-PASS_TAGS = (  # what tells two scans of the same places in one series apart
+PASS_TAGS = (  # these tell apart two scans of the same positions within one series
     "AcquisitionNumber", "ConvolutionKernel", "ImageType", "TemporalPositionIdentifier",
     "FrameAcquisitionNumber", "FrameType", "TemporalPositionIndex", "SliceThickness",
     "AcquisitionTime", "ContentTime")  # the times come last: one_pass also sorts by them
 
 @contextmanager
 def leaving_out(problems, where):
-    """Whatever fails inside becomes one of the problems, with its reason."""
+    """Add an error raised inside to `problems`, with its reason, and go on."""
     try:
         with errors_as(StudyError, where):
             yield
@@ -331,16 +331,16 @@ def leaving_out(problems, where):
         problems.append(f"{error}; left out")
 
 def read_slices(path):
-    """([Slice, ...], [what was left out, why]) of a DICOM file, with or without its
-    preamble: a Slice of each frame. StudyError if it is no CT."""
-    if not path.is_file():  # a pipe would wait for ever
+    """([Slice, ...], [problem, ...]) of a DICOM file, with or without its preamble: one
+    Slice per frame; a problem says what was left out and why. StudyError if it is no CT."""
+    if not path.is_file():  # reading from a named pipe would block for ever
         raise StudyError("not a regular file")
     with path.open("rb") as file:
-        if file.read(132) == bytes(132):  # a failed transfer; pydicom would see tags
+        if file.read(132) == bytes(132):  # a failed transfer; pydicom would parse it
             raise StudyError("no DICOM image: it begins with zeros")
         file.seek(0)
         data = pydicom.dcmread(file, force=True)
-    if data.get("Modality") not in (None, "", "CT"):  # a dose or a segmentation beside it
+    if data.get("Modality") not in (None, "", "CT"):  # such as a dose or a segmentation
         raise StudyError(f"not a CT image but {data.Modality}")
     if "Rows" not in data:
         raise StudyError("no DICOM image")
@@ -354,7 +354,7 @@ def read_slices(path):
     return found, problems
 
 def place_frame(stored, data, k, source):
-    """The Slice of a frame's stored values (Y, X): in HU, placed (DICOM PS3.3 C.7.6.2)."""
+    """The Slice of frame k: `stored` (Y, X) in HU, with its place (DICOM PS3.3 C.7.6.2)."""
     groups = [*data.get("SharedFunctionalGroupsSequence", [])]  # of an enhanced CT
     groups += data.get("PerFrameFunctionalGroupsSequence", [])[k : k + 1]
     own = {part.keyword: part.value for group in groups for part in group.iterall()}
@@ -368,7 +368,7 @@ def place_frame(stored, data, k, source):
     directions = tag("ImageOrientationPatient", [math.nan] * 6).reshape(2, 3)
     supine = data.get("PatientPosition") in (None, "", "HFS", "FFS")
     guessed = supine and np.isnan(directions).all()
-    row, column = np.eye(3)[:2] if guessed else directions  # guessed to be axial
+    row, column = np.eye(3)[:2] if guessed else directions  # guess: axial
     spacing = tag("PixelSpacing", [0, 0])  # between rows, between columns
     normal = np.cross(row, column)
     lps_from_pixel = np.c_[column * spacing[0], row * spacing[1], origin]
@@ -382,28 +382,28 @@ def place_frame(stored, data, k, source):
     rescaled = stored * slope + intercept
     if "ModalityLUTSequence" in data:
         rescaled = pydicom.pixels.apply_modality_lut(stored, data)
-    memory = mmap.mmap(-1, 2 * stored.size, mmap.MAP_PRIVATE)  # malloc would keep it
+    memory = mmap.mmap(-1, 2 * stored.size, mmap.MAP_PRIVATE)  # malloc may not free it
     hu = np.ndarray(stored.shape, np.int16, memory)
     hu[:] = np.rint(rescaled).clip(AIR_HU, MAX_HU)
     padding = map(data.get, ("PixelPaddingValue", "PixelPaddingRangeLimit"))
     padding = [value for value in padding if isinstance(value, int)]
-    padding = np.array(padding, np.int64).astype(stored.dtype)  # signed as pixels
-    if len(padding):  # also at the top of an unsigned range, else the densest metal
+    padding = np.array(padding, np.int64).astype(stored.dtype)  # the pixels' sign
+    if len(padding):  # may be the top of an unsigned range, and would look like metal
         hu[(stored >= padding.min()) & (stored <= padding.max())] = AIR_HU
     study = str(data.get("StudyInstanceUID") or "")
-    series = str(data.get("SeriesInstanceUID") or study)  # two patients make no neck
+    series = str(data.get("SeriesInstanceUID") or study)  # never mix patients
     of_pass = [str(own.get(name, data.get(name, ""))) for name in PASS_TAGS]
     number = 0
-    with suppress(ValueError, TypeError):  # it only orders what nothing else does
+    with suppress(ValueError, TypeError):  # used only to break the last ties
         number = int(data.get("InstanceNumber") or 0)
     return Slice(hu, lps_from_pixel, source, study, series, (*of_pass, number), guessed)
 
 def read_folder(path, workers, give_up):
-    """([Slice, ...] of the files of a folder, [what was left out, why])."""
-    files = [path]  # of many frames
-    if not path.is_file():  # a Mac adds files with a ._ before their names
+    """What read_slices gives, for a folder's files. StudyError once give_up() is true."""
+    files = [path]  # one multi-frame file
+    if not path.is_file():  # macOS adds files whose names begin with ._
         files = [file for file in path.iterdir() if file.name[:2] != "._"]
-    files = sorted(files, key=lambda file: (len(file.name), file))
+    files = sorted(files, key=lambda file: (len(file.name), file))  # 2.dcm before 10.dcm
     slices, problems = [], []
     for file, future in prefetch(read_slices, files, workers, 4 * workers + 1):
         if give_up():
@@ -415,39 +415,39 @@ def read_folder(path, workers, give_up):
     return slices, problems
 
 def stacks_of(slices):
-    """Slices in lists of one series and geometry."""
+    """The slices, grouped into lists that share one series and geometry."""
     stacks = []
     for one in slices:
-        alike = [stack for stack in stacks if one_stack(stack[0], one)]
+        alike = [stack for stack in stacks if same_stack(stack[0], one)]
         if alike:
             alike[0].append(one)
         else:
             stacks.append([one])
     return stacks
 
-def one_stack(first, other):
-    """Whether Slices have one series and geometry, but for rounding in their headers."""
+def same_stack(first, other):
+    """Whether two Slices share a series and, up to rounding in headers, a geometry."""
     if first.series != other.series or first.hu.shape != other.hu.shape:
         return False
-    apart = (first.lps_from_pixel - other.lps_from_pixel)[:, :2]  # a pixel's steps
+    apart = (first.lps_from_pixel - other.lps_from_pixel)[:, :2]  # mm a pixel
     return abs(apart).max() < SAME_STEP * np.linalg.norm(first.lps_from_pixel[:, 0])
 
 def along_normal(stack):
-    """mm of every slice along the slices' common normal (DICOM PS3.3 C.7.6.2.1.1)."""
+    """(N,) mm: each slice's position along their common normal (PS3.3 C.7.6.2.1.1)."""
     down, right, _ = stack[0].lps_from_pixel.T
     normal = np.cross(down, right)
     origins = np.array([one.lps_from_pixel[:, 2] for one in stack])
     return origins @ normal / np.linalg.norm(normal)
 
 def parts_of(index, at, gap):
-    """An index in parts, split where the next one's place `at` is more than `gap` away;
-    `gap` is a number, or has one for every two neighbours."""
+    """`index` split wherever two neighbours' positions `at` are more than `gap` apart;
+    `gap` is one number, or an array of one number per pair of neighbours."""
     ends = np.flatnonzero(np.diff(at) > gap) + 1
     return np.split(index, ends)
 
 def places_of(mm):
-    """Indices of slices in the order of position, of those at the same place the first.
-    Two passes may lie a little apart: every other gap is then far smaller than the rest."""
+    """Indices of slices sorted by position; of slices at one position only the first.
+    Two passes may be slightly offset: every other gap is then far smaller than the rest."""
     order = np.argsort(mm, kind="stable")
     at = mm[order]
     gaps = np.pad(np.diff(at), 1, constant_values=math.inf)
@@ -457,23 +457,23 @@ def places_of(mm):
     return np.array([min(place) for place in places])
 
 def passes_by_time(times):
-    """For each ContentTime, "HHMMSS...", the number of the pass it is of: another lies more
-    than PASS_APART_S away. Stamps of one pass need not follow its slices, as several
-    computers may have reconstructed them."""
+    """The number of its pass for each ContentTime, "HHMMSS...": a pause of more than
+    PASS_APART_S starts another pass. Within a pass, times need not follow the order of
+    slices, as several computers may have reconstructed them."""
     stamps = pd.Series(times).str[:6]
     stamps = pd.to_datetime(stamps, format="%H%M%S", errors="coerce")  # NaT: no stamp
     is_next = stamps.sort_values().diff() > pd.Timedelta(seconds=PASS_APART_S)
     return is_next.cumsum().sort_index()
 
 def one_pass(stack):
-    """The slices of one acquisition: of several passes over a neck, one whole.
-    Each of PASS_TAGS in turn parts the slices into passes. The one that covers most places
-    is kept, of equals the first; of the others only what fills its holes or prolongs it.
-    Where no tag parts them, a place's earliest slice comes first."""
+    """The slices of one acquisition, where a series may hold several passes over a neck.
+    Each of PASS_TAGS in turn splits the slices into passes. The one that covers most
+    positions is kept (on a tie the first), and of the others only slices that fill its gaps
+    or extend it. If no tag splits them, the earliest slice of a position comes first."""
     for k, tag in enumerate(PASS_TAGS):
         mm = along_normal(stack)
         marks = [one.of_pass[k] for one in stack]
-        if tag == "SliceThickness":  # to the tenth of a mm; some headers have noise
+        if tag == "SliceThickness":  # rounded to 0.1 mm, as some headers have noise
             marks = pd.to_numeric(pd.Series(marks), errors="coerce")
             marks = (marks - marks.median()).fillna(0).round(1)
         if tag == "ContentTime":
@@ -493,21 +493,21 @@ def one_pass(stack):
     return sorted(stack, key=lambda one: one.of_pass[-3:])  # by both times, then number
 
 def even_steps(mm):
-    """Where evenly spaced planes lie among slices: 2.5 is halfway from slice 2 to 3."""
+    """Evenly spaced planes as fractions of slice indices: 2.5 is halfway from 2 to 3."""
     index = np.arange(len(mm))
     step = np.median(np.diff(mm))
     even = np.linspace(mm[0], mm[-1], round(np.ptp(mm) / step) + 1)
-    if len(even) == len(mm) and abs(mm - even).max() <= UNEVEN * step:
+    if len(even) == len(mm) and abs(mm - even).max() <= MAX_UNEVEN * step:
         return index
     return np.interp(even, mm, index)
 
 def read_series(path, workers, give_up):
-    """The series that covers most places: planes, even_steps, affine, problems, sources of
-    the planes, no header. The affine (4, 4) gives LPS mm from (step, row, column, 1)."""
+    """(planes, even_steps, affine, problems, sources, None) of the series that covers most
+    positions. The affine (4, 4) gives LPS mm from (step, row, column, 1)."""
     slices, problems = read_folder(path, workers, give_up)
     stacks = stacks_of(slices)
     studies = {one.study for one in slices} - {""}
-    one_neck = len(studies) in (0, 1, len(slices))  # none, one, or another in every file
+    one_neck = len(studies) in (0, 1, len(slices))  # no uid, one, or a new one per file
     if one_neck and len(stacks) > 1 and max(map(len, stacks)) < MIN_SLICES:
         stacks = stacks_of([one._replace(series="", study="") for one in slices])
         problems.append("no series of enough images: SeriesInstanceUID is not looked at")
@@ -516,7 +516,7 @@ def read_series(path, workers, give_up):
         mm = along_normal(stack)
         order = places_of(mm)
         places = max(parts_of(order, mm[order], MAX_GAP_MM), key=len)
-        if len(places) > len(run):  # not the most images, but the most places
+        if len(places) > len(run):  # most positions, not most images
             run = [stack[k] for k in places]
     others = len(slices) - len(run)
     if others:
@@ -526,9 +526,9 @@ def read_series(path, workers, give_up):
         problems.append(f"images of {len(studies)} studies: give each its own folder")
     if len(run) < MIN_SLICES:
         found = f"only {len(run)} usable slices; at least {MIN_SLICES} are needed"
-        reasons = [one.partition(": ")[2] for one in problems]  # behind a file's name
+        reasons = [one.partition(": ")[2] for one in problems]  # without its file name
         counts = [reasons.count(reason) for reason in reasons]
-        usual = [problems[np.argmax(counts)]] if problems else []  # of equals the first
+        usual = [problems[np.argmax(counts)]] if problems else []  # on a tie the first
         raise StudyError("; ".join([found, *usual]))
 
     mm = along_normal(run)
@@ -536,24 +536,24 @@ def read_series(path, workers, give_up):
     if not np.array_equal(steps, np.arange(len(mm))):
         problems.append(f"uneven positions: {len(mm)} slices, brought to {len(steps)}")
     origins = np.array([one.lps_from_pixel[:, 2] for one in run])
-    way = origins[-1] - origins[0]
-    cosine = np.ptp(mm) / np.linalg.norm(way)  # between the stack's axis and its normal
-    line = origins[0] + np.outer(mm - mm[0], way) / np.ptp(mm)
+    axis = origins[-1] - origins[0]  # (3,) mm
+    cosine = np.ptp(mm) / np.linalg.norm(axis)  # between the stack's axis and its normal
+    line = origins[0] + np.outer(mm - mm[0], axis) / np.ptp(mm)
     aside = np.linalg.norm(origins - line, axis=1).max()
     if aside > 1:
         problems.append(f"slices lie up to {aside:.0f} mm beside their place")
-    elif cosine < STRAIGHT:
+    elif cosine < LEAST_COSINE:
         problems.append(f"gantry tilted by {math.degrees(math.acos(cosine)):.0f} degrees")
     if any(one.guessed for one in run):
         problems.append("no ImageOrientationPatient: axial and supine are guessed")
     affine = np.eye(4)
-    affine[:3] = np.c_[way / (len(steps) - 1), run[0].lps_from_pixel]
+    affine[:3] = np.c_[axis / (len(steps) - 1), run[0].lps_from_pixel]
     sources = [one.source for one in run]
     return [one.hu for one in run], steps, affine, problems, sources, None
 
 def read_nifti_ct(path):
-    """What read_series gives, of a CT as NIfTI-1, and its header; it has no sources.
-    StudyError if its values are no Hounsfield units of a body: labels, MR, another unit."""
+    """What read_series gives, for a CT as NIfTI-1: no sources, but its header.
+    StudyError if its values are not a body in HU, but labels, MR or another unit."""
     problems = []
     stored, slope, intercept, voxel_from_lps, header = read_nifti(path, problems.append)
     if min(stored.shape) < MIN_SLICES:
@@ -568,8 +568,8 @@ def read_nifti_ct(path):
     return planes, np.arange(len(planes)), affine, problems, [], header
 
 def not_in_hu(planes):
-    """Why planes (Y, X) show no body in HU, but labels, MR or another unit; else ""."""
-    apart = max(1, len(planes) // 64)  # 64 planes tell as much as all
+    """Why planes (Y, X) are not a body in HU, but labels, MR or another unit; else ""."""
+    apart = max(1, len(planes) // 64)  # some 64 planes are enough
     thin = np.array([hu[::2, ::2] for hu in planes[::apart]])
     low, high = thin.min(), thin.max()
     tissue = ((thin > AIR_BELOW) & (thin < BONE_ABOVE)).mean()
@@ -585,22 +585,22 @@ def begins_as_dicom(path):
     """Whether a file begins as DICOM, with or without its preamble."""
     with suppress(OSError), open(path, "rb") as file:
         start = file.read(132)
-        # Without a preamble it begins with the number of a group, 2 or 8, in a byte order.
+        # Without a preamble it begins with group number 2 or 8, in either byte order.
         bare = start[:2] in (b"\2\0", b"\x08\0", b"\0\2", b"\0\x08")
         return bare or start.endswith(b"DICM")
     return False
 
 def axial_axes(affine):
-    """(axes, flip): the stored axes that become Z, Y, X, and which run backwards."""
+    """(axes, flip): the stored axes that become Z, Y, X, and which of these to flip."""
     columns = affine[:3, :3]
     left, back, up = columns / np.linalg.norm(columns, axis=0)
-    share = np.stack([-up, back, left])  # of Z, Y and X in each stored axis
+    cosines = np.stack([-up, back, left])  # (3, 3): of Z, Y, X with each stored axis
     orders = permutations(range(3))
-    axes = max(orders, key=lambda stored: abs(share[:, stored]).trace())
-    return axes, share[:, axes].diagonal() < 0
+    axes = max(orders, key=lambda stored: abs(cosines[:, stored]).trace())
+    return axes, cosines[:, axes].diagonal() < 0
 
 def flip_affine(affine, shape, flip):
-    """The affine (4, 4) of an array of a shape, some of whose axes are turned round."""
+    """The affine (4, 4) of an array of this shape after the axes in `flip` are flipped."""
     columns = affine[:, :3]
     last = np.where(flip, np.subtract(shape, 1), 0)
     start = affine[:, 3] + columns @ last
@@ -608,10 +608,10 @@ def flip_affine(affine, shape, flip):
 
 def read_volume(folder, workers=2, give_up=lambda: False):
     """One CT study, head first, in Hounsfield units: a Volume.
-    `folder` is one of DICOM files, a DICOM file of many frames, or a CT as NIfTI. Slices
-    are ordered by position along their normal, never by name; the largest series counts,
-    gaps are filled by position, sagittal and coronal slices are turned. Raises StudyError,
-    and nothing else, if fewer than MIN_SLICES can be read, or give_up() becomes true."""
+    `folder` is a folder of DICOM files, a multi-frame DICOM file or a NIfTI CT. Slices are
+    ordered by position along their normal, never by name; the series of most positions is
+    taken, gaps are interpolated, sagittal and coronal slices are made axial. Raises only
+    StudyError: fewer than MIN_SLICES, too large or damaged, or give_up() became true."""
     path = Path(folder)
     with errors_as(StudyError, path):
         nifti = is_nifti(path)
@@ -625,9 +625,9 @@ def read_volume(folder, workers=2, give_up=lambda: False):
         hu = np.empty([shape[k] for k in axes], np.int16)
         backwards = np.flatnonzero(flip).tolist()
         stored = np.flip(hu, backwards).transpose(np.argsort(axes))  # a view of hu
-        for k, at in enumerate(steps):  # each step lies between two planes
+        for k, at in enumerate(steps):  # a step is interpolated between two planes
             low = min(int(at), len(planes) - 2)
-            planes[:low] = [None] * low  # let go: a volume is never held twice
+            planes[:low] = [None] * low  # freed: a volume is never held twice
             stored[k] = cv2.addWeighted(
                 planes[low], low + 1 - at, planes[low + 1], at - low, 0)
 
@@ -642,8 +642,8 @@ def read_volume(folder, workers=2, give_up=lambda: False):
 
 
 # ==== Masks ====
-# In: a NIfTI file of labels, a Volume. Out: the labels on the Volume's grid, or a coarser.
-# The trap: NIfTI is RAS+, DICOM is LPS+. The affine decides what to flip, not a list.
+# In: a NIfTI file of labels, a Volume. Out: the labels on the Volume's or a coarser grid.
+# Pitfall: NIfTI is RAS+, DICOM is LPS+. What to flip is read off the affine, never listed.
 
 NIFTI_FIELDS = """
     sizeof_hdr i4, skipped_1 V36, dim 8i2, skipped_2 V14, datatype i2, bitpix i2,
@@ -651,7 +651,7 @@ NIFTI_FIELDS = """
     xyzt_units u1, skipped_5 V24, descrip S80, skipped_6 V24, qform_code i2, sform_code i2,
     quatern 3f4, qoffset 3f4, srow 12f4, skipped_7 V16, magic S4"""
 NIFTI_HEADER = np.dtype([tuple(one.split()) for one in NIFTI_FIELDS.split(",")])  # nifti1.h
-NIFTI_TYPES = {  # of NumPy, by the header's datatype
+NIFTI_TYPES = {  # NumPy's types by the header's datatype code
     2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8",
     256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
 WRITTEN_BY = b"cspine: C1..C7, for research"
@@ -663,7 +663,7 @@ PLACED_BY = (  # the fields that say where voxels lie; programs differ in which 
 
 def nifti_affine(header):
     """RAS mm from voxel (4, 4), as nibabel: sform, else qform, else zooms about the centre.
-    pixdim[0] below 0 mirrors the qform's k axis. Other units than mm are brought to mm."""
+    pixdim[0] below 0 mirrors the qform's k axis. Units other than mm are converted."""
     pixdim = header["pixdim"].astype(float)
     zooms = abs(pixdim[1:4])
     affine = np.diag([*zooms * (-1, 1, 1), 1])
@@ -684,16 +684,16 @@ def nifti_affine(header):
 
 def read_nifti(path, report=None):
     """(stored values (I, J, K), slope, intercept, voxel from LPS mm (4, 4), header).
-    NIfTI-1 of both byte orders, gzip or not; `report` is told of a guess. Damage raises
-    some error."""
+    NIfTI-1 in either byte order, gzipped or not. report(text) is called if the orientation
+    is guessed. A damaged file raises an exception of any kind."""
     raw = Path(path).read_bytes()
-    if raw[:2] == b"\x1f\x8b":  # of one or several members
+    if raw[:2] == b"\x1f\x8b":  # read() joins all its members
         raw = gzip.GzipFile(fileobj=io.BytesIO(raw)).read(2 * MAX_VOXELS)
     order = "<" if raw[:2] == b"\x5c\x01" else ">"  # the header's length, 348
     header = np.frombuffer(raw, NIFTI_HEADER.newbyteorder(order), 1)[0].copy()
     rank, *shape = header["dim"].tolist()
     start = int(header["vox_offset"])
-    more = max(shape[3:rank], default=1) > 1  # times or vectors
+    more = max(shape[3:rank], default=1) > 1  # a time series or vectors
     if header["magic"] != b"n+1" or rank < 3 or more or start < NIFTI_HEADER.itemsize:
         raise ValueError("not one 3-D image of NIfTI-1 in one file")
     code = int(header["datatype"])
@@ -718,7 +718,7 @@ def read_nifti(path, report=None):
     return stored, slope, intercept, voxel_from_lps, header
 
 def refuse_to_overwrite(path):
-    """UserError if a path is a file that is no mask of ours, which would be overwritten."""
+    """Raise UserError if the path exists and is not a mask written by this program."""
     if path.exists():
         with errors_as(UserError, f"{path}: not a mask of ours, and not overwritten"):
             with gzip.open(path) as file:
@@ -727,10 +727,10 @@ def refuse_to_overwrite(path):
 
 def write_nifti(path, labels, volume):
     """Write uint8 labels (Z, Y, X) on a Volume's grid as NIfTI-1, gzipped.
-    The mask of a NIfTI has its very voxels, placed as in its header; that of a DICOM series
-    is axial, evenly spaced, foot to head. There both sform and qform place them; a qform
-    cannot shear, and of a tilted series it keeps the axes within a slice, as ITK does.
-    UserError if a file of others is there."""
+    The mask of a NIfTI CT has the CT's own voxels and placement; that of a DICOM series is
+    axial, evenly spaced, foot first, and placed by both sform and qform. A qform cannot
+    shear: of a tilted series it keeps the axes within a slice, as ITK does.
+    UserError if the path holds a file of another program."""
     axes, flip = volume.grid
     order = [*np.argsort(axes)]
     stored = np.flip(labels, np.flatnonzero(flip).tolist()).transpose(order)  # (K, J, I)
@@ -746,7 +746,7 @@ def write_nifti(path, labels, volume):
     values = dict(MASK_HEADER, qoffset=affine[:, 3], srow=affine.ravel())
     values["dim"] = [3, *stored.shape[::-1]] + [1] * 4
     values["pixdim"] = [mirror, *zooms] + [1] * 4
-    values["quatern"] = vector / 2 * np.sinc(half / np.pi)  # axis times sine of half of it
+    values["quatern"] = vector / 2 * np.sinc(half / np.pi)  # axis * sin(angle / 2)
     if volume.header is not None:
         values |= {name: volume.header[name] for name in PLACED_BY}
     header = np.zeros((), NIFTI_HEADER.newbyteorder("<"))
@@ -760,21 +760,21 @@ def write_nifti(path, labels, volume):
     write_atomic(path, lambda new: new.write_bytes(content))
 
 def read_mask(path, volume, shape=None):
-    """uint8 (Z, Y, X), or a coarser `shape`: the nearest label, 1-7 = C1-C7, others
-    below 255 as stored, 0 outside. The mask may lie on any grid: its affine places it.
-    StudyError if it is damaged."""
+    """Labels uint8 (Z, Y, X) on the volume's grid, or on a coarser one of `shape`, by
+    nearest neighbour: 1-7 = C1-C7, others below 255 as stored, 0 outside. The mask may
+    have any grid: its affine places it. StudyError if it is damaged."""
     with errors_as(StudyError, f"{path}: not a readable NIfTI-1 mask"):
         stored, slope, intercept, voxel_from_lps, _ = read_nifti(path)
     out = np.zeros(shape or volume.hu.shape, np.uint8)
     matrix = (voxel_from_lps @ volume.affine)[:3, :, None, None]
     cells = [np.arange(count) + 0.5 for count in out.shape]
-    z, y, x = (c * n / len(c) - 0.5 for c, n in zip(cells, volume.hu.shape))  # of voxels
+    z, y, x = (c * n / len(c) - 0.5 for c, n in zip(cells, volume.hu.shape))  # in voxels
     down, back, left, start = matrix.swapaxes(0, 1)
     flat = back * y[:, None] + left * x  # (3, Y, X)
     flat = flat + start + 0.5  # so that floor finds the nearest
     limits = np.reshape(stored.shape, (3, 1, 1))
-    for plane, above in zip(out, z):
-        at = np.floor(flat + down * above).astype(int)
+    for plane, depth in zip(out, z):
+        at = np.floor(flat + down * depth).astype(int)  # (3, Y, X)
         inside = (at >= 0) & (at < limits)
         inside = inside.all(0)
         values = stored[tuple(at[:, inside])] * slope + intercept
@@ -783,10 +783,10 @@ def read_mask(path, volume, shape=None):
     return out
 
 def mask_fit(path, volume, labels):
-    """(share of a mask's C1..C7 that lies in the study, share of that which lies on bone).
-    `labels` is read_mask's, on any grid. Another study's mask fits nowhere."""
-    stored, slope, intercept, voxel_from_lps, _ = read_nifti(path, str)  # read_mask said it
-    thin = stored[::2, ::2, ::2] * slope + intercept  # an eighth says enough
+    """(share of a mask's C1..C7 inside the study, share of its labels there on bone).
+    `labels` is read_mask's, on any grid. Either share is low for another study's mask."""
+    stored, slope, intercept, voxel_from_lps, _ = read_nifti(path, str)  # str: be silent
+    thin = stored[::2, ::2, ::2] * slope + intercept  # an eighth is enough
     voxels = 8 * ((thin > 0.5) & (thin < 7.5)).sum()
     whole_mm3 = voxels / abs(np.linalg.det(voxel_from_lps))
     cells = np.argwhere((labels > 0) & (labels < 8))
@@ -805,7 +805,7 @@ def mask_files(data):
     return {re.sub(r"(?i)\.nii(\.gz)?$", "", path.name): path for path in files}
 
 def fitting_mask(path, volume, shape):
-    """What read_mask gives; StudyError if it lies outside the study, or beside its bone."""
+    """What read_mask gives; StudyError if it mostly lies outside the study or off bone."""
     labels = read_mask(path, volume, shape)
     inside, on_bone = mask_fit(path, volume, labels)
     if inside < LEAST_INSIDE or on_bone < LEAST_BONE:
