@@ -816,28 +816,28 @@ def fitting_mask(path, volume, shape):
 
 # ==== Segmenter ====
 # In: a Volume. Out: the probability of C1..C7 in the cells of a cube over the whole study.
-# The trap: a 3-D network can be silently wrong; to_3d refuses what it does not know.
+# Pitfall: a converted network can run and be wrong; to_3d refuses layers it does not know.
 
 def resize(image, rows, columns):
-    """An image (Y, X) of another size: averaged if smaller, else interpolated."""
+    """An image (Y, X) of another size: averaged if no axis grows, else interpolated."""
     larger = rows > len(image) or columns > image.shape[1]
     how = cv2.INTER_LINEAR if larger else cv2.INTER_AREA
     return cv2.resize(image, (columns, rows), interpolation=how)  # OpenCV: width first
 
 def segmenter_input(volume, size=CUBE, window=SEGMENTER_WINDOW):
-    """float32 (1, D, D, D) in 0..1: every cell averages its share of the windowed study."""
+    """float32 (1, D, D, D) in 0..1: each cell is the mean of the windowed HU inside it."""
     level, width = window
     low = level - width // 2
     planes = []
     for hu in volume.hu:
         plane = np.float32(np.clip(hu, low, low + width))
-        plane = resize(plane, size, plane.shape[1])  # an axis at a time: each its own way
+        plane = resize(plane, size, plane.shape[1])  # one axis at a time: one may grow
         planes.append(resize(plane, size, size).ravel())
     cube = resize(np.array(planes), size, size * size)  # (Z, D * D) -> (D, D * D)
     return torch.from_numpy((cube.reshape(1, size, size, size) - low) / width)
 
 class Conv3dSame(nn.Conv3d):
-    """A convolution with TensorFlow's SAME padding: more at the end than at the start."""
+    """A convolution with TensorFlow's SAME padding; an odd voxel goes to the end."""
     def forward(self, x):
         """(B, C, Z, Y, X) -> (B, F, Z/stride, Y/stride, X/stride), rounded up."""
         padding = []
@@ -847,19 +847,19 @@ class Conv3dSame(nn.Conv3d):
         return super().forward(F.pad(x, padding))
 
 class BatchNormAct3d(nn.BatchNorm3d):
-    """timm's BatchNormAct2d holds the activation inside: a bare norm would drop it."""
+    """BatchNormAct2d in 3-D. It includes the activation, which BatchNorm3d would drop."""
     def forward(self, x):
         return self.act(super().forward(x))
 
 class SqueezeExcite3d(nn.Sequential):
-    """timm's layers on the mean over three axes; over two they run, and answer wrongly."""
+    """timm's squeeze-excite on the mean over three axes; over two it would run, wrongly."""
     def forward(self, x):
         return x * super().forward(x.mean((2, 3, 4), keepdim=True))
 
 LAYERS_3D = dict(  # by the name of the 2-D class
     Conv2d=nn.Conv3d, Conv2dSame=Conv3dSame, MaxPool2d=nn.MaxPool3d, AvgPool2d=nn.AvgPool3d,
     BatchNorm2d=nn.BatchNorm3d, BatchNormAct2d=BatchNormAct3d)
-# Layers for images, or timm's own, but for those that are right in 3-D as they are.
+# Matches layers for images and timm's own, except those that work in 3-D unchanged.
 NO_TWIN = r"2d|timm\.layers(?!.*(activation|ConvNormAct|DropPath))"
 
 def to_3d(network):
@@ -870,9 +870,9 @@ def to_3d(network):
     for path, layer in twin.named_modules():
         kind = str(type(layer))
         kind_3d = LAYERS_3D.get(type(layer).__name__)
-        settings = vars(layer).items()  # of these, some hold a value an axis
+        settings = vars(layer).items()  # the pairs among these: a value per axis
         pairs = {n: v for n, v in settings if isinstance(v, tuple) and len(v) == 2}
-        even = all(first == second for first, second in pairs.values())
+        even = all(first == second for first, second in pairs.values())  # else no twin
         weights = [*layer.parameters(False), *layer.buffers(False)]
         if "SqueezeExcite" in kind or "SEModule" in kind:
             layer.__class__ = SqueezeExcite3d
@@ -883,7 +883,7 @@ def to_3d(network):
             where = f"{type(network).__name__}.{path}"
             raise UserError(f"no 3-D twin of {where}: unknown {kind}")
         if isinstance(layer, nn.Conv3d):
-            # A kernel that is repeated k times is divided by k, or activations would grow.
+            # A kernel is repeated k times and divided by k, or activations would grow.
             depth = layer.kernel_size[0]
             weight = torch.stack([layer.weight.data / depth] * depth, 2)
             layer.weight = nn.Parameter(weight)  # (O, I, k, k) -> (O, I, k, k, k)
@@ -891,39 +891,39 @@ def to_3d(network):
 
 def create_backbone(name, **arguments):
     """A timm network by its plain name, with random weights: nothing is downloaded."""
-    if ":" in name:  # hf-hub:... would ask the network
+    if ":" in name:  # hf-hub:... would be downloaded
         raise UserError("no plain name")
-    import timm  # 0.2 GB that only networks need
+    import timm  # here, as it takes 0.2 GB that only networks need
     try:
         return timm.create_model(name, pretrained=False, **arguments)
     except TypeError:
         if arguments.pop("drop_path_rate", True):
             raise
-        return create_backbone(name, **arguments)  # some know no such option
+        return create_backbone(name, **arguments)  # some have no such argument
 
 class ConvBlock(nn.Module):
     """Convolution, norm, ReLU, then scSE attention (Roy et al. 2018)."""
-    def __init__(self, before, width):
+    def __init__(self, channels, width):
         super().__init__()
-        self.conv = nn.Conv3d(before, width, 3, padding=1, bias=False)
+        self.conv = nn.Conv3d(channels, width, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm3d(width)
         self.squeeze = nn.Conv3d(width, width // 4, 1)
         self.excite = nn.Conv3d(width // 4, width, 1)
         self.place = nn.Conv3d(width, 1, 1)
 
     def forward(self, x):
-        """(B, before, Z, Y, X) -> (B, width, Z, Y, X)."""
+        """(B, channels, Z, Y, X) -> (B, width, Z, Y, X)."""
         x = F.relu(self.norm(self.conv(x)))
-        mean = x.mean((2, 3, 4), keepdim=True)
+        mean = x.mean((2, 3, 4), keepdim=True)  # (B, width, 1, 1, 1)
         squeezed = F.relu(self.squeeze(mean))
         channel = self.excite(squeezed).sigmoid()
         return x * (channel + self.place(x).sigmoid())
 
 class Segmenter(nn.Module):
-    """3-D U-Net; `size` and `window` say for what input it was trained."""
+    """A 3-D U-Net. `size` and `window` (level, width) are those of the input it expects."""
     def __init__(
             self, backbone="tf_efficientnetv2_s", size=CUBE, window=SEGMENTER_WINDOW,
-            drop_path=0, dropout=0, **_):  # a recipe holds more
+            drop_path=0, dropout=0, **_):  # a recipe's other fields
         super().__init__()
         self.settings = dict(backbone=backbone, size=size, window=window)
         flat = create_backbone(
@@ -931,7 +931,7 @@ class Segmenter(nn.Module):
             drop_path_rate=drop_path)
         if flat.feature_info.reduction() != [2, 4, 8, 16]:
             raise UserError("no features at strides 2, 4, 8 and 16")
-        if hasattr(flat, "blocks"):  # what follows the last feature, down to stride 32
+        if hasattr(flat, "blocks"):  # unused layers after the last feature, of stride 32
             last_block = flat.feature_info.module_name()[-1].split(".")[1]
             del flat.blocks[int(last_block) + 1 :]
         self.encoder = to_3d(flat)
@@ -942,17 +942,17 @@ class Segmenter(nn.Module):
             ConvBlock(64 + second, 32),
             ConvBlock(32 + first + 8, 48)])
         self.dropout = nn.Dropout3d(dropout)
-        self.head = nn.Conv3d(48, 7 * 8, 1)  # a place answers for its 2 x 2 x 2 cells
+        self.head = nn.Conv3d(48, 7 * 8, 1)  # each voxel predicts its 2 x 2 x 2 cells
         nn.init.constant_(self.head.bias, -4)  # most cells are background
 
     def forward(self, x):
         """(B, 1, Z, Y, X) in 0..1, multiples of 16 -> (B, 7, Z, Y, X) logits of C1..C7."""
         if any(length % 16 for length in x.shape[2:]):
             raise UserError(f"cube {[*x.shape[2:]]}: must be multiples of 16")
-        x = (x - 0.5) * 4
-        cells = x[:, 0]
+        x = (x - 0.5) * 4  # -2..2
+        cells = x[:, 0]  # space to depth: the last skip keeps the full resolution
         for axis in (1, 2, 3):
-            cells = cells.unfold(axis, 2, 2)  # at last (B, Z/2, Y/2, X/2, 2, 2, 2)
+            cells = cells.unfold(axis, 2, 2)  # after three: (B, Z/2, Y/2, X/2, 2, 2, 2)
         cells = cells.flatten(4).movedim(-1, 1)  # (B, 8, Z/2, Y/2, X/2)
         *skips, x = self.encoder(x)
         skips[0] = torch.cat([skips[0], cells], 1)  # (B, C + 8, Z/2, Y/2, X/2)
@@ -967,7 +967,7 @@ class Segmenter(nn.Module):
 
 def segmenter_loss(logits, labels):
     """BCE and Dice: logits (B, 7, Z, Y, X), uint8 labels (B, Z, Y, X), 1-7 = C1-C7.
-    The Dice is of the vertebrae in view; BCE, mostly of background, counts tenfold."""
+    Dice counts only vertebrae in view; BCE, a mean of mostly background, weighs tenfold."""
     space = (2, 3, 4)
     logits = logits.float()
     truth = torch.stack([labels == v for v in range(1, 8)], 1).float()
@@ -979,7 +979,7 @@ def segmenter_loss(logits, labels):
     return 10 * entropy + 1 - (dice * seen).sum() / seen.sum().clamp(min=1)
 
 def vertebra_box(probability, gap=STRAY_GAP):
-    """(3, 2) first and last cell on each axis of a mask (D, D, D), or None if not seen."""
+    """(3, 2) first and last cell per axis of a probability (D, D, D); None if not seen."""
     for threshold in MASK_THRESHOLDS:
         mask = probability > threshold
         if mask.sum() >= MIN_CELLS:
@@ -988,7 +988,7 @@ def vertebra_box(probability, gap=STRAY_GAP):
     return None
 
 def fullest_run(profile, gap):
-    """First and last of the planes, at most `gap` apart, that together hold most cells."""
+    """First and last plane of the run, with no gap wider than `gap`, of most cells."""
     inside = np.flatnonzero(profile > STRAY_SHARE * profile.max())
     parts = parts_of(inside, inside, gap)
     fullest = max(parts, key=lambda part: profile[part].sum())
@@ -996,7 +996,7 @@ def fullest_run(profile, gap):
 
 def mean_probability(models, volume, device):
     """float32 (7, D, D, D) on the CPU: the mean of the segmenters' answers.
-    D is the first model's; one of another size gets a cube of its own."""
+    D is the first model's size; models of another size get their own input."""
     size = models[0].settings["size"]
     cube_of = functools.cache(functools.partial(segmenter_input, volume))
     total = torch.zeros((7, *[size] * 3), device=device)
@@ -1007,13 +1007,13 @@ def mean_probability(models, volume, device):
             logits = finite_answer(model.to(device), cube[None].to(device)).float()
             if len(cube[0]) != size:
                 logits = F.interpolate(logits, (size,) * 3, mode="trilinear")
-            count += ~logits[0].isnan()  # where one says NaN, the others count
+            count += ~logits[0].isnan()  # a NaN is left out of the mean
             total += logits[0].sigmoid().nan_to_num()
     return (total / count.clamp(min=1)).cpu()
 
 def neck_part(probability, shape):
-    """(low, high) voxels, (3,) each, of the neck and its surroundings, where they fill
-    little of the study, whose cells are then too coarse for a good mask; else None."""
+    """(low, high), voxels (3,) each: the part of the study with the neck and a margin;
+    None if no neck is seen, or if it is so large that the cube's cells are fine enough."""
     cells = probability.shape[-1]
     box = vertebra_box(probability.amax(0).numpy(), gap=cells)
     if box is None:
@@ -1026,8 +1026,8 @@ def neck_part(probability, shape):
     return (low, high) if min((high - low) / shape) < LOOK_CLOSER else None
 
 def place_back(part, low, high, shape):
-    """The probability (7, D, D, D) of a study of a shape (3,), from that of its voxels
-    from `low` to `high`, (3,) each: z, y, x."""
+    """The probability (7, D, D, D) over a whole study of `shape`, from that of a `part`
+    of it, its voxels from `low` to `high`; all three are z, y, x. It is 0 elsewhere."""
     size = high - low
     scale = np.divide(shape, size)
     shift = np.subtract(shape, low + high) / size
@@ -1035,14 +1035,14 @@ def place_back(part, low, high, shape):
     theta = torch.tensor(matrix[None]).float()
     part = part[None]
     grid = F.affine_grid(theta, part.shape, align_corners=False)
-    return F.grid_sample(part, grid, align_corners=False)[0]  # 0 around
+    return F.grid_sample(part, grid, align_corners=False)[0]  # 0 outside
 
 @torch.inference_mode()
 def segment(models, volume, device, report=print):
     """float32 (7, D, D, D): probability of C1..C7 in the cells of a cube over the study.
-    The mean of the models; what is out of order is renamed or emptied (in_order). Where
-    the neck is small in the study, it is looked at again by itself, and the mean of both
-    looks counts, as each misses what the other sees. `report` is told whatever is odd."""
+    The mean of the models; masks in the wrong order are renamed or emptied (in_order). If
+    the neck is a small part of the study, it is also segmented by itself, and both results
+    are averaged: each sees what the other misses. report(text) is called with oddities."""
     probability = mean_probability(models, volume, device)
     part = neck_part(probability, volume.hu.shape)
     if part:
@@ -1054,10 +1054,10 @@ def segment(models, volume, device, report=print):
     return in_order(probability.numpy(), report)
 
 def in_order(probability, report):
-    """(7, D, D, D) whose vertebrae lie head to foot, mended in place.
-    Of two neighbours in the wrong order that are about as large and lie apart the names are
-    exchanged; else the fainter one is emptied."""
-    weight = (probability * (probability > 0.5)).sum((2, 3))  # (7, D): mass in every plane
+    """The probability (7, D, D, D), changed in place so that C1..C7 lie head to foot.
+    Two neighbours in the wrong order swap names if they are of similar mass and lie apart;
+    else the fainter one is emptied. report(text) is called for each pair."""
+    weight = (probability * (probability > 0.5)).sum((2, 3))  # (7, D): mass of each plane
     mass = weight.sum(1)
     centre = weight @ np.arange(weight.shape[1]) / np.maximum(mass, 1)
     seen = [v for v in range(7) if mass[v] > MIN_CELLS]
@@ -1077,17 +1077,17 @@ def in_order(probability, report):
 
 # ==== Slices ====
 # In: a Volume, the probability of its vertebrae. Out: the ninety images of each vertebra.
-# The trap: the cube is stretched, by another factor on every axis; a crop is square in mm.
+# Pitfall: the cube is stretched by another factor on each axis; a crop is square in mm.
 
 def apply_window(hu, window):
-    """uint8: the window's lower end becomes 0, its upper end 255."""
+    """uint8: the lower end of the window (level, width) in HU becomes 0, the upper 255."""
     level, width = window
     low = level - width // 2
     scale = 255 / width
     return cv2.convertScaleAbs(np.maximum(hu, low), alpha=scale, beta=-low * scale)
 
 def crop_plane(plane, box, size):
-    """(S, S) out of a plane (Y, X); outside of it the border repeats. `box` (2, 2) holds
+    """(S, S) cut out of a plane (Y, X), whose border repeats outside it. `box` (2, 2) holds
     the corner and the step between pixels, as (y, x) shares of the plane."""
     corner, step = box * plane.shape
     y, x = corner + (step - 1) / 2  # of the first pixel's centre
@@ -1097,8 +1097,8 @@ def crop_plane(plane, box, size):
     return cv2.warpAffine(plane, source, (size, size), flags=how, borderMode=border)
 
 def crop_box(volume, extent, edge, size):
-    """crop_plane's `box` of a mask, from `extent` (2, 2), its first and last of the `edge`
-    cells along Y and X. The crop is square in mm, BOX_MARGIN cells wider than the mask."""
+    """crop_plane's `box` for a mask. `extent` (2, 2) is its first and last cell along Y and
+    X, of `edge` cells. The crop is square in mm, with BOX_MARGIN cells around the mask."""
     plane_mm = np.multiply(volume.hu.shape, volume.spacing)[1:]  # (y, x)
     beyond = [[-BOX_MARGIN], [1 + BOX_MARGIN]]
     low_mm, high_mm = (extent.T + beyond) * plane_mm / edge
@@ -1108,9 +1108,9 @@ def crop_box(volume, extent, edge, size):
     return np.array([corner_mm, step_mm]) / plane_mm
 
 def slice_indices(extent, z_margin, edge, count):
-    """(15, 5): the native slices of every step, of `count`; a border slice repeats. The
-    centres lie evenly over the slices that a vertebra's cells cover, from `extent` (first,
-    last) of the `edge` cells along Z, and `z_margin` cells beyond."""
+    """(15, 5): the native slices of each step, of `count`; a border slice repeats. Step
+    centres are evenly spaced over the slices that a vertebra covers: its first to last
+    cell (`extent`) of the `edge` cells along Z, and `z_margin` cells beyond both."""
     first = max(extent[0] - z_margin, 0) * count / edge
     last = min(extent[1] + z_margin + 1, edge) * count / edge - 1
     last = max(first, last)  # a cell may be thinner than a slice
@@ -1122,7 +1122,7 @@ def slice_indices(extent, z_margin, edge, count):
 def mask_at(cells, z, count):
     """(D, D): a mask (D, D, D) at native slice z, between two planes of cells."""
     edge = len(cells)
-    at = np.clip((z + 0.5) * edge / count - 0.5, 0, edge - 1.001)  # below + 1 is a plane
+    at = np.clip((z + 0.5) * edge / count - 0.5, 0, edge - 1.001)  # below + 1 exists
     below = int(at)
     share = np.float32(at % 1)
     return cells[below] * (1 - share) + cells[below + 1] * share
@@ -1134,10 +1134,10 @@ def interleave(images, masks):
 
 def vertebra_slices(volume, probability, size=CROP, mask_of="last", z_margin=BOX_MARGIN):
     """The ninety images of every vertebra: uint8 (7, 15, 6, S, S), a mask after 5 slices.
-    `probability` (7, D, D, D) covers the whole study. `mask_of` says of which of a step's
-    slices the mask is, the "last" or the "center". The steps cover the vertebra's mask and
-    `z_margin` cells beyond it, above and below; the slices are in BONE_WINDOW. A vertebra
-    that is not seen is all 0; the mask of one that is seen is nowhere 0."""
+    `probability` (7, D, D, D) covers the whole study. `mask_of` says which slice of a step
+    its mask belongs to, the "last" or the "center". Steps cover the vertebra's mask and
+    `z_margin` cells above and below it; slices are in BONE_WINDOW. A vertebra that is not
+    seen is all 0; the mask of one that is seen has no 0."""
     count = len(volume.hu)
     out = np.zeros((7, STEPS, CHANNELS, size, size), np.uint8)
     for v, cells in enumerate(probability):
@@ -1151,29 +1151,29 @@ def vertebra_slices(volume, probability, size=CROP, mask_of="last", z_margin=BOX
         images = np.array([crop_plane(plane, box, size) for plane in grey])
         planes = [mask_at(cells, z, count) for z in index[:, MASKED_SLICES[mask_of]]]
         masks = np.array([crop_plane(plane, box, size) for plane in planes])
-        masks = np.rint(masks * 255).clip(1)  # 0 means: not seen
+        masks = np.rint(masks * 255).clip(1)  # as 0 means: not seen
         out[v] = interleave(images[which.ravel()], masks)  # 75 slices, 15 masks
     return out
 
 
 # ==== Classifiers ====
 # In: the ninety images of vertebrae. Out: the logit of a fracture for every step.
-# The trap: a vertebra that is not seen is all 0; it must cost nothing and answer nothing.
+# Pitfall: a vertebra that is not seen is all 0: it is neither computed nor answered.
 
 def logit_head(width, hidden, dropout):
-    """(..., width) -> (..., 1). LayerNorm: InstanceNorm does the same, without a scale."""
+    """(..., width) -> (..., 1). Its LayerNorm is an InstanceNorm with a learned scale."""
     return nn.Sequential(
         nn.Linear(width, hidden), nn.LayerNorm(hidden), nn.LeakyReLU(0.1),
         nn.Dropout(dropout), nn.Linear(hidden, 1))
 
 class StepEncoder(nn.Module):
-    """The part of a classifier that turns crops into features, and reads them in order."""
+    """Turns crops into features; a classifier's `answer` runs its LSTM over the steps."""
     def __init__(self, backbone, hidden, drop_path, dropout, checkpoint):
         super().__init__()
         self.backbone = create_backbone(
             backbone, in_chans=CHANNELS, num_classes=0, global_pool="avg",
             drop_path_rate=drop_path)
-        probe = torch.zeros(1, CHANNELS, 64, 64)  # refuses backbones of one image size
+        probe = torch.zeros(1, CHANNELS, 64, 64)  # fails if the image size is fixed
         width = self.backbone.eval()(probe).shape[1]
         if checkpoint:  # the blocks run again in the backward pass
             self.backbone.set_grad_checkpointing()
@@ -1183,15 +1183,15 @@ class StepEncoder(nn.Module):
 
     def forward(self, crops):
         """(B, N, 6, S, S), uint8 or 0..1 -> (B, N, F) features of the steps."""
-        seen = crops[:, :, -1].amax((2, 3)).flatten() > 0  # (B * N,); a mask has no 0
+        seen = crops[:, :, -1].amax((2, 3)).flatten() > 0  # (B * N,); a seen mask: no 0
         features = self.absent.repeat(len(seen), 1)
         if seen.any():
-            shown = crops.flatten(0, 1)[seen]
+            shown = crops.flatten(0, 1)[seen]  # (B, N, ...) -> (steps seen, ...)
             features[seen] = self.encode(shown).float()
         return features.unflatten(0, crops.shape[:2])
 
     def encode(self, shown):
-        """(N, 6, S, S) -> (N, F), in parts that the cache or the card's memory holds."""
+        """(N, 6, S, S) -> (N, F), in parts that fit the GPU's memory or the CPU's cache."""
         scale = 2 if shown.is_floating_point() else 2 / 255
 
         def features(part):
@@ -1201,16 +1201,16 @@ class StepEncoder(nn.Module):
         if self.training:
             return features(shown)
         if shown.device.type != "cpu":
-            with suppress(torch.OutOfMemoryError):
+            with suppress(torch.OutOfMemoryError):  # then in smaller parts, as on a CPU
                 return torch.cat([*map(features, shown.split(CROPS_ON_GPU))])
         return torch.cat([*map(features, shown.split(CROPS_ON_CPU))])
 
 class VertebraClassifier(nn.Module):
     """(B, 15, 6, S, S), uint8 or 0..1 -> (B, 15) logits: a fracture of this vertebra.
-    `size`, `mask_of`, `z_margin` (0: an older file has none) say what crops it has seen."""
+    `size`, `mask_of`, `z_margin` (0: an older file) are those of the crops it has seen."""
     def __init__(
             self, backbone="tf_efficientnetv2_s", size=CROP, mask_of="last", z_margin=0.0,
-            hidden=256, drop_path=0, dropout=0, checkpoint=False, **_):  # and more
+            hidden=256, drop_path=0, dropout=0, checkpoint=False, **_):  # see Segmenter
         super().__init__()
         self.settings = dict(
             backbone=backbone, size=size, mask_of=mask_of, hidden=hidden, z_margin=z_margin)
@@ -1219,7 +1219,7 @@ class VertebraClassifier(nn.Module):
 
     def forward(self, crops):
         features = self.encoder(crops)
-        with torch.autocast(crops.device.type, enabled=False):  # bfloat16 would round
+        with torch.autocast(crops.device.type, enabled=False):  # half would lose digits
             return self.answer(features)
 
     def answer(self, features):
@@ -1243,43 +1243,43 @@ class PatientClassifier(VertebraClassifier):
         return logits, self.patient_head(both)[..., 0]
 
 def classifier_loss(outputs, labels):
-    """Log loss with the competition's weights, a vertebra's label on each of its steps;
-    the sum is divided by the weights of a whole study, not by those of its own labels.
+    """Log loss with the competition's weights; each step has the label of its vertebra.
+    The sum is divided by the batch size and TARGET_WEIGHTS, not by the labels' weights.
     `outputs` are a classifier's: (B, N) logits with labels (B, 1), or ((B, N), (B,)) with
-    labels (B, 8). A label that is NaN is unknown and counts nothing."""
+    labels (B, 8). A NaN label is unknown and ignored."""
     targets = labels.shape[1]
     patient = isinstance(outputs, tuple)
     logits = torch.column_stack(outputs) if patient else outputs  # (B, N + 1) or (B, N)
-    steps = logits.shape[1] // min(7, targets)  # of a vertebra
-    which = np.arange(logits.shape[1]) // steps  # the target of every logit
-    share = TARGET_WEIGHTS[which] / np.bincount(which)[which]
-    truth = labels[:, which]
+    steps = logits.shape[1] // min(7, targets)  # per vertebra
+    which = np.arange(logits.shape[1]) // steps  # the target of each logit
+    share = TARGET_WEIGHTS[which] / np.bincount(which)[which]  # a target's steps share it
+    truth = labels[:, which]  # (B, targets) -> the shape of logits
     weight = torch.where(truth > 0, POSITIVE_FACTOR, 1.0) * labels.new_tensor(share)
     loss = F.binary_cross_entropy_with_logits(
         logits, truth.nan_to_num(), weight * ~truth.isnan(), reduction="sum")
     return loss / len(labels) / TARGET_WEIGHTS[:targets].sum()
 
 class Output(NamedTuple):
-    """What one model says of a study; NaN: not in view, or nothing to say."""
+    """One model's answer to a study; NaN: not in view, or a target it does not answer."""
     steps: Any  # (7, T) probability of a fracture
-    patient: float  # its probability
+    patient: float  # probability of patient_overall
     name: str = ""  # of the model's files, before _fold: its folds share it
 
 class Calibration(NamedTuple):
-    """How outputs are blended, and how the logits of the eight targets are moved."""
+    """How outputs are blended, and the logits of the eight targets scaled and shifted."""
     scale: Any = (1.0,) * 8
     shift: Any = (0.0,) * 8
     unseen: Any = PRIOR  # the answer of a target that is not in view
     answers: Answers = Answers()
     weights: dict = {}  # {model name: its weight in the blend}; else 1
-    trained_on: str = "unknown"  # what the models were, in words
+    trained_on: str = "unknown"  # the models' training data, in words
 
 class Ensemble(NamedTuple):
     """The models that answer a study, and how their outputs become answers."""
     models: dict  # {kind: [model of a fold, ...]}
     device: torch.device
     calibration: Calibration = Calibration()
-    on_cpu: Any = None  # the same Ensemble, for when the device fails
+    on_cpu: Any = None  # its copy on the CPU, for when the device fails
 
 @torch.inference_mode()
 def classify(ensemble, crops, folds=None):
@@ -1292,65 +1292,66 @@ def classify(ensemble, crops, folds=None):
     crops = torch.from_numpy(crops).to(ensemble.device)
     outputs = []
 
-    @functools.cache  # most models have one size
+    @functools.cache  # most models share one size
     def resized(size):
         if size == crops.shape[-1]:
             return crops
         parts = (F.interpolate(part.float(), size, mode="bilinear") for part in crops)
-        return torch.stack([part.round().byte() for part in parts])  # bytes: little memory
+        return torch.stack([part.round().byte() for part in parts])  # bytes save memory
 
     for k, model in enumerate(vertebra + patient):
         shown = resized(model.settings["size"])
         shown = torch.rot90(shown.flip(-1) if k & 4 else shown, k, (-2, -1))
         model.to(ensemble.device)
-        head = torch.tensor(math.nan)
+        overall = torch.tensor(math.nan)
         with autocast(ensemble.device):
             if k < len(vertebra):
                 logits = finite_answer(model, shown)  # (7, 15, 6, S, S) -> (7, 15)
             else:
                 flat = shown.flatten(0, 1)[None]  # (1, 105, 6, S, S)
-                logits, head = finite_answer(model, flat)
+                logits, overall = finite_answer(model, flat)
         steps = logits.sigmoid().view(7, STEPS).cpu().numpy()
         steps[absent] = np.nan
-        outputs.append(Output(steps, float(head.sigmoid()), model.settings.get("name", "")))
+        name = model.settings.get("name", "")
+        outputs.append(Output(steps, float(overall.sigmoid()), name))
     return outputs
 
 
 # ==== Answers ====
-# In: the outputs of all models. Out: eight probabilities, calibrated if a fit is at hand.
-# The trap: a positive weighs double in the metric: the best answer lies above the chance.
+# In: the outputs of all models. Out: eight probabilities, calibrated if there is a fit.
+# Pitfall: positives weigh double, so the best answer lies above the true probability.
 
 def vertebra_answers(steps, top_k):
-    """(..., 7): the mean of each vertebra's top_k largest steps (..., 7, T)."""
+    """(..., 7): the mean of the `top_k` largest of each vertebra's `steps` (..., 7, T)."""
     return np.sort(steps)[..., -top_k:].mean(-1)
 
 def mean_logits(studies, calibration):
-    """(N, 8): the mean logits of each study's outputs; NaN: in no model's view.
-    A model name counts by its weight, else 1, however many models (folds) share it."""
+    """(N, 8): the mean logits of each study's outputs; NaN where no model answers.
+    Each model name has its weight, by default 1, which its models (the folds) share."""
     mean = np.zeros((len(studies), 8))
     for row, outputs in zip(mean, studies):
         steps, patient, names = zip(*outputs)
         vertebrae = vertebra_answers(steps, calibration.answers.top_k)  # (M, 7)
-        chance = np.column_stack([vertebrae, patient])
+        probability = np.column_stack([vertebrae, patient])  # (M, 8)
         share = [calibration.weights.get(name, 1) / names.count(name) for name in names]
-        share = np.array(share)[:, None] * ~np.isnan(chance)
-        logits = logits_of(chance)
+        share = np.array(share)[:, None] * ~np.isnan(probability)
+        logits = logits_of(probability)
         with np.errstate(invalid="ignore"):
             row[:] = (np.nan_to_num(logits) * share).sum(0) / share.sum(0)
     return mean
 
 def logits_of(answers):
-    """The logits of answers, LEAST_ANSWER away from 0 and 1."""
+    """The logits of answers, which are first clipped to LEAST_ANSWER..1 - LEAST_ANSWER."""
     return torch.tensor(answers).logit(LEAST_ANSWER).numpy()
 
 def calibrated(raw, calibration):
     """(N, 8) probabilities of mean logits (N, 8).
-    The patient's is a blend of its own and of the vertebrae's noisy-or, P(at least one).
-    What is not in view gets calibration.unseen, as the patient does if no vertebra is."""
+    The patient's answer blends its own and the vertebrae's noisy-or, P(at least one).
+    Targets not in view get calibration.unseen; so does the patient if no vertebra is."""
     scale, shift, unseen = map(torch.tensor, calibration[:3])
     logits = torch.tensor(raw) * scale + shift
-    whole = 1 - logits[:, :7].sigmoid()
-    either = 1 - whole.nan_to_num(1).prod(1)  # not in view: not broken
+    intact = 1 - logits[:, :7].sigmoid()
+    either = 1 - intact.nan_to_num(1).prod(1)  # not in view counts as intact
     either = torch.where(either > 0, either, math.nan)  # no vertebra in view: no answer
     own = torch.tensor(raw[:, 7]).sigmoid()
     own = torch.where(own.isnan(), either, own)  # without a patient classifier
