@@ -1370,13 +1370,13 @@ def combine(outputs, calibration=Calibration()):
 
 # ==== Prediction ====
 # In: studies and an Ensemble. Out: submission.csv, and a report of every study beside it.
-# The trap: a run may be killed at any moment; a complete submission is always on disk.
+# Pitfall: a run may be killed at any moment; a complete submission is always on disk.
 
 class Submission(NamedTuple):
-    """What is asked: where the answers go, and (row_id, uid, target) of every row."""
+    """The rows to be answered, and where the answers go."""
     out: Path
-    rows: list
-    made_by: str = ""  # hash of models and options: answers of others do not count
+    rows: list  # (row_id, uid, target)
+    made_by: str = ""  # hash of models and options; answers of another hash do not count
 
 def rows_asked(path):
     """[(row_id, uid, target)] of test.csv, each row once."""
@@ -1392,7 +1392,7 @@ def rows_asked(path):
     return [*zip(table.row_id, table[STUDY], target)]
 
 def strongest_steps(volume, probability, outputs, z_margin):
-    """{C1: values} of every vertebra in view: where its strongest step lies.
+    """{C1: values} of each vertebra in view: where its most suspicious step lies.
     `slice` counts from 1 at the head; `lps_mm` is the centre of the crop in that slice;
     `steps` are the probabilities of all 15, the mean of the models that answer."""
     steps = torch.tensor(np.array([one.steps for one in outputs])).nanmean(0)  # (7, 15)
@@ -1412,7 +1412,7 @@ def strongest_steps(volume, probability, outputs, z_margin):
     return places
 
 def as_columns(places):
-    """{C1_slice: 57, ...} of what is known of every vertebra; lists as words."""
+    """{C1_slice: 57, ...} from {C1: {slice: 57, ...}, ...}; a list becomes one string."""
     columns = {}
     for name, values in places.items():
         for key, value in values.items():
@@ -1422,11 +1422,11 @@ def as_columns(places):
     return columns
 
 def crops_wanted(ensemble):
-    """What vertebra_slices is asked for: crops as the classifiers were trained on."""
+    """vertebra_slices' arguments for crops like those the classifiers were trained on."""
     classifiers = ensemble.models["vertebra"] + ensemble.models["patient"]
     wanted = {name: classifiers[0].settings[name] for name in ("mask_of", "z_margin")}
     largest = max(model.settings["size"] for model in classifiers)
-    if largest > CROP:  # else the usual crops are made smaller
+    if largest > CROP:  # else classify shrinks crops of the usual size
         wanted["size"] = largest
     return wanted
 
@@ -1446,8 +1446,8 @@ def answer_study(volume, read_s, ensemble, folds):
     lost = np.array([np.isnan(one.steps[seen]).any(1) for one in outputs])  # (M, seen)
     if lost.size and lost.all():
         raise StudyError("no classifier gives a finite answer")
-    mute = {one.name for one, some in zip(outputs, lost) if some.any()}
-    problems += [f"no finite answer by {name}, left out there" for name in sorted(mute)]
+    failed = {one.name for one, some in zip(outputs, lost) if some.any()}
+    problems += [f"no finite answer by {name}, left out there" for name in sorted(failed)]
     answers = combine(outputs, ensemble.calibration)
     classified = monotonic()
 
@@ -1460,7 +1460,7 @@ def answer_study(volume, read_s, ensemble, folds):
     return row, places, probability
 
 def answer_somewhere(volume, read_s, ensemble, folds=None):
-    """What answer_study gives; from the CPU where the device fails."""
+    """What answer_study gives; computed on the CPU if the device fails."""
     try:
         return answer_study(volume, read_s, ensemble, folds)
     except RuntimeError as error:  # a lack of memory, or a fault of the device
@@ -1470,13 +1470,13 @@ def answer_somewhere(volume, read_s, ensemble, folds=None):
         return answer_study(volume, read_s, ensemble.on_cpu, folds)
 
 def read_in_time(future, seconds, where=""):
-    """What the reading of a study gives; StudyError if it takes longer: a file may hang."""
+    """The result of reading a study; StudyError after `seconds`, as a file may hang."""
     if not wait([future], seconds).done:
         raise StudyError(f"{where}reading it took over {seconds:.0f} s")
     return future.result()
 
 def answer_or_prior(uid, future, ensemble, folds, seconds):
-    """A row of the report, of the study that `future` reads; else the prior, and why."""
+    """The report's row on the study that `future` reads; if it fails, the prior and why."""
     try:
         volume, read_s = read_in_time(future, seconds)
         row, places, _ = answer_somewhere(volume, read_s, ensemble, folds)
@@ -1487,7 +1487,7 @@ def answer_or_prior(uid, future, ensemble, folds, seconds):
         return dict(PRIOR_ANSWERS, status="failed", warnings=reason)
 
 def tried_on_device(ensemble):
-    """The Ensemble, tried once on its device; on the CPU if its models do not run there."""
+    """The Ensemble after a trial on its device; its CPU copy if the trial fails."""
     if not ensemble.on_cpu:
         return ensemble
     try:
@@ -1517,7 +1517,7 @@ def read_reports(submission):
         except UserError:
             if path.exists():
                 raise
-            continue  # another process has just begun anew
+            continue  # another process has just deleted it, to begin anew
         failed = table.status.isin(("failed", "no time"))
         made_by = table.get("made_by", "")
         answered = table[~failed & (made_by == submission.made_by)]
@@ -1534,12 +1534,12 @@ def write_submission(submission, reports=()):
         (row_id, answers.get(uid, PRIOR_ANSWERS).get(target, 0.5))
         for row_id, uid, target in submission.rows]
     write_csv(submission.out, pd.DataFrame(values, columns=["row_id", "fractured"]))
-    if len(read_reports(submission)) > len(answers):  # another has reported meanwhile
+    if len(read_reports(submission)) > len(answers):  # another process reported meanwhile
         write_submission(submission)
 
 def predict_studies(images, submission, ensemble, stop, workers, resume=False):
     """Answer this process's share of the studies; everything is written after each of them.
-    When time gets short, fewer folds answer; at the end the prior does."""
+    When time gets short, fewer folds answer; when it runs out, the prior does."""
     rank, world = ranks()
     done = read_reports(submission) if resume else {}
     if resume:
@@ -1547,13 +1547,13 @@ def predict_studies(images, submission, ensemble, stop, workers, resume=False):
     uids = [*dict.fromkeys(uid for _, uid, _ in submission.rows)]
     todo = [uid for uid in uids[rank::world] if uid not in done]
     reports = [*done.values()]
-    most = max(map(len, ensemble.models.values()))
-    seconds = 1e-9  # that a fold needs for a study; not known yet
+    all_folds = max(map(len, ensemble.models.values()))
+    fold_s = 1e-9  # s that a fold needs for a study; not known yet
 
     def read(uid):
         start = stop.clock()
         until = start + min(MAX_READ_S, stop.left() / 4)
-        if uid in ("", "..") or Path(uid).name != uid:  # from a csv: it must stay inside
+        if uid in ("", "..") or Path(uid).name != uid:  # stay in `images`
             raise StudyError(f"{uid!r}: not a folder's name")
         volume = read_volume(images / uid, workers, lambda: stop.clock() > until)
         return volume, stop.clock() - start
@@ -1561,39 +1561,39 @@ def predict_studies(images, submission, ensemble, stop, workers, resume=False):
     studies = prefetch(read, todo, READING_THREADS)
     for k, (uid, future) in enumerate(progress(studies, "study", len(todo))):
         start, left = stop.clock(), stop.left()
-        if seconds > left:
+        if fold_s > left:
             say(f"time is short: {len(todo) - k} studies get the prior")
             blank = dict(PRIOR_ANSWERS, status="no time")
             reports += [{STUDY: uid, **blank} for uid in todo[k:]]
             return write_submission(submission, reports)
-        folds = most
-        while folds > max(left / (len(todo) - k) / seconds, 1):
+        folds = all_folds
+        while folds > max(left / (len(todo) - k) / fold_s, 1):
             folds //= 2
-        if folds != most:
-            say(f"study {uid}: time is short, {folds} of {most} folds")
+        if folds != all_folds:
+            say(f"study {uid}: time is short, {folds} of {all_folds} folds")
         row = answer_or_prior(uid, future, ensemble, folds, min(MAX_READ_S, left / 4))
         reports.append({STUDY: uid, **row, "peak_gb": peak_gb()})
         write_submission(submission, reports)
         if stop.signal:
             state = f"{submission.out} is complete, --resume goes on"
             raise Stopped(f"stopped by {stop.signal}; {state}", 130)
-        seconds = max((stop.clock() - start) / folds, 0.8 * seconds)
+        fold_s = max((stop.clock() - start) / folds, 0.8 * fold_s)  # falls slowly
 
 
 # ==== One's own study ====
 # In: paths of CTs, an Ensemble. Out: answers.csv, masks, and where to look.
-# The trap: what is not in view has an answer too, the prior; here it stays empty.
+# Pitfall: what is not in view is answered with the prior, too; here it stays empty.
 
-MASK_FROM = 0.5  # probability from which a voxel is a vertebra's
+LABEL_THRESHOLD = 0.5  # probability from which a voxel is a vertebra's
 SLAB_MM = 3.0  # mm to either side of a vertebra's middle, where its canal is open
 BODY_MM = 30.0  # mm; a deeper part of a mask is no vertebral body alone
-LEAST_CM3 = 1.0  # cm3; a smaller mask is no vertebra (C1, the smallest, has several)
+LEAST_CM3 = 1.0  # cm3; a smaller mask is not a vertebra (C1, the smallest, has several)
 LEAST_ROWS = 5  # voxels from front to back of a body, to fit a line to
-PLATE = (0.2, 0.8)  # shares of a body's depth between which its endplate is straight
+ENDPLATE = (0.2, 0.8)  # shares of a body's depth between which its endplate is straight
 
 def studies_in(path, left_out=()):
     """The studies of a path: itself, or those of a folder of folders and NIfTI files.
-    Without what is hidden, the folders left out, and links to a folder above."""
+    Skips hidden files, the folders in `left_out`, and links to a folder above."""
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     above = {*left_out, path.resolve()}
@@ -1616,8 +1616,8 @@ def studies_in(path, left_out=()):
     return found
 
 def named_studies(paths, left_out=()):
-    """{name: path} of all studies: the last parts of their paths that tell them apart.
-    What stands in the folders left out is none."""
+    """{name: path} of all studies. A name is the last parts of a path that are unique.
+    Nothing inside the folders in `left_out` counts as a study."""
     if "" in paths:
         raise UserError("an empty PATH")
     paths = map(Path, paths)
@@ -1643,7 +1643,7 @@ def largest_piece(mask):
     largest = []
     while len(left) > len(largest):
         piece = [left.pop()]
-        for cell in piece:  # which grows meanwhile
+        for cell in piece:  # a queue: it grows while it is read
             near = {cell + step for step in steps} & left
             left -= near
             piece += near
@@ -1654,27 +1654,27 @@ def largest_piece(mask):
 
 def vertebra_labels(volume, probability):
     """uint8 (Z, Y, X), 1-7 = C1-C7, on the study's grid, of a probability (7, D, D, D).
-    A voxel is of the vertebra that is likeliest there; the largest piece of each counts."""
+    A voxel belongs to its most probable vertebra; only the largest piece of each counts."""
     whole = probability.copy()
     for cells in whole:
-        inside = cells > MASK_FROM
+        inside = cells > LABEL_THRESHOLD
         cells[inside & ~largest_piece(inside)] = 0  # strays
     labels = np.zeros(volume.hu.shape, np.uint8)
     count, rows, columns = labels.shape
     for z, plane in enumerate(labels):
-        highest = np.full((rows, columns), MASK_FROM, np.float32)
+        highest = np.full((rows, columns), LABEL_THRESHOLD, np.float32)
         for v, cells in enumerate(whole, 1):
             chance = mask_at(cells, z, count)
-            if chance.max() > MASK_FROM:
+            if chance.max() > LABEL_THRESHOLD:
                 chance = cv2.resize(chance, (columns, rows))
                 plane[chance > highest] = v
                 np.maximum(highest, chance, out=highest)
     return labels
 
 def lower_end(voxels, volume):
-    """Degrees by which the lower end of a vertebra's body falls from front to back.
-    `voxels` (N, 3) are its mask's. In the middle, where the canal opens behind it, the body
-    ends at the canal; None if there is none, or too little of a body."""
+    """Degrees by which the lower endplate of a vertebral body falls from front to back.
+    `voxels` (N, 3) are its mask's. In the midline the body ends where the spinal canal
+    begins; None if no canal is found there, or too little of a body."""
     x = voxels[:, 2].mean()
     aside = abs(voxels[:, 2] - x) * volume.spacing[2]
     z, y, _ = voxels[aside < SLAB_MM].T
@@ -1682,7 +1682,7 @@ def lower_end(voxels, volume):
     body = parts_of(rows, rows, 1)[0]
     if len(body) < LEAST_ROWS or len(body) * volume.spacing[1] > BODY_MM:
         return None
-    first, last = np.quantile(body, PLATE)
+    first, last = np.quantile(body, ENDPLATE)
     plate = body[(body >= first) & (body <= last)]
     ends = [(z[y == row].max(), row, x, 1) for row in plate]
     _, back, up, _ = volume.affine @ np.transpose(ends)
@@ -1710,7 +1710,7 @@ def measure(labels, volume, places):
 
 def answer_own(name, future, ensemble, masks):
     """A study's row of the answers; StudyError if no vertebra is seen.
-    With a folder of masks, the vertebrae's go there."""
+    If `masks` names a folder, the study's mask is written there."""
     volume, read_s = read_in_time(future, MAX_READ_S, f"{name}: ")
     if why := not_in_hu(volume.hu):
         raise StudyError(f"{volume.uid}: {why}")
