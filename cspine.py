@@ -1760,8 +1760,8 @@ def print_own(table):
 
 
 # ==== Metric and folds ====
-# In: answers and labels. Out: the competition's score, what is behind it, a calibration.
-# The trap: whatever is fitted to a fold must not be scored on it.
+# In: answers and labels. Out: the competition's score, its details, a calibration.
+# Pitfall: whatever is fitted to a fold must not be scored on it.
 
 RELIABILITY_BINS = (0, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1)
 LEAST_STUDIES = 20  # studies; fewer say nothing about reliability, nor about a blend
@@ -1770,16 +1770,16 @@ INTERVAL = (2.5, 97.5)  # percentiles of these: a 95 % interval
 FITTED_STEPS = (1, 3, 5, 10, 15)  # tried as top_k
 FITTED_SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # tried as noisy_or
 FITTED_WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)  # tried for every model name
-LEAST_GAIN = 0.001  # of the score, or a choice stays: less is chance
+LEAST_GAIN = 0.001  # of the score; a smaller gain may be chance and changes nothing
 UNSEEN_PULL = 10.0  # studies that the prior counts for, in the rate of unseen vertebrae
-CALIBRATION_PULL = 2.0  # towards the identity: a spread of 0.5 in log scale and in shift
+CALIBRATION_PULL = 2.0  # towards the identity: a Gaussian of SD 0.5 on log scale, shift
 FIT_ROUNDS = 100  # of Newton's method at most; five to twenty are usual
 LEAST_STEP, LARGEST_STEP = 1e-7, 0.5  # of log scale and shift, in a round
 
 # The columns of a classifier's held-out answers: every step of C1..C7, and the patient.
 STEP_TARGETS = [f"{name}_{step}" for name in VERTEBRAE for step in range(1, STEPS + 1)]
 STEP_TARGETS += TARGETS[7:]
-TRAINED_ON = "trained_on"  # one more, where they are of studies that were trained on
+TRAINED_ON = "trained_on"  # an extra column if these studies were also trained on
 
 def element_losses(answers, labels):
     """Log loss of each answer, clipped at 1e-15 as the metric's."""
@@ -1788,7 +1788,7 @@ def element_losses(answers, labels):
     return -np.log(np.clip(right, 1e-15, 1))
 
 def element_weights(labels):
-    """1 of each label, POSITIVE_FACTOR of a positive, 0 of one that is unknown (NaN)."""
+    """1 for a negative label, POSITIVE_FACTOR for a positive, 0 for an unknown (NaN)."""
     labels = np.asarray(labels, float)
     return np.where(labels > 0, POSITIVE_FACTOR, 1.0) * ~np.isnan(labels)
 
@@ -1802,7 +1802,7 @@ def study_scores(answers, labels):
 
 def competition_scores(answers, labels):
     """The competition's score of (N, 8) answers, lower is better: (per study, per column).
-    The page defines it per study; some normalise every column."""
+    The competition's page defines it per study; some scripts average per column instead."""
     weight = element_weights(labels)
     loss = element_losses(answers, labels) * weight
     columns = loss.sum(0) / weight.sum(0).clip(1e-9)
@@ -1817,32 +1817,32 @@ def interval(scores):
     return np.percentile(drawn.mean(1), INTERVAL)
 
 def by_label(answers, labels):
-    """The sorted answers to what is broken, and to what is whole; not to unknown labels."""
+    """(sorted answers of the fractured, of the intact); unknown labels are left out."""
     answers, labels = np.asarray(answers), np.asarray(labels)
     return np.sort(answers[labels == 1]), np.sort(answers[labels == 0])
 
 def auc(answers, labels):
-    """Area under the ROC curve: the share of pairs, one broken and one whole, whose answers
-    are in order; equal ones count half. NaN if all known labels are alike."""
-    broken, whole = by_label(answers, labels)
-    pairs = len(broken) * len(whole)
-    won = np.searchsorted(whole, broken) + np.searchsorted(whole, broken, "right")
+    """Area under the ROC curve: the share of pairs, one fractured and one intact, whose
+    answers are in order; ties count half. NaN if all known labels are alike."""
+    broken, intact = by_label(answers, labels)
+    pairs = len(broken) * len(intact)
+    won = np.searchsorted(intact, broken) + np.searchsorted(intact, broken, "right")
     return won.sum() / 2 / pairs if pairs else math.nan
 
 def equal_point(answers, labels):
     """(threshold, sensitivity, specificity) where the latter two differ least.
     The radiology papers' operating point; answers from the threshold on say: fractured."""
-    broken, whole = by_label(answers, labels)
-    if not len(broken) or not len(whole):
+    broken, intact = by_label(answers, labels)
+    if not len(broken) or not len(intact):
         return (math.nan,) * 3
-    thresholds = np.unique(np.r_[broken, whole])
+    thresholds = np.unique(np.r_[broken, intact])
     sensitivity = 1 - np.searchsorted(broken, thresholds) / len(broken)
-    specificity = np.searchsorted(whole, thresholds) / len(whole)
+    specificity = np.searchsorted(intact, thresholds) / len(intact)
     best = np.abs(sensitivity - specificity).argmin()
     return thresholds[best], sensitivity[best], specificity[best]
 
 def dice_scores(probability, labels):
-    """(7,) Dice of masks (7, D, D, D) at 0.5 with labels (D, D, D); NaN: not in view."""
+    """(7,) Dice of a probability (7, D, D, D) > 0.5 with labels (D, D, D); NaN: absent."""
     space = (1, 2, 3)
     mask = probability > 0.5
     truth = labels == np.arange(1, 8).reshape(7, 1, 1, 1)
@@ -1851,7 +1851,7 @@ def dice_scores(probability, labels):
     return np.where(size, dice, np.nan)
 
 def named_right(probability, labels):
-    """(7,) whether most of each mask (7, D, D, D) lies in its true vertebra."""
+    """[7 bools]: whether most of each mask (7, D, D, D) lies in its true vertebra."""
     inside = [labels[mask > 0.5] == v for v, mask in enumerate(probability, 1)]
     return [cells.size > 0 and cells.mean() > 0.5 for cells in inside]
 
@@ -1997,17 +1997,17 @@ def mask_table(data, uids, models, workers):
 
 def fit_scale(answers, labels):
     """(2, 8) scale and shift in logit space that lower the score of (N, 8) answers.
-    The score's weights, and a pull towards the identity; a target of one class keeps it."""
+    Weighted as the score, and pulled to the identity, which a target of one class keeps."""
     weight = element_weights(labels)
     weight /= (weight * TARGET_WEIGHTS).sum(1, keepdims=True).clip(1e-9)
     both = (labels == 1).any(0) & (labels == 0).any(0)
-    weight *= both / weight.mean(0).clip(1e-9)
+    weight *= both / weight.mean(0).clip(1e-9)  # mean 1 per target; 0 for one class
     logits = logits_of(answers)
 
     fit = np.zeros((2, 8))  # log scale, shift
     for _ in range(FIT_ROUNDS):  # of Newton's method
         scaled = logits * np.exp(fit[0])
-        moved = 1 / (1 + np.exp(-scaled - fit[1]))
+        moved = 1 / (1 + np.exp(-scaled - fit[1]))  # (N, 8) probabilities
         error = weight * (moved - np.nan_to_num(labels))
         slopes = np.stack([scaled, np.ones_like(scaled)])  # (2, N, 8)
         gradient = (slopes * error).sum(1) + 2 * CALIBRATION_PULL * fit
@@ -2046,8 +2046,7 @@ def fit_moves(outputs, found, labels):
 
 def fit_unseen(outputs, labels):
     """(Calibration of what is not in view, labels (N, 8) of what is; others are NaN).
-    What is not in view is answered by how often it was broken, and UNSEEN_PULL studies of
-    the prior."""
+    What is not in view gets its fracture rate, pulled to PRIOR by UNSEEN_PULL studies."""
     truth = labels.loc[[*outputs]].to_numpy()
     unseen = np.isnan(mean_logits(outputs.values(), Calibration()))  # by every model
     unseen[:, 7] = False
@@ -2094,8 +2093,8 @@ def write_calibration(weights, found):
           f"Blended by {found.answers}, weights {found.weights or 'alike'}")
 
 def read_calibration(weights, hashes=None):
-    """The Calibration of a folder of models; none, said aloud, if fitted to others.
-    `hashes` are model_hashes of the folder, where known. UserError if it is damaged."""
+    """The Calibration of a folder of models; if fitted to others, the default and a word.
+    `hashes` are model_hashes of the folder, if known. UserError if it is damaged."""
     path = Path(weights) / "calibration.json"
     if not path.exists():
         return Calibration()
@@ -2112,12 +2111,12 @@ def read_calibration(weights, hashes=None):
 
 # ==== Batches and augmentation ====
 # In: samples from the disk, each with its own random generator. Out: a batch on the device.
-# The trap: whatever moves an image moves its mask with it, and labels are never mixed.
+# Pitfall: whatever moves an image must move its mask with it, and labels are never mixed.
 
-# How far the augmentation goes, either way. rotation: degrees; scale, gamma: logarithms;
-# shift, edge (of a hole, at most): shares of the image's edge; window, noise: of the grey
-# levels 0..1; mirror, blur, hole, still: chances; beyond: what lies outside the image;
-# by_step: whether every step of a sample is drawn by itself.
+# Ranges of the augmentation, from -value to +value. rotation: degrees; scale, gamma: in
+# logarithms; shift, edge (of a hole, at most): shares of the image's edge; window, noise:
+# in grey levels 0..1; mirror, blur, hole, still (not moved): probabilities; beyond: what
+# lies outside the image; by_step: whether each step of a sample is drawn by itself.
 VOLUME_RANGES = dict(  # shift: first place's
     rotation=15, scale=0.35, shift=0.3, mirror=0.5, window=0.2, gamma=0.3, noise=0.06,
     blur=0.3, hole=0, still=0.4)
@@ -2185,8 +2184,8 @@ def undo_differences(packed, edge):
 
 class CropsHead(NamedTuple):
     """What a file of crops says of itself, without its images.
-    `made_by` holds the hashes of the segmenters: whatever another machine rounds
-    otherwise, these tell the same crops from others."""
+    `made_by` holds the hashes of the segmenters. They identify crops even if another
+    machine has rounded differently."""
     edge: int  # pixels
     z_margin: float  # cells of the cube
     made_by: set
@@ -2210,7 +2209,7 @@ def crops_heads(folder, uids, workers):
     return {path.stem: future.result() for path, future in heads}
 
 def draw_matrix(rng, ranges, axes):
-    """(A, A + 1) of affine_grid in A axes: turned, enlarged, mirrored, shifted."""
+    """A random matrix (A, A + 1) for affine_grid in A axes: turn, scale, mirror, shift."""
     moved = rng.random() >= ranges["still"]
     scale, shift, *angles = moved * rng.uniform(-1, 1, (2 + axes, axes))
     angles = np.triu(angles, 1) * math.radians(ranges["rotation"])
@@ -2224,14 +2223,14 @@ def draw_matrix(rng, ranges, axes):
     return np.c_[matrix, 2 * ranges["shift"] * shift]
 
 def draw_grid(rngs, ranges, shape, device):
-    """The grid of F.grid_sample for a batch of a shape (B, C, ...)."""
+    """The grid of F.grid_sample for a batch of this shape (B, C, ...), a generator each."""
     axes = len(shape) - 2
     matrices = np.array([draw_matrix(rng, ranges, axes) for rng in rngs])
     theta = torch.tensor(matrices, device=device)  # doubles: autocast would round them
     return F.affine_grid(theta, shape, align_corners=False).float()
 
 class Greys(NamedTuple):
-    """What another scanner would have made of the grey levels 0..1, in this order."""
+    """Random changes of grey levels 0..1, as by another scanner, made in this order."""
     stretch: float
     shift: float
     gamma: float
@@ -2256,7 +2255,7 @@ def draw_greys(rng, ranges, width):
     return Greys(1 + stretch, shift, gamma, coarse < ranges["blur"], noise, seed, gone)
 
 def grey_levels(image, rng, ranges):
-    """Change (N, C, ...) in 0..1, in place, to what another scanner would have given."""
+    """Change the grey levels of (N, C, ...) in 0..1, in place, as draw_greys says."""
     greys = draw_greys(rng, ranges, image.shape[-1])
     image.mul_(greys.stretch).add_(greys.shift).clamp_(0, 1).pow_(greys.gamma)
     if greys.blurred:
@@ -2270,7 +2269,7 @@ def grey_levels(image, rng, ranges):
     image.clamp_(0, 1)
 
 def augment_volumes(cubes, labels, rngs, ranges=VOLUME_RANGES):
-    """(B, 1, D, D, D) in 0..1 and labels (B, D, D, D), uint8: moved together, regreyed."""
+    """Cubes (B, 1, D, D, D) in 0..1 and uint8 labels (B, D, D, D); both move alike."""
     grid = draw_grid(rngs, ranges, cubes.shape, cubes.device)
     cubes = F.grid_sample(cubes, grid, align_corners=False)
     labels = labels[:, None].float()
@@ -2281,8 +2280,8 @@ def augment_volumes(cubes, labels, rngs, ranges=VOLUME_RANGES):
 
 def augment_crops(crops, rngs, size=CROP, ranges=MILD):
     """(B, N, K, S, S), uint8 or 0..1 -> (B, N, K, size, size) in 0..1.
-    A sample moves as one, or each of its steps, and masks keep their grey. Bytes on a CPU
-    take the faster way."""
+    A sample moves as a whole, or each step by itself (`by_step`); the grey levels of masks
+    stay. uint8 on a CPU takes a faster path."""
     shape = (*crops.shape[:3], size, size)
     if ranges["by_step"]:  # each is a sample of its own
         rngs = [own for rng in rngs for own in rng.spawn(crops.shape[1])]
@@ -2341,7 +2340,7 @@ def move_planes(planes, matrix, size, beyond):
     how = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     count = len(planes)
     for first in range(0, count, 4):  # OpenCV moves four at the price of two
-        four = [planes[k % count] for k in range(first, first + 4)]  # rounded alike
+        four = [planes[k % count] for k in range(first, first + 4)]  # all rounded alike
         whole = cv2.merge(four)
         moved = cv2.warpAffine(whole, source, (size, size), flags=how, borderMode=beyond)
         yield from cv2.split(moved)[: count - first]
@@ -2367,16 +2366,16 @@ def classifier_batch(model, tensors, rngs, recipe):
 # ==== Checkpoints ====
 # In: files of weights. Out: models. A checkpoint says what builds its model again: kind,
 # settings, tensors; <name>_last.pt holds the state of a training, and starts no other.
-# The trap: a pickle can run code; everything is loaded with weights_only.
+# Pitfall: a pickle can run code; everything is loaded with weights_only.
 
 KINDS = dict(segmenter=Segmenter, vertebra=VertebraClassifier, patient=PatientClassifier)
 
 def save_checkpoint(path, kind, recipe, **content):
-    """Write plain values and tensors, by the first process alone."""
+    """Write a checkpoint of plain values and tensors; only process 0 writes."""
     content |= dict(program="cspine", kind=kind, recipe=asdict(recipe))
 
     def write(new):
-        with new.open("wb") as file:  # by a name, it would stand in the file: other bytes
+        with new.open("wb") as file:  # a path's name would be stored in the file
             torch.save(content, file)
 
     if ranks()[0] == 0:
@@ -2385,7 +2384,7 @@ def save_checkpoint(path, kind, recipe, **content):
 def load_checkpoint(path):
     """What save_checkpoint wrote; UserError for any other file."""
     try:
-        with zipfile.ZipFile(path) as file:  # what is mapped is not checked by torch
+        with zipfile.ZipFile(path) as file:  # torch does not check what it maps
             if file.testzip():
                 raise ValueError("damaged")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -2396,7 +2395,7 @@ def load_checkpoint(path):
     return content
 
 def new_model(kind, settings, device="cpu"):
-    """A model with random weights, laid out as measured fastest; UserError: no backbone."""
+    """A model with random weights, in the fastest memory layout; UserError: no backbone."""
     layout = torch.channels_last
     if kind == "segmenter":
         on_cpu = str(device) == "cpu"
@@ -2436,7 +2435,7 @@ def load_models(weights, kind, device):
     return {path: load_model(path, kind, device) for *_, path in files}
 
 def held_out_of(path):
-    """The uids that a model's training held out; none of --folds 1, or without its csv."""
+    """The uids that a model's training held out; none with --folds 1 or without its csv."""
     kept = path.with_name(f"{path.stem}_heldout.csv")
     if not kept.exists():
         return set()
@@ -2477,8 +2476,8 @@ def load_ensemble(weights, device, calibration=Calibration()):
     return on_cpu._replace(models=copies, device=device, on_cpu=on_cpu)
 
 def fuse_norms(model):
-    """The model for inference: each norm goes into the convolution that alone feeds it.
-    Which one that is, a run of the network shows."""
+    """The model for inference: each norm is fused into the convolution that feeds only it.
+    A forward pass shows which convolution that is."""
     made_by = {}
 
     def note(module, given, out):
@@ -2500,12 +2499,12 @@ def fuse_norms(model):
     return model
 
 def fit_shape(tensor, like):
-    """A 2-D network's weight as `like` needs it: for other input channels, or in 3-D.
-    What is repeated is divided, so that activations keep their size."""
+    """A 2-D network's weight in the shape of `like`: other input channels, or 3-D.
+    Repeated weights are divided by their number, so that activations keep their scale."""
     channels = like.shape[1] if like.ndim >= 4 else 0
     if tensor.ndim == 4 and tensor.shape[1] == 3 and channels not in (0, 3):
-        tensor = tensor.sum(1, True).repeat(1, channels, 1, 1) / channels
-    if tensor.ndim == 4 < like.ndim:
+        tensor = tensor.sum(1, True).repeat(1, channels, 1, 1) / channels  # (O, C, k, k)
+    if tensor.ndim == 4 < like.ndim:  # (O, C, k, k) -> (O, C, k, k, k)
         depth = like.shape[2]
         tensor = tensor[:, :, None].repeat(1, 1, depth, 1, 1) / depth
     return tensor
@@ -2535,7 +2534,7 @@ def load_init(model, path):
     say_once(f"--init: {len(taken)} of {len(source)} tensors {how} from {path}")
 
 def files_below(folder, levels):
-    """The files in a folder, and some levels of folders down; not the slices."""
+    """Yields the files of a folder and `levels` of its subfolders, without *_images."""
     for path in sorted(folder.glob("*")):
         if path.is_file():
             yield path
@@ -2547,9 +2546,9 @@ def in_underscores(name):
     return re.sub(r"[-. ]", "_", str(name).lower())
 
 def imagenet_file(backbone, data):
-    """The Path of timm's file of a backbone, or None; its name, or a folder's, says so.
-    Looks under /kaggle/input, in --data and in weights/pretrained. Best is, as with timm,
-    what saw more than ImageNet-1k and was tuned to it, of two alike a .safetensors."""
+    """The Path of a timm file for a backbone, by its own or a folder's name; else None.
+    Looks under /kaggle/input, in --data and in weights/pretrained. Prefers, as timm does,
+    weights tuned to ImageNet-1k after a larger data set, then a .safetensors."""
     import timm
     at_start = rf"(?:^|/|timm_+){re.escape(in_underscores(backbone))}(?=[_/])"
     longer = timm.list_models(f"{backbone}_*")  # convnext_nano_ols is no convnext_nano
@@ -2602,33 +2601,33 @@ def init_file(options, kind, fold, held_out):
 
 
 # ==== Training ====
-# In: a Task. Out: <name>.pt, <name>_log.csv, <name>_heldout.csv in the folder of weights.
-# The trap: whatever is random is drawn from (seed, step) or (seed, place in the order),
-# never from a state, so that a run that was killed goes on to the same bits.
+# In: a Task. Out: <name>.pt, <name>_log.csv and <name>_heldout.csv in the weights folder.
+# Pitfall: a killed run loses its generators. Whatever is random is drawn anew from (seed,
+# step) or (seed, place in the order), so that a resumed run ends with the same bits.
 
 class Task(NamedTuple):
-    """What differs between the trainings of the three kinds."""
+    """What differs between the trainings of the three kinds of model."""
     kind: str
     recipe: Recipe
     device: torch.device
-    load: Callable  # (sample, first step that a thinned batch shows) -> arrays
+    load: Callable  # (sample, first step if thinned) -> arrays of a training sample
     loss: Callable  # (model, tensors, generators, recipe) -> the loss of a batch
-    answer: Callable  # (model, what read gave) -> values, named by columns
-    judge: Callable  # table of these values -> dict with "score", lower is better
+    answer: Callable  # (model, what `read` gave) -> values of one study, for `columns`
+    judge: Callable  # (table of these values) -> dict with "score", lower is better
     name: str = ""
     train: tuple = ()  # samples
     held_out: tuple = ()  # uids
     made_of: dict = {}  # {what: hash} of labels, data and weights to start from
-    columns: Any = TARGETS  # names of what answer gives; spare ones are cut
+    columns: Any = TARGETS  # names of what answer gives; cut to as many values
     every: int = 1  # epochs between two scorings
-    read: Callable = str  # uid -> what answer needs of a study
+    read: Callable = str  # uid -> what `answer` needs of a held-out study
 
 @dataclass
 class TrainingState:
     """How far a training has come."""
     step: int = 0
     skipped: int = 0  # steps without a finite gradient
-    in_a_row: int = 0  # of these, without a good one between
+    in_a_row: int = 0  # how many of these came last, without a good one between
     seconds: float = 0.0  # of the steps since the last scoring
     slowest: float = 0.0  # seconds of the slowest step, with its scoring and saving
     losses: list = field(default_factory=list)  # since the last scoring
@@ -2644,9 +2643,9 @@ class Trainer:
         if init:
             load_init(self.model, init)
         self.averaged = copy.deepcopy(self.model.to(device)).eval()
-        self.shared = self.model  # in every process, with the mean of all gradients
+        self.shared = self.model  # under torchrun: averages gradients over processes
         if dist.is_initialized():
-            unused = task.kind != "segmenter"  # weights, with no vertebra in view
+            unused = task.kind != "segmenter"  # the backbone, if no vertebra is in view
             self.shared = nn.parallel.DistributedDataParallel(
                 self.model, find_unused_parameters=unused)
         matrices = [p for p in self.model.parameters() if p.ndim > 1]
@@ -2657,7 +2656,7 @@ class Trainer:
         in_float16 = half_type(device) is torch.half
         self.scaler = torch.amp.GradScaler(device.type, enabled=in_float16)
         self.state = TrainingState()
-        # Parameters, not state_dict's tensors: a GPU's LSTM moves when it is flattened.
+        # Not state_dict's tensors: on a GPU an LSTM's move when cuDNN flattens its weights.
         both = [[*one.parameters(), *one.buffers()] for one in (self.averaged, self.model)]
         self.floats = [[t for t in one if t.is_floating_point()] for one in both]
 
@@ -2683,16 +2682,16 @@ class Trainer:
                             "delete it to begin anew")
         with errors_as(UserError, f"{path}: made with another version; delete it"):
             for name in self.SAVED:
-                state = copy.deepcopy(saved["state"][name])  # the file itself is mapped
-                if state:  # not of a scaler that was not needed
+                state = copy.deepcopy(saved["state"][name])  # the file is memory-mapped
+                if state:  # empty for a scaler that was not enabled
                     getattr(self, name).load_state_dict(state)
             self.state = TrainingState(**saved["state"]["progress"])
 
     def gradient(self, task, batch):
-        """Leave the gradient of [(arrays, generator)] in the model; gives the mean loss."""
+        """Backpropagate a batch of [(arrays, generator)]; gives its mean loss."""
         samples, rngs = zip(*batch)
         tensors = [torch.from_numpy(np.stack(one)) for one in zip(*samples)]
-        if task.device.type == "cuda":  # pinned, it is copied while the program goes on
+        if task.device.type == "cuda":  # pinned memory is copied asynchronously
             tensors = [one.pin_memory() for one in tensors]
         tensors = [one.to(task.device, non_blocking=True) for one in tensors]
         with autocast(task.device, task.recipe.half or task.device.type == "cuda"):
@@ -2701,12 +2700,12 @@ class Trainer:
         return loss.item()
 
     def update(self, task, batch, total):
-        """One step of `total`, on a batch of [(arrays, generator)]."""
+        """One optimiser step of `total`, on a batch of [(arrays, generator)]."""
         recipe, now = task.recipe, self.state
-        model = self.model.train()  # a backbone is tried for inference when it is built
+        model = self.model.train()  # StepEncoder's probe has left its backbone in eval()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(recipe, now.step / total)
-        # For dropout: the same in a run that was resumed, another on every process.
+        # For dropout: the same in a resumed run, different on every process (up to 64).
         torch.manual_seed((recipe.seed * 1009 + now.step) * 64 + ranks()[0])
         self.optimizer.zero_grad()
         loss = self.gradient(task, batch)
@@ -2719,23 +2718,23 @@ class Trainer:
         else:
             now.skipped += 1
             now.in_a_row += 1
-            buffers = dict(self.averaged.named_buffers())  # the model's norms saw the batch
+            buffers = dict(self.averaged.named_buffers())  # undoes the batch's statistics
             model.load_state_dict(buffers, strict=False)
         if now.in_a_row > MAX_SKIPPED_STEPS:
             raise UserError("too many steps without a finite gradient: lower --lr")
         self.scaler.update()
         now.step += 1
-        decay = min(recipe.ema, (1 + now.step) / (10 + now.step))  # as TensorFlow's
+        decay = min(recipe.ema, (1 + now.step) / (10 + now.step))  # rises, as TensorFlow's
         average = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
-        average(*self.floats, now.step)  # without whole-number counts, which nobody reads
+        average(*self.floats, now.step)  # not the norms' integer counts, which nobody reads
 
     def close_epoch(self, task, weights, epoch, workers):
-        """Score the averaged weights on the held-out studies; log them, and keep them. The
-        last epoch's stay: the best would be chosen by the studies that then calibrate and
-        report."""
+        """Score the averaged weights on the held-out studies, log the score, save them.
+        The last epoch is kept, not the best, which would be chosen by the very studies that
+        later calibrate and report."""
         now = self.state
         rank, world = ranks()
-        if dist.is_initialized():  # each process has its own batches' norms: one's are kept
+        if dist.is_initialized():  # norms saw other batches in each process: keep rank 0's
             for statistics in self.averaged.buffers():
                 dist.broadcast(statistics, 0)
         mine = prefetch(task.read, task.held_out[rank::world], workers, workers)
@@ -2765,7 +2764,7 @@ class Trainer:
 
     def write_model(self, task, path):
         """Write the averaged weights as of the last scoring, for load_model."""
-        # On a GPU an LSTM's weights share one storage: each would be saved with it all.
+        # Copies: on a GPU an LSTM's weights share a storage, which each would save whole.
         tensors = {
             name: tensor.half() if tensor.ndim > 1 else tensor.clone()
             for name, tensor in self.averaged.state_dict().items()}
@@ -2774,7 +2773,7 @@ class Trainer:
         save_checkpoint(path, task.kind, task.recipe, **content)
 
 def learning_rate(recipe, done):
-    """At a share of all steps: a linear warm-up, then half a cosine down to 1 %."""
+    """The rate after a share `done` of all steps: linear warm-up, then a cosine to 1 %."""
     warm = min(1, (done + 1e-3) / (recipe.warm_up + 1e-3))
     return recipe.lr * warm * (0.505 + 0.495 * math.cos(math.pi * done))
 
@@ -2784,7 +2783,7 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
     rank, world = ranks()
     recipe, name, count = task.recipe, task.name, len(task.train)
     least = 2 if world > 1 and getattr(recipe, "mixup", 0) else 1  # mixup needs two
-    size = world * max(least, math.ceil(recipe.batch_size / world))
+    size = world * max(least, math.ceil(recipe.batch_size / world))  # of all processes
     if size != recipe.batch_size:
         say_once(f"{name}: --batch-size {size}: {size // world} samples a process")
         recipe = replace(recipe, batch_size=size)
@@ -2805,8 +2804,8 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
         say_once(f"{path} is there already, and will be overwritten")
 
     now = run.state
-    now.slowest = min(now.slowest, max(stop.left() / 10, 0))  # a past stall is no rule
-    steps = max(1, count // size)  # an epoch
+    now.slowest = min(now.slowest, max(stop.left() / 10, 0))  # else a past stall ends this
+    steps = max(1, count // size)  # per epoch
     total = steps * recipe.epochs
     if now.step == total and rank == 0:
         say(f"{name}: finished before")
@@ -2815,8 +2814,8 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
         write_csv(weights / f"{name}_log.csv", pd.DataFrame(now.history))
     shuffles = [np.random.default_rng([recipe.seed, k]) for k in range(recipe.epochs)]
     order = [np.resize(rng.permutation(count), steps * size) for rng in shuffles]
-    order = np.concatenate(order)
-    mine = range(now.step * size + rank, len(order), world)
+    order = np.concatenate(order)  # of samples, all epochs; resize repeats or drops some
+    mine = range(now.step * size + rank, len(order), world)  # places in `order`
     thin = getattr(recipe, "thin", 1)
 
     def load(k):
@@ -2833,7 +2832,7 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
 
     for step in progress(range(now.step, total), "step", note=note):
         started = stop.clock()
-        reason = max(over_ranks(stop.reason(1.1 * now.slowest)))  # any process's ends all
+        reason = max(over_ranks(stop.reason(1.1 * now.slowest)))  # one ends all processes
         if reason:
             run.save(last, task)
             where = f"{name}: stopped by {reason} at step {step} of {total}"
@@ -2873,7 +2872,7 @@ def segmenter_task(recipe, device, images, masks):
 def usable(samples, load, workers):
     """The samples that can be loaded; the others are reported, each with its reason."""
     good = []
-    loaded = prefetch(load, samples, min(workers, 4), workers)  # whole studies: a few
+    loaded = prefetch(load, samples, min(workers, 4), workers)  # few: whole studies
     for sample, future in progress(loaded, "study", len(samples)):
         try:
             future.result()
@@ -2918,10 +2917,10 @@ def classifier_task(kind, recipe, device, folder, truth):
 
 
 # ==== Tools ====
-# What several rooms need: errors, words, files, threads, processes, devices, an end.
+# What several rooms share: messages, files, threads, processes, devices, stopping.
 
 def in_words(error):
-    """What an exception says; of one that is not ours also its kind."""
+    """The text of an exception, with its type unless it is a UserError."""
     return (str(error) if isinstance(error, UserError) else repr(error))[:300]
 
 def say(text):
@@ -2936,7 +2935,7 @@ def say_once(text):
         say(text)
 
 def say_of(volume):
-    """Say what was odd about a study; gives a function that says more of it."""
+    """Say what was odd about a study; gives a function that says more about it."""
     def more(text):
         say(f"study {volume.uid}: {text}")
     for problem in volume.problems:
@@ -2944,8 +2943,8 @@ def say_of(volume):
     return more
 
 def progress(items, unit, total=None, note=str):
-    """The items, with a bar on a terminal, and in a log or notebook a line a minute.
-    `note` gives what is to be told beside how far it is."""
+    """Yields the items, with a bar on a terminal, or a line a minute in a log or notebook.
+    note() gives a text to show beside the progress."""
     bar = tqdm(items, unit=unit, total=total, disable=None, leave=False)
     last = monotonic()
     for done, item in enumerate(bar, 1):
@@ -2956,7 +2955,7 @@ def progress(items, unit, total=None, note=str):
             say(f"{unit} {done} of {bar.total} {note()}")
 
 def write_atomic(path, write):
-    """Let write(temporary name) make a file, then move it into place: whole or not at all.
+    """Let write(temporary path) make a file, then move it into place: whole or not at all.
     Raises UserError if it cannot be written."""
     path = Path(path)
     new = path.parent / f".{os.urandom(4).hex()}.{path.name}"  # containers share pids
@@ -2973,7 +2972,7 @@ def write_atomic(path, write):
             new.unlink()
 
 def try_writing(folder):
-    """Make a folder, and a file in it that goes again. Raises UserError if that fails."""
+    """Make a folder, then write and delete a file in it. Raises UserError if that fails."""
     probe = Path(folder) / f".{os.urandom(4).hex()}.probe"  # others may try the same folder
     write_atomic(probe, lambda new: new.touch())
     probe.unlink()
@@ -3000,8 +2999,8 @@ def hash_of(*parts):
     return whole.hexdigest()[:16]
 
 def prefetch(work, items, workers, ahead=1):
-    """(item, future of work(item)) in order, `ahead` more under way in threads meanwhile.
-    Whoever leaves early drops what has not begun."""
+    """Yields (item, future of work(item)) in order, with `ahead` more under way in threads.
+    Leaving the loop early cancels what has not begun."""
     pool = ThreadPoolExecutor(max(1, workers))
     waiting = []
     try:
@@ -3018,7 +3017,7 @@ def ranks():
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 def refuse_foreign_ranks():
-    """UserError if they are another program's: one process of two does half of the work."""
+    """UserError if ranks() are not torchrun's: one process of two does half of the work."""
     found = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE")]
     hint = f"RANK and WORLD_SIZE are {found}, not as torchrun sets them: unset both"
     with errors_as(UserError, hint):
@@ -3062,7 +3061,7 @@ def pick_device(name):
     return torch.device("cpu")
 
 def computed_on(name):
-    """The torch.device of this name, after a sum that was waited for."""
+    """The torch.device of this name, after a sum on it has been waited for."""
     ones = torch.ones(2, device=name)
     ones.sum().item()
     return ones.device
@@ -3077,12 +3076,12 @@ def half_type(device):
     return torch.bfloat16 if native else None
 
 def autocast(device, wanted=True):
-    """Context: half precision where the device has it and it is wanted."""
+    """A context with half precision, if it is wanted and the device has it."""
     half = half_type(device) if wanted else None
     return torch.autocast(device.type, half, enabled=half is not None)
 
 def finite_answer(model, given):
-    """A model's answer; computed again in float32 where half precision has overflowed."""
+    """A model's answer; if half precision has overflowed, computed again in float32."""
     answer = model(given)
     parts = answer if isinstance(answer, tuple) else (answer,)
     if all(part.isfinite().all() for part in parts):
@@ -3091,12 +3090,12 @@ def finite_answer(model, given):
         return model(given)
 
 def peak_gb():
-    """GB that this process has held at most."""
+    """The most memory that this process has held, in GB."""
     unit = 2**30 if sys.platform == "darwin" else 2**20  # of bytes there, else of KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 class Stop:
-    """Why a run should end: a signal that was noted, or its deadline."""
+    """Whether a run should end, and why: by a signal that was noted, or its deadline."""
     def __init__(self, minutes=0.0, clock=monotonic):
         self.clock = clock
         self.signal = ""
@@ -3104,8 +3103,8 @@ class Stop:
         self.until = clock() + (60 * minutes if minutes else math.inf)
 
     def note(self, number, _frame):
-        """A signal's handler; a second one ends the run at once, if it is no echo: what
-        is sent to all processes of torchrun it sends to them again."""
+        """Signal handler. A second signal ends the run at once, unless it is an echo:
+        torchrun forwards to its processes what they have already received."""
         if monotonic() > self.noted + ECHO_S:
             raise KeyboardInterrupt
         self.noted = min(self.noted, monotonic())
@@ -3125,7 +3124,7 @@ class Stop:
 
 @contextmanager
 def stop_signals(minutes=0.0):
-    """A Stop that notes SIGINT, SIGTERM and SIGHUP as long as the context lasts."""
+    """A Stop that notes SIGINT, SIGTERM and SIGHUP; the old handlers are put back."""
     stop = Stop(minutes)
     before = {}
     with suppress(ValueError):  # outside of the main thread there are no handlers
@@ -3141,7 +3140,7 @@ def stop_signals(minutes=0.0):
 
 # ==== Decoding ====
 # In: a DICOM dataset. Out: its stored values; Kaggle has no plug-in for JPEG Lossless.
-# The trap: headers lie; every size is checked before memory is asked for.
+# Pitfall: headers lie; every size is checked before memory is allocated.
 
 JPEG_PLUGINS = "pip install pylibjpeg pylibjpeg-libjpeg"
 MAX_JPEG_2000 = 2**20  # pixels; more cost gigabytes
@@ -3150,8 +3149,8 @@ PREDICTOR_HALVES = {1: (2, 0, 0), 2: (0, 2, 0), 3: (0, 0, 2), 4: (2, 2, -2)}
 PREDICTOR_HALVES |= {5: (2, 1, -1), 6: (1, 2, -1), 7: (1, 1, 0)}
 STREAM_PARTS = 2048  # of a stream, walked side by side
 LEAST_PART = 256  # bits; a code and its difference have 32 at most
-FEW_PARTS = 32  # so few are walked code by code
-WALK_ROUNDS = 5  # of walks of the parts that began at a wrong bit, or did not yet
+FEW_PARTS = 32  # if no more are left, they are walked code by code
+WALK_ROUNDS = 5  # at most; a round walks the parts that have not begun at the right bit
 
 def decode_pixels(data):
     """Stored values (frames, rows, columns), 16 or 32 bits, of a pydicom dataset.
@@ -3293,7 +3292,7 @@ def huffman_lookup(table):
     return category.repeat(share), advance.repeat(share)
 
 def differences(coded, count, category_of, advance_of):
-    """(count,) differences of an interval. StudyError if it holds fewer."""
+    """(count,) differences of a restart interval. StudyError if it holds fewer."""
     coded = coded[: 4 * count]  # at most 32 bits each
     stream = np.frombuffer(coded + bytes(8), np.uint8).astype(np.int32)
     words = stream[:-2] << 16 | stream[1:-1] << 8 | stream[2:]  # 24 bits from each byte on
@@ -3315,9 +3314,9 @@ def peek(words, at):
 
 def code_places(words, bits, advance_of):
     """The bits where codes begin, in order, and where the last one ends.
-    The parts of a stream are walked at once: a walk from a wrong bit soon meets the right
-    codes, so that the second half of a part shows where the next one begins. Parts where it
-    has not, as in runs of one value, are walked again; the last few code by code."""
+    Parts of the stream are walked in parallel: a walk from a wrong bit soon falls in step
+    with the codes, so that the second half of a part shows where the next one begins. Where
+    it does not, as in runs of one value, parts are walked again; the last, code by code."""
     size = max(LEAST_PART, bits // STREAM_PARTS)
     first = np.arange(0, bits, size)
     end = np.minimum(first + size, bits)
@@ -3350,7 +3349,7 @@ def code_places(words, bits, advance_of):
     return np.append(codes.nonzero()[0], at)
 
 def walk(at, end, words, advance_of, codes):
-    """Mark the codes from the bits `at` on, each up to its `end`; where they lead to."""
+    """Mark the codes from each bit `at` on, up to its `end`; gives the bits they end at."""
     left = at.copy()
     number = np.arange(len(at))
     while len(at):
@@ -3383,7 +3382,7 @@ def undo_prediction(grid, left, above, corner):
 
 # ==== Modes ====
 # In: the command line. Out: a mode's work, and an exit status.
-# The trap: a pasted file has no __file__, and sys.argv belongs to the notebook.
+# Pitfall: a pasted file has no __file__, and sys.argv belongs to the notebook.
 
 TOOL_MODES = {  # they need the repository, and stand in tests/tools
     "phantom": "Make a synthetic data set in the competition's layout.",
@@ -3424,11 +3423,11 @@ def recipe_from(options, kind):
     return recipe(**{one.name: getattr(options, one.name) for one in fields(recipe)})
 
 def minutes_of(options):
-    """--time-limit, which Kaggle has also where none is given."""
+    """--time-limit in minutes; if none is given, KAGGLE_MINUTES on Kaggle, else 0."""
     return options.time_limit or KAGGLE_MINUTES * KAGGLE.exists()
 
 def say_start(options, starts):
-    """Say what it costs if some of the folds start from nothing."""
+    """Warn, with the scores to expect, if a fold starts from random weights."""
     if options.init == "auto" and not all(starts.values()):
         name = options.backbone  # scores: by the public code and write-ups of the top teams
         say_once(
@@ -3846,7 +3845,7 @@ def add_option(parser, one, default):
         parser.add_argument(flag, action=Given, **how)
 
 def preset_given(argv):
-    """The --preset of a command line; its values are the defaults that a parser knows."""
+    """The --preset of a command line, known before the parser, whose defaults it sets."""
     parser = Parser("cspine.py", add_help=False)
     parser.add_argument("--preset")
     return parser.parse_known_args(argv)[0].preset
@@ -3862,8 +3861,8 @@ def presets_text(name, defaults):
     return f"What presets set; empty: as standard.\n\n{table.to_string(na_rep='')}"
 
 def build_parser(modes, others=(), preset=""):
-    """The parser of {name: Mode}; the others, {name: text}, are told in --help alone.
-    A preset's values are its defaults, so that options which are given win."""
+    """The parser of {name: Mode}; `others`, {name: text}, only stand in its --help.
+    A preset's values become the defaults, so that options which are given win."""
     how = "MODE --help tells what a mode reads, writes and takes."
     parser = Parser("cspine.py", description=__doc__.splitlines()[0], epilog=how)
     parsers = parser.add_subparsers(dest="mode", required=True, metavar="MODE")
