@@ -42,6 +42,7 @@ import os
 import re
 import resource
 import signal
+import statistics
 import struct
 import subprocess
 import sys
@@ -174,7 +175,7 @@ def argument(meaning, count=None):
     return field(default="", metadata=dict(help=meaning, positional=True, count=count))
 
 # A preset replaces defaults of a mode's options; what it does not name stays the recipe's.
-# Hours are by `tests/studies/bench.py plan`.
+# Hours come from `tests/studies/bench.py plan`.
 FAST = {  # ours: one fold within an hour on two T4s, most of it spent on reading studies
     "train-seg": dict(fold="0", epochs=60),  # 1,020 steps
     "extract": dict(studies=550),
@@ -336,8 +337,8 @@ def read_slices(path):
     if not path.is_file():  # reading from a named pipe would block for ever
         raise StudyError("not a regular file")
     with path.open("rb") as file:
-        if file.read(132) == bytes(132):  # a failed transfer; pydicom would parse it
-            raise StudyError("no DICOM image: it begins with zeros")
+        if not is_dicom(file.read(132)):  # pydicom would read all of a film or an archive
+            raise StudyError("no DICOM image")
         file.seek(0)
         data = pydicom.dcmread(file, force=True)
     if data.get("Modality") not in (None, "", "CT"):  # such as a dose or a segmentation
@@ -357,7 +358,8 @@ def place_frame(stored, data, k, source):
     """The Slice of frame k: `stored` (Y, X) in HU, with its place (DICOM PS3.3 C.7.6.2)."""
     groups = [*data.get("SharedFunctionalGroupsSequence", [])]  # of an enhanced CT
     groups += data.get("PerFrameFunctionalGroupsSequence", [])[k : k + 1]
-    own = {part.keyword: part.value for group in groups for part in group.iterall()}
+    macros = [one for group in groups for one in group if one.VR == "SQ" and one.keyword]
+    own = {part.keyword: part.value for one in macros for item in one for part in item}
 
     def tag(name, default):
         values = (own.get(name), data.get(name), default)
@@ -512,6 +514,7 @@ def read_series(path, workers, give_up):
         stacks = stacks_of([one._replace(series="", study="") for one in slices])
         problems.append("no series of enough images: SeriesInstanceUID is not looked at")
     run = []
+    stacks.sort(key=lambda stack: not_in_hu([one.hu for one in stack]) != "")  # maps last
     for stack in map(one_pass, stacks):
         mm = along_normal(stack)
         order = places_of(mm)
@@ -526,15 +529,18 @@ def read_series(path, workers, give_up):
         problems.append(f"images of {len(studies)} studies: give each its own folder")
     if len(run) < MIN_SLICES:
         found = f"only {len(run)} usable slices; at least {MIN_SLICES} are needed"
+        if path.is_file():
+            found += ": give the folder of its series"
         reasons = [one.partition(": ")[2] for one in problems]  # without its file name
-        counts = [reasons.count(reason) for reason in reasons]
-        usual = [problems[np.argmax(counts)]] if problems else []  # on a tie the first
+        usual = [problems[reasons.index(statistics.mode(reasons))]] if problems else []
         raise StudyError("; ".join([found, *usual]))
 
     mm = along_normal(run)
     steps = even_steps(mm)
     if not np.array_equal(steps, np.arange(len(mm))):
-        problems.append(f"uneven positions: {len(mm)} slices, brought to {len(steps)}")
+        filled = f"gaps of up to {np.diff(mm).max():.1f} mm filled"
+        found = f"uneven positions: {len(mm)} slices, brought to {len(steps)}"
+        problems.append(f"{found}, {filled}")
     origins = np.array([one.lps_from_pixel[:, 2] for one in run])
     axis = origins[-1] - origins[0]  # (3,) mm
     cosine = np.ptp(mm) / np.linalg.norm(axis)  # between the stack's axis and its normal
@@ -581,13 +587,16 @@ def is_nifti(path):
     """Whether a path is a file named .nii or .nii.gz."""
     return path.is_file() and path.name.lower().endswith((".nii", ".nii.gz"))
 
+def is_dicom(start):
+    """Whether a file with these first 132 bytes is DICOM: with its preamble, or without,
+    when the number of a group, 2 or 8, comes first, in either byte order."""
+    bare = start[:2] in (b"\2\0", b"\x08\0", b"\0\2", b"\0\x08")
+    return bare or start.endswith(b"DICM")
+
 def begins_as_dicom(path):
-    """Whether a file begins as DICOM, with or without its preamble."""
+    """Whether a file can be read, and is DICOM by its first bytes."""
     with suppress(OSError), open(path, "rb") as file:
-        start = file.read(132)
-        # Without a preamble it begins with group number 2 or 8, in either byte order.
-        bare = start[:2] in (b"\2\0", b"\x08\0", b"\0\2", b"\0\x08")
-        return bare or start.endswith(b"DICM")
+        return is_dicom(file.read(132))
     return False
 
 def axial_axes(affine):
@@ -1433,7 +1442,7 @@ def crops_wanted(ensemble):
 def answer_study(volume, read_s, ensemble, folds):
     """(row of the report, strongest_steps, segment's probability) of a study.
     The row: answers, what was seen, seconds of each stage. StudyError: no finite answer."""
-    problems = [*filter(None, (*volume.problems, not_in_hu(volume.hu)))]
+    problems = [*filter(None, (not_in_hu(volume.hu), *volume.problems[::-1]))]
     start = monotonic()
     segmenters = ensemble.models["segmenter"][:folds]
     probability = segment(segmenters, volume, ensemble.device, problems.append)
@@ -1713,13 +1722,14 @@ def answer_own(name, future, ensemble, masks):
     If `masks` names a folder, the study's mask is written there."""
     volume, read_s = read_in_time(future, MAX_READ_S, f"{name}: ")
     if why := not_in_hu(volume.hu):
-        raise StudyError(f"{volume.uid}: {why}")
+        raise StudyError("; ".join([f"{volume.uid}: {why}", *volume.problems]))
     row, places, probability = answer_somewhere(volume, read_s, ensemble)
     labels = vertebra_labels(volume, probability)
     lordosis = measure(labels, volume, places)
     places = {v: one for v, one in places.items() if one.get("cm3", 0) >= LEAST_CM3}
     if not places:
-        raise StudyError(f"{volume.uid}: no cervical vertebra seen")
+        found = [f"{volume.uid}: no cervical vertebra seen", row["warnings"]]
+        raise StudyError("; ".join(filter(None, found)))
     absent = [v for v in VERTEBRAE if v not in places]
     if masks:
         labels[np.isin(labels, [VERTEBRAE.index(v) + 1 for v in absent])] = 0
@@ -2735,8 +2745,8 @@ class Trainer:
         now = self.state
         rank, world = ranks()
         if dist.is_initialized():  # norms saw other batches in each process: keep rank 0's
-            for statistics in self.averaged.buffers():
-                dist.broadcast(statistics, 0)
+            for buffer in self.averaged.buffers():
+                dist.broadcast(buffer, 0)
         mine = prefetch(task.read, task.held_out[rank::world], workers, workers)
         with torch.inference_mode(), autocast(task.device):
             rows = [(uid, *task.answer(self.averaged, one.result())) for uid, one in mine]
@@ -2985,7 +2995,8 @@ def read_csv(path, columns):
     """A table that has these columns, names as text; else UserError."""
     text = dict.fromkeys((STUDY, "row_id", "made_by"), str)  # they may look like numbers
     with errors_as(UserError, f"{path}: no csv with {', '.join(columns)}"):
-        table = pd.read_csv(path, dtype=text, index_col=False)  # also if lines end in ","
+        table = pd.read_csv(  # also where lines end in ","
+            path, dtype=text, index_col=False, skipinitialspace=True)
         missing = [name for name in columns if name not in table]
         if missing:
             raise ValueError(f"no column {missing[0]}")
@@ -3653,7 +3664,9 @@ def predict_own(options):
     if (out / "answers.json").exists() and not options.json:
         say(f"{out / 'answers.json'} is of an earlier run, and stays: --json renews it")
     for name in studies if options.masks else ():
-        refuse_to_overwrite(Path(options.masks) / f"{name}.nii.gz")
+        mask = Path(options.masks) / f"{name}.nii.gz"
+        refuse_to_overwrite(mask)
+        mask.unlink(missing_ok=True)  # it would stay beside a study that now fails
     calibration, hashes = calibration_asked(options)
     weights = f"weights {hash_of(hashes)}, trained on: {calibration.trained_on}"
     note = f"For research, not for diagnosis; {weights}"
@@ -3889,6 +3902,8 @@ def run_mode(modes, argv, others=()):
     cv2.setNumThreads(1)  # the threads of prefetch share the cores
     cv2.utils.logging.setLogLevel(0)  # else it prints a line a slice of JPEG 2000
     benchmark = torch.backends.cudnn.benchmark  # which trainings switch on
+    validation = pydicom.config.settings.reading_validation_mode
+    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE  # of odd uids
     try:
         refuse_foreign_ranks()
         options = build_parser(modes, others, preset_given(argv)).parse_args(argv)
@@ -3915,6 +3930,7 @@ def run_mode(modes, argv, others=()):
         cv2.setNumThreads(threads)
         cv2.utils.logging.setLogLevel(level)
         torch.backends.cudnn.benchmark = benchmark
+        pydicom.config.settings.reading_validation_mode = validation
 
 def main(argv=None):
     """Run a mode of the command line: its exit status."""

@@ -552,13 +552,47 @@ def test_an_empty_file_is_no_dicom_image(tmp_path):
         cspine.read_slices(tmp_path / "1.dcm")
 
 
-def test_a_file_of_zeros_is_named_at_once(write_series):
-    """As of a failed transfer; pydicom would read every 8 bytes as a tag."""
+@pytest.mark.parametrize("start", [b"", b"PK\3\4", b"\0\0\0\x18ftypmp42"])
+def test_what_does_not_begin_as_dicom_is_named_at_once(start, write_series, monkeypatch):
+    """A failed transfer, an archive, a film: pydicom would read every 8 bytes as a tag."""
     folder = write_series(noise(), positions=places())
-    (folder / "zeros.dcm").write_bytes(bytes(4000))
-    with pytest.raises(StudyError, match="begins with zeros"):
-        cspine.read_slices(folder / "zeros.dcm")
-    assert any("zeros.dcm: no DICOM image" in one for one in read_volume(folder).problems)
+    (folder / "other").write_bytes(start + bytes(4000))
+    assert any("other: no DICOM image" in one for one in read_volume(folder).problems)
+    monkeypatch.setattr(pydicom, "dcmread", None)
+    with pytest.raises(StudyError, match="no DICOM image"):
+        cspine.read_slices(folder / "other")
+
+
+def test_of_series_at_the_same_places_the_one_in_hu_is_taken(write_series):
+    """An iodine map beside the CT it was made of, which sorts first."""
+    write_series(noise(1, high=100), positions=places(), intercept=0, series="1.2.3.1")
+    folder = write_series(noise(2), positions=places(), numbers=range(101, 121), series="1.2.3.7")
+    assert np.array_equal(read_volume(folder).hu, noise(2) - 1024)
+
+
+def test_the_length_of_a_gap_that_is_filled_is_told(write_series):
+    at = [(0.0, 0.0, -float(k if k < 10 else k + 11)) for k in range(SLICES)]
+    found, = read_volume(write_series(noise(), positions=at)).problems
+    assert found == "uneven positions: 20 slices, brought to 31, gaps of up to 12.0 mm filled"
+
+
+def test_a_makers_own_copy_of_a_place_is_none_of_the_frame(tmp_path):
+    frames = [item(PlanePositionSequence=[item(ImagePositionPatient=[0.0, 0.0, -float(k)])])
+              for k in range(SLICES)]
+    for frame in frames:
+        own = item(ImagePositionPatient=[1.0, 2.0, 3.0], RescaleSlope=2)
+        frame.private_block(0x2005, "A MAKER", create=True).add_new(0xF, "SQ", [own])
+        frame.PlanePositionSequence[0].private_block(0x2005, "A MAKER", create=True).add_new(
+            0xE, "SQ", [own])
+    data = dicom_bytes(noise(), None, PerFrameFunctionalGroupsSequence=frames)
+    (tmp_path / "all.dcm").write_bytes(data)
+    assert np.array_equal(read_volume(tmp_path).hu, noise() - 1024)
+
+
+def test_of_one_file_of_a_series_the_folder_is_asked_for(write_series):
+    folder = write_series(noise(), positions=places())
+    with pytest.raises(StudyError, match="only 1 usable.*: give the folder of its series"):
+        read_volume(folder / "1.dcm")
 
 
 @pytest.mark.parametrize("broken", [dict(PlanePositionSequence=[]), dict(

@@ -3,8 +3,10 @@
 import gzip
 import io
 import json
+import re
 import shutil
 import threading
+import warnings
 from itertools import permutations, product
 
 import numpy as np
@@ -365,11 +367,41 @@ def test_masks_over_files_of_others_are_refused_before_the_work(predict, ct, tmp
     assert "not a mask of ours" in capsys.readouterr().err
 
 
+def test_an_earlier_mask_does_not_stay_beside_a_study_that_fails(predict, ct, tmp_path):
+    shutil.copytree(tmp_path / "dicom", tmp_path / "other")
+    assert predict("dicom", "other", "--masks", "masks")[0] == 0
+    for path in [*(tmp_path / "dicom").iterdir()][:10]:
+        path.unlink()
+    assert list(predict("dicom", "other", "--masks", "masks")[1].status) == ["failed", "ok"]
+    assert [path.name for path in (tmp_path / "masks").iterdir()] == ["other.nii.gz"]
+
+
+def test_what_concerns_the_whole_study_is_said_before_its_files(predict, ct, tmp_path):
+    """Of many words the screen shows the first."""
+    for k in range(8):
+        (tmp_path / "dicom" / f"capture{k}.dcm").write_bytes(b"no image")
+    (tmp_path / "dicom" / "9.dcm").unlink()
+    _, table = predict("dicom")
+    assert table.warnings[0].startswith("uneven positions: 19 slices")
+    assert table.warnings[0].count("no DICOM image") == 8
+
+
+def test_uids_that_break_the_rules_are_read_without_a_word(predict, ct, tmp_path, capsys):
+    """As of data without names; pydicom would warn twice a file."""
+    mode = pydicom.config.settings.reading_validation_mode
+    for path in (tmp_path / "dicom").iterdir():
+        path.write_bytes(path.read_bytes().replace(b"1.2.3.9.", b"ANON_9._"))
+    with warnings.catch_warnings(action="error"):
+        assert predict("dicom")[0] == 0
+    assert "ANON" not in capsys.readouterr().err
+    assert pydicom.config.settings.reading_validation_mode == mode
+
+
 def test_what_was_odd_is_said_below_the_table(predict, ct, tmp_path, capsys):
     (tmp_path / "dicom" / "3.dcm").write_bytes(b"damaged")
     status, table = predict("dicom")
     assert status == 0 and "left out" in table.warnings[0]
-    assert "study dicom: 3.dcm" in capsys.readouterr().err
+    assert re.search("study dicom: uneven.*; 3.dcm: no DICOM image", capsys.readouterr().err)
 
 
 BAD = {
@@ -405,7 +437,10 @@ def test_without_a_neck_there_is_no_prior(predict, ct, tmp_path, capsys):
     make_weights(tmp_path / "weights", unseen=cspine.VERTEBRAE)
     status, table = predict("dicom")
     assert status == 2 and table is None
-    assert "no cervical vertebra seen" in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith("no cervical vertebra seen\n")
+    (tmp_path / "dicom" / "9.dcm").unlink()
+    predict("dicom")  # perhaps that is why
+    assert "no cervical vertebra seen; uneven positions" in capsys.readouterr().err
 
 
 def test_what_is_faint_everywhere_is_no_vertebra(predict, ct, monkeypatch, capsys):

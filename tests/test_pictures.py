@@ -257,18 +257,22 @@ def test_show_gives_no_dice_of_what_the_mask_has_not(phantom_data, weights, tmp_
 
 
 def test_show_draws_a_study_and_says_what_it_sees(phantom_data, weights, tmp_path, monkeypatch, capsys):
-    def segment(models, volume, device):  # the true masks of C1 to C6
+    def segment(models, volume, device, report):  # the true masks of C1 to C6
+        report("out of order")
         path = phantom_data / "segmentations" / f"{volume.uid}.nii"
         labels = cspine.read_mask(path, volume, (64,) * 3)
         return np.stack([(labels == v) & (v < 7) for v in range(1, 8)]).astype(np.float32)
 
     monkeypatch.setattr(pictures, "segment", segment)
+    monkeypatch.setattr(pictures, "not_in_hu", lambda hu: "no CT")
     monkeypatch.setattr(cspine.vertebra_slices, "__defaults__", (64, "last", 1.0))  # crops
     uid = pd.read_csv(phantom_data / "test.csv")[cspine.STUDY][0]
     out = tmp_path / "pictures"
     assert modes.main(["show", uid, "--data", str(phantom_data), "--weights", str(weights),
                         "--out", str(out)]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr()
+    assert f"study {uid}: no CT" in printed.err and f"study {uid}: out of order" in printed.err
+    lines = printed.out.splitlines()
     assert [line[:3] for line in lines] == [f"{v}:" for v in cspine.VERTEBRAE]
     seen = [line for line in lines if ": seen, " in line]
     assert seen and all(line.endswith("Dice 1.000") for line in seen)

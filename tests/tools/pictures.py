@@ -33,6 +33,7 @@ from cspine import (
     errors_as,
     load_ensemble,
     mask_files,
+    not_in_hu,
     pick_device,
     prefetch,
     progress,
@@ -42,6 +43,7 @@ from cspine import (
     read_truth,
     read_volume,
     say,
+    say_of,
     segment,
     strongest_steps,
     studies_in,
@@ -360,7 +362,10 @@ def show(options):
     models = ensemble.models["vertebra"] + ensemble.models["patient"]
     models[0].to(ensemble.device)  # moved by classify, it would have no gradients
     volume = read_volume(folder)
-    probability = segment(ensemble.models["segmenter"], volume, ensemble.device)
+    say_more = say_of(volume)
+    if why := not_in_hu(volume.hu):
+        say_more(why)
+    probability = segment(ensemble.models["segmenter"], volume, ensemble.device, say_more)
     wanted = crops_wanted(ensemble)
     crops = vertebra_slices(volume, probability, **wanted)
     outputs = classify(ensemble, crops)
