@@ -5,7 +5,7 @@
 # ///
 """cspine: neck CT studies in, fracture probabilities of C1..C7 and the patient out.
 
-For the RSNA 2022 Cervical Spine Fracture Detection task; not a medical device. The road:
+For the RSNA 2022 Cervical Spine Fracture Detection task; not a medical device. Data flow:
 
     study folder --read_volume--> Volume (HU, Z Y X, head first)
     Volume --segmenter_input--> (1, D, D, D) --Segmenter--> probability (7, D, D, D)
@@ -16,17 +16,17 @@ For the RSNA 2022 Cervical Spine Fracture Detection task; not a medical device. 
 
 Shapes: B batch, C channels, Z Y X voxel axes (head to foot, front to back, right to left),
 D 128 cube edge, V 7 vertebrae, T 15 steps, K 6 channels of a step, S 224 crop edge, N steps
-that a classifier sees at once (T or V * T; elsewhere a count of what is named), F features
-of a step, M models; I J K are the stored axes of a NIfTI file.
+that a classifier sees at once (T or V * T) or, elsewhere, the number of studies or points,
+F features of a step, M models; I J K are the stored axes of a NIfTI file.
 
 Modes, in the order of the work: phantom, train-seg, extract, train-cls, train-patient,
-predict, evaluate; eda, show, notebook, demo. `python cspine.py MODE --help` tells what each
+predict, evaluate; eda, show, notebook, demo. `python cspine.py MODE --help` shows what each
 reads and writes. On two GPUs: torchrun --nproc_per_node=2 cspine.py MODE. Pasted into a
 notebook, the file runs nothing; main(["predict", "--weights", "..."]) runs a mode.
 
-Exit status: 0 done, or ended by --time-limit; 2 what you can mend, in one line; 3 most
-studies got the prior, or no crops; 130 interrupted, with what was finished on disk; 141
-nobody reads what is printed; 1 a fault of ours.
+Exit status: 0 done, or ended by --time-limit; 1 a bug in this program; 2 an error that you
+can fix, told in one line; 3 most studies got the prior or no crops; 130 interrupted, with
+all finished work on disk; 141 the reader of the output has closed its pipe.
 """
 
 import argparse
@@ -69,8 +69,8 @@ from tqdm import tqdm
 
 
 # ==== Facts and settings ====
-# The numbers of the road, with unit and source; without a source they are the starting
-# solution's. Facts are constants; what a run may change is a setting, and an option.
+# All numbers of the pipeline, with unit and source; those without a source come from the
+# starting solution. Facts are constants; what a run may change is a setting and an option.
 
 VERTEBRAE = ("C1", "C2", "C3", "C4", "C5", "C6", "C7")
 TARGETS = VERTEBRAE + ("patient_overall",)
@@ -85,79 +85,79 @@ PRIOR_ANSWERS = dict(zip(TARGETS, PRIOR))
 LEAST_ANSWER = 1e-4  # answers stay this far from 0 and 1
 
 # A study.
-AIR_HU = -1024  # HU; whatever is darker is padding outside the scanner's circle
+AIR_HU = -1024  # HU; lower values are padding outside the circular field of view
 MAX_HU = 32767  # HU; the largest int16
-MIN_SLICES = 16  # slices; fewer are no study (the competition's shortest has 69)
-MAX_VOXELS = 2**30  # voxels, 2 GB of int16; more is damage or does not fit
-MAX_GAP_MM = 30.0  # mm; a longer hole along the normal separates two scans
-SAME_PLACE_MM = 0.05  # mm; closer slices lie at one place (spacings begin at 0.3)
-TWIN_MM = 0.25  # mm; slices of two passes that lie closer are at one place, where that
-TWIN_SHARE = 0.34  # is also less than this share of the gaps beside
-FILLS_FROM = 0.75  # share of a step; slices of other passes nearer to a kept one go
-SAME_STEP = 0.01  # share of a pixel by which the pixels of slices of one series may differ
-PASS_APART_S = 30  # s; images of a pass are reconstructed in any order, with no such pause
-UNEVEN = 0.25  # share of a step by which a slice may miss its even place
-STRAIGHT = 0.999  # least cosine of a stack's axis and its normal; below: a tilted gantry
-AIR_BELOW = -200  # HU; a neck has air, which labels, grey values and MR have not
-BONE_ABOVE = 300  # HU; and bone
-LEAST_TISSUE = 0.02  # share of a CT's voxels between these two; fewer, and they are no HU
+MIN_SLICES = 16  # slices; shorter series are refused (the competition's shortest has 69)
+MAX_VOXELS = 2**30  # voxels, 2 GB of int16; a larger study is damaged or fills the memory
+MAX_GAP_MM = 30.0  # mm; a wider gap along the normal separates two scans
+SAME_PLACE_MM = 0.05  # mm; slices closer than this share a position (spacings begin at 0.3)
+TWIN_MM = 0.25  # mm; so do slices of two passes that are closer than this, if their gap is
+TWIN_SHARE = 0.34  # also below this share of the gaps on both sides
+FILLS_FROM = 0.75  # share of a step; least distance of a gap-filling slice to a kept one
+SAME_STEP = 0.01  # share of a pixel; the pixel size within a series may differ by this much
+PASS_APART_S = 30  # s; a longer pause between slice times starts another pass
+MAX_UNEVEN = 0.25  # share of a step; if a slice is further off its even place, resample all
+LEAST_COSINE = 0.999  # cosine of a stack's axis and normal; if lower, the gantry is tilted
+AIR_BELOW = -200  # HU; a CT has air darker than this; labels, grey values and MR have not
+BONE_ABOVE = 300  # HU; a CT has bone brighter than this
+LEAST_TISSUE = 0.02  # share of voxels between these two; with fewer, the values are not HU
 
 # Masks and crops; a cell is a voxel of the segmenter's cube.
 SEGMENTER_WINDOW = (300, 1600)  # level, width; HU
-CUBE = 128  # cells an edge
-MASK_THRESHOLDS = (0.2, 0.05)  # first place's; the second where the first finds nothing
-MIN_CELLS = 12  # cells; fewer are no vertebra
-STRAY_SHARE = 0.05  # planes below this share of the fullest plane hold strays
-STRAY_GAP = 2  # cells; a wider gap parts a stray from its vertebra
-APART_CELLS = 2  # cells; two masks in the wrong order, further apart, exchange names
-LOOK_AROUND = (0.25, 0.75, 0.75)  # z y x: share of the neck's extent, added on either side
-LOOK_CLOSER = 0.57  # a second look where the neck needs less than this share of an axis
+CUBE = 128  # cells per edge
+MASK_THRESHOLDS = (0.2, 0.05)  # first place's; the second is tried if the first finds none
+MIN_CELLS = 12  # cells; a smaller mask is not a vertebra
+STRAY_SHARE = 0.05  # planes with less than this share of the fullest plane are strays
+STRAY_GAP = 2  # cells; a wider gap separates a stray from its vertebra
+APART_CELLS = 2  # cells; masks in the wrong order that are further apart swap names
+LOOK_AROUND = (0.25, 0.75, 0.75)  # z y x: share of the neck's extent added on each side
+LOOK_CLOSER = 0.57  # segment again if the neck needs less than this share of an axis
 BONE_WINDOW = (500, 2000)  # level, width; HU
 STEPS = 15
 SLICES_PER_STEP = 5
-MASKED_SLICES = dict(last=-1, center=SLICES_PER_STEP // 2)  # of a step, its mask's slice
-CHANNELS = SLICES_PER_STEP + 1  # and a mask
-CROP = 224  # pixels an edge
+MASKED_SLICES = dict(last=-1, center=SLICES_PER_STEP // 2)  # its index in a step
+CHANNELS = SLICES_PER_STEP + 1  # the slices and one mask
+CROP = 224  # pixels per edge
 BOX_MARGIN = 1.0  # cells around the mask (first place)
-LEAST_INSIDE = 0.5  # share of a mask's labels that lie in its study; else it is another's
+LEAST_INSIDE = 0.5  # share of a mask's labels inside the study; with less it is another's
 BONE_HU = 100  # HU; cancellous bone of a vertebra has about 150 to 350
-LEAST_BONE = 0.25  # share of a mask's labels on bone, or it lies elsewhere
+LEAST_BONE = 0.25  # share of a mask's labels on bone; with less it is misplaced
 
 # The machine.
 HERE = Path(globals().get("__file__", "cspine.py")).resolve().parent
-KAGGLE = Path(os.environ.get("KAGGLE_ROOT", "/kaggle"))  # elsewhere in the tests
+KAGGLE = Path(os.environ.get("KAGGLE_ROOT", "/kaggle"))  # tests set their own
 COMPETITION = "rsna-2022-cervical-spine-fracture-detection"
-MOUNTED = KAGGLE / "input/competitions" / COMPETITION  # older: without competitions/
+MOUNTED = KAGGLE / "input/competitions" / COMPETITION  # older images have no competitions/
 KAGGLE_DATA = str(MOUNTED if MOUNTED.is_dir() else KAGGLE / "input" / COMPETITION)
-KAGGLE_MINUTES = 510.0  # minutes, of the 540 that a submission has
-MAX_READ_S = 600  # s that reading a study may take; a quarter of the time left, if less
-ECHO_S = 2  # s in which a repeated signal is an echo of torchrun's
+KAGGLE_MINUTES = 510.0  # minutes, of the 540 that a submission may run
+MAX_READ_S = 600  # s to read a study in, but at most a quarter of the time left
+ECHO_S = 2  # s; a signal repeated within this time was only forwarded by torchrun
 LOG_S = 60  # s between two lines of progress in a log
-READING_THREADS = 99  # studies that hang keep one each, and the next still gets some
-CROPS_ON_CPU = STEPS  # crops in one pass of a backbone: about a CPU's cache
-CROPS_ON_GPU = 2 * 7 * STEPS  # crops in one pass: those of two patients
+READING_THREADS = 99  # so many because a read that hangs never gives its thread back
+CROPS_ON_CPU = STEPS  # crops per forward pass: their activations about fit a CPU's cache
+CROPS_ON_GPU = 2 * 7 * STEPS  # crops per forward pass: those of two studies
 
 # The trainings.
-LEAST_SEEN = 0.5  # share of all vertebrae that the crops must show, to train on them
-MAX_SKIPPED_STEPS = 20  # steps in a row without a finite gradient
-VALIDATION_SHARE = 0.1  # a segmenter scores at most so many studies for one trained on
-INIT_LEVELS = 6  # of folders: models, owner, model, framework, variation, version
+LEAST_SEEN = 0.5  # share of all vertebrae that must be visible in crops to train on them
+MAX_SKIPPED_STEPS = 20  # steps in a row without a finite gradient; more end a training
+VALIDATION_SHARE = 0.1  # studies that a segmenter scores, at most, per study it trains on
+INIT_LEVELS = 6  # folder levels: models, owner, model, framework, variation, version
 
 class UserError(Exception):
-    """Something that the user can mend; main prints it in one line, status 2."""
+    """An error that the user can fix; main prints it in one line and returns 2."""
 
 class StudyError(UserError):
     """One study or one of its files cannot be used; the run goes on with the others."""
 
 class Stopped(Exception):
-    """A run that ends with a status of its own; whatever was finished is on disk."""
+    """Ends a run with an exit status of its own; all finished work is on disk."""
     def __init__(self, message, status):
         super().__init__(message)
         self.status = status
 
 @contextmanager
 def errors_as(kind, where):
-    """Any exception becomes a `kind` in one line: damaged bytes raise all sorts."""
+    """Turn any exception into a `kind` of one line: damaged files raise all sorts."""
     try:
         yield
     except Exception as error:
@@ -166,30 +166,30 @@ def errors_as(kind, where):
         raise kind(f"{where}: {reason}") from error
 
 def setting(default, meaning, choices=(), least=-math.inf, most=math.inf):
-    """A field of settings: its meaning is the text of --help, the rest what it may be."""
+    """A settings field: `meaning` is its text in --help, the rest limits its values."""
     limits = dict(help=meaning, choices=choices, least=least, most=most)
     return field(default=default, metadata=limits)
 
 def argument(meaning, count=None):
-    """A field of settings that is no option but must be given; "*": any number of times."""
+    """A settings field for positional arguments; `count` is argparse's nargs."""
     return field(default="", metadata=dict(help=meaning, positional=True, count=count))
 
-# Presets: other defaults of a mode's options; what is not named stays a recipe's. Hours:
-# tests/studies/bench.py plan.
-FAST = {  # ours: one fold within an hour on two T4, most of which reads the studies
+# A preset replaces defaults of a mode's options; what it does not name stays the recipe's.
+# Hours come from `tests/studies/bench.py plan`.
+FAST = {  # ours: one fold within an hour on two T4s, most of it spent on reading studies
     "train-seg": dict(fold="0", epochs=60),  # 1,020 steps
     "extract": dict(studies=550),
     "train-cls": dict(fold="0", epochs=16, thin=3),
     "train-patient": dict(fold="0", epochs=12, thin=3)}
-GOLD_CROPS = dict(  # first place's, whose 50 to 75 epochs show all steps; `thin`, a third
+GOLD_CROPS = dict(  # first place's, but its 50 to 75 epochs see all steps, not every third
     size=384, epochs=50, thin=3, mixup=0.5, drop_path=0.3, dropout=0.3, augment="strong")
 GOLD = {
     "train-seg": dict(epochs=1000, drop_path=0.2),  # 17,000 steps; first place: 17,400
     "extract": dict(size=384),
-    # First place's rates; its batches are of 7 or 8, and norms see a third of them here.
+    # First place's rates. Its batch is 7 or 8; with `thin`, norms see a third of a batch.
     "train-cls": dict(GOLD_CROPS, batch_size=12, lr=2e-4, drop_path=0.2),
     "train-patient": dict(GOLD_CROPS, batch_size=4, lr=6e-5, checkpoint=True)}  # for 16 GB
-OTHERS = {  # kept beside the first: their errors differ; the classifiers' rates are ours
+OTHERS = {  # a second set, whose errors differ from the first's; classifiers' rates: ours
     "train-seg": dict(name="second", lr=3e-4, backbone="resnet18d"),  # first place's
     "train-cls": dict(name="second", lr=1e-4, backbone="convnext_nano"),
     "train-patient": dict(name="second", lr=1e-4, backbone="tf_efficientnetv2_s")}
@@ -212,22 +212,22 @@ class Shared:
     resume: bool = setting(
         False, "go on where it stopped, as a training with --fold all always does")
     time_limit: float = setting(
-        0.0, "minutes until a run ends, saved; 0: none, but 510 on Kaggle", least=0)
+        0.0, "minutes until a run saves and ends; 0: none, but 510 on Kaggle", least=0)
     init: str = setting(
         "auto", "file of weights to start from, ours or timm's; or none; auto looks for "
         "timm's under /kaggle/input, in --data and in weights/pretrained beside cspine.py; "
         "train-patient takes the vertebra classifier of its fold, where that fits")
     name: str = setting(
-        "", "keeps a second set apart, as vertebra_NAME_fold0.pt; it is the first once "
-        "more, unless --backbone or --seed is another")
+        "", "names a second set of models, as vertebra_NAME_fold0.pt; it only repeats the "
+        "first unless --backbone or --seed differs")
     preset: str = setting("standard", "defaults of a whole training", tuple(PRESETS))
 
 @dataclass(frozen=True)
 class Cut:
     """How crops are cut; options of extract and of the classifiers' trainings."""
-    mask_of: str = setting("last", "which slice of a step the mask is of", MASKED_SLICES)
+    mask_of: str = setting("last", "slice of a step that its mask shows", MASKED_SLICES)
     z_margin: float = setting(
-        BOX_MARGIN, "z margin of crops, cells of the cube; a training takes its crops'",
+        BOX_MARGIN, "z margin of crops, cells of the cube; trainings take their crops'",
         least=0)
 
 @dataclass(frozen=True)
@@ -252,14 +252,14 @@ class Recipe:
 
 @dataclass(frozen=True)
 class ClassifierRecipe(Cut, Recipe):
-    """What the training of a classifier has besides."""
+    """How a classifier is trained and its crops are cut."""
     mixup: float = setting(0.2, "share of batches with mixed losses", least=0, most=1)
     hidden: int = setting(256, "width of the LSTMs", least=1)
     augment: str = setting(
         "mild", "how far crops are changed; strong: as first place did, every step by "
         "itself", ("mild", "strong"))
     thin: int = setting(
-        1, "3: a batch sees every third step, from one of the first three on",
+        1, "3: a batch sees every third step, starting at one of the first three",
         (1, 3, 5, 15))
     checkpoint: bool = setting(False, "compute blocks twice: less memory, a third slower")
 
@@ -281,31 +281,31 @@ class Answers:
 
 @dataclass(frozen=True)
 class Asked(Answers):
-    """What else predict may be given."""
+    """All that predict may be given."""
     path: tuple = argument(
         "a CT: a NIfTI or DICOM file, a folder with one series, or of such folders", "*")
     json: bool = setting(False, "with PATH: write answers.json, all that is known")
 
 
 # ==== Reading ====
-# In: a folder of DICOM files. Out: a Volume; but for Decoding, no other room knows DICOM.
-# The trap: file names say nothing. Only its position says where a slice lies.
+# In: a folder of DICOM files. Out: a Volume. Only Reading and Decoding know DICOM.
+# Pitfall: file names say nothing about the order of slices; only their positions do.
 
 class Volume(NamedTuple):
     """A CT study, head first.
     `hu` is int16 (Z, Y, X) in Hounsfield units, Z from head to foot, Y from front to
     back, X from right to left; `spacing` is in mm, in the order of the axes; `affine`
     (4, 4) gives LPS mm (DICOM's axes) from (z, y, x, 1). `problems` says what was odd.
-    `sources` holds the file and SOPInstanceUID of each slice, where slices are axial;
-    `grid` the stored axes that became Z, Y, X, and which ran backwards."""
+    `sources` holds the file and SOPInstanceUID of each slice if slices are axial;
+    `grid` tells which stored axes became Z, Y, X, and which of them were flipped."""
     uid: str
     hu: np.ndarray
     spacing: tuple
     affine: np.ndarray
     problems: tuple = ()
     sources: tuple = ()
-    grid: tuple = ((0, 1, 2), (True, False, False))  # a series' masks go foot to head
-    header: Any = None  # of a NIfTI; its masks take their place from it
+    grid: tuple = ((0, 1, 2), (True, False, False))  # masks are written foot first
+    header: Any = None  # of a NIfTI CT, whose masks copy their placement from it
 
 class Slice(NamedTuple):
     """A decoded image, and where its pixels lie."""
@@ -313,18 +313,18 @@ class Slice(NamedTuple):
     lps_from_pixel: np.ndarray  # (3, 3) mm from (row, column, 1)
     source: tuple = ("", "")  # file, SOPInstanceUID
     study: str = ""  # StudyInstanceUID
-    series: str = ""  # SeriesInstanceUID, or without one the study
+    series: str = ""  # SeriesInstanceUID; if it is missing, StudyInstanceUID
     of_pass: tuple = ()  # its values of PASS_TAGS, then its InstanceNumber
-    guessed: bool = False  # whether its header has no orientation
+    guessed: bool = False  # True if its header has no orientation
 
-PASS_TAGS = (  # what tells two scans of the same places in one series apart
+PASS_TAGS = (  # these tell apart two scans of the same positions within one series
     "AcquisitionNumber", "ConvolutionKernel", "ImageType", "TemporalPositionIdentifier",
     "FrameAcquisitionNumber", "FrameType", "TemporalPositionIndex", "SliceThickness",
     "AcquisitionTime", "ContentTime")  # the times come last: one_pass also sorts by them
 
 @contextmanager
 def leaving_out(problems, where):
-    """Whatever fails inside becomes one of the problems, with its reason."""
+    """Add an error raised inside to `problems`, with its reason, and go on."""
     try:
         with errors_as(StudyError, where):
             yield
@@ -332,16 +332,16 @@ def leaving_out(problems, where):
         problems.append(f"{error}; left out")
 
 def read_slices(path):
-    """([Slice, ...], [what was left out, why]) of a DICOM file, with or without its
-    preamble: a Slice of each frame. StudyError if it is no CT."""
-    if not path.is_file():  # a pipe would wait for ever
+    """([Slice, ...], [problem, ...]) of a DICOM file, with or without its preamble: one
+    Slice per frame; a problem says what was left out and why. StudyError if it is no CT."""
+    if not path.is_file():  # reading from a named pipe would block for ever
         raise StudyError("not a regular file")
     with path.open("rb") as file:
         if not is_dicom(file.read(132)):  # pydicom would read all of a film or an archive
             raise StudyError("no DICOM image")
         file.seek(0)
         data = pydicom.dcmread(file, force=True)
-    if data.get("Modality") not in (None, "", "CT"):  # a dose or a segmentation beside it
+    if data.get("Modality") not in (None, "", "CT"):  # such as a dose or a segmentation
         raise StudyError(f"not a CT image but {data.Modality}")
     if "Rows" not in data:
         raise StudyError("no DICOM image")
@@ -355,7 +355,7 @@ def read_slices(path):
     return found, problems
 
 def place_frame(stored, data, k, source):
-    """The Slice of a frame's stored values (Y, X): in HU, placed (DICOM PS3.3 C.7.6.2)."""
+    """The Slice of frame k: `stored` (Y, X) in HU, with its place (DICOM PS3.3 C.7.6.2)."""
     groups = [*data.get("SharedFunctionalGroupsSequence", [])]  # of an enhanced CT
     groups += data.get("PerFrameFunctionalGroupsSequence", [])[k : k + 1]
     macros = [one for group in groups for one in group if one.VR == "SQ" and one.keyword]
@@ -370,7 +370,7 @@ def place_frame(stored, data, k, source):
     directions = tag("ImageOrientationPatient", [math.nan] * 6).reshape(2, 3)
     supine = data.get("PatientPosition") in (None, "", "HFS", "FFS")
     guessed = supine and np.isnan(directions).all()
-    row, column = np.eye(3)[:2] if guessed else directions  # guessed to be axial
+    row, column = np.eye(3)[:2] if guessed else directions  # guess: axial
     spacing = tag("PixelSpacing", [0, 0])  # between rows, between columns
     normal = np.cross(row, column)
     lps_from_pixel = np.c_[column * spacing[0], row * spacing[1], origin]
@@ -384,28 +384,28 @@ def place_frame(stored, data, k, source):
     rescaled = stored * slope + intercept
     if "ModalityLUTSequence" in data:
         rescaled = pydicom.pixels.apply_modality_lut(stored, data)
-    memory = mmap.mmap(-1, 2 * stored.size, mmap.MAP_PRIVATE)  # malloc would keep it
+    memory = mmap.mmap(-1, 2 * stored.size, mmap.MAP_PRIVATE)  # malloc may not free it
     hu = np.ndarray(stored.shape, np.int16, memory)
     hu[:] = np.rint(rescaled).clip(AIR_HU, MAX_HU)
     padding = map(data.get, ("PixelPaddingValue", "PixelPaddingRangeLimit"))
     padding = [value for value in padding if isinstance(value, int)]
-    padding = np.array(padding, np.int64).astype(stored.dtype)  # signed as pixels
-    if len(padding):  # also at the top of an unsigned range, else the densest metal
+    padding = np.array(padding, np.int64).astype(stored.dtype)  # the pixels' sign
+    if len(padding):  # may be the top of an unsigned range, and would look like metal
         hu[(stored >= padding.min()) & (stored <= padding.max())] = AIR_HU
     study = str(data.get("StudyInstanceUID") or "")
-    series = str(data.get("SeriesInstanceUID") or study)  # two patients make no neck
+    series = str(data.get("SeriesInstanceUID") or study)  # never mix patients
     of_pass = [str(own.get(name, data.get(name, ""))) for name in PASS_TAGS]
     number = 0
-    with suppress(ValueError, TypeError):  # it only orders what nothing else does
+    with suppress(ValueError, TypeError):  # used only to break the last ties
         number = int(data.get("InstanceNumber") or 0)
     return Slice(hu, lps_from_pixel, source, study, series, (*of_pass, number), guessed)
 
 def read_folder(path, workers, give_up):
-    """([Slice, ...] of the files of a folder, [what was left out, why])."""
-    files = [path]  # of many frames
-    if not path.is_file():  # a Mac adds files with a ._ before their names
+    """What read_slices gives, for a folder's files. StudyError once give_up() is true."""
+    files = [path]  # one multi-frame file
+    if not path.is_file():  # macOS adds files whose names begin with ._
         files = [file for file in path.iterdir() if file.name[:2] != "._"]
-    files = sorted(files, key=lambda file: (len(file.name), file))
+    files = sorted(files, key=lambda file: (len(file.name), file))  # 2.dcm before 10.dcm
     slices, problems = [], []
     for file, future in prefetch(read_slices, files, workers, 4 * workers + 1):
         if give_up():
@@ -417,39 +417,39 @@ def read_folder(path, workers, give_up):
     return slices, problems
 
 def stacks_of(slices):
-    """Slices in lists of one series and geometry."""
+    """The slices, grouped into lists that share one series and geometry."""
     stacks = []
     for one in slices:
-        alike = [stack for stack in stacks if one_stack(stack[0], one)]
+        alike = [stack for stack in stacks if same_stack(stack[0], one)]
         if alike:
             alike[0].append(one)
         else:
             stacks.append([one])
     return stacks
 
-def one_stack(first, other):
-    """Whether Slices have one series and geometry, but for rounding in their headers."""
+def same_stack(first, other):
+    """Whether two Slices share a series and, up to rounding in headers, a geometry."""
     if first.series != other.series or first.hu.shape != other.hu.shape:
         return False
-    apart = (first.lps_from_pixel - other.lps_from_pixel)[:, :2]  # a pixel's steps
+    apart = (first.lps_from_pixel - other.lps_from_pixel)[:, :2]  # mm a pixel
     return abs(apart).max() < SAME_STEP * np.linalg.norm(first.lps_from_pixel[:, 0])
 
 def along_normal(stack):
-    """mm of every slice along the slices' common normal (DICOM PS3.3 C.7.6.2.1.1)."""
+    """(N,) mm: each slice's position along their common normal (PS3.3 C.7.6.2.1.1)."""
     down, right, _ = stack[0].lps_from_pixel.T
     normal = np.cross(down, right)
     origins = np.array([one.lps_from_pixel[:, 2] for one in stack])
     return origins @ normal / np.linalg.norm(normal)
 
 def parts_of(index, at, gap):
-    """An index in parts, split where the next one's place `at` is more than `gap` away;
-    `gap` is a number, or has one for every two neighbours."""
+    """`index` split wherever two neighbours' positions `at` are more than `gap` apart;
+    `gap` is one number, or an array of one number per pair of neighbours."""
     ends = np.flatnonzero(np.diff(at) > gap) + 1
     return np.split(index, ends)
 
 def places_of(mm):
-    """Indices of slices in the order of position, of those at the same place the first.
-    Two passes may lie a little apart: every other gap is then far smaller than the rest."""
+    """Indices of slices sorted by position; of slices at one position only the first.
+    Two passes may be slightly offset: every other gap is then far smaller than the rest."""
     order = np.argsort(mm, kind="stable")
     at = mm[order]
     gaps = np.pad(np.diff(at), 1, constant_values=math.inf)
@@ -459,23 +459,23 @@ def places_of(mm):
     return np.array([min(place) for place in places])
 
 def passes_by_time(times):
-    """For each ContentTime, "HHMMSS...", the number of the pass it is of: another lies more
-    than PASS_APART_S away. Stamps of one pass need not follow its slices, as several
-    computers may have reconstructed them."""
+    """The number of its pass for each ContentTime, "HHMMSS...": a pause of more than
+    PASS_APART_S starts another pass. Within a pass, times need not follow the order of
+    slices, as several computers may have reconstructed them."""
     stamps = pd.Series([time[:6] for time in times])
     stamps = pd.to_datetime(stamps, format="%H%M%S", errors="coerce")  # NaT: no stamp
     is_next = stamps.sort_values().diff() > pd.Timedelta(seconds=PASS_APART_S)
     return is_next.cumsum().sort_index()
 
 def one_pass(stack):
-    """The slices of one acquisition: of several passes over a neck, one whole.
-    Each of PASS_TAGS in turn parts the slices into passes. The one that covers most places
-    is kept, of equals the first; of the others only what fills its holes or prolongs it.
-    Where no tag parts them, a place's earliest slice comes first."""
+    """The slices of one acquisition, where a series may hold several passes over a neck.
+    Each of PASS_TAGS in turn splits the slices into passes. The one that covers most
+    positions is kept (on a tie the first), and of the others only slices that fill its gaps
+    or extend it. If no tag splits them, the earliest slice of a position comes first."""
     for k, tag in enumerate(PASS_TAGS):
         mm = along_normal(stack)
         marks = [one.of_pass[k] for one in stack]
-        if tag == "SliceThickness":  # to the tenth of a mm; some headers have noise
+        if tag == "SliceThickness":  # rounded to 0.1 mm, as some headers have noise
             marks = pd.to_numeric(pd.Series(marks), errors="coerce")
             marks = (marks - marks.median()).fillna(0).round(1)
         if tag == "ContentTime":
@@ -495,21 +495,21 @@ def one_pass(stack):
     return sorted(stack, key=lambda one: one.of_pass[-3:])  # by both times, then number
 
 def even_steps(mm):
-    """Where evenly spaced planes lie among slices: 2.5 is halfway from slice 2 to 3."""
+    """Evenly spaced planes as fractions of slice indices: 2.5 is halfway from 2 to 3."""
     index = np.arange(len(mm))
     step = np.median(np.diff(mm))
     even = np.linspace(mm[0], mm[-1], round(np.ptp(mm) / step) + 1)
-    if len(even) == len(mm) and abs(mm - even).max() <= UNEVEN * step:
+    if len(even) == len(mm) and abs(mm - even).max() <= MAX_UNEVEN * step:
         return index
     return np.interp(even, mm, index)
 
 def read_series(path, workers, give_up):
-    """The series that covers most places: planes, even_steps, affine, problems, sources of
-    the planes, no header. The affine (4, 4) gives LPS mm from (step, row, column, 1)."""
+    """(planes, even_steps, affine, problems, sources, None) of the series that covers most
+    positions. The affine (4, 4) gives LPS mm from (step, row, column, 1)."""
     slices, problems = read_folder(path, workers, give_up)
     stacks = stacks_of(slices)
     studies = {one.study for one in slices} - {""}
-    one_neck = len(studies) in (0, 1, len(slices))  # none, one, or another in every file
+    one_neck = len(studies) in (0, 1, len(slices))  # no uid, one, or a new one per file
     if one_neck and len(stacks) > 1 and max(map(len, stacks)) < MIN_SLICES:
         stacks = stacks_of([one._replace(series="", study="") for one in slices])
         problems.append("no series of enough images: SeriesInstanceUID is not looked at")
@@ -519,7 +519,7 @@ def read_series(path, workers, give_up):
         mm = along_normal(stack)
         order = places_of(mm)
         places = max(parts_of(order, mm[order], MAX_GAP_MM), key=len)
-        if len(places) > len(run):  # not the most images, but the most places
+        if len(places) > len(run):  # most positions, not most images
             run = [stack[k] for k in places]
     others = len(slices) - len(run)
     if others:
@@ -531,7 +531,7 @@ def read_series(path, workers, give_up):
         found = f"only {len(run)} usable slices; at least {MIN_SLICES} are needed"
         if path.is_file():
             found += ": give the folder of its series"
-        reasons = [one.partition(": ")[2] for one in problems]  # behind a file's name
+        reasons = [one.partition(": ")[2] for one in problems]  # without its file name
         usual = [problems[reasons.index(statistics.mode(reasons))]] if problems else []
         raise StudyError("; ".join([found, *usual]))
 
@@ -542,24 +542,24 @@ def read_series(path, workers, give_up):
         found = f"uneven positions: {len(mm)} slices, brought to {len(steps)}"
         problems.append(f"{found}, {filled}")
     origins = np.array([one.lps_from_pixel[:, 2] for one in run])
-    way = origins[-1] - origins[0]
-    cosine = np.ptp(mm) / np.linalg.norm(way)  # between the stack's axis and its normal
-    line = origins[0] + np.outer(mm - mm[0], way) / np.ptp(mm)
+    axis = origins[-1] - origins[0]  # (3,) mm
+    cosine = np.ptp(mm) / np.linalg.norm(axis)  # between the stack's axis and its normal
+    line = origins[0] + np.outer(mm - mm[0], axis) / np.ptp(mm)
     aside = np.linalg.norm(origins - line, axis=1).max()
     if aside > 1:
         problems.append(f"slices lie up to {aside:.0f} mm beside their place")
-    elif cosine < STRAIGHT:
+    elif cosine < LEAST_COSINE:
         problems.append(f"gantry tilted by {math.degrees(math.acos(cosine)):.0f} degrees")
     if any(one.guessed for one in run):
         problems.append("no ImageOrientationPatient: axial and supine are guessed")
     affine = np.eye(4)
-    affine[:3] = np.c_[way / (len(steps) - 1), run[0].lps_from_pixel]
+    affine[:3] = np.c_[axis / (len(steps) - 1), run[0].lps_from_pixel]
     sources = [one.source for one in run]
     return [one.hu for one in run], steps, affine, problems, sources, None
 
 def read_nifti_ct(path):
-    """What read_series gives, of a CT as NIfTI-1, and its header; it has no sources.
-    StudyError if its values are no Hounsfield units of a body: labels, MR, another unit."""
+    """What read_series gives, for a CT as NIfTI-1: no sources, but its header.
+    StudyError if its values are not a body in HU, but labels, MR or another unit."""
     problems = []
     stored, slope, intercept, voxel_from_lps, header = read_nifti(path, problems.append)
     if min(stored.shape) < MIN_SLICES:
@@ -574,8 +574,8 @@ def read_nifti_ct(path):
     return planes, np.arange(len(planes)), affine, problems, [], header
 
 def not_in_hu(planes):
-    """Why planes (Y, X) show no body in HU, but labels, MR or another unit; else ""."""
-    apart = max(1, len(planes) // 64)  # 64 planes tell as much as all
+    """Why planes (Y, X) are not a body in HU, but labels, MR or another unit; else ""."""
+    apart = max(1, len(planes) // 64)  # some 64 planes are enough
     thin = np.array([hu[::2, ::2] for hu in planes[::apart]])
     low, high = thin.min(), thin.max()
     tissue = ((thin > AIR_BELOW) & (thin < BONE_ABOVE)).mean()
@@ -600,16 +600,16 @@ def begins_as_dicom(path):
     return False
 
 def axial_axes(affine):
-    """(axes, flip): the stored axes that become Z, Y, X, and which run backwards."""
+    """(axes, flip): the stored axes that become Z, Y, X, and which of these to flip."""
     columns = affine[:3, :3]
     left, back, up = columns / np.linalg.norm(columns, axis=0)
-    share = np.stack([-up, back, left])  # of Z, Y and X in each stored axis
+    cosines = np.stack([-up, back, left])  # (3, 3): of Z, Y, X with each stored axis
     orders = permutations(range(3))
-    axes = max(orders, key=lambda stored: abs(share[:, stored]).trace())
-    return axes, share[:, axes].diagonal() < 0
+    axes = max(orders, key=lambda stored: abs(cosines[:, stored]).trace())
+    return axes, cosines[:, axes].diagonal() < 0
 
 def flip_affine(affine, shape, flip):
-    """The affine (4, 4) of an array of a shape, some of whose axes are turned round."""
+    """The affine (4, 4) of an array of this shape after the axes in `flip` are flipped."""
     columns = affine[:, :3]
     last = np.where(flip, np.subtract(shape, 1), 0)
     start = affine[:, 3] + columns @ last
@@ -617,10 +617,10 @@ def flip_affine(affine, shape, flip):
 
 def read_volume(folder, workers=2, give_up=lambda: False):
     """One CT study, head first, in Hounsfield units: a Volume.
-    `folder` is one of DICOM files, a DICOM file of many frames, or a CT as NIfTI. Slices
-    are ordered by position along their normal, never by name; the largest series counts,
-    gaps are filled by position, sagittal and coronal slices are turned. Raises StudyError,
-    and nothing else, if fewer than MIN_SLICES can be read, or give_up() becomes true."""
+    `folder` is a folder of DICOM files, a multi-frame DICOM file or a NIfTI CT. Slices are
+    ordered by position along their normal, never by name; the series of most positions is
+    taken, gaps are interpolated, sagittal and coronal slices are made axial. Raises only
+    StudyError: fewer than MIN_SLICES, too large or damaged, or give_up() became true."""
     path = Path(folder)
     with errors_as(StudyError, path):
         nifti = is_nifti(path)
@@ -634,9 +634,9 @@ def read_volume(folder, workers=2, give_up=lambda: False):
         hu = np.empty([shape[k] for k in axes], np.int16)
         backwards = np.flatnonzero(flip).tolist()
         stored = np.flip(hu, backwards).transpose(np.argsort(axes))  # a view of hu
-        for k, at in enumerate(steps):  # each step lies between two planes
+        for k, at in enumerate(steps):  # a step is interpolated between two planes
             low = min(int(at), len(planes) - 2)
-            planes[:low] = [None] * low  # let go: a volume is never held twice
+            planes[:low] = [None] * low  # freed: a volume is never held twice
             stored[k] = cv2.addWeighted(
                 planes[low], low + 1 - at, planes[low + 1], at - low, 0)
 
@@ -651,8 +651,8 @@ def read_volume(folder, workers=2, give_up=lambda: False):
 
 
 # ==== Masks ====
-# In: a NIfTI file of labels, a Volume. Out: the labels on the Volume's grid, or a coarser.
-# The trap: NIfTI is RAS+, DICOM is LPS+. The affine decides what to flip, not a list.
+# In: a NIfTI file of labels, a Volume. Out: the labels on the Volume's or a coarser grid.
+# Pitfall: NIfTI is RAS+, DICOM is LPS+. What to flip is read off the affine, never listed.
 
 NIFTI_FIELDS = """
     sizeof_hdr i4, skipped_1 V36, dim 8i2, skipped_2 V14, datatype i2, bitpix i2,
@@ -660,7 +660,7 @@ NIFTI_FIELDS = """
     xyzt_units u1, skipped_5 V24, descrip S80, skipped_6 V24, qform_code i2, sform_code i2,
     quatern 3f4, qoffset 3f4, srow 12f4, skipped_7 V16, magic S4"""
 NIFTI_HEADER = np.dtype([tuple(one.split()) for one in NIFTI_FIELDS.split(",")])  # nifti1.h
-NIFTI_TYPES = {  # of NumPy, by the header's datatype
+NIFTI_TYPES = {  # NumPy's types by the header's datatype code
     2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8",
     256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
 WRITTEN_BY = b"cspine: C1..C7, for research"
@@ -672,7 +672,7 @@ PLACED_BY = (  # the fields that say where voxels lie; programs differ in which 
 
 def nifti_affine(header):
     """RAS mm from voxel (4, 4), as nibabel: sform, else qform, else zooms about the centre.
-    pixdim[0] below 0 mirrors the qform's k axis. Other units than mm are brought to mm."""
+    pixdim[0] below 0 mirrors the qform's k axis. Units other than mm are converted."""
     pixdim = header["pixdim"].astype(float)
     zooms = abs(pixdim[1:4])
     affine = np.diag([*zooms * (-1, 1, 1), 1])
@@ -693,16 +693,16 @@ def nifti_affine(header):
 
 def read_nifti(path, report=None):
     """(stored values (I, J, K), slope, intercept, voxel from LPS mm (4, 4), header).
-    NIfTI-1 of both byte orders, gzip or not; `report` is told of a guess. Damage raises
-    some error."""
+    NIfTI-1 in either byte order, gzipped or not. report(text) is called if the orientation
+    is guessed. A damaged file raises an exception of any kind."""
     raw = Path(path).read_bytes()
-    if raw[:2] == b"\x1f\x8b":  # of one or several members
+    if raw[:2] == b"\x1f\x8b":  # read() joins all its members
         raw = gzip.GzipFile(fileobj=io.BytesIO(raw)).read(2 * MAX_VOXELS)
     order = "<" if raw[:2] == b"\x5c\x01" else ">"  # the header's length, 348
     header = np.frombuffer(raw, NIFTI_HEADER.newbyteorder(order), 1)[0].copy()
     rank, *shape = header["dim"].tolist()
     start = int(header["vox_offset"])
-    more = max(shape[3:rank], default=1) > 1  # times or vectors
+    more = max(shape[3:rank], default=1) > 1  # a time series or vectors
     if header["magic"] != b"n+1" or rank < 3 or more or start < NIFTI_HEADER.itemsize:
         raise ValueError("not one 3-D image of NIfTI-1 in one file")
     code = int(header["datatype"])
@@ -727,7 +727,7 @@ def read_nifti(path, report=None):
     return stored, slope, intercept, voxel_from_lps, header
 
 def refuse_to_overwrite(path):
-    """UserError if a path is a file that is no mask of ours, which would be overwritten."""
+    """Raise UserError if the path exists and is not a mask written by this program."""
     if path.exists():
         with errors_as(UserError, f"{path}: not a mask of ours, and not overwritten"):
             with gzip.open(path) as file:
@@ -736,10 +736,10 @@ def refuse_to_overwrite(path):
 
 def write_nifti(path, labels, volume):
     """Write uint8 labels (Z, Y, X) on a Volume's grid as NIfTI-1, gzipped.
-    The mask of a NIfTI has its very voxels, placed as in its header; that of a DICOM series
-    is axial, evenly spaced, foot to head. There both sform and qform place them; a qform
-    cannot shear, and of a tilted series it keeps the axes within a slice, as ITK does.
-    UserError if a file of others is there."""
+    The mask of a NIfTI CT has the CT's own voxels and placement; that of a DICOM series is
+    axial, evenly spaced, foot first, and placed by both sform and qform. A qform cannot
+    shear: of a tilted series it keeps the axes within a slice, as ITK does.
+    UserError if the path holds a file of another program."""
     axes, flip = volume.grid
     order = [*np.argsort(axes)]
     stored = np.flip(labels, np.flatnonzero(flip).tolist()).transpose(order)  # (K, J, I)
@@ -755,7 +755,7 @@ def write_nifti(path, labels, volume):
     values = dict(MASK_HEADER, qoffset=affine[:, 3], srow=affine.ravel())
     values["dim"] = [3, *stored.shape[::-1]] + [1] * 4
     values["pixdim"] = [mirror, *zooms] + [1] * 4
-    values["quatern"] = vector / 2 * np.sinc(half / np.pi)  # axis times sine of half of it
+    values["quatern"] = vector / 2 * np.sinc(half / np.pi)  # axis * sin(angle / 2)
     if volume.header is not None:
         values |= {name: volume.header[name] for name in PLACED_BY}
     header = np.zeros((), NIFTI_HEADER.newbyteorder("<"))
@@ -769,21 +769,21 @@ def write_nifti(path, labels, volume):
     write_atomic(path, lambda new: new.write_bytes(content))
 
 def read_mask(path, volume, shape=None):
-    """uint8 (Z, Y, X), or a coarser `shape`: the nearest label, 1-7 = C1-C7, others
-    below 255 as stored, 0 outside. The mask may lie on any grid: its affine places it.
-    StudyError if it is damaged."""
+    """Labels uint8 (Z, Y, X) on the volume's grid, or on a coarser one of `shape`, by
+    nearest neighbour: 1-7 = C1-C7, others below 255 as stored, 0 outside. The mask may
+    have any grid: its affine places it. StudyError if it is damaged."""
     with errors_as(StudyError, f"{path}: not a readable NIfTI-1 mask"):
         stored, slope, intercept, voxel_from_lps, _ = read_nifti(path)
     out = np.zeros(shape or volume.hu.shape, np.uint8)
     matrix = (voxel_from_lps @ volume.affine)[:3, :, None, None]
     cells = [np.arange(count) + 0.5 for count in out.shape]
-    z, y, x = (c * n / len(c) - 0.5 for c, n in zip(cells, volume.hu.shape))  # of voxels
+    z, y, x = (c * n / len(c) - 0.5 for c, n in zip(cells, volume.hu.shape))  # in voxels
     down, back, left, start = matrix.swapaxes(0, 1)
     flat = back * y[:, None] + left * x  # (3, Y, X)
     flat = flat + start + 0.5  # so that floor finds the nearest
     limits = np.reshape(stored.shape, (3, 1, 1))
-    for plane, above in zip(out, z):
-        at = np.floor(flat + down * above).astype(int)
+    for plane, depth in zip(out, z):
+        at = np.floor(flat + down * depth).astype(int)  # (3, Y, X)
         inside = (at >= 0) & (at < limits)
         inside = inside.all(0)
         values = stored[tuple(at[:, inside])] * slope + intercept
@@ -792,10 +792,10 @@ def read_mask(path, volume, shape=None):
     return out
 
 def mask_fit(path, volume, labels):
-    """(share of a mask's C1..C7 that lies in the study, share of that which lies on bone).
-    `labels` is read_mask's, on any grid. Another study's mask fits nowhere."""
-    stored, slope, intercept, voxel_from_lps, _ = read_nifti(path, str)  # read_mask said it
-    thin = stored[::2, ::2, ::2] * slope + intercept  # an eighth says enough
+    """(share of a mask's C1..C7 inside the study, share of its labels there on bone).
+    `labels` is read_mask's, on any grid. Either share is low for another study's mask."""
+    stored, slope, intercept, voxel_from_lps, _ = read_nifti(path, str)  # str: be silent
+    thin = stored[::2, ::2, ::2] * slope + intercept  # an eighth is enough
     voxels = 8 * ((thin > 0.5) & (thin < 7.5)).sum()
     whole_mm3 = voxels / abs(np.linalg.det(voxel_from_lps))
     cells = np.argwhere((labels > 0) & (labels < 8))
@@ -814,7 +814,7 @@ def mask_files(data):
     return {re.sub(r"(?i)\.nii(\.gz)?$", "", path.name): path for path in files}
 
 def fitting_mask(path, volume, shape):
-    """What read_mask gives; StudyError if it lies outside the study, or beside its bone."""
+    """What read_mask gives; StudyError if it mostly lies outside the study or off bone."""
     labels = read_mask(path, volume, shape)
     inside, on_bone = mask_fit(path, volume, labels)
     if inside < LEAST_INSIDE or on_bone < LEAST_BONE:
@@ -825,28 +825,28 @@ def fitting_mask(path, volume, shape):
 
 # ==== Segmenter ====
 # In: a Volume. Out: the probability of C1..C7 in the cells of a cube over the whole study.
-# The trap: a 3-D network can be silently wrong; to_3d refuses what it does not know.
+# Pitfall: a converted network can run and be wrong; to_3d refuses layers it does not know.
 
 def resize(image, rows, columns):
-    """An image (Y, X) of another size: averaged if smaller, else interpolated."""
+    """An image (Y, X) of another size: averaged if no axis grows, else interpolated."""
     larger = rows > len(image) or columns > image.shape[1]
     how = cv2.INTER_LINEAR if larger else cv2.INTER_AREA
     return cv2.resize(image, (columns, rows), interpolation=how)  # OpenCV: width first
 
 def segmenter_input(volume, size=CUBE, window=SEGMENTER_WINDOW):
-    """float32 (1, D, D, D) in 0..1: every cell averages its share of the windowed study."""
+    """float32 (1, D, D, D) in 0..1: each cell is the mean of the windowed HU inside it."""
     level, width = window
     low = level - width // 2
     planes = []
     for hu in volume.hu:
         plane = np.float32(np.clip(hu, low, low + width))
-        plane = resize(plane, size, plane.shape[1])  # an axis at a time: each its own way
+        plane = resize(plane, size, plane.shape[1])  # one axis at a time: one may grow
         planes.append(resize(plane, size, size).ravel())
     cube = resize(np.array(planes), size, size * size)  # (Z, D * D) -> (D, D * D)
     return torch.from_numpy((cube.reshape(1, size, size, size) - low) / width)
 
 class Conv3dSame(nn.Conv3d):
-    """A convolution with TensorFlow's SAME padding: more at the end than at the start."""
+    """A convolution with TensorFlow's SAME padding; an odd voxel goes to the end."""
     def forward(self, x):
         """(B, C, Z, Y, X) -> (B, F, Z/stride, Y/stride, X/stride), rounded up."""
         padding = []
@@ -856,19 +856,19 @@ class Conv3dSame(nn.Conv3d):
         return super().forward(F.pad(x, padding))
 
 class BatchNormAct3d(nn.BatchNorm3d):
-    """timm's BatchNormAct2d holds the activation inside: a bare norm would drop it."""
+    """BatchNormAct2d in 3-D. It includes the activation, which BatchNorm3d would drop."""
     def forward(self, x):
         return self.act(super().forward(x))
 
 class SqueezeExcite3d(nn.Sequential):
-    """timm's layers on the mean over three axes; over two they run, and answer wrongly."""
+    """timm's squeeze-excite on the mean over three axes; over two it would run, wrongly."""
     def forward(self, x):
         return x * super().forward(x.mean((2, 3, 4), keepdim=True))
 
 LAYERS_3D = dict(  # by the name of the 2-D class
     Conv2d=nn.Conv3d, Conv2dSame=Conv3dSame, MaxPool2d=nn.MaxPool3d, AvgPool2d=nn.AvgPool3d,
     BatchNorm2d=nn.BatchNorm3d, BatchNormAct2d=BatchNormAct3d)
-# Layers for images, or timm's own, but for those that are right in 3-D as they are.
+# Matches layers for images and timm's own, except those that work in 3-D unchanged.
 NO_TWIN = r"2d|timm\.layers(?!.*(activation|ConvNormAct|DropPath))"
 
 def to_3d(network):
@@ -879,9 +879,9 @@ def to_3d(network):
     for path, layer in twin.named_modules():
         kind = str(type(layer))
         kind_3d = LAYERS_3D.get(type(layer).__name__)
-        settings = vars(layer).items()  # of these, some hold a value an axis
+        settings = vars(layer).items()  # the pairs among these: a value per axis
         pairs = {n: v for n, v in settings if isinstance(v, tuple) and len(v) == 2}
-        even = all(first == second for first, second in pairs.values())
+        even = all(first == second for first, second in pairs.values())  # else no twin
         weights = [*layer.parameters(False), *layer.buffers(False)]
         if "SqueezeExcite" in kind or "SEModule" in kind:
             layer.__class__ = SqueezeExcite3d
@@ -892,7 +892,7 @@ def to_3d(network):
             where = f"{type(network).__name__}.{path}"
             raise UserError(f"no 3-D twin of {where}: unknown {kind}")
         if isinstance(layer, nn.Conv3d):
-            # A kernel that is repeated k times is divided by k, or activations would grow.
+            # A kernel is repeated k times and divided by k, or activations would grow.
             depth = layer.kernel_size[0]
             weight = torch.stack([layer.weight.data / depth] * depth, 2)
             layer.weight = nn.Parameter(weight)  # (O, I, k, k) -> (O, I, k, k, k)
@@ -900,39 +900,39 @@ def to_3d(network):
 
 def create_backbone(name, **arguments):
     """A timm network by its plain name, with random weights: nothing is downloaded."""
-    if ":" in name:  # hf-hub:... would ask the network
+    if ":" in name:  # hf-hub:... would be downloaded
         raise UserError("no plain name")
-    import timm  # 0.2 GB that only networks need
+    import timm  # here, as it takes 0.2 GB that only networks need
     try:
         return timm.create_model(name, pretrained=False, **arguments)
     except TypeError:
         if arguments.pop("drop_path_rate", True):
             raise
-        return create_backbone(name, **arguments)  # some know no such option
+        return create_backbone(name, **arguments)  # some have no such argument
 
 class ConvBlock(nn.Module):
     """Convolution, norm, ReLU, then scSE attention (Roy et al. 2018)."""
-    def __init__(self, before, width):
+    def __init__(self, channels, width):
         super().__init__()
-        self.conv = nn.Conv3d(before, width, 3, padding=1, bias=False)
+        self.conv = nn.Conv3d(channels, width, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm3d(width)
         self.squeeze = nn.Conv3d(width, width // 4, 1)
         self.excite = nn.Conv3d(width // 4, width, 1)
         self.place = nn.Conv3d(width, 1, 1)
 
     def forward(self, x):
-        """(B, before, Z, Y, X) -> (B, width, Z, Y, X)."""
+        """(B, channels, Z, Y, X) -> (B, width, Z, Y, X)."""
         x = F.relu(self.norm(self.conv(x)))
-        mean = x.mean((2, 3, 4), keepdim=True)
+        mean = x.mean((2, 3, 4), keepdim=True)  # (B, width, 1, 1, 1)
         squeezed = F.relu(self.squeeze(mean))
         channel = self.excite(squeezed).sigmoid()
         return x * (channel + self.place(x).sigmoid())
 
 class Segmenter(nn.Module):
-    """3-D U-Net; `size` and `window` say for what input it was trained."""
+    """A 3-D U-Net. `size` and `window` (level, width) are those of the input it expects."""
     def __init__(
             self, backbone="tf_efficientnetv2_s", size=CUBE, window=SEGMENTER_WINDOW,
-            drop_path=0, dropout=0, **_):  # a recipe holds more
+            drop_path=0, dropout=0, **_):  # a recipe's other fields
         super().__init__()
         self.settings = dict(backbone=backbone, size=size, window=window)
         flat = create_backbone(
@@ -940,7 +940,7 @@ class Segmenter(nn.Module):
             drop_path_rate=drop_path)
         if flat.feature_info.reduction() != [2, 4, 8, 16]:
             raise UserError("no features at strides 2, 4, 8 and 16")
-        if hasattr(flat, "blocks"):  # what follows the last feature, down to stride 32
+        if hasattr(flat, "blocks"):  # unused layers after the last feature, of stride 32
             last_block = flat.feature_info.module_name()[-1].split(".")[1]
             del flat.blocks[int(last_block) + 1 :]
         self.encoder = to_3d(flat)
@@ -951,17 +951,17 @@ class Segmenter(nn.Module):
             ConvBlock(64 + second, 32),
             ConvBlock(32 + first + 8, 48)])
         self.dropout = nn.Dropout3d(dropout)
-        self.head = nn.Conv3d(48, 7 * 8, 1)  # a place answers for its 2 x 2 x 2 cells
+        self.head = nn.Conv3d(48, 7 * 8, 1)  # each voxel predicts its 2 x 2 x 2 cells
         nn.init.constant_(self.head.bias, -4)  # most cells are background
 
     def forward(self, x):
         """(B, 1, Z, Y, X) in 0..1, multiples of 16 -> (B, 7, Z, Y, X) logits of C1..C7."""
         if any(length % 16 for length in x.shape[2:]):
             raise UserError(f"cube {[*x.shape[2:]]}: must be multiples of 16")
-        x = (x - 0.5) * 4
-        cells = x[:, 0]
+        x = (x - 0.5) * 4  # -2..2
+        cells = x[:, 0]  # space to depth: the last skip keeps the full resolution
         for axis in (1, 2, 3):
-            cells = cells.unfold(axis, 2, 2)  # at last (B, Z/2, Y/2, X/2, 2, 2, 2)
+            cells = cells.unfold(axis, 2, 2)  # after three: (B, Z/2, Y/2, X/2, 2, 2, 2)
         cells = cells.flatten(4).movedim(-1, 1)  # (B, 8, Z/2, Y/2, X/2)
         *skips, x = self.encoder(x)
         skips[0] = torch.cat([skips[0], cells], 1)  # (B, C + 8, Z/2, Y/2, X/2)
@@ -976,7 +976,7 @@ class Segmenter(nn.Module):
 
 def segmenter_loss(logits, labels):
     """BCE and Dice: logits (B, 7, Z, Y, X), uint8 labels (B, Z, Y, X), 1-7 = C1-C7.
-    The Dice is of the vertebrae in view; BCE, mostly of background, counts tenfold."""
+    Dice counts only vertebrae in view; BCE, a mean of mostly background, weighs tenfold."""
     space = (2, 3, 4)
     logits = logits.float()
     truth = torch.stack([labels == v for v in range(1, 8)], 1).float()
@@ -988,7 +988,7 @@ def segmenter_loss(logits, labels):
     return 10 * entropy + 1 - (dice * seen).sum() / seen.sum().clamp(min=1)
 
 def vertebra_box(probability, gap=STRAY_GAP):
-    """(3, 2) first and last cell on each axis of a mask (D, D, D), or None if not seen."""
+    """(3, 2) first and last cell per axis of a probability (D, D, D); None if not seen."""
     for threshold in MASK_THRESHOLDS:
         mask = probability > threshold
         if mask.sum() >= MIN_CELLS:
@@ -997,7 +997,7 @@ def vertebra_box(probability, gap=STRAY_GAP):
     return None
 
 def fullest_run(profile, gap):
-    """First and last of the planes, at most `gap` apart, that together hold most cells."""
+    """First and last plane of the run, with no gap wider than `gap`, of most cells."""
     inside = np.flatnonzero(profile > STRAY_SHARE * profile.max())
     parts = parts_of(inside, inside, gap)
     fullest = max(parts, key=lambda part: profile[part].sum())
@@ -1005,7 +1005,7 @@ def fullest_run(profile, gap):
 
 def mean_probability(models, volume, device):
     """float32 (7, D, D, D) on the CPU: the mean of the segmenters' answers.
-    D is the first model's; one of another size gets a cube of its own."""
+    D is the first model's size; models of another size get their own input."""
     size = models[0].settings["size"]
     cube_of = functools.cache(functools.partial(segmenter_input, volume))
     total = torch.zeros((7, *[size] * 3), device=device)
@@ -1016,13 +1016,13 @@ def mean_probability(models, volume, device):
             logits = finite_answer(model.to(device), cube[None].to(device)).float()
             if len(cube[0]) != size:
                 logits = F.interpolate(logits, (size,) * 3, mode="trilinear")
-            count += ~logits[0].isnan()  # where one says NaN, the others count
+            count += ~logits[0].isnan()  # a NaN is left out of the mean
             total += logits[0].sigmoid().nan_to_num()
     return (total / count.clamp(min=1)).cpu()
 
 def neck_part(probability, shape):
-    """(low, high) voxels, (3,) each, of the neck and its surroundings, where they fill
-    little of the study, whose cells are then too coarse for a good mask; else None."""
+    """(low, high), voxels (3,) each: the part of the study with the neck and a margin;
+    None if no neck is seen, or if it is so large that the cube's cells are fine enough."""
     cells = probability.shape[-1]
     box = vertebra_box(probability.amax(0).numpy(), gap=cells)
     if box is None:
@@ -1035,8 +1035,8 @@ def neck_part(probability, shape):
     return (low, high) if min((high - low) / shape) < LOOK_CLOSER else None
 
 def place_back(part, low, high, shape):
-    """The probability (7, D, D, D) of a study of a shape (3,), from that of its voxels
-    from `low` to `high`, (3,) each: z, y, x."""
+    """The probability (7, D, D, D) over a whole study of `shape`, from that of a `part`
+    of it, its voxels from `low` to `high`; all three are z, y, x. It is 0 elsewhere."""
     size = high - low
     scale = np.divide(shape, size)
     shift = np.subtract(shape, low + high) / size
@@ -1044,14 +1044,14 @@ def place_back(part, low, high, shape):
     theta = torch.tensor(matrix[None]).float()
     part = part[None]
     grid = F.affine_grid(theta, part.shape, align_corners=False)
-    return F.grid_sample(part, grid, align_corners=False)[0]  # 0 around
+    return F.grid_sample(part, grid, align_corners=False)[0]  # 0 outside
 
 @torch.inference_mode()
 def segment(models, volume, device, report=print):
     """float32 (7, D, D, D): probability of C1..C7 in the cells of a cube over the study.
-    The mean of the models; what is out of order is renamed or emptied (in_order). Where
-    the neck is small in the study, it is looked at again by itself, and the mean of both
-    looks counts, as each misses what the other sees. `report` is told whatever is odd."""
+    The mean of the models; masks in the wrong order are renamed or emptied (in_order). If
+    the neck is a small part of the study, it is also segmented by itself, and both results
+    are averaged: each sees what the other misses. report(text) is called with oddities."""
     probability = mean_probability(models, volume, device)
     part = neck_part(probability, volume.hu.shape)
     if part:
@@ -1063,10 +1063,10 @@ def segment(models, volume, device, report=print):
     return in_order(probability.numpy(), report)
 
 def in_order(probability, report):
-    """(7, D, D, D) whose vertebrae lie head to foot, mended in place.
-    Of two neighbours in the wrong order that are about as large and lie apart the names are
-    exchanged; else the fainter one is emptied."""
-    weight = (probability * (probability > 0.5)).sum((2, 3))  # (7, D): mass in every plane
+    """The probability (7, D, D, D), changed in place so that C1..C7 lie head to foot.
+    Two neighbours in the wrong order swap names if they are of similar mass and lie apart;
+    else the fainter one is emptied. report(text) is called for each pair."""
+    weight = (probability * (probability > 0.5)).sum((2, 3))  # (7, D): mass of each plane
     mass = weight.sum(1)
     centre = weight @ np.arange(weight.shape[1]) / np.maximum(mass, 1)
     seen = [v for v in range(7) if mass[v] > MIN_CELLS]
@@ -1086,17 +1086,17 @@ def in_order(probability, report):
 
 # ==== Slices ====
 # In: a Volume, the probability of its vertebrae. Out: the ninety images of each vertebra.
-# The trap: the cube is stretched, by another factor on every axis; a crop is square in mm.
+# Pitfall: the cube is stretched by another factor on each axis; a crop is square in mm.
 
 def apply_window(hu, window):
-    """uint8: the window's lower end becomes 0, its upper end 255."""
+    """uint8: the lower end of the window (level, width) in HU becomes 0, the upper 255."""
     level, width = window
     low = level - width // 2
     scale = 255 / width
     return cv2.convertScaleAbs(np.maximum(hu, low), alpha=scale, beta=-low * scale)
 
 def crop_plane(plane, box, size):
-    """(S, S) out of a plane (Y, X); outside of it the border repeats. `box` (2, 2) holds
+    """(S, S) cut out of a plane (Y, X), whose border repeats outside it. `box` (2, 2) holds
     the corner and the step between pixels, as (y, x) shares of the plane."""
     corner, step = box * plane.shape
     y, x = corner + (step - 1) / 2  # of the first pixel's centre
@@ -1106,8 +1106,8 @@ def crop_plane(plane, box, size):
     return cv2.warpAffine(plane, source, (size, size), flags=how, borderMode=border)
 
 def crop_box(volume, extent, edge, size):
-    """crop_plane's `box` of a mask, from `extent` (2, 2), its first and last of the `edge`
-    cells along Y and X. The crop is square in mm, BOX_MARGIN cells wider than the mask."""
+    """crop_plane's `box` for a mask. `extent` (2, 2) is its first and last cell along Y and
+    X, of `edge` cells. The crop is square in mm, with BOX_MARGIN cells around the mask."""
     plane_mm = np.multiply(volume.hu.shape, volume.spacing)[1:]  # (y, x)
     beyond = [[-BOX_MARGIN], [1 + BOX_MARGIN]]
     low_mm, high_mm = (extent.T + beyond) * plane_mm / edge
@@ -1117,9 +1117,9 @@ def crop_box(volume, extent, edge, size):
     return np.array([corner_mm, step_mm]) / plane_mm
 
 def slice_indices(extent, z_margin, edge, count):
-    """(15, 5): the native slices of every step, of `count`; a border slice repeats. The
-    centres lie evenly over the slices that a vertebra's cells cover, from `extent` (first,
-    last) of the `edge` cells along Z, and `z_margin` cells beyond."""
+    """(15, 5): the native slices of each step, of `count`; a border slice repeats. Step
+    centres are evenly spaced over the slices that a vertebra covers: its first to last
+    cell (`extent`) of the `edge` cells along Z, and `z_margin` cells beyond both."""
     first = max(extent[0] - z_margin, 0) * count / edge
     last = min(extent[1] + z_margin + 1, edge) * count / edge - 1
     last = max(first, last)  # a cell may be thinner than a slice
@@ -1131,7 +1131,7 @@ def slice_indices(extent, z_margin, edge, count):
 def mask_at(cells, z, count):
     """(D, D): a mask (D, D, D) at native slice z, between two planes of cells."""
     edge = len(cells)
-    at = np.clip((z + 0.5) * edge / count - 0.5, 0, edge - 1.001)  # below + 1 is a plane
+    at = np.clip((z + 0.5) * edge / count - 0.5, 0, edge - 1.001)  # below + 1 exists
     below = int(at)
     share = np.float32(at % 1)
     return cells[below] * (1 - share) + cells[below + 1] * share
@@ -1143,10 +1143,10 @@ def interleave(images, masks):
 
 def vertebra_slices(volume, probability, size=CROP, mask_of="last", z_margin=BOX_MARGIN):
     """The ninety images of every vertebra: uint8 (7, 15, 6, S, S), a mask after 5 slices.
-    `probability` (7, D, D, D) covers the whole study. `mask_of` says of which of a step's
-    slices the mask is, the "last" or the "center". The steps cover the vertebra's mask and
-    `z_margin` cells beyond it, above and below; the slices are in BONE_WINDOW. A vertebra
-    that is not seen is all 0; the mask of one that is seen is nowhere 0."""
+    `probability` (7, D, D, D) covers the whole study. `mask_of` says which slice of a step
+    its mask belongs to, the "last" or the "center". Steps cover the vertebra's mask and
+    `z_margin` cells above and below it; slices are in BONE_WINDOW. A vertebra that is not
+    seen is all 0; the mask of one that is seen has no 0."""
     count = len(volume.hu)
     out = np.zeros((7, STEPS, CHANNELS, size, size), np.uint8)
     for v, cells in enumerate(probability):
@@ -1160,29 +1160,29 @@ def vertebra_slices(volume, probability, size=CROP, mask_of="last", z_margin=BOX
         images = np.array([crop_plane(plane, box, size) for plane in grey])
         planes = [mask_at(cells, z, count) for z in index[:, MASKED_SLICES[mask_of]]]
         masks = np.array([crop_plane(plane, box, size) for plane in planes])
-        masks = np.rint(masks * 255).clip(1)  # 0 means: not seen
+        masks = np.rint(masks * 255).clip(1)  # as 0 means: not seen
         out[v] = interleave(images[which.ravel()], masks)  # 75 slices, 15 masks
     return out
 
 
 # ==== Classifiers ====
 # In: the ninety images of vertebrae. Out: the logit of a fracture for every step.
-# The trap: a vertebra that is not seen is all 0; it must cost nothing and answer nothing.
+# Pitfall: a vertebra that is not seen is all 0: it is neither computed nor answered.
 
 def logit_head(width, hidden, dropout):
-    """(..., width) -> (..., 1). LayerNorm: InstanceNorm does the same, without a scale."""
+    """(..., width) -> (..., 1). Its LayerNorm is an InstanceNorm with a learned scale."""
     return nn.Sequential(
         nn.Linear(width, hidden), nn.LayerNorm(hidden), nn.LeakyReLU(0.1),
         nn.Dropout(dropout), nn.Linear(hidden, 1))
 
 class StepEncoder(nn.Module):
-    """The part of a classifier that turns crops into features, and reads them in order."""
+    """Turns crops into features; a classifier's `answer` runs its LSTM over the steps."""
     def __init__(self, backbone, hidden, drop_path, dropout, checkpoint):
         super().__init__()
         self.backbone = create_backbone(
             backbone, in_chans=CHANNELS, num_classes=0, global_pool="avg",
             drop_path_rate=drop_path)
-        probe = torch.zeros(1, CHANNELS, 64, 64)  # refuses backbones of one image size
+        probe = torch.zeros(1, CHANNELS, 64, 64)  # fails if the image size is fixed
         width = self.backbone.eval()(probe).shape[1]
         if checkpoint:  # the blocks run again in the backward pass
             self.backbone.set_grad_checkpointing()
@@ -1192,15 +1192,15 @@ class StepEncoder(nn.Module):
 
     def forward(self, crops):
         """(B, N, 6, S, S), uint8 or 0..1 -> (B, N, F) features of the steps."""
-        seen = crops[:, :, -1].amax((2, 3)).flatten() > 0  # (B * N,); a mask has no 0
+        seen = crops[:, :, -1].amax((2, 3)).flatten() > 0  # (B * N,); a seen mask: no 0
         features = self.absent.repeat(len(seen), 1)
         if seen.any():
-            shown = crops.flatten(0, 1)[seen]
+            shown = crops.flatten(0, 1)[seen]  # (B, N, ...) -> (steps seen, ...)
             features[seen] = self.encode(shown).float()
         return features.unflatten(0, crops.shape[:2])
 
     def encode(self, shown):
-        """(N, 6, S, S) -> (N, F), in parts that the cache or the card's memory holds."""
+        """(N, 6, S, S) -> (N, F), in parts that fit the GPU's memory or the CPU's cache."""
         scale = 2 if shown.is_floating_point() else 2 / 255
 
         def features(part):
@@ -1210,16 +1210,16 @@ class StepEncoder(nn.Module):
         if self.training:
             return features(shown)
         if shown.device.type != "cpu":
-            with suppress(torch.OutOfMemoryError):
+            with suppress(torch.OutOfMemoryError):  # then in smaller parts, as on a CPU
                 return torch.cat([*map(features, shown.split(CROPS_ON_GPU))])
         return torch.cat([*map(features, shown.split(CROPS_ON_CPU))])
 
 class VertebraClassifier(nn.Module):
     """(B, 15, 6, S, S), uint8 or 0..1 -> (B, 15) logits: a fracture of this vertebra.
-    `size`, `mask_of`, `z_margin` (0: an older file has none) say what crops it has seen."""
+    `size`, `mask_of`, `z_margin` (0: an older file) are those of the crops it has seen."""
     def __init__(
             self, backbone="tf_efficientnetv2_s", size=CROP, mask_of="last", z_margin=0.0,
-            hidden=256, drop_path=0, dropout=0, checkpoint=False, **_):  # and more
+            hidden=256, drop_path=0, dropout=0, checkpoint=False, **_):  # see Segmenter
         super().__init__()
         self.settings = dict(
             backbone=backbone, size=size, mask_of=mask_of, hidden=hidden, z_margin=z_margin)
@@ -1228,7 +1228,7 @@ class VertebraClassifier(nn.Module):
 
     def forward(self, crops):
         features = self.encoder(crops)
-        with torch.autocast(crops.device.type, enabled=False):  # bfloat16 would round
+        with torch.autocast(crops.device.type, enabled=False):  # half would lose digits
             return self.answer(features)
 
     def answer(self, features):
@@ -1252,43 +1252,43 @@ class PatientClassifier(VertebraClassifier):
         return logits, self.patient_head(both)[..., 0]
 
 def classifier_loss(outputs, labels):
-    """Log loss with the competition's weights, a vertebra's label on each of its steps;
-    the sum is divided by the weights of a whole study, not by those of its own labels.
+    """Log loss with the competition's weights; each step has the label of its vertebra.
+    The sum is divided by the batch size and TARGET_WEIGHTS, not by the labels' weights.
     `outputs` are a classifier's: (B, N) logits with labels (B, 1), or ((B, N), (B,)) with
-    labels (B, 8). A label that is NaN is unknown and counts nothing."""
+    labels (B, 8). A NaN label is unknown and ignored."""
     targets = labels.shape[1]
     patient = isinstance(outputs, tuple)
     logits = torch.column_stack(outputs) if patient else outputs  # (B, N + 1) or (B, N)
-    steps = logits.shape[1] // min(7, targets)  # of a vertebra
-    which = np.arange(logits.shape[1]) // steps  # the target of every logit
-    share = TARGET_WEIGHTS[which] / np.bincount(which)[which]
-    truth = labels[:, which]
+    steps = logits.shape[1] // min(7, targets)  # per vertebra
+    which = np.arange(logits.shape[1]) // steps  # the target of each logit
+    share = TARGET_WEIGHTS[which] / np.bincount(which)[which]  # a target's steps share it
+    truth = labels[:, which]  # (B, targets) -> the shape of logits
     weight = torch.where(truth > 0, POSITIVE_FACTOR, 1.0) * labels.new_tensor(share)
     loss = F.binary_cross_entropy_with_logits(
         logits, truth.nan_to_num(), weight * ~truth.isnan(), reduction="sum")
     return loss / len(labels) / TARGET_WEIGHTS[:targets].sum()
 
 class Output(NamedTuple):
-    """What one model says of a study; NaN: not in view, or nothing to say."""
+    """One model's answer to a study; NaN: not in view, or a target it does not answer."""
     steps: Any  # (7, T) probability of a fracture
-    patient: float  # its probability
+    patient: float  # probability of patient_overall
     name: str = ""  # of the model's files, before _fold: its folds share it
 
 class Calibration(NamedTuple):
-    """How outputs are blended, and how the logits of the eight targets are moved."""
+    """How outputs are blended, and the logits of the eight targets scaled and shifted."""
     scale: Any = (1.0,) * 8
     shift: Any = (0.0,) * 8
     unseen: Any = PRIOR  # the answer of a target that is not in view
     answers: Answers = Answers()
     weights: dict = {}  # {model name: its weight in the blend}; else 1
-    trained_on: str = "unknown"  # what the models were, in words
+    trained_on: str = "unknown"  # the models' training data, in words
 
 class Ensemble(NamedTuple):
     """The models that answer a study, and how their outputs become answers."""
     models: dict  # {kind: [model of a fold, ...]}
     device: torch.device
     calibration: Calibration = Calibration()
-    on_cpu: Any = None  # the same Ensemble, for when the device fails
+    on_cpu: Any = None  # its copy on the CPU, for when the device fails
 
 @torch.inference_mode()
 def classify(ensemble, crops, folds=None):
@@ -1301,65 +1301,66 @@ def classify(ensemble, crops, folds=None):
     crops = torch.from_numpy(crops).to(ensemble.device)
     outputs = []
 
-    @functools.cache  # most models have one size
+    @functools.cache  # most models share one size
     def resized(size):
         if size == crops.shape[-1]:
             return crops
         parts = (F.interpolate(part.float(), size, mode="bilinear") for part in crops)
-        return torch.stack([part.round().byte() for part in parts])  # bytes: little memory
+        return torch.stack([part.round().byte() for part in parts])  # bytes save memory
 
     for k, model in enumerate(vertebra + patient):
         shown = resized(model.settings["size"])
         shown = torch.rot90(shown.flip(-1) if k & 4 else shown, k, (-2, -1))
         model.to(ensemble.device)
-        head = torch.tensor(math.nan)
+        overall = torch.tensor(math.nan)
         with autocast(ensemble.device):
             if k < len(vertebra):
                 logits = finite_answer(model, shown)  # (7, 15, 6, S, S) -> (7, 15)
             else:
                 flat = shown.flatten(0, 1)[None]  # (1, 105, 6, S, S)
-                logits, head = finite_answer(model, flat)
+                logits, overall = finite_answer(model, flat)
         steps = logits.sigmoid().view(7, STEPS).cpu().numpy()
         steps[absent] = np.nan
-        outputs.append(Output(steps, float(head.sigmoid()), model.settings.get("name", "")))
+        name = model.settings.get("name", "")
+        outputs.append(Output(steps, float(overall.sigmoid()), name))
     return outputs
 
 
 # ==== Answers ====
-# In: the outputs of all models. Out: eight probabilities, calibrated if a fit is at hand.
-# The trap: a positive weighs double in the metric: the best answer lies above the chance.
+# In: the outputs of all models. Out: eight probabilities, calibrated if there is a fit.
+# Pitfall: positives weigh double, so the best answer lies above the true probability.
 
 def vertebra_answers(steps, top_k):
-    """(..., 7): the mean of each vertebra's top_k largest steps (..., 7, T)."""
+    """(..., 7): the mean of the `top_k` largest of each vertebra's `steps` (..., 7, T)."""
     return np.sort(steps)[..., -top_k:].mean(-1)
 
 def mean_logits(studies, calibration):
-    """(N, 8): the mean logits of each study's outputs; NaN: in no model's view.
-    A model name counts by its weight, else 1, however many models (folds) share it."""
+    """(N, 8): the mean logits of each study's outputs; NaN where no model answers.
+    Each model name has its weight, by default 1, which its models (the folds) share."""
     mean = np.zeros((len(studies), 8))
     for row, outputs in zip(mean, studies):
         steps, patient, names = zip(*outputs)
         vertebrae = vertebra_answers(steps, calibration.answers.top_k)  # (M, 7)
-        chance = np.column_stack([vertebrae, patient])
+        probability = np.column_stack([vertebrae, patient])  # (M, 8)
         share = [calibration.weights.get(name, 1) / names.count(name) for name in names]
-        share = np.array(share)[:, None] * ~np.isnan(chance)
-        logits = logits_of(chance)
+        share = np.array(share)[:, None] * ~np.isnan(probability)
+        logits = logits_of(probability)
         with np.errstate(invalid="ignore"):
             row[:] = (np.nan_to_num(logits) * share).sum(0) / share.sum(0)
     return mean
 
 def logits_of(answers):
-    """The logits of answers, LEAST_ANSWER away from 0 and 1."""
+    """The logits of answers, which are first clipped to LEAST_ANSWER..1 - LEAST_ANSWER."""
     return torch.tensor(answers).logit(LEAST_ANSWER).numpy()
 
 def calibrated(raw, calibration):
     """(N, 8) probabilities of mean logits (N, 8).
-    The patient's is a blend of its own and of the vertebrae's noisy-or, P(at least one).
-    What is not in view gets calibration.unseen, as the patient does if no vertebra is."""
+    The patient's answer blends its own and the vertebrae's noisy-or, P(at least one).
+    Targets not in view get calibration.unseen; so does the patient if no vertebra is."""
     scale, shift, unseen = map(torch.tensor, calibration[:3])
     logits = torch.tensor(raw) * scale + shift
-    whole = 1 - logits[:, :7].sigmoid()
-    either = 1 - whole.nan_to_num(1).prod(1)  # not in view: not broken
+    intact = 1 - logits[:, :7].sigmoid()
+    either = 1 - intact.nan_to_num(1).prod(1)  # not in view counts as intact
     either = torch.where(either > 0, either, math.nan)  # no vertebra in view: no answer
     own = torch.tensor(raw[:, 7]).sigmoid()
     own = torch.where(own.isnan(), either, own)  # without a patient classifier
@@ -1378,13 +1379,13 @@ def combine(outputs, calibration=Calibration()):
 
 # ==== Prediction ====
 # In: studies and an Ensemble. Out: submission.csv, and a report of every study beside it.
-# The trap: a run may be killed at any moment; a complete submission is always on disk.
+# Pitfall: a run may be killed at any moment; a complete submission is always on disk.
 
 class Submission(NamedTuple):
-    """What is asked: where the answers go, and (row_id, uid, target) of every row."""
+    """The rows to be answered, and where the answers go."""
     out: Path
-    rows: list
-    made_by: str = ""  # hash of models and options: answers of others do not count
+    rows: list  # (row_id, uid, target)
+    made_by: str = ""  # hash of models and options; answers of another hash do not count
 
 def rows_asked(path):
     """[(row_id, uid, target)] of test.csv, each row once."""
@@ -1400,7 +1401,7 @@ def rows_asked(path):
     return [*zip(table.row_id, table[STUDY], target)]
 
 def strongest_steps(volume, probability, outputs, z_margin):
-    """{C1: values} of every vertebra in view: where its strongest step lies.
+    """{C1: values} of each vertebra in view: where its most suspicious step lies.
     `slice` counts from 1 at the head; `lps_mm` is the centre of the crop in that slice;
     `steps` are the probabilities of all 15, the mean of the models that answer."""
     steps = torch.tensor(np.array([one.steps for one in outputs])).nanmean(0)  # (7, 15)
@@ -1420,7 +1421,7 @@ def strongest_steps(volume, probability, outputs, z_margin):
     return places
 
 def as_columns(places):
-    """{C1_slice: 57, ...} of what is known of every vertebra; lists as words."""
+    """{C1_slice: 57, ...} from {C1: {slice: 57, ...}, ...}; a list becomes one string."""
     columns = {}
     for name, values in places.items():
         for key, value in values.items():
@@ -1430,11 +1431,11 @@ def as_columns(places):
     return columns
 
 def crops_wanted(ensemble):
-    """What vertebra_slices is asked for: crops as the classifiers were trained on."""
+    """vertebra_slices' arguments for crops like those the classifiers were trained on."""
     classifiers = ensemble.models["vertebra"] + ensemble.models["patient"]
     wanted = {name: classifiers[0].settings[name] for name in ("mask_of", "z_margin")}
     largest = max(model.settings["size"] for model in classifiers)
-    if largest > CROP:  # else the usual crops are made smaller
+    if largest > CROP:  # else classify shrinks crops of the usual size
         wanted["size"] = largest
     return wanted
 
@@ -1454,8 +1455,8 @@ def answer_study(volume, read_s, ensemble, folds):
     lost = np.array([np.isnan(one.steps[seen]).any(1) for one in outputs])  # (M, seen)
     if lost.size and lost.all():
         raise StudyError("no classifier gives a finite answer")
-    mute = {one.name for one, some in zip(outputs, lost) if some.any()}
-    problems += [f"no finite answer by {name}, left out there" for name in sorted(mute)]
+    failed = {one.name for one, some in zip(outputs, lost) if some.any()}
+    problems += [f"no finite answer by {name}, left out there" for name in sorted(failed)]
     answers = combine(outputs, ensemble.calibration)
     classified = monotonic()
 
@@ -1468,7 +1469,7 @@ def answer_study(volume, read_s, ensemble, folds):
     return row, places, probability
 
 def answer_somewhere(volume, read_s, ensemble, folds=None):
-    """What answer_study gives; from the CPU where the device fails."""
+    """What answer_study gives; computed on the CPU if the device fails."""
     try:
         return answer_study(volume, read_s, ensemble, folds)
     except RuntimeError as error:  # a lack of memory, or a fault of the device
@@ -1478,13 +1479,13 @@ def answer_somewhere(volume, read_s, ensemble, folds=None):
         return answer_study(volume, read_s, ensemble.on_cpu, folds)
 
 def read_in_time(future, seconds, where=""):
-    """What the reading of a study gives; StudyError if it takes longer: a file may hang."""
+    """The result of reading a study; StudyError after `seconds`, as a file may hang."""
     if not wait([future], seconds).done:
         raise StudyError(f"{where}reading it took over {seconds:.0f} s")
     return future.result()
 
 def answer_or_prior(uid, future, ensemble, folds, seconds):
-    """A row of the report, of the study that `future` reads; else the prior, and why."""
+    """The report's row on the study that `future` reads; if it fails, the prior and why."""
     try:
         volume, read_s = read_in_time(future, seconds)
         row, places, _ = answer_somewhere(volume, read_s, ensemble, folds)
@@ -1495,7 +1496,7 @@ def answer_or_prior(uid, future, ensemble, folds, seconds):
         return dict(PRIOR_ANSWERS, status="failed", warnings=reason)
 
 def tried_on_device(ensemble):
-    """The Ensemble, tried once on its device; on the CPU if its models do not run there."""
+    """The Ensemble after a trial on its device; its CPU copy if the trial fails."""
     if not ensemble.on_cpu:
         return ensemble
     try:
@@ -1525,7 +1526,7 @@ def read_reports(submission):
         except UserError:
             if path.exists():
                 raise
-            continue  # another process has just begun anew
+            continue  # another process has just deleted it, to begin anew
         failed = table.status.isin(("failed", "no time"))
         made_by = table.get("made_by", "")
         answered = table[~failed & (made_by == submission.made_by)]
@@ -1542,12 +1543,12 @@ def write_submission(submission, reports=()):
         (row_id, answers.get(uid, PRIOR_ANSWERS).get(target, 0.5))
         for row_id, uid, target in submission.rows]
     write_csv(submission.out, pd.DataFrame(values, columns=["row_id", "fractured"]))
-    if len(read_reports(submission)) > len(answers):  # another has reported meanwhile
+    if len(read_reports(submission)) > len(answers):  # another process reported meanwhile
         write_submission(submission)
 
 def predict_studies(images, submission, ensemble, stop, workers, resume=False):
     """Answer this process's share of the studies; everything is written after each of them.
-    When time gets short, fewer folds answer; at the end the prior does."""
+    When time gets short, fewer folds answer; when it runs out, the prior does."""
     rank, world = ranks()
     done = read_reports(submission) if resume else {}
     if resume:
@@ -1555,13 +1556,13 @@ def predict_studies(images, submission, ensemble, stop, workers, resume=False):
     uids = [*dict.fromkeys(uid for _, uid, _ in submission.rows)]
     todo = [uid for uid in uids[rank::world] if uid not in done]
     reports = [*done.values()]
-    most = max(map(len, ensemble.models.values()))
-    seconds = 1e-9  # that a fold needs for a study; not known yet
+    all_folds = max(map(len, ensemble.models.values()))
+    fold_s = 1e-9  # s that a fold needs for a study; not known yet
 
     def read(uid):
         start = stop.clock()
         until = start + min(MAX_READ_S, stop.left() / 4)
-        if uid in ("", "..") or Path(uid).name != uid:  # from a csv: it must stay inside
+        if uid in ("", "..") or Path(uid).name != uid:  # stay in `images`
             raise StudyError(f"{uid!r}: not a folder's name")
         volume = read_volume(images / uid, workers, lambda: stop.clock() > until)
         return volume, stop.clock() - start
@@ -1569,39 +1570,39 @@ def predict_studies(images, submission, ensemble, stop, workers, resume=False):
     studies = prefetch(read, todo, READING_THREADS)
     for k, (uid, future) in enumerate(progress(studies, "study", len(todo))):
         start, left = stop.clock(), stop.left()
-        if seconds > left:
+        if fold_s > left:
             say(f"time is short: {len(todo) - k} studies get the prior")
             blank = dict(PRIOR_ANSWERS, status="no time")
             reports += [{STUDY: uid, **blank} for uid in todo[k:]]
             return write_submission(submission, reports)
-        folds = most
-        while folds > max(left / (len(todo) - k) / seconds, 1):
+        folds = all_folds
+        while folds > max(left / (len(todo) - k) / fold_s, 1):
             folds //= 2
-        if folds != most:
-            say(f"study {uid}: time is short, {folds} of {most} folds")
+        if folds != all_folds:
+            say(f"study {uid}: time is short, {folds} of {all_folds} folds")
         row = answer_or_prior(uid, future, ensemble, folds, min(MAX_READ_S, left / 4))
         reports.append({STUDY: uid, **row, "peak_gb": peak_gb()})
         write_submission(submission, reports)
         if stop.signal:
             state = f"{submission.out} is complete, --resume goes on"
             raise Stopped(f"stopped by {stop.signal}; {state}", 130)
-        seconds = max((stop.clock() - start) / folds, 0.8 * seconds)
+        fold_s = max((stop.clock() - start) / folds, 0.8 * fold_s)  # falls slowly
 
 
 # ==== One's own study ====
 # In: paths of CTs, an Ensemble. Out: answers.csv, masks, and where to look.
-# The trap: what is not in view has an answer too, the prior; here it stays empty.
+# Pitfall: what is not in view is answered with the prior, too; here it stays empty.
 
-MASK_FROM = 0.5  # probability from which a voxel is a vertebra's
+LABEL_THRESHOLD = 0.5  # probability from which a voxel is a vertebra's
 SLAB_MM = 3.0  # mm to either side of a vertebra's middle, where its canal is open
 BODY_MM = 30.0  # mm; a deeper part of a mask is no vertebral body alone
-LEAST_CM3 = 1.0  # cm3; a smaller mask is no vertebra (C1, the smallest, has several)
+LEAST_CM3 = 1.0  # cm3; a smaller mask is not a vertebra (C1, the smallest, has several)
 LEAST_ROWS = 5  # voxels from front to back of a body, to fit a line to
-PLATE = (0.2, 0.8)  # shares of a body's depth between which its endplate is straight
+ENDPLATE = (0.2, 0.8)  # shares of a body's depth between which its endplate is straight
 
 def studies_in(path, left_out=()):
     """The studies of a path: itself, or those of a folder of folders and NIfTI files.
-    Without what is hidden, the folders left out, and links to a folder above."""
+    Skips hidden files, the folders in `left_out`, and links to a folder above."""
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     above = {*left_out, path.resolve()}
@@ -1624,8 +1625,8 @@ def studies_in(path, left_out=()):
     return found
 
 def named_studies(paths, left_out=()):
-    """{name: path} of all studies: the last parts of their paths that tell them apart.
-    What stands in the folders left out is none."""
+    """{name: path} of all studies. A name is the last parts of a path that are unique.
+    Nothing inside the folders in `left_out` counts as a study."""
     if "" in paths:
         raise UserError("an empty PATH")
     paths = map(Path, paths)
@@ -1651,7 +1652,7 @@ def largest_piece(mask):
     largest = []
     while len(left) > len(largest):
         piece = [left.pop()]
-        for cell in piece:  # which grows meanwhile
+        for cell in piece:  # a queue: it grows while it is read
             near = {cell + step for step in steps} & left
             left -= near
             piece += near
@@ -1662,27 +1663,27 @@ def largest_piece(mask):
 
 def vertebra_labels(volume, probability):
     """uint8 (Z, Y, X), 1-7 = C1-C7, on the study's grid, of a probability (7, D, D, D).
-    A voxel is of the vertebra that is likeliest there; the largest piece of each counts."""
+    A voxel belongs to its most probable vertebra; only the largest piece of each counts."""
     whole = probability.copy()
     for cells in whole:
-        inside = cells > MASK_FROM
+        inside = cells > LABEL_THRESHOLD
         cells[inside & ~largest_piece(inside)] = 0  # strays
     labels = np.zeros(volume.hu.shape, np.uint8)
     count, rows, columns = labels.shape
     for z, plane in enumerate(labels):
-        highest = np.full((rows, columns), MASK_FROM, np.float32)
+        highest = np.full((rows, columns), LABEL_THRESHOLD, np.float32)
         for v, cells in enumerate(whole, 1):
             chance = mask_at(cells, z, count)
-            if chance.max() > MASK_FROM:
+            if chance.max() > LABEL_THRESHOLD:
                 chance = cv2.resize(chance, (columns, rows))
                 plane[chance > highest] = v
                 np.maximum(highest, chance, out=highest)
     return labels
 
 def lower_end(voxels, volume):
-    """Degrees by which the lower end of a vertebra's body falls from front to back.
-    `voxels` (N, 3) are its mask's. In the middle, where the canal opens behind it, the body
-    ends at the canal; None if there is none, or too little of a body."""
+    """Degrees by which the lower endplate of a vertebral body falls from front to back.
+    `voxels` (N, 3) are its mask's. In the midline the body ends where the spinal canal
+    begins; None if no canal is found there, or too little of a body."""
     x = voxels[:, 2].mean()
     aside = abs(voxels[:, 2] - x) * volume.spacing[2]
     z, y, _ = voxels[aside < SLAB_MM].T
@@ -1690,7 +1691,7 @@ def lower_end(voxels, volume):
     body = parts_of(rows, rows, 1)[0]
     if len(body) < LEAST_ROWS or len(body) * volume.spacing[1] > BODY_MM:
         return None
-    first, last = np.quantile(body, PLATE)
+    first, last = np.quantile(body, ENDPLATE)
     plate = body[(body >= first) & (body <= last)]
     ends = [(z[y == row].max(), row, x, 1) for row in plate]
     _, back, up, _ = volume.affine @ np.transpose(ends)
@@ -1718,7 +1719,7 @@ def measure(labels, volume, places):
 
 def answer_own(name, future, ensemble, masks):
     """A study's row of the answers; StudyError if no vertebra is seen.
-    With a folder of masks, the vertebrae's go there."""
+    If `masks` names a folder, the study's mask is written there."""
     volume, read_s = read_in_time(future, MAX_READ_S, f"{name}: ")
     if why := not_in_hu(volume.hu):
         raise StudyError("; ".join([f"{volume.uid}: {why}", *volume.problems]))
@@ -1769,8 +1770,8 @@ def print_own(table):
 
 
 # ==== Metric and folds ====
-# In: answers and labels. Out: the competition's score, what is behind it, a calibration.
-# The trap: whatever is fitted to a fold must not be scored on it.
+# In: answers and labels. Out: the competition's score, its details, a calibration.
+# Pitfall: whatever is fitted to a fold must not be scored on it.
 
 RELIABILITY_BINS = (0, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1)
 LEAST_STUDIES = 20  # studies; fewer say nothing about reliability, nor about a blend
@@ -1779,16 +1780,16 @@ INTERVAL = (2.5, 97.5)  # percentiles of these: a 95 % interval
 FITTED_STEPS = (1, 3, 5, 10, 15)  # tried as top_k
 FITTED_SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # tried as noisy_or
 FITTED_WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)  # tried for every model name
-LEAST_GAIN = 0.001  # of the score, or a choice stays: less is chance
+LEAST_GAIN = 0.001  # of the score; a smaller gain may be chance and changes nothing
 UNSEEN_PULL = 10.0  # studies that the prior counts for, in the rate of unseen vertebrae
-CALIBRATION_PULL = 2.0  # towards the identity: a spread of 0.5 in log scale and in shift
+CALIBRATION_PULL = 2.0  # towards the identity: a Gaussian of SD 0.5 on log scale, shift
 FIT_ROUNDS = 100  # of Newton's method at most; five to twenty are usual
 LEAST_STEP, LARGEST_STEP = 1e-7, 0.5  # of log scale and shift, in a round
 
 # The columns of a classifier's held-out answers: every step of C1..C7, and the patient.
 STEP_TARGETS = [f"{name}_{step}" for name in VERTEBRAE for step in range(1, STEPS + 1)]
 STEP_TARGETS += TARGETS[7:]
-TRAINED_ON = "trained_on"  # one more, where they are of studies that were trained on
+TRAINED_ON = "trained_on"  # an extra column if these studies were also trained on
 
 def element_losses(answers, labels):
     """Log loss of each answer, clipped at 1e-15 as the metric's."""
@@ -1797,7 +1798,7 @@ def element_losses(answers, labels):
     return -np.log(np.clip(right, 1e-15, 1))
 
 def element_weights(labels):
-    """1 of each label, POSITIVE_FACTOR of a positive, 0 of one that is unknown (NaN)."""
+    """1 for a negative label, POSITIVE_FACTOR for a positive, 0 for an unknown (NaN)."""
     labels = np.asarray(labels, float)
     return np.where(labels > 0, POSITIVE_FACTOR, 1.0) * ~np.isnan(labels)
 
@@ -1811,7 +1812,7 @@ def study_scores(answers, labels):
 
 def competition_scores(answers, labels):
     """The competition's score of (N, 8) answers, lower is better: (per study, per column).
-    The page defines it per study; some normalise every column."""
+    The competition's page defines it per study; some scripts average per column instead."""
     weight = element_weights(labels)
     loss = element_losses(answers, labels) * weight
     columns = loss.sum(0) / weight.sum(0).clip(1e-9)
@@ -1826,32 +1827,32 @@ def interval(scores):
     return np.percentile(drawn.mean(1), INTERVAL)
 
 def by_label(answers, labels):
-    """The sorted answers to what is broken, and to what is whole; not to unknown labels."""
+    """(sorted answers of the fractured, of the intact); unknown labels are left out."""
     answers, labels = np.asarray(answers), np.asarray(labels)
     return np.sort(answers[labels == 1]), np.sort(answers[labels == 0])
 
 def auc(answers, labels):
-    """Area under the ROC curve: the share of pairs, one broken and one whole, whose answers
-    are in order; equal ones count half. NaN if all known labels are alike."""
-    broken, whole = by_label(answers, labels)
-    pairs = len(broken) * len(whole)
-    won = np.searchsorted(whole, broken) + np.searchsorted(whole, broken, "right")
+    """Area under the ROC curve: the share of pairs, one fractured and one intact, whose
+    answers are in order; ties count half. NaN if all known labels are alike."""
+    broken, intact = by_label(answers, labels)
+    pairs = len(broken) * len(intact)
+    won = np.searchsorted(intact, broken) + np.searchsorted(intact, broken, "right")
     return won.sum() / 2 / pairs if pairs else math.nan
 
 def equal_point(answers, labels):
     """(threshold, sensitivity, specificity) where the latter two differ least.
     The radiology papers' operating point; answers from the threshold on say: fractured."""
-    broken, whole = by_label(answers, labels)
-    if not len(broken) or not len(whole):
+    broken, intact = by_label(answers, labels)
+    if not len(broken) or not len(intact):
         return (math.nan,) * 3
-    thresholds = np.unique(np.r_[broken, whole])
+    thresholds = np.unique(np.r_[broken, intact])
     sensitivity = 1 - np.searchsorted(broken, thresholds) / len(broken)
-    specificity = np.searchsorted(whole, thresholds) / len(whole)
+    specificity = np.searchsorted(intact, thresholds) / len(intact)
     best = np.abs(sensitivity - specificity).argmin()
     return thresholds[best], sensitivity[best], specificity[best]
 
 def dice_scores(probability, labels):
-    """(7,) Dice of masks (7, D, D, D) at 0.5 with labels (D, D, D); NaN: not in view."""
+    """(7,) Dice of a probability (7, D, D, D) > 0.5 with labels (D, D, D); NaN: absent."""
     space = (1, 2, 3)
     mask = probability > 0.5
     truth = labels == np.arange(1, 8).reshape(7, 1, 1, 1)
@@ -1860,7 +1861,7 @@ def dice_scores(probability, labels):
     return np.where(size, dice, np.nan)
 
 def named_right(probability, labels):
-    """(7,) whether most of each mask (7, D, D, D) lies in its true vertebra."""
+    """[7 bools]: whether most of each mask (7, D, D, D) lies in its true vertebra."""
     inside = [labels[mask > 0.5] == v for v, mask in enumerate(probability, 1)]
     return [cells.size > 0 and cells.mean() > 0.5 for cells in inside]
 
@@ -2006,17 +2007,17 @@ def mask_table(data, uids, models, workers):
 
 def fit_scale(answers, labels):
     """(2, 8) scale and shift in logit space that lower the score of (N, 8) answers.
-    The score's weights, and a pull towards the identity; a target of one class keeps it."""
+    Weighted as the score, and pulled to the identity, which a target of one class keeps."""
     weight = element_weights(labels)
     weight /= (weight * TARGET_WEIGHTS).sum(1, keepdims=True).clip(1e-9)
     both = (labels == 1).any(0) & (labels == 0).any(0)
-    weight *= both / weight.mean(0).clip(1e-9)
+    weight *= both / weight.mean(0).clip(1e-9)  # mean 1 per target; 0 for one class
     logits = logits_of(answers)
 
     fit = np.zeros((2, 8))  # log scale, shift
     for _ in range(FIT_ROUNDS):  # of Newton's method
         scaled = logits * np.exp(fit[0])
-        moved = 1 / (1 + np.exp(-scaled - fit[1]))
+        moved = 1 / (1 + np.exp(-scaled - fit[1]))  # (N, 8) probabilities
         error = weight * (moved - np.nan_to_num(labels))
         slopes = np.stack([scaled, np.ones_like(scaled)])  # (2, N, 8)
         gradient = (slopes * error).sum(1) + 2 * CALIBRATION_PULL * fit
@@ -2055,8 +2056,7 @@ def fit_moves(outputs, found, labels):
 
 def fit_unseen(outputs, labels):
     """(Calibration of what is not in view, labels (N, 8) of what is; others are NaN).
-    What is not in view is answered by how often it was broken, and UNSEEN_PULL studies of
-    the prior."""
+    What is not in view gets its fracture rate, pulled to PRIOR by UNSEEN_PULL studies."""
     truth = labels.loc[[*outputs]].to_numpy()
     unseen = np.isnan(mean_logits(outputs.values(), Calibration()))  # by every model
     unseen[:, 7] = False
@@ -2103,8 +2103,8 @@ def write_calibration(weights, found):
           f"Blended by {found.answers}, weights {found.weights or 'alike'}")
 
 def read_calibration(weights, hashes=None):
-    """The Calibration of a folder of models; none, said aloud, if fitted to others.
-    `hashes` are model_hashes of the folder, where known. UserError if it is damaged."""
+    """The Calibration of a folder of models; if fitted to others, the default and a word.
+    `hashes` are model_hashes of the folder, if known. UserError if it is damaged."""
     path = Path(weights) / "calibration.json"
     if not path.exists():
         return Calibration()
@@ -2121,12 +2121,12 @@ def read_calibration(weights, hashes=None):
 
 # ==== Batches and augmentation ====
 # In: samples from the disk, each with its own random generator. Out: a batch on the device.
-# The trap: whatever moves an image moves its mask with it, and labels are never mixed.
+# Pitfall: whatever moves an image must move its mask with it, and labels are never mixed.
 
-# How far the augmentation goes, either way. rotation: degrees; scale, gamma: logarithms;
-# shift, edge (of a hole, at most): shares of the image's edge; window, noise: of the grey
-# levels 0..1; mirror, blur, hole, still: chances; beyond: what lies outside the image;
-# by_step: whether every step of a sample is drawn by itself.
+# Ranges of the augmentation, from -value to +value. rotation: degrees; scale, gamma: in
+# logarithms; shift, edge (of a hole, at most): shares of the image's edge; window, noise:
+# in grey levels 0..1; mirror, blur, hole, still (not moved): probabilities; beyond: what
+# lies outside the image; by_step: whether each step of a sample is drawn by itself.
 VOLUME_RANGES = dict(  # shift: first place's
     rotation=15, scale=0.35, shift=0.3, mirror=0.5, window=0.2, gamma=0.3, noise=0.06,
     blur=0.3, hole=0, still=0.4)
@@ -2194,8 +2194,8 @@ def undo_differences(packed, edge):
 
 class CropsHead(NamedTuple):
     """What a file of crops says of itself, without its images.
-    `made_by` holds the hashes of the segmenters: whatever another machine rounds
-    otherwise, these tell the same crops from others."""
+    `made_by` holds the hashes of the segmenters. They identify crops even if another
+    machine has rounded differently."""
     edge: int  # pixels
     z_margin: float  # cells of the cube
     made_by: set
@@ -2219,7 +2219,7 @@ def crops_heads(folder, uids, workers):
     return {path.stem: future.result() for path, future in heads}
 
 def draw_matrix(rng, ranges, axes):
-    """(A, A + 1) of affine_grid in A axes: turned, enlarged, mirrored, shifted."""
+    """A random matrix (A, A + 1) for affine_grid in A axes: turn, scale, mirror, shift."""
     moved = rng.random() >= ranges["still"]
     scale, shift, *angles = moved * rng.uniform(-1, 1, (2 + axes, axes))
     angles = np.triu(angles, 1) * math.radians(ranges["rotation"])
@@ -2233,14 +2233,14 @@ def draw_matrix(rng, ranges, axes):
     return np.c_[matrix, 2 * ranges["shift"] * shift]
 
 def draw_grid(rngs, ranges, shape, device):
-    """The grid of F.grid_sample for a batch of a shape (B, C, ...)."""
+    """The grid of F.grid_sample for a batch of this shape (B, C, ...), a generator each."""
     axes = len(shape) - 2
     matrices = np.array([draw_matrix(rng, ranges, axes) for rng in rngs])
     theta = torch.tensor(matrices, device=device)  # doubles: autocast would round them
     return F.affine_grid(theta, shape, align_corners=False).float()
 
 class Greys(NamedTuple):
-    """What another scanner would have made of the grey levels 0..1, in this order."""
+    """Random changes of grey levels 0..1, as by another scanner, made in this order."""
     stretch: float
     shift: float
     gamma: float
@@ -2265,7 +2265,7 @@ def draw_greys(rng, ranges, width):
     return Greys(1 + stretch, shift, gamma, coarse < ranges["blur"], noise, seed, gone)
 
 def grey_levels(image, rng, ranges):
-    """Change (N, C, ...) in 0..1, in place, to what another scanner would have given."""
+    """Change the grey levels of (N, C, ...) in 0..1, in place, as draw_greys says."""
     greys = draw_greys(rng, ranges, image.shape[-1])
     image.mul_(greys.stretch).add_(greys.shift).clamp_(0, 1).pow_(greys.gamma)
     if greys.blurred:
@@ -2279,7 +2279,7 @@ def grey_levels(image, rng, ranges):
     image.clamp_(0, 1)
 
 def augment_volumes(cubes, labels, rngs, ranges=VOLUME_RANGES):
-    """(B, 1, D, D, D) in 0..1 and labels (B, D, D, D), uint8: moved together, regreyed."""
+    """Cubes (B, 1, D, D, D) in 0..1 and uint8 labels (B, D, D, D); both move alike."""
     grid = draw_grid(rngs, ranges, cubes.shape, cubes.device)
     cubes = F.grid_sample(cubes, grid, align_corners=False)
     labels = labels[:, None].float()
@@ -2290,8 +2290,8 @@ def augment_volumes(cubes, labels, rngs, ranges=VOLUME_RANGES):
 
 def augment_crops(crops, rngs, size=CROP, ranges=MILD):
     """(B, N, K, S, S), uint8 or 0..1 -> (B, N, K, size, size) in 0..1.
-    A sample moves as one, or each of its steps, and masks keep their grey. Bytes on a CPU
-    take the faster way."""
+    A sample moves as a whole, or each step by itself (`by_step`); the grey levels of masks
+    stay. uint8 on a CPU takes a faster path."""
     shape = (*crops.shape[:3], size, size)
     if ranges["by_step"]:  # each is a sample of its own
         rngs = [own for rng in rngs for own in rng.spawn(crops.shape[1])]
@@ -2350,7 +2350,7 @@ def move_planes(planes, matrix, size, beyond):
     how = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     count = len(planes)
     for first in range(0, count, 4):  # OpenCV moves four at the price of two
-        four = [planes[k % count] for k in range(first, first + 4)]  # rounded alike
+        four = [planes[k % count] for k in range(first, first + 4)]  # all rounded alike
         whole = cv2.merge(four)
         moved = cv2.warpAffine(whole, source, (size, size), flags=how, borderMode=beyond)
         yield from cv2.split(moved)[: count - first]
@@ -2376,16 +2376,16 @@ def classifier_batch(model, tensors, rngs, recipe):
 # ==== Checkpoints ====
 # In: files of weights. Out: models. A checkpoint says what builds its model again: kind,
 # settings, tensors; <name>_last.pt holds the state of a training, and starts no other.
-# The trap: a pickle can run code; everything is loaded with weights_only.
+# Pitfall: a pickle can run code; everything is loaded with weights_only.
 
 KINDS = dict(segmenter=Segmenter, vertebra=VertebraClassifier, patient=PatientClassifier)
 
 def save_checkpoint(path, kind, recipe, **content):
-    """Write plain values and tensors, by the first process alone."""
+    """Write a checkpoint of plain values and tensors; only process 0 writes."""
     content |= dict(program="cspine", kind=kind, recipe=asdict(recipe))
 
     def write(new):
-        with new.open("wb") as file:  # by a name, it would stand in the file: other bytes
+        with new.open("wb") as file:  # a path's name would be stored in the file
             torch.save(content, file)
 
     if ranks()[0] == 0:
@@ -2394,7 +2394,7 @@ def save_checkpoint(path, kind, recipe, **content):
 def load_checkpoint(path):
     """What save_checkpoint wrote; UserError for any other file."""
     try:
-        with zipfile.ZipFile(path) as file:  # what is mapped is not checked by torch
+        with zipfile.ZipFile(path) as file:  # torch does not check what it maps
             if file.testzip():
                 raise ValueError("damaged")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -2405,7 +2405,7 @@ def load_checkpoint(path):
     return content
 
 def new_model(kind, settings, device="cpu"):
-    """A model with random weights, laid out as measured fastest; UserError: no backbone."""
+    """A model with random weights, in the fastest memory layout; UserError: no backbone."""
     layout = torch.channels_last
     if kind == "segmenter":
         on_cpu = str(device) == "cpu"
@@ -2445,7 +2445,7 @@ def load_models(weights, kind, device):
     return {path: load_model(path, kind, device) for *_, path in files}
 
 def held_out_of(path):
-    """The uids that a model's training held out; none of --folds 1, or without its csv."""
+    """The uids that a model's training held out; none with --folds 1 or without its csv."""
     kept = path.with_name(f"{path.stem}_heldout.csv")
     if not kept.exists():
         return set()
@@ -2486,8 +2486,8 @@ def load_ensemble(weights, device, calibration=Calibration()):
     return on_cpu._replace(models=copies, device=device, on_cpu=on_cpu)
 
 def fuse_norms(model):
-    """The model for inference: each norm goes into the convolution that alone feeds it.
-    Which one that is, a run of the network shows."""
+    """The model for inference: each norm is fused into the convolution that feeds only it.
+    A forward pass shows which convolution that is."""
     made_by = {}
 
     def note(module, given, out):
@@ -2509,12 +2509,12 @@ def fuse_norms(model):
     return model
 
 def fit_shape(tensor, like):
-    """A 2-D network's weight as `like` needs it: for other input channels, or in 3-D.
-    What is repeated is divided, so that activations keep their size."""
+    """A 2-D network's weight in the shape of `like`: other input channels, or 3-D.
+    Repeated weights are divided by their number, so that activations keep their scale."""
     channels = like.shape[1] if like.ndim >= 4 else 0
     if tensor.ndim == 4 and tensor.shape[1] == 3 and channels not in (0, 3):
-        tensor = tensor.sum(1, True).repeat(1, channels, 1, 1) / channels
-    if tensor.ndim == 4 < like.ndim:
+        tensor = tensor.sum(1, True).repeat(1, channels, 1, 1) / channels  # (O, C, k, k)
+    if tensor.ndim == 4 < like.ndim:  # (O, C, k, k) -> (O, C, k, k, k)
         depth = like.shape[2]
         tensor = tensor[:, :, None].repeat(1, 1, depth, 1, 1) / depth
     return tensor
@@ -2544,7 +2544,7 @@ def load_init(model, path):
     say_once(f"--init: {len(taken)} of {len(source)} tensors {how} from {path}")
 
 def files_below(folder, levels):
-    """The files in a folder, and some levels of folders down; not the slices."""
+    """Yields the files of a folder and `levels` of its subfolders, without *_images."""
     for path in sorted(folder.glob("*")):
         if path.is_file():
             yield path
@@ -2556,9 +2556,9 @@ def in_underscores(name):
     return re.sub(r"[-. ]", "_", str(name).lower())
 
 def imagenet_file(backbone, data):
-    """The Path of timm's file of a backbone, or None; its name, or a folder's, says so.
-    Looks under /kaggle/input, in --data and in weights/pretrained. Best is, as with timm,
-    what saw more than ImageNet-1k and was tuned to it, of two alike a .safetensors."""
+    """The Path of a timm file for a backbone, by its own or a folder's name; else None.
+    Looks under /kaggle/input, in --data and in weights/pretrained. Prefers, as timm does,
+    weights tuned to ImageNet-1k after a larger data set, then a .safetensors."""
     import timm
     at_start = rf"(?:^|/|timm_+){re.escape(in_underscores(backbone))}(?=[_/])"
     longer = timm.list_models(f"{backbone}_*")  # convnext_nano_ols is no convnext_nano
@@ -2611,33 +2611,33 @@ def init_file(options, kind, fold, held_out):
 
 
 # ==== Training ====
-# In: a Task. Out: <name>.pt, <name>_log.csv, <name>_heldout.csv in the folder of weights.
-# The trap: whatever is random is drawn from (seed, step) or (seed, place in the order),
-# never from a state, so that a run that was killed goes on to the same bits.
+# In: a Task. Out: <name>.pt, <name>_log.csv and <name>_heldout.csv in the weights folder.
+# Pitfall: a killed run loses its generators. Whatever is random is drawn anew from (seed,
+# step) or (seed, place in the order), so that a resumed run ends with the same bits.
 
 class Task(NamedTuple):
-    """What differs between the trainings of the three kinds."""
+    """What differs between the trainings of the three kinds of model."""
     kind: str
     recipe: Recipe
     device: torch.device
-    load: Callable  # (sample, first step that a thinned batch shows) -> arrays
+    load: Callable  # (sample, first step if thinned) -> arrays of a training sample
     loss: Callable  # (model, tensors, generators, recipe) -> the loss of a batch
-    answer: Callable  # (model, what read gave) -> values, named by columns
-    judge: Callable  # table of these values -> dict with "score", lower is better
+    answer: Callable  # (model, what `read` gave) -> values of one study, for `columns`
+    judge: Callable  # (table of these values) -> dict with "score", lower is better
     name: str = ""
     train: tuple = ()  # samples
     held_out: tuple = ()  # uids
     made_of: dict = {}  # {what: hash} of labels, data and weights to start from
-    columns: Any = TARGETS  # names of what answer gives; spare ones are cut
+    columns: Any = TARGETS  # names of what answer gives; cut to as many values
     every: int = 1  # epochs between two scorings
-    read: Callable = str  # uid -> what answer needs of a study
+    read: Callable = str  # uid -> what `answer` needs of a held-out study
 
 @dataclass
 class TrainingState:
     """How far a training has come."""
     step: int = 0
     skipped: int = 0  # steps without a finite gradient
-    in_a_row: int = 0  # of these, without a good one between
+    in_a_row: int = 0  # how many of these came last, without a good one between
     seconds: float = 0.0  # of the steps since the last scoring
     slowest: float = 0.0  # seconds of the slowest step, with its scoring and saving
     losses: list = field(default_factory=list)  # since the last scoring
@@ -2653,9 +2653,9 @@ class Trainer:
         if init:
             load_init(self.model, init)
         self.averaged = copy.deepcopy(self.model.to(device)).eval()
-        self.shared = self.model  # in every process, with the mean of all gradients
+        self.shared = self.model  # under torchrun: averages gradients over processes
         if dist.is_initialized():
-            unused = task.kind != "segmenter"  # weights, with no vertebra in view
+            unused = task.kind != "segmenter"  # the backbone, if no vertebra is in view
             self.shared = nn.parallel.DistributedDataParallel(
                 self.model, find_unused_parameters=unused)
         matrices = [p for p in self.model.parameters() if p.ndim > 1]
@@ -2666,7 +2666,7 @@ class Trainer:
         in_float16 = half_type(device) is torch.half
         self.scaler = torch.amp.GradScaler(device.type, enabled=in_float16)
         self.state = TrainingState()
-        # Parameters, not state_dict's tensors: a GPU's LSTM moves when it is flattened.
+        # Not state_dict's tensors: on a GPU an LSTM's move when cuDNN flattens its weights.
         both = [[*one.parameters(), *one.buffers()] for one in (self.averaged, self.model)]
         self.floats = [[t for t in one if t.is_floating_point()] for one in both]
 
@@ -2692,16 +2692,16 @@ class Trainer:
                             "delete it to begin anew")
         with errors_as(UserError, f"{path}: made with another version; delete it"):
             for name in self.SAVED:
-                state = copy.deepcopy(saved["state"][name])  # the file itself is mapped
-                if state:  # not of a scaler that was not needed
+                state = copy.deepcopy(saved["state"][name])  # the file is memory-mapped
+                if state:  # empty for a scaler that was not enabled
                     getattr(self, name).load_state_dict(state)
             self.state = TrainingState(**saved["state"]["progress"])
 
     def gradient(self, task, batch):
-        """Leave the gradient of [(arrays, generator)] in the model; gives the mean loss."""
+        """Backpropagate a batch of [(arrays, generator)]; gives its mean loss."""
         samples, rngs = zip(*batch)
         tensors = [torch.from_numpy(np.stack(one)) for one in zip(*samples)]
-        if task.device.type == "cuda":  # pinned, it is copied while the program goes on
+        if task.device.type == "cuda":  # pinned memory is copied asynchronously
             tensors = [one.pin_memory() for one in tensors]
         tensors = [one.to(task.device, non_blocking=True) for one in tensors]
         with autocast(task.device, task.recipe.half or task.device.type == "cuda"):
@@ -2710,12 +2710,12 @@ class Trainer:
         return loss.item()
 
     def update(self, task, batch, total):
-        """One step of `total`, on a batch of [(arrays, generator)]."""
+        """One optimiser step of `total`, on a batch of [(arrays, generator)]."""
         recipe, now = task.recipe, self.state
-        model = self.model.train()  # a backbone is tried for inference when it is built
+        model = self.model.train()  # StepEncoder's probe has left its backbone in eval()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(recipe, now.step / total)
-        # For dropout: the same in a run that was resumed, another on every process.
+        # For dropout: the same in a resumed run, different on every process (up to 64).
         torch.manual_seed((recipe.seed * 1009 + now.step) * 64 + ranks()[0])
         self.optimizer.zero_grad()
         loss = self.gradient(task, batch)
@@ -2728,25 +2728,25 @@ class Trainer:
         else:
             now.skipped += 1
             now.in_a_row += 1
-            buffers = dict(self.averaged.named_buffers())  # the model's norms saw the batch
+            buffers = dict(self.averaged.named_buffers())  # undoes the batch's statistics
             model.load_state_dict(buffers, strict=False)
         if now.in_a_row > MAX_SKIPPED_STEPS:
             raise UserError("too many steps without a finite gradient: lower --lr")
         self.scaler.update()
         now.step += 1
-        decay = min(recipe.ema, (1 + now.step) / (10 + now.step))  # as TensorFlow's
+        decay = min(recipe.ema, (1 + now.step) / (10 + now.step))  # rises, as TensorFlow's
         average = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
-        average(*self.floats, now.step)  # without whole-number counts, which nobody reads
+        average(*self.floats, now.step)  # not the norms' integer counts, which nobody reads
 
     def close_epoch(self, task, weights, epoch, workers):
-        """Score the averaged weights on the held-out studies; log them, and keep them. The
-        last epoch's stay: the best would be chosen by the studies that then calibrate and
-        report."""
+        """Score the averaged weights on the held-out studies, log the score, save them.
+        The last epoch is kept, not the best, which would be chosen by the very studies that
+        later calibrate and report."""
         now = self.state
         rank, world = ranks()
-        if dist.is_initialized():  # each process has its own batches' norms: one's are kept
-            for statistics in self.averaged.buffers():
-                dist.broadcast(statistics, 0)
+        if dist.is_initialized():  # norms saw other batches in each process: keep rank 0's
+            for buffer in self.averaged.buffers():
+                dist.broadcast(buffer, 0)
         mine = prefetch(task.read, task.held_out[rank::world], workers, workers)
         with torch.inference_mode(), autocast(task.device):
             rows = [(uid, *task.answer(self.averaged, one.result())) for uid, one in mine]
@@ -2774,7 +2774,7 @@ class Trainer:
 
     def write_model(self, task, path):
         """Write the averaged weights as of the last scoring, for load_model."""
-        # On a GPU an LSTM's weights share one storage: each would be saved with it all.
+        # Copies: on a GPU an LSTM's weights share a storage, which each would save whole.
         tensors = {
             name: tensor.half() if tensor.ndim > 1 else tensor.clone()
             for name, tensor in self.averaged.state_dict().items()}
@@ -2783,7 +2783,7 @@ class Trainer:
         save_checkpoint(path, task.kind, task.recipe, **content)
 
 def learning_rate(recipe, done):
-    """At a share of all steps: a linear warm-up, then half a cosine down to 1 %."""
+    """The rate after a share `done` of all steps: linear warm-up, then a cosine to 1 %."""
     warm = min(1, (done + 1e-3) / (recipe.warm_up + 1e-3))
     return recipe.lr * warm * (0.505 + 0.495 * math.cos(math.pi * done))
 
@@ -2793,7 +2793,7 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
     rank, world = ranks()
     recipe, name, count = task.recipe, task.name, len(task.train)
     least = 2 if world > 1 and getattr(recipe, "mixup", 0) else 1  # mixup needs two
-    size = world * max(least, math.ceil(recipe.batch_size / world))
+    size = world * max(least, math.ceil(recipe.batch_size / world))  # of all processes
     if size != recipe.batch_size:
         say_once(f"{name}: --batch-size {size}: {size // world} samples a process")
         recipe = replace(recipe, batch_size=size)
@@ -2814,8 +2814,8 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
         say_once(f"{path} is there already, and will be overwritten")
 
     now = run.state
-    now.slowest = min(now.slowest, max(stop.left() / 10, 0))  # a past stall is no rule
-    steps = max(1, count // size)  # an epoch
+    now.slowest = min(now.slowest, max(stop.left() / 10, 0))  # else a past stall ends this
+    steps = max(1, count // size)  # per epoch
     total = steps * recipe.epochs
     if now.step == total and rank == 0:
         say(f"{name}: finished before")
@@ -2824,8 +2824,8 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
         write_csv(weights / f"{name}_log.csv", pd.DataFrame(now.history))
     shuffles = [np.random.default_rng([recipe.seed, k]) for k in range(recipe.epochs)]
     order = [np.resize(rng.permutation(count), steps * size) for rng in shuffles]
-    order = np.concatenate(order)
-    mine = range(now.step * size + rank, len(order), world)
+    order = np.concatenate(order)  # of samples, all epochs; resize repeats or drops some
+    mine = range(now.step * size + rank, len(order), world)  # places in `order`
     thin = getattr(recipe, "thin", 1)
 
     def load(k):
@@ -2842,7 +2842,7 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
 
     for step in progress(range(now.step, total), "step", note=note):
         started = stop.clock()
-        reason = max(over_ranks(stop.reason(1.1 * now.slowest)))  # any process's ends all
+        reason = max(over_ranks(stop.reason(1.1 * now.slowest)))  # one ends all processes
         if reason:
             run.save(last, task)
             where = f"{name}: stopped by {reason} at step {step} of {total}"
@@ -2882,7 +2882,7 @@ def segmenter_task(recipe, device, images, masks):
 def usable(samples, load, workers):
     """The samples that can be loaded; the others are reported, each with its reason."""
     good = []
-    loaded = prefetch(load, samples, min(workers, 4), workers)  # whole studies: a few
+    loaded = prefetch(load, samples, min(workers, 4), workers)  # few: whole studies
     for sample, future in progress(loaded, "study", len(samples)):
         try:
             future.result()
@@ -2927,10 +2927,10 @@ def classifier_task(kind, recipe, device, folder, truth):
 
 
 # ==== Tools ====
-# What several rooms need: errors, words, files, threads, processes, devices, an end.
+# What several rooms share: messages, files, threads, processes, devices, stopping.
 
 def in_words(error):
-    """What an exception says; of one that is not ours also its kind."""
+    """The text of an exception, with its type unless it is a UserError."""
     return (str(error) if isinstance(error, UserError) else repr(error))[:300]
 
 def say(text):
@@ -2945,7 +2945,7 @@ def say_once(text):
         say(text)
 
 def say_of(volume):
-    """Say what was odd about a study; gives a function that says more of it."""
+    """Say what was odd about a study; gives a function that says more about it."""
     def more(text):
         say(f"study {volume.uid}: {text}")
     for problem in volume.problems:
@@ -2953,8 +2953,8 @@ def say_of(volume):
     return more
 
 def progress(items, unit, total=None, note=str):
-    """The items, with a bar on a terminal, and in a log or notebook a line a minute.
-    `note` gives what is to be told beside how far it is."""
+    """Yields the items, with a bar on a terminal, or a line a minute in a log or notebook.
+    note() gives a text to show beside the progress."""
     bar = tqdm(items, unit=unit, total=total, disable=None, leave=False)
     last = monotonic()
     for done, item in enumerate(bar, 1):
@@ -2965,7 +2965,7 @@ def progress(items, unit, total=None, note=str):
             say(f"{unit} {done} of {bar.total} {note()}")
 
 def write_atomic(path, write):
-    """Let write(temporary name) make a file, then move it into place: whole or not at all.
+    """Let write(temporary path) make a file, then move it into place: whole or not at all.
     Raises UserError if it cannot be written."""
     path = Path(path)
     new = path.parent / f".{os.urandom(4).hex()}.{path.name}"  # containers share pids
@@ -2982,7 +2982,7 @@ def write_atomic(path, write):
             new.unlink()
 
 def try_writing(folder):
-    """Make a folder, and a file in it that goes again. Raises UserError if that fails."""
+    """Make a folder, then write and delete a file in it. Raises UserError if that fails."""
     probe = Path(folder) / f".{os.urandom(4).hex()}.probe"  # others may try the same folder
     write_atomic(probe, lambda new: new.touch())
     probe.unlink()
@@ -3010,8 +3010,8 @@ def hash_of(*parts):
     return whole.hexdigest()[:16]
 
 def prefetch(work, items, workers, ahead=1):
-    """(item, future of work(item)) in order, `ahead` more under way in threads meanwhile.
-    Whoever leaves early drops what has not begun."""
+    """Yields (item, future of work(item)) in order, with `ahead` more under way in threads.
+    Leaving the loop early cancels what has not begun."""
     pool = ThreadPoolExecutor(max(1, workers))
     waiting = []
     try:
@@ -3028,7 +3028,7 @@ def ranks():
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 def refuse_foreign_ranks():
-    """UserError if they are another program's: one process of two does half of the work."""
+    """UserError if ranks() are not torchrun's: one process of two does half of the work."""
     found = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE")]
     hint = f"RANK and WORLD_SIZE are {found}, not as torchrun sets them: unset both"
     with errors_as(UserError, hint):
@@ -3072,7 +3072,7 @@ def pick_device(name):
     return torch.device("cpu")
 
 def computed_on(name):
-    """The torch.device of this name, after a sum that was waited for."""
+    """The torch.device of this name, after a sum on it has been waited for."""
     ones = torch.ones(2, device=name)
     ones.sum().item()
     return ones.device
@@ -3087,12 +3087,12 @@ def half_type(device):
     return torch.bfloat16 if native else None
 
 def autocast(device, wanted=True):
-    """Context: half precision where the device has it and it is wanted."""
+    """A context with half precision, if it is wanted and the device has it."""
     half = half_type(device) if wanted else None
     return torch.autocast(device.type, half, enabled=half is not None)
 
 def finite_answer(model, given):
-    """A model's answer; computed again in float32 where half precision has overflowed."""
+    """A model's answer; if half precision has overflowed, computed again in float32."""
     answer = model(given)
     parts = answer if isinstance(answer, tuple) else (answer,)
     if all(part.isfinite().all() for part in parts):
@@ -3101,12 +3101,12 @@ def finite_answer(model, given):
         return model(given)
 
 def peak_gb():
-    """GB that this process has held at most."""
+    """The most memory that this process has held, in GB."""
     unit = 2**30 if sys.platform == "darwin" else 2**20  # of bytes there, else of KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 class Stop:
-    """Why a run should end: a signal that was noted, or its deadline."""
+    """Whether a run should end, and why: by a signal that was noted, or its deadline."""
     def __init__(self, minutes=0.0, clock=monotonic):
         self.clock = clock
         self.signal = ""
@@ -3114,8 +3114,8 @@ class Stop:
         self.until = clock() + (60 * minutes if minutes else math.inf)
 
     def note(self, number, _frame):
-        """A signal's handler; a second one ends the run at once, if it is no echo: what
-        is sent to all processes of torchrun it sends to them again."""
+        """Signal handler. A second signal ends the run at once, unless it is an echo:
+        torchrun forwards to its processes what they have already received."""
         if monotonic() > self.noted + ECHO_S:
             raise KeyboardInterrupt
         self.noted = min(self.noted, monotonic())
@@ -3135,7 +3135,7 @@ class Stop:
 
 @contextmanager
 def stop_signals(minutes=0.0):
-    """A Stop that notes SIGINT, SIGTERM and SIGHUP as long as the context lasts."""
+    """A Stop that notes SIGINT, SIGTERM and SIGHUP; the old handlers are put back."""
     stop = Stop(minutes)
     before = {}
     with suppress(ValueError):  # outside of the main thread there are no handlers
@@ -3151,7 +3151,7 @@ def stop_signals(minutes=0.0):
 
 # ==== Decoding ====
 # In: a DICOM dataset. Out: its stored values; Kaggle has no plug-in for JPEG Lossless.
-# The trap: headers lie; every size is checked before memory is asked for.
+# Pitfall: headers lie; every size is checked before memory is allocated.
 
 JPEG_PLUGINS = "pip install pylibjpeg pylibjpeg-libjpeg"
 MAX_JPEG_2000 = 2**20  # pixels; more cost gigabytes
@@ -3160,8 +3160,8 @@ PREDICTOR_HALVES = {1: (2, 0, 0), 2: (0, 2, 0), 3: (0, 0, 2), 4: (2, 2, -2)}
 PREDICTOR_HALVES |= {5: (2, 1, -1), 6: (1, 2, -1), 7: (1, 1, 0)}
 STREAM_PARTS = 2048  # of a stream, walked side by side
 LEAST_PART = 256  # bits; a code and its difference have 32 at most
-FEW_PARTS = 32  # so few are walked code by code
-WALK_ROUNDS = 5  # of walks of the parts that began at a wrong bit, or did not yet
+FEW_PARTS = 32  # if no more are left, they are walked code by code
+WALK_ROUNDS = 5  # at most; a round walks the parts that have not begun at the right bit
 
 def decode_pixels(data):
     """Stored values (frames, rows, columns), 16 or 32 bits, of a pydicom dataset.
@@ -3303,7 +3303,7 @@ def huffman_lookup(table):
     return category.repeat(share), advance.repeat(share)
 
 def differences(coded, count, category_of, advance_of):
-    """(count,) differences of an interval. StudyError if it holds fewer."""
+    """(count,) differences of a restart interval. StudyError if it holds fewer."""
     coded = coded[: 4 * count]  # at most 32 bits each
     stream = np.frombuffer(coded + bytes(8), np.uint8).astype(np.int32)
     words = stream[:-2] << 16 | stream[1:-1] << 8 | stream[2:]  # 24 bits from each byte on
@@ -3325,9 +3325,9 @@ def peek(words, at):
 
 def code_places(words, bits, advance_of):
     """The bits where codes begin, in order, and where the last one ends.
-    The parts of a stream are walked at once: a walk from a wrong bit soon meets the right
-    codes, so that the second half of a part shows where the next one begins. Parts where it
-    has not, as in runs of one value, are walked again; the last few code by code."""
+    Parts of the stream are walked in parallel: a walk from a wrong bit soon falls in step
+    with the codes, so that the second half of a part shows where the next one begins. Where
+    it does not, as in runs of one value, parts are walked again; the last, code by code."""
     size = max(LEAST_PART, bits // STREAM_PARTS)
     first = np.arange(0, bits, size)
     end = np.minimum(first + size, bits)
@@ -3360,7 +3360,7 @@ def code_places(words, bits, advance_of):
     return np.append(codes.nonzero()[0], at)
 
 def walk(at, end, words, advance_of, codes):
-    """Mark the codes from the bits `at` on, each up to its `end`; where they lead to."""
+    """Mark the codes from each bit `at` on, up to its `end`; gives the bits they end at."""
     left = at.copy()
     number = np.arange(len(at))
     while len(at):
@@ -3393,7 +3393,7 @@ def undo_prediction(grid, left, above, corner):
 
 # ==== Modes ====
 # In: the command line. Out: a mode's work, and an exit status.
-# The trap: a pasted file has no __file__, and sys.argv belongs to the notebook.
+# Pitfall: a pasted file has no __file__, and sys.argv belongs to the notebook.
 
 TOOL_MODES = {  # they need the repository, and stand in tests/tools
     "phantom": "Make a synthetic data set in the competition's layout.",
@@ -3434,11 +3434,11 @@ def recipe_from(options, kind):
     return recipe(**{one.name: getattr(options, one.name) for one in fields(recipe)})
 
 def minutes_of(options):
-    """--time-limit, which Kaggle has also where none is given."""
+    """--time-limit in minutes; if none is given, KAGGLE_MINUTES on Kaggle, else 0."""
     return options.time_limit or KAGGLE_MINUTES * KAGGLE.exists()
 
 def say_start(options, starts):
-    """Say what it costs if some of the folds start from nothing."""
+    """Warn, with the scores to expect, if a fold starts from random weights."""
     if options.init == "auto" and not all(starts.values()):
         name = options.backbone  # scores: by the public code and write-ups of the top teams
         say_once(
@@ -3858,7 +3858,7 @@ def add_option(parser, one, default):
         parser.add_argument(flag, action=Given, **how)
 
 def preset_given(argv):
-    """The --preset of a command line; its values are the defaults that a parser knows."""
+    """The --preset of a command line, known before the parser, whose defaults it sets."""
     parser = Parser("cspine.py", add_help=False)
     parser.add_argument("--preset")
     return parser.parse_known_args(argv)[0].preset
@@ -3874,8 +3874,8 @@ def presets_text(name, defaults):
     return f"What presets set; empty: as standard.\n\n{table.to_string(na_rep='')}"
 
 def build_parser(modes, others=(), preset=""):
-    """The parser of {name: Mode}; the others, {name: text}, are told in --help alone.
-    A preset's values are its defaults, so that options which are given win."""
+    """The parser of {name: Mode}; `others`, {name: text}, only stand in its --help.
+    A preset's values become the defaults, so that options which are given win."""
     how = "MODE --help tells what a mode reads, writes and takes."
     parser = Parser("cspine.py", description=__doc__.splitlines()[0], epilog=how)
     parsers = parser.add_subparsers(dest="mode", required=True, metavar="MODE")
