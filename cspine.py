@@ -70,7 +70,9 @@ from tqdm import tqdm
 
 # ==== Facts and settings ====
 # All numbers of the pipeline, with unit and source; those without a source come from the
-# starting solution. Facts are constants; what a run may change is a setting and an option.
+# starting solution, a public one that scored 0.3567. "First place" is the write-up of the
+# winner, Kaggle discussion 362787, and its public code. Facts are constants; what a run may
+# change is a setting and an option.
 
 VERTEBRAE = ("C1", "C2", "C3", "C4", "C5", "C6", "C7")
 TARGETS = VERTEBRAE + ("patient_overall",)
@@ -106,6 +108,7 @@ LEAST_TISSUE = 0.02  # share of voxels between these two; with fewer, the values
 SEGMENTER_WINDOW = (300, 1600)  # level, width; HU
 CUBE = 128  # cells per edge
 MASK_THRESHOLDS = (0.2, 0.05)  # first place's; the second is tried if the first finds none
+LABEL_THRESHOLD = 0.5  # of labels and Dice; crops begin lower, so as to lose no bone
 MIN_CELLS = 12  # cells; a smaller mask is not a vertebra
 STRAY_SHARE = 0.05  # planes with less than this share of the fullest plane are strays
 STRAY_GAP = 2  # cells; a wider gap separates a stray from its vertebra
@@ -1066,7 +1069,7 @@ def in_order(probability, report):
     """The probability (7, D, D, D), changed in place so that C1..C7 lie head to foot.
     Two neighbours in the wrong order swap names if they are of similar mass and lie apart;
     else the fainter one is emptied. report(text) is called for each pair."""
-    weight = (probability * (probability > 0.5)).sum((2, 3))  # (7, D): mass of each plane
+    weight = (probability * (probability > LABEL_THRESHOLD)).sum((2, 3))  # (7, D)
     mass = weight.sum(1)
     centre = weight @ np.arange(weight.shape[1]) / np.maximum(mass, 1)
     seen = [v for v in range(7) if mass[v] > MIN_CELLS]
@@ -1593,7 +1596,6 @@ def predict_studies(images, submission, ensemble, stop, workers, resume=False):
 # In: paths of CTs, an Ensemble. Out: answers.csv, masks, and where to look.
 # Pitfall: what is not in view is answered with the prior, too; here it stays empty.
 
-LABEL_THRESHOLD = 0.5  # probability from which a voxel is a vertebra's
 SLAB_MM = 3.0  # mm to either side of a vertebra's middle, where its canal is open
 BODY_MM = 30.0  # mm; a deeper part of a mask is no vertebral body alone
 LEAST_CM3 = 1.0  # cm3; a smaller mask is not a vertebra (C1, the smallest, has several)
@@ -1852,9 +1854,10 @@ def equal_point(answers, labels):
     return thresholds[best], sensitivity[best], specificity[best]
 
 def dice_scores(probability, labels):
-    """(7,) Dice of a probability (7, D, D, D) > 0.5 with labels (D, D, D); NaN: absent."""
+    """(7,) Dice of the masks in a probability (7, D, D, D) with labels (D, D, D);
+    NaN where the labels have none."""
     space = (1, 2, 3)
-    mask = probability > 0.5
+    mask = probability > LABEL_THRESHOLD
     truth = labels == np.arange(1, 8).reshape(7, 1, 1, 1)
     size = truth.sum(space)
     dice = 2 * (mask & truth).sum(space) / (mask.sum(space) + size).clip(1)
@@ -1862,7 +1865,8 @@ def dice_scores(probability, labels):
 
 def named_right(probability, labels):
     """[7 bools]: whether most of each mask (7, D, D, D) lies in its true vertebra."""
-    inside = [labels[mask > 0.5] == v for v, mask in enumerate(probability, 1)]
+    masks = probability > LABEL_THRESHOLD
+    inside = [labels[mask] == v for v, mask in enumerate(masks, 1)]
     return [cells.size > 0 and cells.mean() > 0.5 for cells in inside]
 
 def assign_folds(table, folds, masked):
@@ -3585,14 +3589,46 @@ def extract(options):
                     write_nifti(mask, vertebra_labels(volume, probability), volume)
             except StudyError as error:
                 say(f"study {uid}: {error}; left out")
-    heads = crops_heads(out, mine, options.workers)  # each process speaks of its share
+    print_crops(out, mine, options.workers)
+
+def print_crops(folder, mine, workers):
+    """Print in how many studies of this process each vertebra was found. Raises Stopped,
+    with status 3, if most have no crops."""
+    heads = crops_heads(folder, mine, workers)
     count = sum((head.seen.astype(int) for head in heads.values()), np.zeros(7, int))
     found = ", ".join(f"{name} in {n}" for name, n in zip(VERTEBRAE, count))
-    print(f"{out}: crops of {len(heads)} of {len(mine)} studies; {found}")
+    print(f"{folder}: crops of {len(heads)} of {len(mine)} studies; {found}")
     if count.sum() < LEAST_SEEN * 7 * len(heads):
-        say(f"{out}: most vertebrae were not found: train better segmenters first")
-    if world == 1 and 2 * len(heads) < len(mine):  # as in predict
+        say(f"{folder}: most vertebrae were not found: train better segmenters first")
+    if ranks()[1] == 1 and 2 * len(heads) < len(mine):  # as in predict
         raise Stopped("most studies have no crops: the lines above say why", 3)
+
+def crops_to_train_on(options, folder, truth):
+    """({uid: CropsHead}, edge, z margin) of the crops in a folder. UserError if there are
+    none, if they are cut in several ways, or if they show too few vertebrae."""
+    heads = crops_heads(folder, truth, options.workers)
+    if not heads:
+        raise UserError(f"no crops in {folder}: run extract first")
+    if len(heads) < len(truth):
+        found = f"crops of {len(heads)} of {len(truth)} studies"
+        say_once(f"{folder}: {found}; the others are left out")
+    share = np.mean([head.seen for head in heads.values()])
+    if share < LEAST_SEEN:
+        found = f"only {share:.0%} of C1..C7 were found in {len(heads)} studies"
+        raise UserError(f"{folder}: {found}: train better segmenters first")
+    cuts = {(head.edge, head.z_margin) for head in heads.values()}
+    if len(cuts) > 1:
+        raise UserError(f"{folder}: crops of unlike (edge, z margin): {cuts}")
+    edge, z_margin = cuts.pop()
+    if "z_margin" in options.given and options.z_margin != z_margin:
+        raise UserError(f"{folder}: has crops of --z-margin {z_margin}")
+    sets = {frozenset(head.made_by) for head in heads.values()}
+    if len(sets) > 1:
+        say_once(f"{folder}: crops by {len(sets)} different sets of segmenters")
+    present = makers_of(options.weights)
+    if present and set().union(*sets) - present:
+        say_once(f"{folder}: crops by other segmenters than those in --weights")
+    return heads, edge, z_margin
 
 def train_classifiers(options):
     """Train classifiers on the crops: of a vertebra, or of all seven and the patient.
@@ -3604,39 +3640,18 @@ def train_classifiers(options):
     wanted, recipe = training_asked(options, kind)
     truth, folds, _ = training_data(options)
     folder = Path(options.work) / options.mask_of
-    heads = crops_heads(folder, truth, options.workers)
-    if not heads:
-        raise UserError(f"no crops in {folder}: run extract first")
-    if len(heads) < len(truth):
-        found = f"crops of {len(heads)} of {len(truth)} studies"
-        say_once(f"{folder}: {found}; the others are left out")
-    share = np.mean([head.seen for head in heads.values()])
-    if share < LEAST_SEEN:
-        found = f"only {share:.0%} of C1..C7 were found in {len(heads)} studies"
-        raise UserError(f"{folder}: {found}: train better segmenters first")
+    heads, edge, z_margin = crops_to_train_on(options, folder, truth)
     labels = np.array([truth[uid] for uid in heads])
     if np.isnan(labels[:, sum(asked, [])]).all():
         raise UserError(f"{options.data}/train.csv: no labels for {options.mode}")
-    cuts = {(head.edge, head.z_margin) for head in heads.values()}
-    if len(cuts) > 1:
-        raise UserError(f"{folder}: crops of unlike (edge, z margin): {cuts}")
-    edge, z_margin = cuts.pop()
-    makers = {uid: sorted(head.made_by) for uid, head in heads.items()}
-    sets = {tuple(hashes) for hashes in makers.values()}
-    if len(sets) > 1:
-        say_once(f"{folder}: crops by {len(sets)} different sets of segmenters")
-    present = makers_of(options.weights)
-    if present and set().union(*sets) - present:
-        say_once(f"{folder}: crops by other segmenters than those in --weights")
-    samples = [(uid, targets) for uid in heads for targets in asked]
     if recipe.size > edge:
         say_once(f"--size {recipe.size} only enlarges crops of {edge} pixels: extract "
                  "--size cuts larger ones")
-    if "z_margin" in options.given and options.z_margin != z_margin:
-        raise UserError(f"{folder}: has crops of --z-margin {z_margin}")
     recipe = replace(recipe, z_margin=z_margin)
     task = classifier_task(kind, recipe, pick_device(options.device), folder, truth)
-    made_of = dict(labels=hash_of(labels.tolist()), crops=hash_of([*makers.items(), edge]))
+    makers = [(uid, sorted(head.made_by)) for uid, head in heads.items()]
+    made_of = dict(labels=hash_of(labels.tolist()), crops=hash_of([*makers, edge]))
+    samples = [(uid, targets) for uid in heads for targets in asked]
     run_training(options, wanted, samples, folds, task, **made_of)
 
 def calibration_asked(options):

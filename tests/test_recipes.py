@@ -363,7 +363,7 @@ def test_help_shows_the_defaults_of_the_preset_that_is_named(capsys):
     for given in (["--preset", "fast"], ["--preset=fast"]):
         text = said(*given)
         assert "passes over the training studies (default: 12)" in text
-        assert "(default: 0)" in text and "first three on (default: 3)" in text
+        assert "(default: 0)" in text and "one of the first three (default: 3)" in text
 
 
 def test_the_plan_counts_operations():
