@@ -517,7 +517,7 @@ def read_series(path, workers, give_up):
         stacks = stacks_of([one._replace(series="", study="") for one in slices])
         problems.append("no series of enough images: SeriesInstanceUID is not looked at")
     run = []
-    stacks.sort(key=lambda stack: not_in_hu([one.hu for one in stack]) != "")  # maps last
+    stacks.sort(key=lambda some: not_in_hu([one.hu for one in some]) != "")  # iodine: last
     for stack in map(one_pass, stacks):
         mm = along_normal(stack)
         order = places_of(mm)
