@@ -2119,8 +2119,11 @@ def read_calibration(weights, hashes=None):
         if content.pop("files", None) != (hashes or model_hashes(weights)):
             say(f"{path} was fitted to other models: not used")
             return Calibration()
-        content["answers"] = Answers(**content.get("answers", {}))
-        return Calibration(*rows.T, **content)
+        answers = Answers(**content.pop("answers", {}))
+        known = answers.top_k in range(1, STEPS + 1) and 0 <= answers.noisy_or <= 1
+        if not known or not all(one >= 0 for one in content.get("weights", {}).values()):
+            raise ValueError(f"{answers} or a weight is out of bounds")
+        return Calibration(*rows.T, answers=answers, **content)
 
 
 # ==== Batches and augmentation ====
@@ -2406,6 +2409,9 @@ def load_checkpoint(path):
         raise UserError(f"{path}: no checkpoint that can be read") from error
     if not isinstance(content, dict) or content.get("program") != "cspine":
         raise UserError(f"{path}: not one of our checkpoints")
+    epochs = content.get("recipe", {}).get("epochs", 0)
+    if content.get("epoch", epochs) < epochs:
+        say_once(f"{path}: NOT TRAINED TO ITS END: epoch {content['epoch']} of {epochs}")
     return content
 
 def new_model(kind, settings, device="cpu"):
@@ -2425,9 +2431,6 @@ def load_model(path, kind, device="cpu"):
         model.load_state_dict(content["tensors"])
         model.settings["name"] = Path(path).stem.rpartition("_fold")[0]
         model = fuse_norms(model).to(device)
-    epochs = content.get("recipe", {}).get("epochs", 0)
-    if content.get("epoch", epochs) < epochs:
-        say_once(f"{path}: NOT TRAINED TO ITS END: epoch {content['epoch']} of {epochs}")
     return model
 
 def model_name(kind, name, fold):
@@ -2598,6 +2601,9 @@ def init_file(options, kind, fold, held_out):
         own = [file for _, name, file in model_files(weights, kind) if name == options.name]
         if any(map(path.samefile, own)):
             raise UserError(f"--init {path}: may be overwritten: copy it elsewhere first")
+        unseen = held_out_of(path)
+        if unseen and not unseen.issuperset(held_out):
+            say_once(f"fold {fold}: --init {path} HAS SEEN studies that are held out here")
         return path
     files = model_files(weights, "vertebra") if kind == "patient" else []
     files = [file for file in files if file[0] == fold]
@@ -2791,6 +2797,27 @@ def learning_rate(recipe, done):
     warm = min(1, (done + 1e-3) / (recipe.warm_up + 1e-3))
     return recipe.lr * warm * (0.505 + 0.495 * math.cos(math.pi * done))
 
+def begin(task, path, last, go_on, init):
+    """A task's Trainer, as far as an earlier run got by its state, the file `last`; None if
+    its model, the file `path`, is finished and only the state was deleted. UserError if
+    --resume was not given, or the folder cannot be written to."""
+    recipe = task.recipe
+    if ranks()[0] == 0:  # which alone writes; better now than after an epoch
+        try_writing(path.parent)
+    if last.exists() and not go_on:
+        raise UserError(f"{last}: of an earlier run: --resume goes on with it; delete it "
+                        "to begin anew")
+    if path.exists() and not last.exists():
+        made = load_checkpoint(path) if go_on else {}
+        if made.get("epoch") == recipe.epochs and made["recipe"] == asdict(recipe):
+            say_once(f"{path}: finished before, and kept; delete it to train it anew")
+            return None
+        say_once(f"{path} is there already, and will be overwritten")
+    run = Trainer(task, init)
+    if last.exists():
+        run.load(last, task)
+    return run
+
 def train(task, weights, stop, workers=2, go_on=False, init=""):
     """Train one fold to <name>.pt in `weights`: its history, a dict a scoring.
     Raises Stopped, with all of it saved, if a signal or the time ends the run."""
@@ -2805,17 +2832,10 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
     if not count or not task.held_out:
         raise UserError(f"{name}: too few studies: {count} samples to train on, "
                         f"{len(task.held_out)} studies held out; give fewer --folds")
-    if rank == 0:  # which alone writes; better now than after an epoch
-        try_writing(weights)
     path, last = weights / f"{name}.pt", weights / f"{name}_last.pt"
-    if last.exists() and not go_on:
-        raise UserError(f"{last}: of an earlier run: --resume goes on with it; delete it "
-                        "to begin anew")
-    run = Trainer(task, init)
-    if last.exists():
-        run.load(last, task)
-    elif path.exists():
-        say_once(f"{path} is there already, and will be overwritten")
+    run = begin(task, path, last, go_on, init)
+    if run is None:
+        return []
 
     now = run.state
     now.slowest = min(now.slowest, max(stop.left() / 10, 0))  # else a past stall ends this
@@ -2980,7 +3000,8 @@ def write_atomic(path, write):
         write(new)
         new.replace(path)
     except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"cannot write {path}: {error}") from None
+        full = " (a full disk?)" if isinstance(error, RuntimeError) else ""  # as torch says
+        raise UserError(f"cannot write {path}: {error}{full}") from None
     finally:
         with suppress(OSError):
             new.unlink()
@@ -3761,6 +3782,9 @@ def calibrate(outputs, folds, truth, weights):
     made = {f"{one.name}_fold{folds[uid]}.pt" for uid in outputs for one in outputs[uid]}
     for lost in sorted(made - model_hashes(weights).keys()):
         say(f"{lost} is not there, but its held-out answers are, and count in the fit")
+    for name in sorted(made & model_hashes(weights).keys()):
+        with suppress(UserError):
+            load_checkpoint(weights / name)  # says what is not trained to its end
     write_calibration(weights, fit_calibration(outputs, truth))
     if len(outputs) < LEAST_STUDIES:
         say(f"under {LEAST_STUDIES} studies: the blend is not fitted, only scale and shift")

@@ -701,6 +701,18 @@ def test_what_a_calibration_counts_of_models_that_are_gone_is_told(said, tmp_pat
     assert "vertebra_fold0.pt is not there" in errors and "vertebra_fold1.pt" not in errors
 
 
+def test_a_calibration_names_the_models_that_are_half_trained(said, tmp_path):
+    weights, data = tmp_path / "weights", tmp_path / "data"
+    write_labels(data, folds_of_answers(weights))
+    for fold, epoch in ((0, 6), (1, cspine.RECIPES["vertebra"].epochs)):
+        path = weights / f"vertebra_fold{fold}.pt"
+        cspine.save_checkpoint(path, "vertebra", cspine.RECIPES["vertebra"], epoch=epoch)
+    command = ["evaluate", "--folds", "--calibrate", "--data", data, "--weights", weights]
+    _, errors = said(command)
+    assert "vertebra_fold0.pt: NOT TRAINED TO ITS END: epoch 6 of 20" in errors
+    assert "vertebra_fold1.pt" not in errors
+
+
 def test_a_calibration_by_folds_1_says_what_it_was_fitted_to(said, tmp_path):
     weights, data = tmp_path / "weights", tmp_path / "data"
     write_labels(data, folds_of_answers(weights))

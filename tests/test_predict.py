@@ -886,6 +886,17 @@ def test_a_calibration_of_another_form_is_refused(text, predict, tmp_path, capsy
         assert_prior(submission, uid)
 
 
+@pytest.mark.parametrize("part", (
+    dict(answers=dict(top_k=0)), dict(answers=dict(top_k="5")), dict(answers=dict(noisy_or=5)),
+    dict(weights=dict(vertebra="x")), dict(weights=dict(vertebra=-1)), dict(weights=[1])))
+def test_a_blend_that_cannot_be_is_refused(part, tmp_path):
+    """Written by hand: it would answer wrongly, or fail in every study."""
+    content = {target: [1, 0, 0.1] for target in cspine.TARGETS} | {"files": {}} | part
+    (tmp_path / "calibration.json").write_text(json.dumps(content))
+    with pytest.raises(cspine.UserError, match="calibration.json"):
+        cspine.read_calibration(tmp_path)
+
+
 def write_held_out(weights, answers, uids):
     """Answers of a classifier, alike at all steps, for the held-out studies of two folds."""
     steps = answers[:, np.repeat(range(8), [cspine.STEPS] * 7 + [1])]

@@ -563,3 +563,26 @@ def test_another_networks_tuned_file_is_not_taken_for_a_plain_one_of_ours(tmp_pa
     touch(tmp_path / "input" / "convnext_nano_ols.in12k_ft_in1k.safetensors")
     path = touch(tmp_path / "input" / "convnext_nano.in12k.safetensors")
     assert imagenet_file("convnext_nano", tmp_path) == path
+
+
+def test_a_file_to_start_from_that_has_seen_held_out_studies_is_told_of(tmp_path, capsys):
+    make_weights(tmp_path, patient=False)
+    path = tmp_path / "vertebra_fold0.pt"
+    (tmp_path / "vertebra_fold0_heldout.csv").write_text(f"{cspine.STUDY}\na\nb\n")
+    options = Namespace(init=str(path), name="", weights=str(tmp_path / "other"))
+    assert cspine.init_file(options, "vertebra", 0, ["a", "b"]) == path
+    assert not capsys.readouterr().err
+    assert cspine.init_file(options, "vertebra", 1, ["c"]) == path
+    assert f"fold 1: --init {path} HAS SEEN studies" in capsys.readouterr().err
+
+
+def test_a_classifier_that_is_half_trained_is_named_where_another_starts_from_it(tmp_path, capsys):
+    make_weights(tmp_path, patient=False)
+    path = tmp_path / "vertebra_fold0.pt"
+    content = torch.load(path)
+    content["epoch"] = 1
+    torch.save(content, path)
+    options = Namespace(init="auto", name="", weights=str(tmp_path), folds=1, data=str(tmp_path),
+                        **{name: content["settings"][name] for name in ("backbone", "hidden")})
+    assert cspine.init_file(options, "patient", 0, []) == path
+    assert f"{path}: NOT TRAINED TO ITS END: epoch 1 of" in capsys.readouterr().err

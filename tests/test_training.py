@@ -1303,3 +1303,16 @@ def test_a_fold_without_a_known_label_has_no_score_and_ends_nothing(tmp_path):
         "vertebra", TOY, CPU, tmp_path, {"u0": np.full(8, math.nan, np.float32)}).judge
     found = judge(pd.DataFrame([[0.5] * 106], ["u0"], cspine.STEP_TARGETS))
     assert all(map(math.isnan, found.values()))
+
+
+def test_a_finished_model_whose_state_was_deleted_is_kept(tmp_path, capsys):
+    """For its size, or by Kaggle's notebook; --fold all and --resume began anew, from epoch 1."""
+    cspine.train(toy_task(), tmp_path, Stop())
+    (tmp_path / "vertebra_fold0_last.pt").unlink()
+    before = (tmp_path / "vertebra_fold0.pt").read_bytes()
+    assert cspine.train(toy_task(), tmp_path, Stop(), go_on=True) == []
+    assert "vertebra_fold0.pt: finished before, and kept" in capsys.readouterr().err
+    assert (tmp_path / "vertebra_fold0.pt").read_bytes() == before
+    other = toy_task(recipe=replace(TOY, lr=TOY.lr / 2))
+    assert cspine.train(other, tmp_path, Stop(), go_on=True)
+    assert "will be overwritten" in capsys.readouterr().err
