@@ -2602,7 +2602,7 @@ def init_file(options, kind, fold, held_out):
         if any(map(path.samefile, own)):
             raise UserError(f"--init {path}: may be overwritten: copy it elsewhere first")
         unseen = held_out_of(path)
-        if unseen and not unseen.issuperset(held_out):
+        if unseen and options.folds > 1 and not unseen.issuperset(held_out):
             say_once(f"fold {fold}: --init {path} HAS SEEN studies that are held out here")
         return path
     files = model_files(weights, "vertebra") if kind == "patient" else []
@@ -2788,9 +2788,10 @@ class Trainer:
         tensors = {
             name: tensor.half() if tensor.ndim > 1 else tensor.clone()
             for name, tensor in self.averaged.state_dict().items()}
-        content = dict(settings=self.model.settings, tensors=tensors)
-        content["epoch"] = int(self.state.history[-1]["epoch"])
-        save_checkpoint(path, task.kind, task.recipe, **content)
+        epoch = int(self.state.history[-1]["epoch"])
+        save_checkpoint(
+            path, task.kind, task.recipe, settings=self.model.settings, tensors=tensors,
+            epoch=epoch, made_of=task.made_of)
 
 def learning_rate(recipe, done):
     """The rate after a share `done` of all steps: linear warm-up, then a cosine to 1 %."""
@@ -2799,17 +2800,18 @@ def learning_rate(recipe, done):
 
 def begin(task, path, last, go_on, init):
     """A task's Trainer, as far as an earlier run got by its state, the file `last`; None if
-    its model, the file `path`, is finished and only the state was deleted. UserError if
-    --resume was not given, or the folder cannot be written to."""
-    recipe = task.recipe
+    its model, the file `path`, is finished and the state was deleted. UserError if --resume
+    was not given, or the folder cannot be written to."""
     if ranks()[0] == 0:  # which alone writes; better now than after an epoch
         try_writing(path.parent)
     if last.exists() and not go_on:
         raise UserError(f"{last}: of an earlier run: --resume goes on with it; delete it "
                         "to begin anew")
     if path.exists() and not last.exists():
-        made = load_checkpoint(path) if go_on else {}
-        if made.get("epoch") == recipe.epochs and made["recipe"] == asdict(recipe):
+        log = path.with_name(f"{path.stem}_log.csv")  # written last
+        made = load_checkpoint(path) if go_on and log.exists() else {}
+        whole = task.recipe.epochs, asdict(task.recipe), task.made_of
+        if (made.get("epoch"), made.get("recipe"), made.get("made_of")) == whole:
             say_once(f"{path}: finished before, and kept; delete it to train it anew")
             return None
         say_once(f"{path} is there already, and will be overwritten")
@@ -3700,9 +3702,7 @@ def predict_own(options):
     if (out / "answers.json").exists() and not options.json:
         say(f"{out / 'answers.json'} is of an earlier run, and stays: --json renews it")
     for name in studies if options.masks else ():
-        mask = Path(options.masks) / f"{name}.nii.gz"
-        refuse_to_overwrite(mask)
-        mask.unlink(missing_ok=True)  # it would stay beside a study that now fails
+        refuse_to_overwrite(Path(options.masks) / f"{name}.nii.gz")
     calibration, hashes = calibration_asked(options)
     weights = f"weights {hash_of(hashes)}, trained on: {calibration.trained_on}"
     note = f"For research, not for diagnosis; {weights}"
@@ -3720,6 +3720,9 @@ def predict_own(options):
         try:
             rows[-1] |= answer_own(name, future, ensemble, options.masks)
         except Exception as error:  # of this study, or of its mask's file
+            mask = Path(options.masks) / f"{name}.nii.gz"  # of an earlier run
+            if options.masks and mask.absolute() != studies[name]:
+                mask.unlink(missing_ok=True)
             if len(studies) == 1:
                 raise
             reason = in_words(error)

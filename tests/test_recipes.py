@@ -569,7 +569,9 @@ def test_a_file_to_start_from_that_has_seen_held_out_studies_is_told_of(tmp_path
     make_weights(tmp_path, patient=False)
     path = tmp_path / "vertebra_fold0.pt"
     (tmp_path / "vertebra_fold0_heldout.csv").write_text(f"{cspine.STUDY}\na\nb\n")
-    options = Namespace(init=str(path), name="", weights=str(tmp_path / "other"))
+    options = Namespace(init=str(path), name="", weights=str(tmp_path / "other"), folds=1)
+    assert cspine.init_file(options, "vertebra", 0, ["a", "b", "c"]) == path  # nothing held out
+    options.folds = 5
     assert cspine.init_file(options, "vertebra", 0, ["a", "b"]) == path
     assert not capsys.readouterr().err
     assert cspine.init_file(options, "vertebra", 1, ["c"]) == path

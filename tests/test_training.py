@@ -1313,6 +1313,9 @@ def test_a_finished_model_whose_state_was_deleted_is_kept(tmp_path, capsys):
     assert cspine.train(toy_task(), tmp_path, Stop(), go_on=True) == []
     assert "vertebra_fold0.pt: finished before, and kept" in capsys.readouterr().err
     assert (tmp_path / "vertebra_fold0.pt").read_bytes() == before
-    other = toy_task(recipe=replace(TOY, lr=TOY.lr / 2))
-    assert cspine.train(other, tmp_path, Stop(), go_on=True)
-    assert "will be overwritten" in capsys.readouterr().err
+    for other in (dict(recipe=replace(TOY, lr=TOY.lr / 2)), dict(made_of=dict(labels="new"))):
+        assert cspine.train(toy_task(**other), tmp_path, Stop(), go_on=True)
+        assert "will be overwritten" in capsys.readouterr().err
+        (tmp_path / "vertebra_fold0_last.pt").unlink()
+    (tmp_path / "vertebra_fold0_log.csv").unlink()  # as after a kill before it was written
+    assert cspine.train(toy_task(**other), tmp_path, Stop(), go_on=True)
