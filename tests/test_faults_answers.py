@@ -912,3 +912,16 @@ def test_cross_fitted_answers_are_scored_with_their_own_labels(said, tmp_path):
     right = truth.loc[answers.index].to_numpy()
     expected = cspine.competition_scores(answers.to_numpy(), right)[0]
     assert re.findall(r"better: (\d\.\d+) per study", out)[1] == f"{expected:.4f}"
+
+
+def test_a_full_disk_is_named_where_torch_does_not(tmp_path):
+    def fails(new):
+        raise RuntimeError("unexpected pos 64 vs 0")  # torch.save's, on a full disk
+    with pytest.raises(UserError, match=r"unexpected pos 64 vs 0 \(a full disk\?\)$"):
+        cspine.write_atomic(tmp_path / "x.pt", fails)
+
+
+def test_spaces_after_the_commas_of_a_table_are_no_part_of_it(tmp_path):
+    path = tmp_path / "test.csv"
+    path.write_text(f"row_id, {STUDY}, prediction_type\nu_C1, u, C1\n")
+    assert cspine.rows_asked(path) == [("u_C1", "u", "C1")]
