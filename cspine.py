@@ -517,17 +517,17 @@ def read_series(path, workers, give_up):
         stacks = stacks_of([one._replace(series="", study="") for one in slices])
         problems.append("no series of enough images: SeriesInstanceUID is not looked at")
     run = []
-    stacks.sort(key=lambda some: not_in_hu([one.hu for one in some]) != "")  # iodine: last
+    if len(stacks) > 1:  # of equals the CT is taken, not an iodine map made of it
+        stacks.sort(key=lambda some: not_in_hu([one.hu for one in some]) != "")
     for stack in map(one_pass, stacks):
         mm = along_normal(stack)
         order = places_of(mm)
         places = max(parts_of(order, mm[order], MAX_GAP_MM), key=len)
         if len(places) > len(run):  # most positions, not most images
             run = [stack[k] for k in places]
-    others = len(slices) - len(run)
-    if others:
+    if len(run) < len(slices):
         why = "of another series, pass, size or position"
-        problems.append(f"{others} images {why} left out")
+        problems.append(f"{len(slices) - len(run)} images {why} left out")
     if len(studies) > 1:
         problems.append(f"images of {len(studies)} studies: give each its own folder")
     if len(run) < MIN_SLICES:

@@ -59,7 +59,7 @@ def names_near(probability, volume, points):
     """{landmark: level whose mask holds most cells nearby, or ""}, of those in view."""
     edge = probability.shape[-1]
     extent = np.multiply(volume.hu.shape, volume.spacing)
-    named = np.where(probability.max(0) > 0.5, probability.argmax(0) + 1, 0)
+    named = np.where(probability.max(0) > cspine.LABEL_THRESHOLD, probability.argmax(0) + 1, 0)
     centres = [(np.arange(edge) + 0.5) * mm / edge for mm in extent]
 
     out = {}

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from cspine import (
     BONE_WINDOW,
     CHANNELS,
+    LABEL_THRESHOLD,
     MIN_SLICES,
     SLICES_PER_STEP,
     STUDY,
@@ -231,7 +232,7 @@ def panel(volume, probability, axis, cell, title, names, truth, mark=None):
 def chosen_planes(probability, answers):
     """(axis, cell, title) of the middle planes, and of the three most suspicious
     vertebrae."""
-    cells = [np.argwhere(mask > 0.5) for mask in probability]
+    cells = [np.argwhere(mask > LABEL_THRESHOLD) for mask in probability]
     edge = probability.shape[-1]
     found = [v for v in np.argsort(-answers[:7]) if len(cells[v])][:3]
     z, y, x = [edge / 2] * 3
