@@ -31,6 +31,7 @@ all finished work on disk; 141 the reader of the output has closed its pipe.
 
 import argparse
 import copy
+import ctypes
 import functools
 import gzip
 import hashlib
@@ -340,9 +341,8 @@ def read_slices(path):
     if not path.is_file():  # reading from a named pipe would block for ever
         raise StudyError("not a regular file")
     with path.open("rb") as file:
-        if not is_dicom(file.read(132)):  # pydicom would read all of a film or an archive
+        if not is_dicom(file):  # pydicom would read all of a film or an archive
             raise StudyError("no DICOM image")
-        file.seek(0)
         data = pydicom.dcmread(file, force=True)
     if data.get("Modality") not in (None, "", "CT"):  # such as a dose or a segmentation
         raise StudyError(f"not a CT image but {data.Modality}")
@@ -447,8 +447,7 @@ def along_normal(stack):
 def parts_of(index, at, gap):
     """`index` split wherever two neighbours' positions `at` are more than `gap` apart;
     `gap` is one number, or an array of one number per pair of neighbours."""
-    ends = np.flatnonzero(np.diff(at) > gap) + 1
-    return np.split(index, ends)
+    return np.split(index, np.flatnonzero(np.diff(at) > gap) + 1)
 
 def places_of(mm):
     """Indices of slices sorted by position; of slices at one position only the first.
@@ -458,8 +457,7 @@ def places_of(mm):
     gaps = np.pad(np.diff(at), 1, constant_values=math.inf)
     beside = np.minimum(gaps[:-2], gaps[2:])
     near = (TWIN_SHARE * beside).clip(SAME_PLACE_MM, TWIN_MM)
-    places = parts_of(order, at, near)
-    return np.array([min(place) for place in places])
+    return np.array([min(place) for place in parts_of(order, at, near)])
 
 def passes_by_time(times):
     """The number of its pass for each ContentTime, "HHMMSS...": a pause of more than
@@ -590,16 +588,18 @@ def is_nifti(path):
     """Whether a path is a file named .nii or .nii.gz."""
     return path.is_file() and path.name.lower().endswith((".nii", ".nii.gz"))
 
-def is_dicom(start):
-    """Whether a file with these first 132 bytes is DICOM: with its preamble, or without,
-    when the number of a group, 2 or 8, comes first, in either byte order."""
+def is_dicom(file):
+    """Whether an open file begins as DICOM: with its preamble, or without, when the number
+    of a group, 2 or 8, comes first, in either byte order."""
+    start = file.read(132)
+    file.seek(0)
     bare = start[:2] in (b"\2\0", b"\x08\0", b"\0\2", b"\0\x08")
     return bare or start.endswith(b"DICM")
 
 def begins_as_dicom(path):
-    """Whether a file can be read, and is DICOM by its first bytes."""
-    with suppress(OSError), open(path, "rb") as file:
-        return is_dicom(file.read(132))
+    """Whether a file can be read, and begins as DICOM."""
+    with suppress(OSError), path.open("rb") as file:
+        return is_dicom(file)
     return False
 
 def axial_axes(affine):
@@ -1515,8 +1515,7 @@ def report_paths(out):
     """{rank: report} of all processes that have written one beside the submission."""
     found = {}
     for path in sorted(out.parent.glob("predict_report*.csv")):
-        named = re.fullmatch(r"predict_report(\d{,2})", path.stem)
-        if named:  # not a copy by another name, such as a date
+        if named := re.fullmatch(r"predict_report(\d{,2})", path.stem):  # no dated copy
             found[int(named[1] or 0)] = path
     return found
 
@@ -1531,8 +1530,7 @@ def read_reports(submission):
                 raise
             continue  # another process has just deleted it, to begin anew
         failed = table.status.isin(("failed", "no time"))
-        made_by = table.get("made_by", "")
-        answered = table[~failed & (made_by == submission.made_by)]
+        answered = table[~failed & (table.get("made_by", "") == submission.made_by)]
         rows |= {row[STUDY]: row for row in answered.to_dict("records")}
     return rows
 
@@ -1633,8 +1631,7 @@ def named_studies(paths, left_out=()):
         raise UserError("an empty PATH")
     paths = map(Path, paths)
     paths = [path.resolve() if ".." in path.parts else path.absolute() for path in paths]
-    found = sum([studies_in(path, left_out) for path in paths], [])
-    found = [*dict.fromkeys(found)]
+    found = [*dict.fromkeys(sum([studies_in(path, left_out) for path in paths], []))]
     if not found:
         raise UserError(f"{paths[0]}: no study there")
     for count in range(1, max(len(path.parts) for path in found)):
@@ -1719,9 +1716,9 @@ def measure(labels, volume, places):
     upper, lower = ends.get("C2"), ends.get("C7")
     return None if None in (upper, lower) else upper - lower
 
-def answer_own(name, future, ensemble, masks):
-    """A study's row of the answers; StudyError if no vertebra is seen.
-    If `masks` names a folder, the study's mask is written there."""
+def answer_own(name, future, ensemble, mask):
+    """A study's row of the answers; its mask is written to the file `mask`, if there is
+    one. StudyError if no vertebra is seen."""
     volume, read_s = read_in_time(future, MAX_READ_S, f"{name}: ")
     if why := not_in_hu(volume.hu):
         raise StudyError("; ".join([f"{volume.uid}: {why}", *volume.problems]))
@@ -1733,9 +1730,9 @@ def answer_own(name, future, ensemble, masks):
         found = [f"{volume.uid}: no cervical vertebra seen", row["warnings"]]
         raise StudyError("; ".join(filter(None, found)))
     absent = [v for v in VERTEBRAE if v not in places]
-    if masks:
+    if mask:
         labels[np.isin(labels, [VERTEBRAE.index(v) + 1 for v in absent])] = 0
-        write_nifti(Path(masks) / f"{name}.nii.gz", labels, volume)
+        write_nifti(mask, labels, volume)
     row |= dict.fromkeys(absent)  # None, not the prior
     row |= dict(status="ok" if len(places) == 7 else "partial", seen="+".join(places))
     return row | dict(lordosis_degrees=lordosis, vertebrae=places)
@@ -2055,8 +2052,7 @@ def fit_moves(outputs, found, labels):
         scale, shift = fit_scale(calibrated(raw, found), labels)
         found.scale[part] = scale[part]
         found.shift[part] = shift[part]
-    scores = study_scores(calibrated(raw, found), labels)
-    return np.nanmean(scores), found
+    return np.nanmean(study_scores(calibrated(raw, found), labels)), found
 
 def fit_unseen(outputs, labels):
     """(Calibration of what is not in view, labels (N, 8) of what is; others are NaN).
@@ -2860,16 +2856,14 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
         sample = task.train[order[k]]
         return task.load(sample, of_step.integers(thin)), of_sample
 
-    loaded = prefetch(load, mine, workers, 2 * size)
-
     def note():
         mean = f", loss {np.mean(now.losses[-20:]):.3g}" if now.losses else ""
         return f"at {now.step} of {total}{mean}"
 
+    loaded = prefetch(load, mine, workers, 2 * size)
     for step in progress(range(now.step, total), "step", note=note):
         started = stop.clock()
-        reason = max(over_ranks(stop.reason(1.1 * now.slowest)))  # one ends all processes
-        if reason:
+        if reason := max(over_ranks(stop.reason(1.1 * now.slowest))):  # one ends all
             run.save(last, task)
             where = f"{name}: stopped by {reason} at step {step} of {total}"
             raise Stopped(f"{where}; --resume goes on", stop.status())
@@ -3024,8 +3018,7 @@ def read_csv(path, columns):
     with errors_as(UserError, f"{path}: no csv with {', '.join(columns)}"):
         table = pd.read_csv(  # also where lines end in ","
             path, dtype=text, index_col=False, skipinitialspace=True)
-        missing = [name for name in columns if name not in table]
-        if missing:
+        if missing := [name for name in columns if name not in table]:
             raise ValueError(f"no column {missing[0]}")
     return table
 
@@ -3126,6 +3119,14 @@ def finite_answer(model, given):
         return answer
     with torch.autocast(given.device.type, enabled=False):
         return model(given)
+
+def keep_memory():
+    """Have glibc keep freed memory for the next arrays: Linux would clear every page anew,
+    which is up to a third of a training step on a CPU. The peak stays the same."""
+    with suppress(AttributeError, OSError, TypeError):  # other C libraries: no mallopt(3)
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the end of the heap is never given back
+        mallopt(-4, 0)  # M_MMAP_MAX: large arrays lie in the heap, too
 
 def peak_gb():
     """The most memory that this process has held, in GB."""
@@ -3580,8 +3581,7 @@ def extract(options):
     held_out = {path: held_out_of(path) for path in models if options.folds > 1}
     unseen = set().union(*held_out.values())
     chosen = sorted(truth, key=hash_of)[:options.studies or None]
-    known = {*chosen} & masks.keys() - unseen
-    if known:
+    if known := {*chosen} & masks.keys() - unseen:
         say_once(
             f"{len(known)} studies are masked by segmenters that may have trained on them")
 
@@ -3701,8 +3701,10 @@ def predict_own(options):
         try_writing(folder)  # now, not after an hour
     if (out / "answers.json").exists() and not options.json:
         say(f"{out / 'answers.json'} is of an earlier run, and stays: --json renews it")
-    for name in studies if options.masks else ():
-        refuse_to_overwrite(Path(options.masks) / f"{name}.nii.gz")
+    masks = {
+        name: Path(options.masks, f"{name}.nii.gz") for name in studies if options.masks}
+    for mask in masks.values():
+        refuse_to_overwrite(mask)
     calibration, hashes = calibration_asked(options)
     weights = f"weights {hash_of(hashes)}, trained on: {calibration.trained_on}"
     note = f"For research, not for diagnosis; {weights}"
@@ -3718,11 +3720,10 @@ def predict_own(options):
     for name, future in progress(futures, "study", len(studies)):
         rows.append(dict(study=name, path=str(studies[name])))
         try:
-            rows[-1] |= answer_own(name, future, ensemble, options.masks)
+            rows[-1] |= answer_own(name, future, ensemble, masks.get(name))
         except Exception as error:  # of this study, or of its mask's file
-            mask = Path(options.masks) / f"{name}.nii.gz"  # of an earlier run
-            if options.masks and mask.absolute() != studies[name]:
-                mask.unlink(missing_ok=True)
+            if masks and masks[name].absolute() != studies[name]:
+                masks[name].unlink(missing_ok=True)  # of an earlier run
             if len(studies) == 1:
                 raise
             reason = in_words(error)
@@ -3817,8 +3818,7 @@ def evaluate(options):
     else:
         answers = read_answers(options.submission)
     answers = answers[answers.index.isin(truth.index)]
-    missing = int(answers.isna().sum().sum())
-    if missing:
+    if missing := int(answers.isna().sum().sum()):
         say(f"{missing} answers are missing or no probabilities: scored as the prior")
     answers = answers.fillna(PRIOR_ANSWERS)
     labels = truth.loc[answers.index].to_numpy()
@@ -3835,8 +3835,7 @@ def evaluate(options):
         print_scores(answers.to_numpy(), labels)
     table = score_table(answers.to_numpy(), labels)
     if not options.folds:
-        device = pick_device(options.device)
-        models = [*load_models(weights, "segmenter", device).values()]
+        models = [*load_models(weights, "segmenter", pick_device(options.device)).values()]
         if models:
             table = table.join(mask_table(data, answers.index, models, options.workers))
     print("\nEvery target; fractured: how many are:")
@@ -3940,6 +3939,7 @@ def build_parser(modes, others=(), preset=""):
 
 def run_mode(modes, argv, others=()):
     """Run a mode of {name: Mode}: its exit status, and one line if it failed."""
+    keep_memory()
     threads, level = cv2.getNumThreads(), cv2.utils.logging.getLogLevel()
     cv2.setNumThreads(1)  # the threads of prefetch share the cores
     cv2.utils.logging.setLogLevel(0)  # else it prints a line a slice of JPEG 2000

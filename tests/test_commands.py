@@ -2,9 +2,11 @@
 
 import dataclasses
 import math
+import platform
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -367,3 +369,39 @@ def test_a_mode_leaves_opencv_as_it_was():
         assert (cspine.cv2.getNumThreads(), cspine.cv2.utils.logging.getLogLevel()) == (3, 2)
     finally:
         cspine.cv2.setNumThreads(before[0]), cspine.cv2.utils.logging.setLogLevel(before[1])
+
+
+FAULTS = """
+import resource, numpy as np, cspine
+
+def faults():
+    start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        large, small = np.empty(2**27, np.uint8), np.empty(2**20, np.uint8)
+        large.fill(1), small.fill(1)
+        del large, small
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - start
+
+before = faults()
+cspine.main(["predict", "--data", "nowhere"])
+faults()  # the heap grows once
+print(before, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_a_mode_keeps_freed_memory_for_the_next_arrays():
+    """An array of 128 MB is no new memory for Linux to clear, each time."""
+    root = Path(cspine.__file__).parent
+    text = subprocess.check_output([sys.executable, "-c", FAULTS], text=True, cwd=root)
+    before, after = map(int, text.split())
+    assert before > 10 * after, text
+
+
+@pytest.mark.parametrize("library", [AttributeError, OSError, TypeError])
+def test_without_glibc_memory_is_left_as_it_is(library, monkeypatch):
+    """musl and macOS have no mallopt; Windows has no library without a name."""
+    def none(name):
+        raise library
+    monkeypatch.setattr(cspine.ctypes, "CDLL", none)
+    cspine.keep_memory()

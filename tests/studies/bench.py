@@ -20,6 +20,7 @@ plan, not part of all: hours, card memory and disk of every preset; nothing is m
 
 import argparse
 import contextlib
+import ctypes
 import copy
 import functools
 import io
@@ -86,13 +87,25 @@ def seconds(work):
     return time.perf_counter() - start
 
 
+def default_memory():
+    """Undo cspine.keep_memory: glibc as it is in a process that has freed large arrays."""
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 65536)  # M_MMAP_MAX
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: what it rises to by itself
+        mallopt(-1, 2**26)  # M_TRIM_THRESHOLD: twice that, as it does
+
+
 def compare(ours, theirs, repeats):
-    """(median seconds of ours, of theirs, median ratio), measured in turns."""
+    """(median seconds of ours, of theirs, median ratio), measured in turns. Ours has the
+    settings that cspine's modes make, theirs has the defaults."""
     pairs = []
     for _ in range(repeats):
-        cv2.setNumThreads(1)  # as main does
+        cv2.setNumThreads(1)
+        cspine.keep_memory()
         mine = seconds(ours)
-        cv2.setNumThreads(-1)  # OpenCV's default
+        cv2.setNumThreads(-1)
+        default_memory()
         pairs.append((mine, seconds(theirs)))
     mine, other = (statistics.median(side) for side in zip(*pairs))
     return mine, other, statistics.median(b / a for a, b in pairs)
