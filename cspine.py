@@ -48,6 +48,7 @@ import struct
 import subprocess
 import sys
 import textwrap
+import threading
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -423,8 +424,7 @@ def stacks_of(slices):
     """The slices, grouped into lists that share one series and geometry."""
     stacks = []
     for one in slices:
-        alike = [stack for stack in stacks if same_stack(stack[0], one)]
-        if alike:
+        if alike := [stack for stack in stacks if same_stack(stack[0], one)]:
             alike[0].append(one)
         else:
             stacks.append([one])
@@ -1056,8 +1056,7 @@ def segment(models, volume, device, report=print):
     the neck is a small part of the study, it is also segmented by itself, and both results
     are averaged: each sees what the other misses. report(text) is called with oddities."""
     probability = mean_probability(models, volume, device)
-    part = neck_part(probability, volume.hu.shape)
-    if part:
+    if part := neck_part(probability, volume.hu.shape):
         low, high = part
         neck = volume._replace(hu=volume.hu[tuple(map(slice, low, high))])
         inner = in_order(mean_probability(models, neck, device).numpy(), report)
@@ -2437,8 +2436,7 @@ def model_files(weights, kind):
     """[(fold, name, Path)] of all <kind>_fold<k>.pt and <kind>_<name>_fold<k>.pt."""
     found = []
     for path in Path(weights).glob(f"{kind}_*.pt"):
-        parts = re.fullmatch(rf"{kind}(?:_(\w+))?_fold(\d+)", path.stem)
-        if parts:
+        if parts := re.fullmatch(rf"{kind}(?:_(\w+))?_fold(\d+)", path.stem):
             found.append((int(parts[2]), parts[1] or "", path))
     return sorted(found)
 
@@ -3190,6 +3188,7 @@ STREAM_PARTS = 2048  # of a stream, walked side by side
 LEAST_PART = 256  # bits; a code and its difference have 32 at most
 FEW_PARTS = 32  # if no more are left, they are walked code by code
 WALK_ROUNDS = 5  # at most; a round walks the parts that have not begun at the right bit
+ONE_DECODES = threading.Lock()  # two threads wait for Python's lock at each NumPy call
 
 def decode_pixels(data):
     """Stored values (frames, rows, columns), 16 or 32 bits, of a pydicom dataset.
@@ -3240,7 +3239,8 @@ def decode_words(data, shape, allocated):
         raise StudyError(f"{syntax.name}: {JPEG_PLUGINS}")
     frames = pydicom.encaps.generate_frames(data.PixelData, number_of_frames=shape[0])
     if is_lossless:
-        return np.stack([decode_lossless_jpeg(frame) for frame in frames])
+        with ONE_DECODES:
+            return np.stack([decode_lossless_jpeg(frame) for frame in frames])
     signed = data.get("PixelRepresentation") == 1
     return np.stack([decode_jpeg_2000(frame, signed) for frame in frames])
 

@@ -17,8 +17,11 @@ ROOMS = [TESTS.parent, TESTS / "tools", TESTS / "necks", TESTS / "studies"]
 sys.path[:0] = map(str, ROOMS)
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
+import cspine  # noqa: E402
 from dicom_files import AXIAL, dicom_bytes  # noqa: E402
 from phantoms import make_dataset  # noqa: E402
+
+cspine.keep_memory()  # also where a test calls no mode
 
 # What a second process runs beside the first when the whole suite is asked for: about half of
 # the time. Most tests keep one core busy, and the other would wait.

@@ -6,8 +6,10 @@ files, and pylibjpeg itself where it is installed. All comparisons are exact unl
 """
 
 import sys
+import time
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import cv2
@@ -406,6 +408,28 @@ def test_where_a_plug_in_fails_our_own_decoder_reads_on(monkeypatch):
     values = stored_values(16, False)
     dataset = dicom_file([encode(values)], pydicom.uid.JPEGLosslessSV1, values.shape)
     assert np.array_equal(decode_pixels(dataset)[0], values)
+
+
+def test_one_thread_at_a_time_decodes_lossless_jpeg(monkeypatch):
+    """Several would wait for Python's lock at every call of NumPy. A damaged one frees the rest."""
+    at_once, most = [], []
+    decode = cspine.decode_lossless_jpeg
+
+    def counted(stream):
+        at_once.append(stream)
+        most.append(len(at_once))
+        time.sleep(0.01)
+        at_once.pop()
+        return decode(stream)
+
+    monkeypatch.setattr(cspine, "decode_lossless_jpeg", counted)
+    values = stored_values(16, False)
+    streams = [encode(values), b"damaged", encode(values), encode(values)]
+    datasets = [dicom_file([one], LOSSLESS, values.shape) for one in streams]
+    with ThreadPoolExecutor(4) as pool:
+        whole, damaged, *rest = [pool.submit(decode_pixels, one) for one in datasets]
+    assert max(most) == 1 and isinstance(damaged.exception(), StudyError)
+    assert all(np.array_equal(one.result()[0], values) for one in (whole, *rest))
 
 
 def test_an_unknown_transfer_syntax_is_refused_by_name():

@@ -3,8 +3,9 @@
     python tests/studies/bench.py [read|train|predict|scale|gpu|plan|all] [--quick]
 
 Both ways take turns on the same made-up study (512x512, 300 slices; random weights, the true masks
-in place of the untrained segmenter's), the medians are shown and the median of the ratios. --quick
-shrinks study and networks: it shows that the bench works, not how fast the program is.
+in place of the untrained segmenter's), each in a process of its own; the medians are shown and the
+median of the ratios. --quick shrinks study and networks: it shows that the bench works, not how
+fast the program is.
 
 The starting solution's way: 128 slices decoded for the cube, repeated to 3 channels; then every
 slice decoded again from its file for each of the 7 x 75 crops; contiguous memory, all 105 crops in
@@ -20,7 +21,6 @@ plan, not part of all: hours, card memory and disk of every preset; nothing is m
 
 import argparse
 import contextlib
-import ctypes
 import copy
 import functools
 import io
@@ -59,6 +59,9 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 SEED, PHANTOM_EDGE, NOISE_HU = 2, 128, 12  # of the study: C1 to C7 are in view
 DISTINCT = 12  # compressed slices that differ; encoding each would take minutes
 CPU = torch.device("cpu")
+WAYS = "ours", "starting"
+WAY = WAYS[0]  # the one that this process measures
+TURN = "your turn\n"
 
 
 class Scale(NamedTuple):
@@ -87,26 +90,54 @@ def seconds(work):
     return time.perf_counter() - start
 
 
-def default_memory():
-    """Undo cspine.keep_memory: glibc as it is in a process that has freed large arrays."""
-    if platform.libc_ver()[0] == "glibc":
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 65536)  # M_MMAP_MAX
-        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: what it rises to by itself
-        mallopt(-1, 2**26)  # M_TRIM_THRESHOLD: twice that, as it does
+def measure_in_turns(arguments):
+    """Run topics in two processes, each of which measures one way when it is its turn: memory
+    that one way has freed would serve the other. Ours also prints."""
+    command = [sys.executable, __file__, *arguments, "--way"]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    ours, theirs = both = [subprocess.Popen([*command, way], **pipes) for way in WAYS]
+    while waits(ours, print_rest=True) and waits(theirs):  # neither measures before both wait
+        values = [measured(process) for process in both]
+        for process in both:
+            send(process, json.dumps(values))
+    if any([process.wait() for process in both]):
+        raise SystemExit("one of the two processes failed")
+
+
+def waits(process, print_rest=False):
+    """Read what a process says until it waits for its turn; False if it ends instead."""
+    for line in process.stdout:
+        if line == TURN:
+            return True
+        if print_rest:
+            print(line, end="", flush=True)
+    return False
+
+
+def measured(process):
+    """What a process measures, whose turn it is."""
+    send(process)
+    return json.loads(process.stdout.readline())
+
+
+def send(process, line=""):
+    process.stdin.write(line + "\n")
+    process.stdin.flush()
+
+
+def in_turn(work):
+    """[what work() gives in the process of our way, in that of the starting solution's]."""
+    print(TURN, end="", flush=True)
+    input()
+    print(json.dumps(work()), flush=True)
+    return json.loads(input())
 
 
 def compare(ours, theirs, repeats):
     """(median seconds of ours, of theirs, median ratio), measured in turns. Ours has the
     settings that cspine's modes make, theirs has the defaults."""
-    pairs = []
-    for _ in range(repeats):
-        cv2.setNumThreads(1)
-        cspine.keep_memory()
-        mine = seconds(ours)
-        cv2.setNumThreads(-1)
-        default_memory()
-        pairs.append((mine, seconds(theirs)))
+    work = ours if WAY == WAYS[0] else theirs
+    pairs = [in_turn(lambda: seconds(work)) for _ in range(repeats)]
     mine, other = (statistics.median(side) for side in zip(*pairs))
     return mine, other, statistics.median(b / a for a, b in pairs)
 
@@ -426,18 +457,23 @@ def bench_predict(scale, root):
             lambda: reports.append(predict(root, weights)),
             lambda: old_predict(study.folder, study.probability, old, spent), scale.repeats)
         if syntax == EXPLICIT:
-            predict_stages(pd.concat(reports).median(numeric_only=True), spent, study, scale)
+            predict_stages(reports, spent, study, scale)
         row(f"{name}: end to end, s a study", ours / scale.studies, theirs, ratio * scale.studies)
     cspine.load_ensemble = load
-    for count in (1, scale.studies + 1):
+    for count in (1, scale.studies + 1) if WAY == WAYS[0] else ():
         write_test_csv(root, "study", count)
         save_truth(root, study)
         row(f"peak memory, fresh process, {count} studies, GB", finish(child(root))["peak_gb"])
 
 
-def predict_stages(ours, spent, study, scale):
-    theirs = {stage: statistics.median(times) for stage, times in spent.items()}
-    theirs["classify"] = theirs["vertebra"] + theirs["patient"]
+def predict_stages(reports, spent, study, scale):
+    def medians():
+        if WAY == WAYS[0]:
+            return pd.concat(reports).median(numeric_only=True).to_dict()
+        times = {stage: statistics.median(times) for stage, times in spent.items()}
+        return times | dict(classify=times["vertebra"] + times["patient"])
+
+    ours, theirs = in_turn(medians)
     for stage, name in (("read", "read (beside the networks)"), ("segment", "segmenter"),
                         ("crops", "crops"), ("classify", "classifiers")):
         mine = ours[f"{stage}_s"]
@@ -563,6 +599,8 @@ def bench_scale(scale, root):
     for n, study in studies.items():
         row(f"{n} slices", *compare(lambda: our_crops(study), lambda: old_both(study),
                                     scale.repeats))
+    if WAY != WAYS[0]:
+        return
     study = studies[scale.lengths[1]]
     write_models(root / "weights", scale)
     save_truth(root, study)
@@ -748,14 +786,15 @@ def bench_plan():
 
 
 def main():
+    global WAY
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("topic", nargs="?", default="all",
-                        choices=["read", "train", "predict", "scale", "gpu", "plan", "all",
-                                 "child"])
+                        choices=[*TOPICS, "plan", "all", "child"])
     parser.add_argument("--quick", action="store_true", help="small networks and study, once")
     parser.add_argument("--repeats", type=int, help="turns of either way")
     parser.add_argument("--threads", type=int, default=CORES,
-                        help="of torch in this process; 1 on a machine busy with other things")
+                        help="of torch in a process; 1 on a machine busy with other things")
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)
     o = parser.parse_args()
     if o.topic == "child":
@@ -765,15 +804,26 @@ def main():
     scale = QUICK if o.quick else FULL
     scale = scale._replace(repeats=o.repeats or scale.repeats)
     torch.set_num_threads(o.threads)
-    print(f"{platform.machine()}, {CORES} cores, {o.threads} threads, torch {torch.__version__}, "
-          f"{'quick: shows that the bench works' if o.quick else 'full size'}; median of "
-          f"{scale.repeats}, ratio = starting / ours (of rates: ours / starting)")
-    for name, bench in (("read", bench_read), ("train", bench_train),
-                        ("predict", bench_predict), ("scale", bench_scale), ("gpu", bench_gpu)):
+    if not o.way:
+        print(f"{platform.machine()}, {CORES} cores, {o.threads} threads, torch "
+              f"{torch.__version__}, "
+              f"{'quick: shows that the bench works' if o.quick else 'full size'}; median of "
+              f"{scale.repeats}, ratio = starting / ours (of rates: ours / starting)", flush=True)
+        if o.topic != "gpu":
+            return measure_in_turns(sys.argv[1:])
+    WAY = o.way or WAYS[0]
+    cv2.utils.logging.setLogLevel(0)  # else a line a slice of JPEG 2000
+    if WAY == WAYS[0]:
+        cv2.setNumThreads(1)  # as cspine's modes do; the starting way has the defaults
+        cspine.keep_memory()
+    for name, bench in TOPICS.items():
         if o.topic == name or (o.topic == "all" and name != "gpu"):
             with tempfile.TemporaryDirectory() as folder:
                 bench(scale, Path(folder))
 
+
+TOPICS = dict(read=bench_read, train=bench_train, predict=bench_predict, scale=bench_scale,
+              gpu=bench_gpu)
 
 if __name__ == "__main__":
     main()

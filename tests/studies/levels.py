@@ -152,6 +152,7 @@ def main():
     parser.add_argument("--out", default="", help="csv of every study")
     parser.add_argument("--answers", action="store_true", help="of the classifiers")
     o = parser.parse_args()
+    cspine.keep_memory()
     try:
         run(o)
     except FileNotFoundError as error:

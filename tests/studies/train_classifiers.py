@@ -402,6 +402,7 @@ def main():
     o = parser.parse_args()
     if o.step == "draw" and not o.necks:
         parser.error("draw needs --necks")
+    cspine.keep_memory()
     if o.old_hands:
         sys.path.append(str(Path(o.old_hands).resolve()))
     if o.step in ("draw", "crops"):

@@ -389,6 +389,7 @@ def main():
     parser.add_argument("--drawn", type=int, default=DRAWN, help="studies that hands draws")
     o = parser.parse_args()
 
+    cspine.keep_memory()
     if o.step == "hands":
         make_all(make_hand, o.work / "hands", range(o.drawn), o.workers)
     elif o.step == "necks":
