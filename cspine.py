@@ -3120,7 +3120,7 @@ def finite_answer(model, given):
 
 def keep_memory():
     """Have glibc keep freed memory for the next arrays: Linux would clear every page anew,
-    which is up to a third of a training step on a CPU. The peak stays the same."""
+    up to a third of a training step on a CPU. The peak grows by less than a tenth."""
     with suppress(AttributeError, OSError, TypeError):  # other C libraries: no mallopt(3)
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: the end of the heap is never given back
