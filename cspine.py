@@ -138,6 +138,7 @@ KAGGLE_MINUTES = 510.0  # minutes, of the 540 that a submission may run
 MAX_READ_S = 600  # s to read a study in, but at most a quarter of the time left
 ECHO_S = 2  # s; a signal repeated within this time was only forwarded by torchrun
 LOG_S = 60  # s between two lines of progress in a log
+ALONE_S = 5  # s in which one study is read; after that, the next one beside it
 READING_THREADS = 99  # so many because a read that hangs never gives its thread back
 CROPS_ON_CPU = STEPS  # crops per forward pass: their activations about fit a CPU's cache
 CROPS_ON_GPU = 2 * 7 * STEPS  # crops per forward pass: those of two studies
@@ -708,8 +709,7 @@ def read_nifti(path, report=None):
     more = max(shape[3:rank], default=1) > 1  # a time series or vectors
     if header["magic"] != b"n+1" or rank < 3 or more or start < NIFTI_HEADER.itemsize:
         raise ValueError("not one 3-D image of NIfTI-1 in one file")
-    code = int(header["datatype"])
-    if code not in NIFTI_TYPES:
+    if (code := int(header["datatype"])) not in NIFTI_TYPES:
         raise ValueError(f"datatype {code}: not plain numbers")
     kind = np.dtype(order + NIFTI_TYPES[code])
     end = start + math.prod(shape[:3]) * kind.itemsize
@@ -1027,8 +1027,7 @@ def neck_part(probability, shape):
     """(low, high), voxels (3,) each: the part of the study with the neck and a margin;
     None if no neck is seen, or if it is so large that the cube's cells are fine enough."""
     cells = probability.shape[-1]
-    box = vertebra_box(probability.amax(0).numpy(), gap=cells)
-    if box is None:
+    if (box := vertebra_box(probability.amax(0).numpy(), gap=cells)) is None:
         return None
     shape = np.array(shape)
     reach = np.ptp(box, 1) * LOOK_AROUND
@@ -3028,12 +3027,14 @@ def hash_of(*parts):
     return whole.hexdigest()[:16]
 
 def prefetch(work, items, workers, ahead=1):
-    """Yields (item, future of work(item)) in order, with `ahead` more under way in threads.
-    Leaving the loop early cancels what has not begun."""
+    """Yields (item, future of work(item)) in order, with `ahead` more under way in threads;
+    with one, each has ALONE_S for itself. Leaving the loop cancels what has not begun."""
     pool = ThreadPoolExecutor(max(1, workers))
     waiting = []
     try:
         for item in items:
+            if ahead == 1:  # two at once would delay the one that is waited for
+                wait([future for _, future in waiting], ALONE_S)
             waiting.append((item, pool.submit(work, item)))
             if len(waiting) > ahead:
                 yield waiting.pop(0)
@@ -3811,8 +3812,7 @@ def evaluate(options):
         outputs, folds = read_held_out(weights)
         outputs = {uid: one for uid, one in outputs.items() if uid in truth.index}
         names = pd.Series([one.name for some in outputs.values() for one in some])
-        counts = names.value_counts()
-        if counts.nunique() > 1:
+        if (counts := names.value_counts()).nunique() > 1:
             say(f"held-out answers by model: {counts.to_dict()}: some folds lack")
         answers = blend(outputs)
     else:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import Future
 from pathlib import Path
@@ -987,3 +988,25 @@ def test_a_few_cells_of_a_vertebra_put_none_out_of_order():
     problems = []
     assert np.array_equal(cspine.in_order(probability.copy(), problems.append), probability)
     assert not problems
+
+
+def test_the_first_study_is_read_alone_and_a_slow_one_is_not_waited_for(monkeypatch):
+    """Two at once share the cores and Python's lock: the first answer would come later."""
+    begun, release = [], threading.Event()
+
+    def work(item):
+        begun.append(item)
+        if item == "slow":
+            release.wait(20)
+        return item
+
+    monkeypatch.setattr(cspine, "ALONE_S", 0.2)
+    pairs = cspine.prefetch(work, ["a", "b", "slow", "c"], 9)
+    name, future = next(pairs)
+    assert future.done() and future.result() == name == "a"
+    assert next(pairs)[0] == "b"
+    name, future = next(pairs)  # "c" begins after ALONE_S
+    cspine.wait([next(pairs)[1]], 20)
+    assert name == "slow" and not future.done() and begun == ["a", "b", "slow", "c"]
+    release.set()
+    assert future.result() == "slow"
