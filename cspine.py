@@ -3033,8 +3033,7 @@ def prefetch(work, items, workers, ahead=1):
     waiting = []
     try:
         for item in items:
-            if ahead == 1:  # two at once would delay the one that is waited for
-                wait([future for _, future in waiting], ALONE_S)
+            wait([one for _, one in waiting if ahead == 1], ALONE_S)  # two delay the first
             waiting.append((item, pool.submit(work, item)))
             if len(waiting) > ahead:
                 yield waiting.pop(0)
@@ -3120,8 +3119,8 @@ def finite_answer(model, given):
         return model(given)
 
 def keep_memory():
-    """Have glibc keep freed memory for the next arrays: Linux would clear every page anew,
-    up to a third of a training step on a CPU. The peak grows by less than a tenth."""
+    """Have glibc keep the main thread's freed memory, for good: Linux would clear each page
+    anew, up to a third of a training step on a CPU. The peak grows by a fifth at most."""
     with suppress(AttributeError, OSError, TypeError):  # other C libraries: no mallopt(3)
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: the end of the heap is never given back
@@ -3240,8 +3239,7 @@ def decode_words(data, shape, allocated):
         raise StudyError(f"{syntax.name}: {JPEG_PLUGINS}")
     frames = pydicom.encaps.generate_frames(data.PixelData, number_of_frames=shape[0])
     if is_lossless:
-        with ONE_DECODES:
-            return np.stack([decode_lossless_jpeg(frame) for frame in frames])
+        return np.stack([decode_lossless_jpeg(frame) for frame in frames])
     signed = data.get("PixelRepresentation") == 1
     return np.stack([decode_jpeg_2000(frame, signed) for frame in frames])
 
@@ -3288,7 +3286,7 @@ def jpeg_segments(data):
 def decode_lossless_jpeg(data):
     """(rows, columns) uint16 of a one-component JPEG Lossless stream (ITU-T T.81 annex H).
     All predictors, restart intervals and point transforms. Raises StudyError for damage."""
-    with errors_as(StudyError, "JPEG Lossless"):
+    with ONE_DECODES, errors_as(StudyError, "JPEG Lossless"):
         segments, tables, at = jpeg_segments(data)
         frame = segments.get(0xFFC3, bytes(6))
         bits, rows, columns, components = struct.unpack_from(">BHHB", frame)
@@ -3723,7 +3721,7 @@ def predict_own(options):
         try:
             rows[-1] |= answer_own(name, future, ensemble, masks.get(name))
         except Exception as error:  # of this study, or of its mask's file
-            if masks and masks[name].absolute() != studies[name]:
+            if masks and masks[name].resolve() != studies[name].resolve():
                 masks[name].unlink(missing_ok=True)  # of an earlier run
             if len(studies) == 1:
                 raise
@@ -3951,11 +3949,13 @@ def run_mode(modes, argv, others=()):
         options = build_parser(modes, others, preset_given(argv)).parse_args(argv)
         modes[options.mode].run(options)
         return 0
-    except (torch.OutOfMemoryError, MemoryError):
-        say("cspine: out of memory: try --device cpu, a smaller --batch-size, --checkpoint")
-        return 2
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         text = " ".join(str(error).split())
+        kinds = torch.OutOfMemoryError, MemoryError
+        if isinstance(error, kinds) or "can't allocate memory" in text:  # the latter: a CPU
+            say("cspine: out of memory: try --device cpu, a smaller --batch-size, "
+                "--checkpoint")
+            return 2
         if "CUDA error" not in text or "assert triggered" in text:
             raise  # a fault of ours, whose place is worth seeing
         say(f"cspine: the GPU failed: {text:.80}: go on by --resume, or use --device cpu")

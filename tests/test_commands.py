@@ -324,6 +324,9 @@ def test_a_card_that_fails_ends_a_mode_in_one_line_and_a_bug_of_ours_does_not(fa
     assert failing(RuntimeError("CUDA error: unspecified launch failure" + advice)) == 2
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and "the GPU failed" in line and "launch failure" in line
+    assert failing(RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: "
+                                "can't allocate memory: you tried to allocate 9 bytes.")) == 2
+    assert capsys.readouterr().err.startswith("cspine: out of memory: try")
     for fault in ("shapes do not fit", "CUDA error: device-side assert triggered" + advice):
         with pytest.raises(RuntimeError, match=fault[:10]):
             failing(RuntimeError(fault))

@@ -413,16 +413,16 @@ def test_where_a_plug_in_fails_our_own_decoder_reads_on(monkeypatch):
 def test_one_thread_at_a_time_decodes_lossless_jpeg(monkeypatch):
     """Several would wait for Python's lock at every call of NumPy. A damaged one frees the rest."""
     at_once, most = [], []
-    decode = cspine.decode_lossless_jpeg
+    split = cspine.split_scan
 
-    def counted(stream):
-        at_once.append(stream)
+    def counted(scan):
+        at_once.append(scan)
         most.append(len(at_once))
         time.sleep(0.01)
         at_once.pop()
-        return decode(stream)
+        return split(scan)
 
-    monkeypatch.setattr(cspine, "decode_lossless_jpeg", counted)
+    monkeypatch.setattr(cspine, "split_scan", counted)
     values = stored_values(16, False)
     streams = [encode(values), b"damaged", encode(values), encode(values)]
     datasets = [dicom_file([one], LOSSLESS, values.shape) for one in streams]

@@ -375,8 +375,10 @@ def test_an_earlier_mask_does_not_stay_beside_a_study_that_fails(predict, ct, tm
     assert list(predict("dicom", "other", "--masks", "masks")[1].status) == ["failed", "ok"]
     assert [path.name for path in (tmp_path / "masks").iterdir()] == ["other.nii.gz"]
     assert predict("other", "--masks", "masks", "--device", "none")[0] == 2
-    assert predict("masks/other.nii.gz", "--masks", "masks")[0] == 2  # its own input
-    assert (tmp_path / "masks" / "other.nii.gz").exists()
+    (tmp_path / "link").symlink_to(tmp_path / "masks")
+    for folder in ("masks", "masks/../masks", "link"):
+        assert predict("masks/other.nii.gz", "--masks", folder)[0] == 2  # its own input
+        assert (tmp_path / "masks" / "other.nii.gz").exists()
 
 
 def test_what_concerns_the_whole_study_is_said_before_its_files(predict, ct, tmp_path):

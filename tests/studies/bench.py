@@ -100,6 +100,8 @@ def measure_in_turns(arguments):
         values = [measured(process) for process in both]
         for process in both:
             send(process, json.dumps(values))
+    for process in both:
+        process.stdin.close()  # else one whose fellow has died would wait for ever
     if any([process.wait() for process in both]):
         raise SystemExit("one of the two processes failed")
 
