@@ -26,8 +26,7 @@ notebook, the file runs nothing; main(["predict", "--weights", "..."]) runs a mo
 
 Exit status: 0 done, or ended by --time-limit; 1 a bug in this program; 2 an error that you
 can fix, told in one line; 3 most studies got the prior or no crops; 130 interrupted, with
-all finished work on disk; 141 the reader of the output has closed its pipe.
-"""
+all finished work on disk; 141 the reader of the output has closed its pipe."""
 
 import argparse
 import copy
@@ -299,11 +298,11 @@ class Asked(Answers):
 
 class Volume(NamedTuple):
     """A CT study, head first.
-    `hu` is int16 (Z, Y, X) in Hounsfield units, Z from head to foot, Y from front to
-    back, X from right to left; `spacing` is in mm, in the order of the axes; `affine`
-    (4, 4) gives LPS mm (DICOM's axes) from (z, y, x, 1). `problems` says what was odd.
-    `sources` holds the file and SOPInstanceUID of each slice if slices are axial;
-    `grid` tells which stored axes became Z, Y, X, and which of them were flipped."""
+    `hu` is int16 (Z, Y, X) in Hounsfield units, Z from head to foot, Y from front to back,
+    X from right to left; `spacing` is in mm, in the order of the axes; `affine` (4, 4)
+    gives LPS mm (DICOM's axes) from (z, y, x, 1). `problems` says what was odd. `sources`
+    holds the file and SOPInstanceUID of each slice if slices are axial; `grid` tells which
+    stored axes became Z, Y, X, and which of them were flipped."""
     uid: str
     hu: np.ndarray
     spacing: tuple
@@ -938,9 +937,8 @@ class Segmenter(nn.Module):
             drop_path=0, dropout=0, **_):  # a recipe's other fields
         super().__init__()
         self.settings = dict(backbone=backbone, size=size, window=window)
-        flat = create_backbone(
-            backbone, features_only=True, out_indices=(0, 1, 2, 3), in_chans=1,
-            drop_path_rate=drop_path)
+        flat = create_backbone(backbone, features_only=True, out_indices=(0, 1, 2, 3),
+                               in_chans=1, drop_path_rate=drop_path)
         if flat.feature_info.reduction() != [2, 4, 8, 16]:
             raise UserError("no features at strides 2, 4, 8 and 16")
         if hasattr(flat, "blocks"):  # unused layers after the last feature, of stride 32
@@ -1180,9 +1178,8 @@ class StepEncoder(nn.Module):
     """Turns crops into features; a classifier's `answer` runs its LSTM over the steps."""
     def __init__(self, backbone, hidden, drop_path, dropout, checkpoint):
         super().__init__()
-        self.backbone = create_backbone(
-            backbone, in_chans=CHANNELS, num_classes=0, global_pool="avg",
-            drop_path_rate=drop_path)
+        self.backbone = create_backbone(backbone, in_chans=CHANNELS, num_classes=0,
+                                        global_pool="avg", drop_path_rate=drop_path)
         probe = torch.zeros(1, CHANNELS, 64, 64)  # fails if the image size is fixed
         width = self.backbone.eval()(probe).shape[1]
         if checkpoint:  # the blocks run again in the backward pass
@@ -1416,9 +1413,8 @@ def strongest_steps(volume, probability, outputs, z_margin):
         _, y, x = (found.sum(1) + 1) / 2 / len(cells) * volume.hu.shape - 0.5
         file, uid = volume.sources[z] if volume.sources else ("", "")
         place = (volume.affine @ [z, y, x, 1])[:3].tolist()
-        places[name] = dict(
-            slice=z + 1, file=file, sop_instance_uid=uid, lps_mm=place,
-            steps=chances.nan_to_num().tolist())
+        places[name] = dict(slice=z + 1, file=file, sop_instance_uid=uid, lps_mm=place,
+                            steps=chances.nan_to_num().tolist())
     return places
 
 def as_columns(places):
@@ -1513,7 +1509,8 @@ def report_paths(out):
     """{rank: report} of all processes that have written one beside the submission."""
     found = {}
     for path in sorted(out.parent.glob("predict_report*.csv")):
-        if named := re.fullmatch(r"predict_report(\d{,2})", path.stem):  # no dated copy
+        named = re.fullmatch(r"predict_report(\d{,2})", path.stem)
+        if named:  # not a copy by another name, such as a date
             found[int(named[1] or 0)] = path
     return found
 
@@ -1538,9 +1535,8 @@ def write_submission(submission, reports=()):
         table = pd.DataFrame(reports).assign(made_by=submission.made_by)
         write_csv(submission.out.parent / f"predict_report{ranks()[0] or ''}.csv", table)
     answers = read_reports(submission)
-    values = [
-        (row_id, answers.get(uid, PRIOR_ANSWERS).get(target, 0.5))
-        for row_id, uid, target in submission.rows]
+    values = [(row_id, answers.get(uid, PRIOR_ANSWERS).get(target, 0.5))
+              for row_id, uid, target in submission.rows]
     write_csv(submission.out, pd.DataFrame(values, columns=["row_id", "fractured"]))
     if len(read_reports(submission)) > len(answers):  # another process reported meanwhile
         write_submission(submission)
@@ -1707,9 +1703,8 @@ def measure(labels, volume, places):
         if len(mine) and name in places:
             height, depth, width = (np.ptp(mine, 0) + 1) * volume.spacing
             centre = (volume.affine @ [*mine.mean(0), 1])[:3].tolist()
-            places[name] |= dict(
-                cm3=len(mine) * voxel_mm3 / 1000, height_mm=height, depth_mm=depth,
-                width_mm=width, centroid_lps_mm=centre)
+            places[name] |= dict(cm3=len(mine) * voxel_mm3 / 1000, height_mm=height,
+                                 depth_mm=depth, width_mm=width, centroid_lps_mm=centre)
             ends[name] = lower_end(mine, volume)
     upper, lower = ends.get("C2"), ends.get("C7")
     return None if None in (upper, lower) else upper - lower
@@ -1895,10 +1890,11 @@ def read_truth(path):
     return table
 
 def read_labels(data):
-    """Labels (N, 8) by uid: train.csv, and the phantoms' test_labels.csv."""
+    """The known labels (N, 8) by uid: train.csv, and the phantoms' test_labels.csv."""
     paths = [data / name for name in ("train.csv", "test_labels.csv")]
     table = pd.concat(read_truth(path) for path in paths if path.exists())
-    return table.groupby(STUDY)[[*TARGETS]].first()
+    labels = table.groupby(STUDY)[[*TARGETS]].first()
+    return labels.dropna(how="all")
 
 def read_answers(path):
     """The answers of a submission, a study a row; what is no probability is NaN.
@@ -1929,6 +1925,8 @@ def read_held_out(weights):
             say(f"{path}: with --folds 1, of studies that were trained on: no fair score")
         with errors_as(UserError, path):
             rows = table[STEP_TARGETS].to_numpy(float)
+            if table.index.has_duplicates or (abs(rows - 0.5) > 0.5).any():
+                raise ValueError("a study stands there twice, or one is no probability")
         for uid, row in zip(table.index, rows):
             steps = row[:-1].reshape(7, STEPS)
             outputs.setdefault(uid, []).append(Output(steps, row[-1], name))
@@ -1970,6 +1968,7 @@ def score_table(answers, labels):
 def reliability(answers, labels):
     """Mean answer, and share fractured, by size of answer: of C1 to C7, and the patient."""
     table = pd.DataFrame({"mean answer": answers.ravel(), "fractured": labels.ravel()})
+    table = table.where(table.fractured.notna())  # of unknown labels: in no group
     part = np.tile(["C1 to C7"] * 7 + ["patient_overall"], len(answers))
     size = pd.cut(table["mean answer"].clip(1e-9), RELIABILITY_BINS)  # 0 is in the first
     groups = table.groupby([part, size], observed=True)
@@ -2057,12 +2056,13 @@ def fit_unseen(outputs, labels):
     What is not in view gets its fracture rate, pulled to PRIOR by UNSEEN_PULL studies."""
     truth = labels.loc[[*outputs]].to_numpy()
     unseen = np.isnan(mean_logits(outputs.values(), Calibration()))  # by every model
-    unseen[:, 7] = False
+    unseen[:, 7] = unseen[:, :7].all(1)  # as `calibrated` answers the patient
     broken = (truth > 0) & unseen
     known = unseen & ~np.isnan(truth)
     rate = PRIOR / (2 - PRIOR)  # whose best answer is the prior: 2 p / (1 + p)
     rate = (broken.sum(0) + UNSEEN_PULL * rate) / (known.sum(0) + UNSEEN_PULL)
-    return Calibration(unseen=2 * rate / (1 + rate)), np.where(unseen, np.nan, truth)
+    in_view = np.where(unseen, np.nan, truth)
+    return Calibration(unseen=2 * rate / (1 + rate)), in_view
 
 def fit_calibration(outputs, labels):
     """The Calibration of {uid: outputs} and labels (N, 8), a table by uid.
@@ -2075,7 +2075,7 @@ def fit_calibration(outputs, labels):
         blends = other_blends(found, sorted(names))
         tried = [fit_moves(outputs, other, in_view) for other in blends]
         best, other = min(tried, key=lambda pair: pair[0])
-        if best > score - LEAST_GAIN:
+        if not best <= score - LEAST_GAIN:  # or NaN: no label is known
             break
         score, found = best, other
     return found
@@ -2106,18 +2106,21 @@ def read_calibration(weights, hashes=None):
     path = Path(weights) / "calibration.json"
     if not path.exists():
         return Calibration()
-    with errors_as(UserError, f"{path}: no finite scale, shift and unseen of each target"):
+    with errors_as(UserError, f"{path}: not as evaluate --calibrate writes it"):
         content = json.loads(path.read_text())
-        rows = [content.pop(target) for target in TARGETS]
-        rows = np.asarray_chkfinite(rows, float)
+        rows = np.asarray_chkfinite([content.pop(target) for target in TARGETS], float)
         if content.pop("files", None) != (hashes or model_hashes(weights)):
             say(f"{path} was fitted to other models: not used")
             return Calibration()
         answers = Answers(**content.pop("answers", {}))
-        known = answers.top_k in range(1, STEPS + 1) and 0 <= answers.noisy_or <= 1
-        if not known or not all(one >= 0 for one in content.get("weights", {}).values()):
-            raise ValueError(f"{answers} or a weight is out of bounds")
-        return Calibration(*rows.T, answers=answers, **content)
+        found = Calibration(*rows.reshape(8, 3).T, answers=answers, **content)
+        shares = [*found.unseen, answers.noisy_or]
+        known = type(answers.top_k) is int and 0 < answers.top_k <= STEPS
+        known &= all(0 <= one <= 1 for one in shares)
+        known &= all(0 <= one < math.inf for one in found.weights.values())
+        if not known:
+            raise ValueError(f"{answers}, unseen or a weight is out of bounds")
+        return found
 
 
 # ==== Batches and augmentation ====
@@ -2582,8 +2585,8 @@ def imagenet_file(backbone, data):
 def init_file(options, kind, fold, held_out):
     """The Path that a training starts from, by --init, or None.
     A patient classifier's may be a vertebra classifier of its fold and backbone, first that
-    of its own --name, but none that has seen studies that are now held out. UserError if
-    the file that is named is not there."""
+    of its own --name (the first set's is of no other: they come later), but none that has
+    seen studies that are now held out. UserError if the file that is named is not there."""
     weights = Path(options.weights)
     if options.init == "none":
         return None
@@ -2599,7 +2602,7 @@ def init_file(options, kind, fold, held_out):
             say_once(f"fold {fold}: --init {path} HAS SEEN studies that are held out here")
         return path
     files = model_files(weights, "vertebra") if kind == "patient" else []
-    files = [file for file in files if file[0] == fold]
+    files = [file for file in files if file[0] == fold and (options.name or not file[1])]
     for _, _, path in sorted(files, key=lambda file: file[1] != options.name):
         made = load_checkpoint(path).get("settings", {})
         if made.get("backbone") != options.backbone or "hidden" not in made:
@@ -2743,8 +2746,7 @@ class Trainer:
 
     def close_epoch(self, task, weights, epoch, workers):
         """Score the averaged weights on the held-out studies, log the score, save them.
-        The last epoch is kept, not the best, which would be chosen by the very studies that
-        later calibrate and report."""
+        The last epoch is kept: a best is chosen by what is later to calibrate and report."""
         now = self.state
         rank, world = ranks()
         if dist.is_initialized():  # norms saw other batches in each process: keep rank 0's
@@ -2782,9 +2784,8 @@ class Trainer:
             name: tensor.half() if tensor.ndim > 1 else tensor.clone()
             for name, tensor in self.averaged.state_dict().items()}
         epoch = int(self.state.history[-1]["epoch"])
-        save_checkpoint(
-            path, task.kind, task.recipe, settings=self.model.settings, tensors=tensors,
-            epoch=epoch, made_of=task.made_of)
+        save_checkpoint(path, task.kind, task.recipe, settings=self.model.settings,
+                        tensors=tensors, epoch=epoch, made_of=task.made_of)
 
 def learning_rate(recipe, done):
     """The rate after a share `done` of all steps: linear warm-up, then a cosine to 1 %."""
@@ -2860,7 +2861,8 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
     loaded = prefetch(load, mine, workers, 2 * size)
     for step in progress(range(now.step, total), "step", note=note):
         started = stop.clock()
-        if reason := max(over_ranks(stop.reason(1.1 * now.slowest))):  # one ends all
+        reason = max(over_ranks(stop.reason(1.1 * now.slowest)))  # one ends all processes
+        if reason:
             run.save(last, task)
             where = f"{name}: stopped by {reason} at step {step} of {total}"
             raise Stopped(f"{where}; --resume goes on", stop.status())
@@ -2892,9 +2894,8 @@ def segmenter_task(recipe, device, images, masks):
         dice = table.mean()
         return dict(dice.add_prefix("dice_"), score=1 - dice.mean())
 
-    return Task(
-        "segmenter", recipe, device, lambda sample, first=0: read(*sample), segmenter_batch,
-        answer, judge, read=read)
+    return Task("segmenter", recipe, device, lambda sample, first=0: read(*sample),
+                segmenter_batch, answer, judge, read=read)
 
 def usable(samples, load, workers):
     """The samples that can be loaded; the others are reported, each with its reason."""
@@ -2938,9 +2939,8 @@ def classifier_task(kind, recipe, device, folder, truth):
         return dict(
             score=score, vertebra_auc=area["C1 to C7"], patient_auc=area[TARGETS[7]])
 
-    return Task(
-        kind, recipe, device, load, classifier_batch, answer, judge, columns=STEP_TARGETS,
-        read=lambda uid: read_crops(folder / f"{uid}.npz"))
+    return Task(kind, recipe, device, load, classifier_batch, answer, judge,
+                columns=STEP_TARGETS, read=lambda uid: read_crops(folder / f"{uid}.npz"))
 
 
 # ==== Tools ====
@@ -3033,7 +3033,8 @@ def prefetch(work, items, workers, ahead=1):
     waiting = []
     try:
         for item in items:
-            wait([one for _, one in waiting if ahead == 1], ALONE_S)  # two delay the first
+            if ahead == 1:  # two at once would delay the first
+                wait([future for _, future in waiting], ALONE_S)
             waiting.append((item, pool.submit(work, item)))
             if len(waiting) > ahead:
                 yield waiting.pop(0)
@@ -3133,11 +3134,11 @@ def peak_gb():
 
 class Stop:
     """Whether a run should end, and why: by a signal that was noted, or its deadline."""
-    def __init__(self, minutes=0.0, clock=monotonic):
+    def __init__(self, minutes=0.0, clock=monotonic, begun=None):
         self.clock = clock
         self.signal = ""
         self.noted = math.inf
-        self.until = clock() + (60 * minutes if minutes else math.inf)
+        self.until = (begun or clock()) + (60 * minutes if minutes else math.inf)
 
     def note(self, number, _frame):
         """Signal handler. A second signal ends the run at once, unless it is an echo:
@@ -3160,9 +3161,9 @@ class Stop:
         return 130 if self.signal else 0
 
 @contextmanager
-def stop_signals(minutes=0.0):
+def stop_signals(minutes=0.0, begun=None):
     """A Stop that notes SIGINT, SIGTERM and SIGHUP; the old handlers are put back."""
-    stop = Stop(minutes)
+    stop = Stop(minutes, begun=begun)  # else a limit begins when all masks are read
     before = {}
     with suppress(ValueError):  # outside of the main thread there are no handlers
         for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -3192,8 +3193,7 @@ ONE_DECODES = threading.Lock()  # two threads wait for Python's lock at each Num
 
 def decode_pixels(data):
     """Stored values (frames, rows, columns), 16 or 32 bits, of a pydicom dataset.
-    StudyError if they are no grey values, damaged, or need a plug-in that is not installed.
-    """
+    StudyError: they are no grey values, damaged, or need a plug-in that is not there."""
     with errors_as(StudyError, "pixel data"):
         shape = (int(data.get("NumberOfFrames") or 1), data.Rows, data.Columns)
         samples = data.get("SamplesPerPixel") or 1
@@ -3480,12 +3480,10 @@ def say_plan(options):
     if "preset" in options.given:
         say_once(
             f"--preset {options.preset}, with its own values: train-seg to train-patient "
-            f"need about {PLANS[options.preset]} on two T4 (operations counted, not timed: "
-            "README)")
+            f"need about {PLANS[options.preset]} on two T4 (counted, not timed: README)")
 
 def training_asked(options, kind):
-    """([fold to train], Recipe). UserError, before data is read, if --fold, --name, --size
-    or --backbone cannot be."""
+    """([fold to train], Recipe). UserError, before data is read, if an option cannot be."""
     wanted = [k for k in range(options.folds) if options.fold in ("all", str(k))]
     if not wanted:
         raise UserError(f"--fold {options.fold}: there are folds 0 to {options.folds - 1}")
@@ -3508,7 +3506,7 @@ def run_training(options, wanted, samples, folds, task, **made_of):
     say_start(options, starts)
     if task.device.type == "cuda":  # batches have few shapes: cuDNN tries what is fastest
         torch.backends.cudnn.benchmark = True
-    with stop_signals(minutes_of(options)) as stop:
+    with stop_signals(minutes_of(options), options.begun) as stop:
         for fold, init in starts.items():
             rest = [s for s in samples if folds[s[0]] != fold or options.folds == 1]
             kept = held_out[fold]
@@ -3593,7 +3591,7 @@ def extract(options):
     todo = [uid for uid in mine if not all(path.exists() for path in written(uid))]
     images = Path(options.data) / "train_images"
     volumes = prefetch(lambda uid: read_volume(images / uid, options.workers), todo, 1)
-    with stop_signals(minutes_of(options)) as stop:
+    with stop_signals(minutes_of(options), options.begun) as stop:
         for uid, future in progress(volumes, "study", len(todo)):
             if stop.reason():
                 message = f"extract: stopped by {stop.reason()}; the same command goes on"
@@ -3654,9 +3652,8 @@ def crops_to_train_on(options, folder, truth):
 
 def train_classifiers(options):
     """Train classifiers on the crops: of a vertebra, or of all seven and the patient.
-    Reads the crops under --work and train.csv of --data; writes vertebra_fold<k>.pt
-    (train-cls) or patient_fold<k>.pt (train-patient), its log and held-out answers to
-    --weights."""
+    Reads the crops under --work and train.csv of --data; writes vertebra_fold<k>.pt or
+    patient_fold<k>.pt (train-patient), its log and held-out answers to --weights."""
     kind = "patient" if options.mode == "train-patient" else "vertebra"
     asked = [[*range(8)]] if kind == "patient" else [[v] for v in range(7)]
     wanted, recipe = training_asked(options, kind)
@@ -3751,7 +3748,7 @@ def predict(options):
     data = data_folder(options, "test.csv")
     submission = Submission(Path(options.out), rows_asked(data / "test.csv"))
     rank, world = ranks()
-    with stop_signals(minutes_of(options)) as stop:
+    with stop_signals(minutes_of(options), options.begun) as stop:
         if not options.resume:
             for number, path in report_paths(submission.out).items():
                 if number % world == rank:  # of an earlier run
@@ -3815,6 +3812,7 @@ def evaluate(options):
         answers = blend(outputs)
     else:
         answers = read_answers(options.submission)
+    answered = len(answers)
     answers = answers[answers.index.isin(truth.index)]
     if missing := int(answers.isna().sum().sum()):
         say(f"{missing} answers are missing or no probabilities: scored as the prior")
@@ -3822,9 +3820,10 @@ def evaluate(options):
     labels = truth.loc[answers.index].to_numpy()
     if np.isnan(labels).all():
         raise UserError(f"nothing to score: no answered study has labels in {data}/")
-    if len(answers) < len(truth) and not options.folds:
+    if len(answers) < max(answered, len(truth)) and not options.folds:
         found = f"{len(answers)} of {len(truth)} labelled studies"
-        say(f"{options.submission} answers {found}; the others are not scored")
+        say(f"{options.submission} answers {found}; the others are not scored, nor "
+            f"{answered - len(answers)} without labels")
     print_scores(answers.to_numpy(), labels)
     if options.calibrate:
         answers = calibrate(outputs, folds, truth, weights).loc[answers.index]
@@ -3836,10 +3835,10 @@ def evaluate(options):
         models = [*load_models(weights, "segmenter", pick_device(options.device)).values()]
         if models:
             table = table.join(mask_table(data, answers.index, models, options.workers))
-    print("\nEvery target; fractured: how many are:")
+    print("\nEvery target; fractured: how many are; log loss: without weights:")
     print(table.round(4).to_string(na_rep=""))
     if len(labels) >= LEAST_STUDIES:
-        print("\nAnswers of about a size, and how many of them are fractured:")
+        print("\nAnswers of about a size; fewer are fractured, as positives weigh double:")
         print(reliability(answers.to_numpy(), labels).round(3).to_string())
 
 class Mode(NamedTuple):
@@ -3946,7 +3945,8 @@ def run_mode(modes, argv, others=()):
     pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE  # of odd uids
     try:
         refuse_foreign_ranks()
-        options = build_parser(modes, others, preset_given(argv)).parse_args(argv)
+        options = argparse.Namespace(begun=monotonic())
+        build_parser(modes, others, preset_given(argv)).parse_args(argv, options)
         modes[options.mode].run(options)
         return 0
     except (RuntimeError, MemoryError) as error:

@@ -4,6 +4,7 @@ Faults that users of such tools report, rebuilt as small inputs. Values follow f
 input was made, or from the metric itself.
 """
 
+import json
 import math
 import os
 import re
@@ -925,3 +926,92 @@ def test_spaces_after_the_commas_of_a_table_are_no_part_of_it(tmp_path):
     path = tmp_path / "test.csv"
     path.write_text(f"row_id, {STUDY}, prediction_type\nu_C1, u, C1\n")
     assert cspine.rows_asked(path) == [("u_C1", "u", "C1")]
+
+
+@pytest.mark.parametrize("part", (
+    dict(weights=dict(vertebra=math.inf)), dict(answers=dict(top_k=5.0)),
+    {target: [1] for target in TARGETS}, {target: [1, 0] for target in TARGETS},
+    {target: [] for target in TARGETS}, dict(C1=[1, 0, 7]),
+    dict(C1=[1, 0, -0.1]), dict(answers=dict(top_k=True))))
+def test_a_calibration_edited_to_nonsense_is_refused(part, tmp_path):
+    content = {target: [1, 0, 0.1] for target in TARGETS} | {"files": {}} | part
+    (tmp_path / "calibration.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="calibration.json"):
+        cspine.read_calibration(tmp_path)
+
+
+def test_studies_without_labels_are_no_part_of_score_or_fit(said, tmp_path):
+    """Fold 0 has none."""
+    weights, data = tmp_path / "weights", tmp_path / "data"
+    labels = folds_of_answers(weights, 30)
+    write_labels(data, {uid: row if k % 2 else [math.nan] * 8
+                        for k, (uid, row) in enumerate(labels.items())})
+    out, errors = said(["evaluate", "--folds", "--calibrate", "--data", data, "--weights", weights])
+    assert out.startswith("15 studies") and "Warning" not in errors
+
+
+def test_a_fit_without_a_score_ends():
+    outputs = {f"u{k}": [Output(np.full((7, 15), 0.3), 0.3, "vertebra")] for k in range(30)}
+    labels = pd.DataFrame(math.nan, [*outputs], TARGETS)
+    tries, fit_moves = [], cspine.fit_moves
+
+    def counted(*given):
+        tries.append(1)
+        assert len(tries) < 100
+        return fit_moves(*given)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.warns(RuntimeWarning):
+        patch.setattr(cspine, "fit_moves", counted)
+        assert cspine.fit_calibration(outputs, labels).answers == cspine.Answers()
+
+
+def test_reliability_counts_no_answer_whose_label_is_unknown():
+    answers, labels = np.full((20, 8), 0.3), np.zeros((20, 8))
+    answers[:10], labels[:10] = 0.25, math.nan
+    labels[10:15] = 1
+    table = cspine.reliability(answers, labels)
+    assert table.answers.tolist() == [70, 10]
+    assert table["mean answer"].tolist() == pytest.approx([0.3, 0.3])
+    assert table.fractured.tolist() == [0.5, 0.5]
+
+
+def test_a_patient_of_whom_nothing_is_in_view_moves_no_scale_and_no_shift():
+    rng = np.random.default_rng(0)
+    labels = (rng.random((60, 8)) < 0.5).astype(float)
+    chances = rng.uniform(0.1, 0.9, (60, 8))
+    chances[:20, :7] = math.nan
+    uids = [f"u{k}" for k in range(60)]
+    outputs = {uid: [Output(np.repeat(row[:7, None], 15, 1), row[7], "patient")]
+               for uid, row in zip(uids, chances)}
+    fits = []
+    for label in (0, 1):
+        labels[:20] = label
+        fits.append(cspine.fit_calibration(outputs, pd.DataFrame(labels, uids, TARGETS)))
+    assert np.array_equal(fits[0].scale, fits[1].scale)
+    assert np.array_equal(fits[0].shift, fits[1].shift)
+    assert fits[0].unseen[7] < PRIOR[7] < fits[1].unseen[7]
+
+
+@pytest.mark.parametrize("damage", ("twice", "above"))
+def test_held_out_answers_that_stand_twice_or_are_none_are_refused(
+        said, tmp_path, damage):
+    weights, data = tmp_path / "weights", tmp_path / "data"
+    write_labels(data, folds_of_answers(weights))
+    path = weights / "vertebra_fold0_heldout.csv"
+    table = pd.read_csv(path)
+    if damage == "twice":
+        table = pd.concat([table, table[:1]])
+    else:
+        table.loc[0, "C1_1"] = 7.0
+    table.to_csv(path, index=False)
+    _, errors = said(["evaluate", "--folds", "--data", data, "--weights", weights], 2)
+    assert len(errors.splitlines()) == 1 and "fold0_heldout.csv" in errors
+
+
+def test_answers_of_studies_without_labels_are_counted(said, tmp_path):
+    write_labels(tmp_path, {"u0": [0] * 8})
+    rows = [f"u{k}_{target},0.2" for k in (0, 1) for target in TARGETS]
+    (tmp_path / "s.csv").write_text("\n".join(["row_id,fractured", *rows]))
+    _, errors = said(["evaluate", "--data", tmp_path, "--submission", tmp_path / "s.csv",
+                      "--weights", tmp_path / "none"])
+    assert "1 of 1 labelled studies; the others are not scored, nor 1 without labels" in errors

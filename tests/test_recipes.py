@@ -224,6 +224,19 @@ def test_a_patient_classifier_begins_from_a_fold_of_its_backbone_by_any_name(tmp
     assert cspine.init_file(options, "patient", 0, ["a"]) == second
 
 
+def test_a_first_set_goes_on_when_the_second_has_a_fold_of_its_backbone(tmp_path):
+    """gold-second's vertebra classifiers are of the backbone of gold's patient classifiers,
+    which refused to go on: "made with other --init"."""
+    make_weights(tmp_path, patient=False)
+    second = (tmp_path / "vertebra_fold0.pt").rename(tmp_path / "vertebra_second_fold0.pt")
+    second.with_name(f"{second.stem}_heldout.csv").write_text(f"{cspine.STUDY}\na\n")
+    options = Namespace(init="auto", name="", weights=tmp_path, data=tmp_path, hidden=8,
+                        backbone="mobilenetv3_small_050", folds=5)
+    assert cspine.init_file(options, "patient", 0, ["a"]) is None
+    options.name = "third"
+    assert cspine.init_file(options, "patient", 0, ["a"]) == second
+
+
 def test_where_neither_the_own_name_nor_none_is_there_another_will_do(tmp_path, capsys):
     """And one that only another --hidden keeps from it is told of; another backbone is not."""
     make_weights(tmp_path, patient=False)
@@ -492,7 +505,8 @@ def test_a_segmenter_that_answers_nan_halves_no_others_masks(tmp_path):
         assert not cspine.mean_probability([bad], volume, CPU).any()
         good.head.bias[24:32] = torch.inf  # of C4: a sure answer, no lack of one
         sure = cspine.mean_probability([good], volume, CPU)
-        assert (sure[3] == 1).all() and torch.equal(sure[:3], alone[:3])
+        assert (sure[3] == 1).all()
+        assert torch.allclose(sure[:3], alone[:3], atol=1e-3)  # in float32 again, not bfloat16
 
 
 def test_a_backbone_that_knows_no_drop_path_is_taken_without_it():

@@ -292,6 +292,21 @@ def test_labels_that_are_all_unknown_are_nothing_to_train_on(
     assert "no labels for train-cls" in capsys.readouterr().err
 
 
+def test_a_time_limit_counts_what_reading_the_masked_studies_took(
+        arguments, tmp_path, monkeypatch):
+    """87 studies take minutes to read."""
+    usable, left = cspine.usable, []
+
+    def slow(*given):
+        time.sleep(0.5)
+        return usable(*given)
+    monkeypatch.setattr(cspine, "usable", slow)
+    monkeypatch.setattr(
+        cspine, "train", lambda task, weights, stop, *others: left.append(stop.left()))
+    assert cspine.main(arguments("segmenter", tmp_path, "--time-limit", "10")) == 0
+    assert 0 < left[0] < 599.5
+
+
 def test_mask_files_of_no_study_are_told_of(phantom_data, arguments, tmp_path, capsys):
     for name in ("train.csv", "train_images"):
         (tmp_path / name).symlink_to(phantom_data / name)

@@ -60,7 +60,7 @@ SEED, PHANTOM_EDGE, NOISE_HU = 2, 128, 12  # of the study: C1 to C7 are in view
 DISTINCT = 12  # compressed slices that differ; encoding each would take minutes
 CPU = torch.device("cpu")
 WAYS = "ours", "starting"
-WAY = WAYS[0]  # the one that this process measures
+OURS = True  # whether this process measures our way
 TURN = "your turn\n"
 
 
@@ -119,7 +119,10 @@ def waits(process, print_rest=False):
 def measured(process):
     """What a process measures, whose turn it is."""
     send(process)
-    return json.loads(process.stdout.readline())
+    line = process.stdout.readline()
+    if not line:
+        raise SystemExit("one of the two processes failed")  # and has said why
+    return json.loads(line)
 
 
 def send(process, line=""):
@@ -138,7 +141,7 @@ def in_turn(work):
 def compare(ours, theirs, repeats):
     """(median seconds of ours, of theirs, median ratio), measured in turns. Ours has the
     settings that cspine's modes make, theirs has the defaults."""
-    work = ours if WAY == WAYS[0] else theirs
+    work = ours if OURS else theirs
     pairs = [in_turn(lambda: seconds(work)) for _ in range(repeats)]
     mine, other = (statistics.median(side) for side in zip(*pairs))
     return mine, other, statistics.median(b / a for a, b in pairs)
@@ -462,7 +465,7 @@ def bench_predict(scale, root):
             predict_stages(reports, spent, study, scale)
         row(f"{name}: end to end, s a study", ours / scale.studies, theirs, ratio * scale.studies)
     cspine.load_ensemble = load
-    for count in (1, scale.studies + 1) if WAY == WAYS[0] else ():
+    for count in (1, scale.studies + 1) if OURS else ():
         write_test_csv(root, "study", count)
         save_truth(root, study)
         row(f"peak memory, fresh process, {count} studies, GB", finish(child(root))["peak_gb"])
@@ -470,7 +473,7 @@ def bench_predict(scale, root):
 
 def predict_stages(reports, spent, study, scale):
     def medians():
-        if WAY == WAYS[0]:
+        if OURS:
             return pd.concat(reports).median(numeric_only=True).to_dict()
         times = {stage: statistics.median(times) for stage, times in spent.items()}
         return times | dict(classify=times["vertebra"] + times["patient"])
@@ -601,7 +604,7 @@ def bench_scale(scale, root):
     for n, study in studies.items():
         row(f"{n} slices", *compare(lambda: our_crops(study), lambda: old_both(study),
                                     scale.repeats))
-    if WAY != WAYS[0]:
+    if not OURS:
         return
     study = studies[scale.lengths[1]]
     write_models(root / "weights", scale)
@@ -788,7 +791,7 @@ def bench_plan():
 
 
 def main():
-    global WAY
+    global OURS
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("topic", nargs="?", default="all",
                         choices=[*TOPICS, "plan", "all", "child"])
@@ -813,9 +816,9 @@ def main():
               f"{scale.repeats}, ratio = starting / ours (of rates: ours / starting)", flush=True)
         if o.topic != "gpu":
             return measure_in_turns(sys.argv[1:])
-    WAY = o.way or WAYS[0]
+    OURS = o.way != WAYS[1]
     cv2.utils.logging.setLogLevel(0)  # else a line a slice of JPEG 2000
-    if WAY == WAYS[0]:
+    if OURS:
         cv2.setNumThreads(1)  # as cspine's modes do; the starting way has the defaults
         cspine.keep_memory()
     for name, bench in TOPICS.items():
