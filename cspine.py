@@ -2746,7 +2746,7 @@ class Trainer:
 
     def close_epoch(self, task, weights, epoch, workers):
         """Score the averaged weights on the held-out studies, log the score, save them.
-        The last epoch is kept: a best is chosen by what is later to calibrate and report."""
+        The last epoch is kept; a best one would be chosen by the studies that calibrate."""
         now = self.state
         rank, world = ranks()
         if dist.is_initialized():  # norms saw other batches in each process: keep rank 0's

@@ -1,17 +1,18 @@
 """The classifiers that ship, on crops of drawn hands and of real necks, and their calibration.
 
     python tests/studies/train_classifiers.py draw --work WORK --workers 16 --necks NECKS
-    python tests/studies/train_classifiers.py crops --work WORK --workers 16 --weights weights
+    python tests/studies/train_classifiers.py crops --work WORK --workers 16 --weights NEW OLD
     python tests/studies/train_classifiers.py vertebra --work WORK --older weights
     python tests/studies/train_classifiers.py patient --work WORK --older weights
     python tests/studies/train_classifiers.py calibrate --work WORK
 
 Each step goes on where it was stopped. `draw` makes studies, to train on and to calibrate by
 (5 s each on a core, 25 MB each), and of most a copy with more vertebrae broken
-(tests/necks/breaks.py). `crops` masks them by the segmenter of --weights and cuts the crops
-(6 s each). The trainings go on from the classifiers in OLDER and write to WORK/weights; the
-patient's takes over all but its own head from the new vertebra classifier. `calibrate` fits
-leaving out one generator after the other, and writes WORK/weights/calibration.json.
+(tests/necks/breaks.py). `crops` masks them by the segmenters of the folders --weights, the
+first of which is to ship, and cuts the crops (6 s each). The trainings go on from the
+classifiers in OLDER and write to WORK/weights; the patient's takes over all but its own head
+from the new vertebra classifier. `calibrate` fits leaving out one generator after the other,
+and writes WORK/weights/calibration.json.
 
 NECKS holds `<patient>.nii.gz`; no fracture is known in them, and tests/necks/real_necks.py says
 who is kept out. Generators that have left the repository are found in the folder of
@@ -20,7 +21,6 @@ who is kept out. Generators that have left the repository are found in the folde
 
 import argparse
 import functools
-import importlib
 import importlib.util
 import json
 import shutil
@@ -39,34 +39,33 @@ sys.path[:0] = [str(ROOT / folder) for folder in FOLDERS]
 import breaks  # noqa: E402
 import cspine  # noqa: E402
 import real_necks  # noqa: E402
-from train_weights import run_all, save as write_arrays  # noqa: E402
+from train_weights import COLUMNS, draw_hand, run_all, save as write_arrays  # noqa: E402
 
 # Seed, number of studies, share with a copy; no seed that anything is measured on.
 HANDS = dict(
     train=dict(
-        phantoms=(4242, 54, 0.65),
-        lofts=(21, 36, 0.75),
-        metaballs=(21, 36, 0.75)),
+        phantoms=(4242, 240, 0.5),
+        lofts=(21, 120, 0.5),
+        metaballs=(21, 120, 0.5)),
     calibrate=dict(
         phantoms=(8, 40, 0),
         lofts=(3, 20, 0),
         metaballs=(3, 20, 0),
         fourth_hand=(3, 20, 0)))
 NECK_SEED = 31
-NECK_VIEWS = 2  # of a patient to train on
-COPIED_VIEWS = 1  # of these, with a copy that has breaks
+NECK_VIEWS = 4  # of a patient to train on
+COPIED_VIEWS = 2  # of these, with a copy that has breaks
 CALIBRATED_NECKS = 30  # without landmarks: every second one with breaks
 CENTRES_MM = 8, 30  # between the centres of neighbouring masks, in one that is let in
 BESIDE_MM = 15  # of the centres of C3..C7, to the side of the spinal cord
 PARTIAL_SHARE = 0.15  # of the views; the others show all of C1 to C7
-COLUMNS = 256
 SLICE_MM = 0.5, 1.25
 THICK_MM = 2.5
 NOISE_HU = 5, 60
 Z_MARGIN = 0.0  # of the crops, as the older classifiers know them
 
 SHARED = (
-    "--backbone tf_efficientnet_lite0 --size 160 --hidden 128 --mixup 0 "
+    "--backbone tf_efficientnet_lite0 --size 160 --hidden 128 --mixup 0 --half "
     f"--folds 40 --fold 0 --z-margin {Z_MARGIN} --resume")
 TRAININGS = dict(
     vertebra=f"train-cls --batch-size 16 --lr 1.5e-4 --epochs 2 --seed 51 {SHARED}",
@@ -79,25 +78,6 @@ TRAINED_ON = "phantoms and 57 real necks; no real fracture"
 
 
 # ==== Studies ====
-
-def draw_hand(hand, seed, number, part):
-    """(HU, labels, spacing, broken (7,)) of one drawn study, head first."""
-    module = importlib.import_module(hand)
-    if hand == "phantoms":
-        if part == "calibrate":
-            study = module.make_phantom([seed, number], COLUMNS)
-        else:
-            share = np.random.default_rng([seed, number, 2]).random()
-            variety = 1 + 0.3 * share * (number % 2)
-            study = module.make_phantom([seed, number], COLUMNS, variety, 2.0)
-        return study.hu, study.label, study.spacing, study.fractured
-
-    rng = np.random.default_rng([seed, number])
-    hu, labels, grid, found = module.make_study(rng)  # foot first
-    hu = np.ascontiguousarray(hu[::-1]).astype(np.int16)
-    broken = np.isin(range(7), [*found]).astype(np.uint8)
-    return hu, labels[::-1], tuple(grid.step[::-1]), broken
-
 
 def draw_neck(neck, labels, rng):
     """A view of a real neck on a fine grid: float32 HU, labels, spacing."""
@@ -136,7 +116,8 @@ def make_hand(folder, hand, seed, number, copied):
     copied = rng.random() < copied
     if (folder / f"{uid}.npz").exists():
         return
-    hu, labels, spacing, broken = draw_hand(hand, seed, number, folder.name)
+    varied = folder.name == "train"
+    hu, labels, spacing, broken = draw_hand(hand, seed, number, varied)
     if copied:
         other, also = breaks.broken_copy(rng, hu, labels, spacing, broken)
         save(folder, f"{uid}.copy", stored(other), spacing, also)
@@ -246,7 +227,7 @@ def drawing_jobs(o):
     for number, name in enumerate(unmarked[:CALIBRATED_NECKS]):
         coarse = real_necks.read_neck(o.necks, name, dict(entries)[name])
         folder = o.work / "studies/calibrate"
-        yield make_unmarked, folder, o.weights, number, coarse
+        yield make_unmarked, folder, o.weights[0], number, coarse
 
 
 # ==== Crops ====
@@ -272,12 +253,16 @@ def cut_crops(weights, device, work, path):
 
 
 def crop_jobs(o):
+    """Studies to train on are shared out among the segmenters, so that the classifiers do not
+    learn one's masks by heart; those to calibrate are all masked by the first."""
     for part in o.parts:
         for folder in ("last", "labels"):
             (o.work / part / folder).mkdir(parents=True, exist_ok=True)
-        paths = (o.work / "studies" / part).glob("*.npz")
-        for path in sorted(paths):
-            yield cut_crops, o.weights, o.device, o.work, path
+        weights = o.weights if part == "train" else o.weights[:1]
+        for path in sorted((o.work / "studies" / part).glob("*.npz")):
+            uid = path.stem.removesuffix(".copy")  # a study and its copy by the same one
+            drawn = np.random.default_rng([*uid.encode()]).integers(len(weights))
+            yield cut_crops, weights[drawn], o.device, o.work, path
 
 
 # ==== Training ====
@@ -328,7 +313,7 @@ def calibrate(o):
     data = o.work / "calibrate"
     labels = read_rows(data)
     weights = o.work / "weights"
-    for path in Path(o.weights).glob("segmenter_fold*.pt"):
+    for path in Path(o.weights[0]).glob("segmenter_fold*.pt"):
         if not (weights / path.name).exists():
             shutil.copy(path, weights)
     ensemble = cspine.load_ensemble(weights, torch.device(o.device))
@@ -393,7 +378,9 @@ def main():
     parser.add_argument("--work", type=Path, default=Path("work"))
     parser.add_argument("--necks", type=Path, help="folder of <patient>.nii.gz")
     parser.add_argument("--old-hands", help="folder of generators that left the repository")
-    parser.add_argument("--weights", default=str(ROOT / "weights"), help="the segmenter's")
+    parser.add_argument(
+        "--weights", nargs="+", default=[str(ROOT / "weights")],
+        help="folders of the segmenter that ships, and of others for crops to train on")
     parser.add_argument("--parts", nargs="+", default=[*HANDS], choices=[*HANDS])
     parser.add_argument(
         "--older", type=Path, default=ROOT / "weights", help="classifiers to start from")

@@ -7,17 +7,18 @@
     python tests/studies/train_weights.py norms --work WORK --init NEW/SEGMENTER --out LAST \
         --necks NECKS
 
-Each step keeps what it has done and goes on where it was stopped. `hands` draws studies (10 s
-each on a core), `necks` brings the CTs to a fine grid and masks them (6 s each), the stages
-train and write `segmenter_fold0.pt`: `long` and `sharp` on a GPU, `windows` on two CPU cores
-(10 s a step; all studies are held in memory, 0.1 GB each: 60 drawn ones and the necks take
-7 GB). `norms` measures the mean and variance of the network's norms anew on whole cubes, after
-`windows` above all, which showed them parts (2 minutes). NECKS holds `<patient>.nii.gz`; who is kept out, and what a view is, says
-tests/necks/real_necks.py.
+Each step keeps what it has done and goes on where it was stopped. `hands` draws studies (2 to
+10 s each on a core), `necks` brings the CTs to a fine grid and masks them (3 to 6 s each), the
+stages train and write `segmenter_fold0.pt`: `long` and `sharp` on a GPU, `windows` on two CPU
+cores (2 s a step with bfloat16, 12 s without; all studies are held in memory: 180 drawn ones
+and the necks take 12 GB). `norms` measures the mean and variance of the network's norms anew
+on whole cubes, after `windows` above all, which showed them parts (2 minutes). NECKS holds
+`<patient>.nii.gz`; who is kept out, and what a view is, says tests/necks/real_necks.py.
 """
 
 import argparse
 import copy
+import importlib
 import math
 import multiprocessing
 import sys
@@ -38,11 +39,11 @@ sys.path[:0] = [str(ROOT / folder) for folder in FOLDERS]
 
 import cspine  # noqa: E402
 import levels  # noqa: E402
-import phantoms  # noqa: E402
 import real_necks  # noqa: E402
 
 EDGE = 128  # of a cube
 DRAWN = 240  # studies of phantoms.py; tubes.py only measures
+OLD_HANDS = "lofts", "metaballs", "fourth_hand"  # generators that have left the repository
 HAND_SEED = 7777  # no seed that anything is measured on
 COLUMNS = 256
 LEVELS = 8  # T1 is taught too: the network answers for it only while it is trained
@@ -61,6 +62,7 @@ CLIP = 1.0  # norm of the gradient
 DROP_PATH = 0.05
 NORM_STUDIES = 24  # drawn ones, and necks, by which the norms are measured
 NORM_SEED = 50  # of the necks' views
+NORM_KINDS = "neck", "whole", "closer"
 SAVE_EVERY = 100  # steps
 SAY_EVERY = 20
 
@@ -80,22 +82,48 @@ class Stage:
 STAGES = dict(
     long=Stage(steps=2000, lr=8e-4, seed=1, necks=4, drawn=4),
     sharp=Stage(steps=500, lr=3e-4, seed=2, necks=2, drawn=6),  # back to the drawn edges
-    windows=Stage(steps=300, lr=3e-4, seed=3, necks=2, drawn=2, windows=0.75))
+    windows=Stage(steps=1300, lr=4e-4, seed=5, necks=2, drawn=2, windows=0.5),
+    settle=Stage(steps=240, lr=2e-4, seed=6, necks=2, drawn=4, windows=0.5))
 
 
 # ==== What is trained on ====
 
-def make_hand(folder, number):
-    """A drawn study, head first, in `folder`."""
-    path = folder / f"phantoms_{number:03}.npz"
+def draw_hand(hand, seed, number, varied=True):
+    """(HU, labels, spacing, broken (7,)) of one study of a generator, head first; those of
+    phantoms.py are more varied than `cspine.py phantom` draws them, unless varied is False."""
+    module = importlib.import_module(hand)
+    if hand == "phantoms":
+        how = ()
+        if varied:
+            share = np.random.default_rng([seed, number, 2]).random()
+            how = 1 + 0.3 * share * (number % 2), 2.0
+        study = module.make_phantom([seed, number], COLUMNS, *how)
+        return study.hu, study.label, study.spacing, study.fractured
+
+    rng = np.random.default_rng([seed, number])
+    hu, labels, grid, found = module.make_study(rng)  # foot first
+    hu = np.ascontiguousarray(hu[::-1]).astype(np.int16)
+    broken = np.isin(range(7), [*found]).astype(np.uint8)
+    return hu, labels[::-1], tuple(grid.step[::-1]), broken
+
+
+def make_hand(folder, hand, number):
+    """A drawn study in `folder`."""
+    path = folder / f"{hand}_{number:03}.npz"
     if path.exists():
         return
-    share = np.random.default_rng([HAND_SEED, number, 2]).random()
-    variety = 1 + 0.3 * share * (number % 2)
-    study = phantoms.make_phantom([HAND_SEED, number], COLUMNS, variety, 2.0)
-    labels = np.where(study.label <= LEVELS, study.label, 0).astype(np.uint8)
-    spacing = np.array(study.spacing)
-    save(path, hu=study.hu, spacing=spacing, labels=labels, taught=labels)
+    hu, labels, spacing, _ = draw_hand(hand, HAND_SEED, number)
+    labels = np.where(labels <= LEVELS, labels, 0).astype(np.uint8)
+    save(path, hu=hu, spacing=np.array(spacing), labels=labels, taught=labels)
+
+
+def hand_items(o):
+    """(generator, number) of every study to draw, the generators in turns."""
+    counts = dict(phantoms=o.drawn)
+    if o.old_hands:
+        counts |= dict.fromkeys(OLD_HANDS, o.drawn_old)
+    items = [(hand, number) for hand, count in counts.items() for number in range(count)]
+    return sorted(items, key=lambda item: item[1])
 
 
 def make_neck(folder, coarse):
@@ -120,9 +148,9 @@ def save(path, **arrays):
 
 
 def make_all(make, folder, items, workers):
-    """Call make(folder, item) for all items, in processes."""
+    """Call make(folder, *item) for all items, in processes."""
     folder.mkdir(parents=True, exist_ok=True)
-    run_all(((make, folder, item) for item in items), workers)
+    run_all(((make, folder, *item) for item in items), workers)
 
 
 def run_all(jobs, workers):
@@ -266,7 +294,7 @@ class Run:
         for group in self.optimizer.param_groups:  # half a cosine, down to 1 %
             group["lr"] = self.stage.lr * warm * (0.505 + 0.495 * math.cos(math.pi * done))
         self.optimizer.zero_grad()
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
+        with cspine.autocast(torch.device(self.device)):
             logits = self.model.train()(cubes)
         loss = teaching_loss(logits.float(), labels)
         loss.backward()
@@ -346,7 +374,8 @@ def norm_cubes(o):
     coarse = islice(real_necks.read_necks(o.necks, "train"), NORM_STUDIES)
     for seed, neck in enumerate(map(real_necks.finer, coarse), NORM_SEED):
         labels = real_necks.make_mask(neck)
-        volume, _ = levels.cut_volume(neck, labels, "neck", seed)
+        kind = NORM_KINDS[seed % len(NORM_KINDS)]
+        volume, _ = levels.cut_volume(neck, labels, kind, seed)
         necks.append(cspine.segmenter_input(volume))
     return [cube for pair in zip(drawn, necks) for cube in pair]
 
@@ -386,14 +415,18 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, help="of a stage, instead of its own")
     parser.add_argument("--seed", type=int, help="of a stage, instead of its own")
-    parser.add_argument("--drawn", type=int, default=DRAWN, help="studies that hands draws")
+    parser.add_argument("--drawn", type=int, default=DRAWN, help="phantoms that hands draws")
+    parser.add_argument("--old-hands", help="folder of generators that left the repository")
+    parser.add_argument("--drawn-old", type=int, default=20, help="studies of each of them")
     o = parser.parse_args()
 
     cspine.keep_memory()
+    if o.old_hands:
+        sys.path.append(str(Path(o.old_hands).resolve()))
     if o.step == "hands":
-        make_all(make_hand, o.work / "hands", range(o.drawn), o.workers)
+        make_all(make_hand, o.work / "hands", hand_items(o), o.workers)
     elif o.step == "necks":
-        coarse = real_necks.read_necks(o.necks, "train")
+        coarse = zip(real_necks.read_necks(o.necks, "train"))
         make_all(make_neck, o.work / "necks", coarse, o.workers)
     elif o.step == "norms":
         measure_norms(o)
