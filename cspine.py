@@ -2746,7 +2746,8 @@ class Trainer:
 
     def close_epoch(self, task, weights, epoch, workers):
         """Score the averaged weights on the held-out studies, log the score, save them.
-        The last epoch is kept; a best one would be chosen by the studies that calibrate."""
+        The last epoch is kept, not the best, which would be chosen by the very studies that
+        later calibrate and report."""
         now = self.state
         rank, world = ranks()
         if dist.is_initialized():  # norms saw other batches in each process: keep rank 0's
@@ -3922,7 +3923,7 @@ def build_parser(modes, others=(), preset=""):
         first = mode.run.__doc__.partition("\n")[0]
         one = parsers.add_parser(name, help=first, description=text)
         one.formatter_class = argparse.RawDescriptionHelpFormatter
-        one.set_defaults(given=())
+        one.set_defaults(given=(), begun=monotonic())
         defaults = vars(Shared()) | vars(mode.own)
         if "preset" in mode.shared:
             one.epilog = presets_text(name, defaults)
@@ -3945,8 +3946,7 @@ def run_mode(modes, argv, others=()):
     pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE  # of odd uids
     try:
         refuse_foreign_ranks()
-        options = argparse.Namespace(begun=monotonic())
-        build_parser(modes, others, preset_given(argv)).parse_args(argv, options)
+        options = build_parser(modes, others, preset_given(argv)).parse_args(argv)
         modes[options.mode].run(options)
         return 0
     except (RuntimeError, MemoryError) as error:

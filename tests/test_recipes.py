@@ -270,7 +270,8 @@ def parsed(*arguments):
     """The values of a mode's options as run_mode makes them."""
     parser = build_parser(MODES, preset=cspine.preset_given(arguments))
     options = vars(parser.parse_args(arguments))
-    return {name: options[name] for name in options if name not in ("preset", "given")}
+    others = "preset", "given", "begun"
+    return {name: options[name] for name in options if name not in others}
 
 
 @pytest.mark.parametrize("preset, mode", [(p, m) for p in PRESETS for m in PRESETS[p]])

@@ -44,17 +44,17 @@ from train_weights import COLUMNS, draw_hand, run_all, save as write_arrays  # n
 # Seed, number of studies, share with a copy; no seed that anything is measured on.
 HANDS = dict(
     train=dict(
-        phantoms=(4242, 240, 0.5),
-        lofts=(21, 120, 0.5),
-        metaballs=(21, 120, 0.5)),
+        phantoms=(4242, 54, 0.65),
+        lofts=(21, 36, 0.75),
+        metaballs=(21, 36, 0.75)),
     calibrate=dict(
         phantoms=(8, 40, 0),
         lofts=(3, 20, 0),
         metaballs=(3, 20, 0),
         fourth_hand=(3, 20, 0)))
 NECK_SEED = 31
-NECK_VIEWS = 4  # of a patient to train on
-COPIED_VIEWS = 2  # of these, with a copy that has breaks
+NECK_VIEWS = 2  # of a patient to train on
+COPIED_VIEWS = 1  # of these, with a copy that has breaks
 CALIBRATED_NECKS = 30  # without landmarks: every second one with breaks
 CENTRES_MM = 8, 30  # between the centres of neighbouring masks, in one that is let in
 BESIDE_MM = 15  # of the centres of C3..C7, to the side of the spinal cord
@@ -71,7 +71,7 @@ TRAININGS = dict(
     vertebra=f"train-cls --batch-size 16 --lr 1.5e-4 --epochs 2 --seed 51 {SHARED}",
     patient=f"train-patient --batch-size 4 --lr 1e-4 --epochs 1 --seed 52 {SHARED}")
 
-NOISY_OR = np.linspace(0, 1, 11)  # shares of the vertebrae in the patient's answer
+NOISY_OR = np.linspace(0, 1, 11).round(1)  # shares of the vertebrae in the patient's answer
 CONSTANTS = "the best constants of the 2019 training labels"
 OWN_BEST = "the best constants of these very studies"
 TRAINED_ON = "phantoms and 57 real necks; no real fracture"

@@ -82,8 +82,7 @@ class Stage:
 STAGES = dict(
     long=Stage(steps=2000, lr=8e-4, seed=1, necks=4, drawn=4),
     sharp=Stage(steps=500, lr=3e-4, seed=2, necks=2, drawn=6),  # back to the drawn edges
-    windows=Stage(steps=1300, lr=4e-4, seed=5, necks=2, drawn=2, windows=0.5),
-    settle=Stage(steps=240, lr=2e-4, seed=6, necks=2, drawn=4, windows=0.5))
+    windows=Stage(steps=1300, lr=4e-4, seed=5, necks=2, drawn=2, windows=0.5))
 
 
 # ==== What is trained on ====
