@@ -2114,12 +2114,12 @@ def read_calibration(weights, hashes=None):
             return Calibration()
         answers = Answers(**content.pop("answers", {}))
         found = Calibration(*rows.reshape(8, 3).T, answers=answers, **content)
-        shares = [*found.unseen, answers.noisy_or]
         known = type(answers.top_k) is int and 0 < answers.top_k <= STEPS
-        known &= all(0 <= one <= 1 for one in shares)
-        known &= all(0 <= one < math.inf for one in found.weights.values())
+        known &= all(0 <= one <= 1 for one in [*found.unseen, answers.noisy_or])
+        sizes = [*found.scale, *found.weights.values()]
+        known &= all(0 <= one < math.inf for one in sizes)
         if not known:
-            raise ValueError(f"{answers}, unseen or a weight is out of bounds")
+            raise ValueError(f"{answers}, scale, unseen or a weight is out of bounds")
         return found
 
 
@@ -2585,7 +2585,7 @@ def imagenet_file(backbone, data):
 def init_file(options, kind, fold, held_out):
     """The Path that a training starts from, by --init, or None.
     A patient classifier's may be a vertebra classifier of its fold and backbone, first that
-    of its own --name (the first set's is of no other: they come later), but none that has
+    of its own --name (without --name, no other: named sets come later), but none that has
     seen studies that are now held out. UserError if the file that is named is not there."""
     weights = Path(options.weights)
     if options.init == "none":
@@ -3164,7 +3164,7 @@ class Stop:
 @contextmanager
 def stop_signals(minutes=0.0, begun=None):
     """A Stop that notes SIGINT, SIGTERM and SIGHUP; the old handlers are put back."""
-    stop = Stop(minutes, begun=begun)  # else a limit begins when all masks are read
+    stop = Stop(minutes, begun=begun)  # begun: before any mask was read
     before = {}
     with suppress(ValueError):  # outside of the main thread there are no handlers
         for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -3823,8 +3823,8 @@ def evaluate(options):
         raise UserError(f"nothing to score: no answered study has labels in {data}/")
     if len(answers) < max(answered, len(truth)) and not options.folds:
         found = f"{len(answers)} of {len(truth)} labelled studies"
-        say(f"{options.submission} answers {found}; the others are not scored, nor "
-            f"{answered - len(answers)} without labels")
+        rest = f", nor {answered - len(answers)} without labels" * (answered > len(answers))
+        say(f"{options.submission} answers {found}; the others are not scored{rest}")
     print_scores(answers.to_numpy(), labels)
     if options.calibrate:
         answers = calibrate(outputs, folds, truth, weights).loc[answers.index]

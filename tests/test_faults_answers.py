@@ -931,7 +931,7 @@ def test_spaces_after_the_commas_of_a_table_are_no_part_of_it(tmp_path):
 @pytest.mark.parametrize("part", (
     dict(weights=dict(vertebra=math.inf)), dict(answers=dict(top_k=5.0)),
     {target: [1] for target in TARGETS}, {target: [1, 0] for target in TARGETS},
-    {target: [] for target in TARGETS}, dict(C1=[1, 0, 7]),
+    {target: [] for target in TARGETS}, dict(C1=[1, 0, 7]), dict(C1=[-1, 0, 0.1]),
     dict(C1=[1, 0, -0.1]), dict(answers=dict(top_k=True))))
 def test_a_calibration_edited_to_nonsense_is_refused(part, tmp_path):
     content = {target: [1, 0, 0.1] for target in TARGETS} | {"files": {}} | part

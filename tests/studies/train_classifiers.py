@@ -1,10 +1,11 @@
 """The classifiers that ship, on crops of drawn hands and of real necks, and their calibration.
 
-    python tests/studies/train_classifiers.py draw --work WORK --workers 16 --necks NECKS
+    python tests/studies/train_classifiers.py draw --work WORK --workers 16 --necks NECKS \
+        --weights NEW
     python tests/studies/train_classifiers.py crops --work WORK --workers 16 --weights NEW OLD
     python tests/studies/train_classifiers.py vertebra --work WORK --older weights
     python tests/studies/train_classifiers.py patient --work WORK --older weights
-    python tests/studies/train_classifiers.py calibrate --work WORK
+    python tests/studies/train_classifiers.py calibrate --work WORK --weights NEW
 
 Each step goes on where it was stopped. `draw` makes studies, to train on and to calibrate by
 (5 s each on a core, 25 MB each), and of most a copy with more vertebrae broken

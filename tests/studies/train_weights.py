@@ -10,7 +10,7 @@
 Each step keeps what it has done and goes on where it was stopped. `hands` draws studies (2 to
 10 s each on a core), `necks` brings the CTs to a fine grid and masks them (3 to 6 s each), the
 stages train and write `segmenter_fold0.pt`: `long` and `sharp` on a GPU, `windows` on two CPU
-cores (2 s a step with bfloat16, 12 s without; all studies are held in memory: 180 drawn ones
+cores (2 to 3 s a step with bfloat16, 12 without; all studies are held in memory: 180 drawn ones
 and the necks take 12 GB). `norms` measures the mean and variance of the network's norms anew
 on whole cubes, after `windows` above all, which showed them parts (2 minutes). NECKS holds
 `<patient>.nii.gz`; who is kept out, and what a view is, says tests/necks/real_necks.py.
@@ -293,7 +293,8 @@ class Run:
         for group in self.optimizer.param_groups:  # half a cosine, down to 1 %
             group["lr"] = self.stage.lr * warm * (0.505 + 0.495 * math.cos(math.pi * done))
         self.optimizer.zero_grad()
-        with cspine.autocast(torch.device(self.device)):
+        half = cspine.half_type(torch.device(self.device))  # float16 would need a scaler
+        with torch.autocast(self.device, torch.bfloat16, enabled=half == torch.bfloat16):
             logits = self.model.train()(cubes)
         loss = teaching_loss(logits.float(), labels)
         loss.backward()
@@ -366,7 +367,8 @@ def report(out, run, loss):
 def norm_cubes(o):
     """(1, D, D, D) cubes of whole drawn studies and of views of necks, in turns."""
     drawn, necks = [], []
-    for path in sorted((o.work / "hands").glob("*.npz"))[:NORM_STUDIES]:
+    paths = sorted((o.work / "hands").glob("*.npz"))
+    for path in paths[:: math.ceil(len(paths) / NORM_STUDIES)]:  # of every generator
         with np.load(path) as file:
             volume = cspine.Volume("", file["hu"], tuple(file["spacing"]), np.eye(4))
         drawn.append(cspine.segmenter_input(volume))
