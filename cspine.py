@@ -489,8 +489,7 @@ def one_pass(stack):
         own = np.unique(mm[marks == widest])
         gaps = np.diff(own)
         step = np.median(gaps[gaps > SAME_PLACE_MM])
-        after = np.searchsorted(own, mm).clip(1, len(own) - 1)
-        apart = np.minimum(abs(mm - own[after - 1]), abs(own[after] - mm))
+        apart = abs(mm[:, None] - own).min(1)  # from the nearest kept slice
         kept = (marks == widest) | (apart >= FILLS_FROM * step)
         stack = [one for one, keep in zip(stack, kept) if keep]
     return sorted(stack, key=lambda one: one.of_pass[-3:])  # by both times, then number
