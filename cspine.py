@@ -297,19 +297,16 @@ class Asked(Answers):
 # Pitfall: file names say nothing about the order of slices; only their positions do.
 
 class Volume(NamedTuple):
-    """A CT study, head first.
-    `hu` is int16 (Z, Y, X) in Hounsfield units, Z from head to foot, Y from front to back,
-    X from right to left; `spacing` is in mm, in the order of the axes; `affine` (4, 4)
-    gives LPS mm (DICOM's axes) from (z, y, x, 1). `problems` says what was odd. `sources`
-    holds the file and SOPInstanceUID of each slice if slices are axial; `grid` tells which
-    stored axes became Z, Y, X, and which of them were flipped."""
+    """A CT study, head first: Z from head to foot, Y front to back, X right to left."""
     uid: str
-    hu: np.ndarray
-    spacing: tuple
-    affine: np.ndarray
-    problems: tuple = ()
-    sources: tuple = ()
-    grid: tuple = ((0, 1, 2), (True, False, False))  # masks are written foot first
+    hu: np.ndarray  # int16 (Z, Y, X), Hounsfield units
+    spacing: tuple  # mm, in the order of the axes
+    affine: np.ndarray  # (4, 4) LPS mm (DICOM's axes) from (z, y, x, 1)
+    problems: tuple = ()  # what was odd, in words
+    sources: tuple = ()  # of each slice, if axial: its file and SOPInstanceUID
+    # The axes of a mask's file that are Z, Y, X, and which of them run backwards: those of
+    # a NIfTI CT's own file; masks of a DICOM series are axial, foot first.
+    grid: tuple = ((0, 1, 2), (True, False, False))
     header: Any = None  # of a NIfTI CT, whose masks copy their placement from it
 
 class Slice(NamedTuple):
