@@ -1427,10 +1427,8 @@ def crops_wanted(ensemble):
     """vertebra_slices' arguments for crops like those the classifiers were trained on."""
     classifiers = ensemble.models["vertebra"] + ensemble.models["patient"]
     wanted = {name: classifiers[0].settings[name] for name in ("mask_of", "z_margin")}
-    largest = max(model.settings["size"] for model in classifiers)
-    if largest > CROP:  # else classify shrinks crops of the usual size
-        wanted["size"] = largest
-    return wanted
+    sizes = [model.settings["size"] for model in classifiers]
+    return wanted | dict(size=max(CROP, *sizes))  # classify shrinks them for the others
 
 def answer_study(volume, read_s, ensemble, folds):
     """(row of the report, strongest_steps, segment's probability) of a study.

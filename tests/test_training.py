@@ -690,7 +690,8 @@ def test_a_classifier_knows_for_what_crops_it_was_trained(arguments, crops_folde
     assert cspine.main(argv) == 0
     model = cspine.load_model(tmp_path / "w" / "vertebra_fold0.pt", "vertebra")
     ensemble = cspine.Ensemble(dict(vertebra=[model], patient=[]), CPU)
-    assert cspine.crops_wanted(ensemble) == dict(mask_of="center", z_margin=2.0)
+    assert cspine.crops_wanted(ensemble) == dict(
+        mask_of="center", z_margin=2.0, size=cspine.CROP)
 
 
 # ---- Several processes, devices, memory, network ----
