@@ -319,6 +319,15 @@ class Slice(NamedTuple):
     of_pass: tuple = ()  # its values of PASS_TAGS, then its InstanceNumber
     guessed: bool = False  # True if its header has no orientation
 
+class Scan(NamedTuple):
+    """A CT with its axes as they are stored; read_volume puts them in order."""
+    planes: list  # int16 (row, column) in HU, in order of position
+    steps: np.ndarray  # even_steps of the planes
+    affine: np.ndarray  # (4, 4) LPS mm from (step, row, column, 1)
+    problems: list  # what was odd, in words
+    sources: tuple = ()  # of a DICOM series: the source of each plane
+    header: Any = None  # of a NIfTI CT
+
 PASS_TAGS = (  # these tell apart two scans of the same positions within one series
     "AcquisitionNumber", "ConvolutionKernel", "ImageType", "TemporalPositionIdentifier",
     "FrameAcquisitionNumber", "FrameType", "TemporalPositionIndex", "SliceThickness",
@@ -501,8 +510,8 @@ def even_steps(mm):
     return np.interp(even, mm, index)
 
 def read_series(path, workers, give_up):
-    """(planes, even_steps, affine, problems, sources, None) of the series that covers most
-    positions. The affine (4, 4) gives LPS mm from (step, row, column, 1)."""
+    """The Scan of the series that covers most positions. StudyError if these are fewer
+    than MIN_SLICES."""
     slices, problems = read_folder(path, workers, give_up)
     stacks = stacks_of(slices)
     studies = {one.study for one in slices} - {""}
@@ -551,11 +560,11 @@ def read_series(path, workers, give_up):
         problems.append("no ImageOrientationPatient: axial and supine are guessed")
     affine = np.eye(4)
     affine[:3] = np.c_[axis / (len(steps) - 1), run[0].lps_from_pixel]
-    sources = [one.source for one in run]
-    return [one.hu for one in run], steps, affine, problems, sources, None
+    sources = tuple(one.source for one in run)
+    return Scan([one.hu for one in run], steps, affine, problems, sources)
 
 def read_nifti_ct(path):
-    """What read_series gives, for a CT as NIfTI-1: no sources, but its header.
+    """The Scan of a CT as NIfTI-1.
     StudyError if its values are not a body in HU, but labels, MR or another unit."""
     problems = []
     stored, slope, intercept, voxel_from_lps, header = read_nifti(path, problems.append)
@@ -568,7 +577,7 @@ def read_nifti_ct(path):
     if why := not_in_hu(planes):
         raise StudyError(why)
     affine = np.linalg.inv(voxel_from_lps)[:, [2, 1, 0, 3]]
-    return planes, np.arange(len(planes)), affine, problems, [], header
+    return Scan(planes, np.arange(len(planes)), affine, problems, header=header)
 
 def not_in_hu(planes):
     """Why planes (Y, X) are not a body in HU, but labels, MR or another unit; else ""."""
@@ -623,13 +632,13 @@ def read_volume(folder, workers=2, give_up=lambda: False):
     path = Path(folder)
     with errors_as(StudyError, path):
         nifti = is_nifti(path)
-        found = read_nifti_ct(path) if nifti else read_series(path, workers, give_up)
-        planes, steps, affine, problems, sources, header = found
+        scan = read_nifti_ct(path) if nifti else read_series(path, workers, give_up)
+        planes, steps = scan.planes, scan.steps
         shape = (len(steps), *planes[0].shape)
         if math.prod(shape) > MAX_VOXELS:
             raise StudyError(f"{shape} voxels: damaged, or too large")
 
-        axes, flip = axial_axes(affine)
+        axes, flip = axial_axes(scan.affine)
         hu = np.empty([shape[k] for k in axes], np.int16)
         backwards = np.flatnonzero(flip).tolist()
         stored = np.flip(hu, backwards).transpose(np.argsort(axes))  # a view of hu
@@ -639,14 +648,16 @@ def read_volume(folder, workers=2, give_up=lambda: False):
             stored[k] = cv2.addWeighted(
                 planes[low], low + 1 - at, planes[low + 1], at - low, 0)
 
-        affine = flip_affine(affine[:, [*axes, 3]], hu.shape, flip)
+        affine = flip_affine(scan.affine[:, [*axes, 3]], hu.shape, flip)
         spacing = np.linalg.norm(affine[:3, :3], axis=0).tolist()
-        by_slice = [sources[round(at)] for at in steps] if sources and axes[0] == 0 else []
-        by_slice = by_slice[::-1] if flip[0] else by_slice
-    volume = Volume(
-        path.name, hu, tuple(spacing), affine, tuple(problems), tuple(by_slice))
+        sources = []
+        if scan.sources and axes[0] == 0:
+            sources = [scan.sources[round(at)] for at in steps]
+            sources = sources[::-1] if flip[0] else sources
+    problems = tuple(scan.problems)
+    volume = Volume(path.name, hu, tuple(spacing), affine, problems, tuple(sources))
     grid = (axes, tuple(flip.tolist()))
-    return volume._replace(grid=grid, header=header) if nifti else volume
+    return volume._replace(grid=grid, header=scan.header) if nifti else volume
 
 
 # ==== Masks ====
