@@ -509,10 +509,9 @@ def even_steps(mm):
         return index
     return np.interp(even, mm, index)
 
-def read_series(path, workers, give_up):
-    """The Scan of the series that covers most positions. StudyError if these are fewer
-    than MIN_SLICES."""
-    slices, problems = read_folder(path, workers, give_up)
+def longest_run(slices, problems):
+    """[Slice, ...] of the series that covers most positions, in order; empty without any.
+    `problems` gets what is left out."""
     stacks = stacks_of(slices)
     studies = {one.study for one in slices} - {""}
     one_neck = len(studies) in (0, 1, len(slices))  # no uid, one, or a new one per file
@@ -533,14 +532,10 @@ def read_series(path, workers, give_up):
         problems.append(f"{len(slices) - len(run)} images {why} left out")
     if len(studies) > 1:
         problems.append(f"images of {len(studies)} studies: give each its own folder")
-    if len(run) < MIN_SLICES:
-        found = f"only {len(run)} usable slices; at least {MIN_SLICES} are needed"
-        if path.is_file():
-            found += ": give the folder of its series"
-        reasons = [one.partition(": ")[2] for one in problems]  # without its file name
-        usual = [problems[reasons.index(statistics.mode(reasons))]] if problems else []
-        raise StudyError("; ".join([found, *usual]))
+    return run
 
+def scan_of(run, problems):
+    """The Scan of slices in order; `problems` gets what is odd about their places."""
     mm = along_normal(run)
     steps = even_steps(mm)
     if not np.array_equal(steps, np.arange(len(mm))):
@@ -562,6 +557,20 @@ def read_series(path, workers, give_up):
     affine[:3] = np.c_[axis / (len(steps) - 1), run[0].lps_from_pixel]
     sources = tuple(one.source for one in run)
     return Scan([one.hu for one in run], steps, affine, problems, sources)
+
+def read_series(path, workers, give_up):
+    """The Scan of the series that covers most positions. StudyError if these are fewer
+    than MIN_SLICES."""
+    slices, problems = read_folder(path, workers, give_up)
+    run = longest_run(slices, problems)
+    if len(run) < MIN_SLICES:
+        found = f"only {len(run)} usable slices; at least {MIN_SLICES} are needed"
+        if path.is_file():
+            found += ": give the folder of its series"
+        reasons = [one.partition(": ")[2] for one in problems]  # without its file name
+        usual = [problems[reasons.index(statistics.mode(reasons))]] if problems else []
+        raise StudyError("; ".join([found, *usual]))
+    return scan_of(run, problems)
 
 def read_nifti_ct(path):
     """The Scan of a CT as NIfTI-1.
