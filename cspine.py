@@ -510,8 +510,7 @@ def even_steps(mm):
     return np.interp(even, mm, index)
 
 def longest_run(slices, problems):
-    """[Slice, ...] of the series that covers most positions, in order; empty without any.
-    `problems` gets what is left out."""
+    """[Slice, ...] in order, of the series of most positions; `problems` gets the rest."""
     stacks = stacks_of(slices)
     studies = {one.study for one in slices} - {""}
     one_neck = len(studies) in (0, 1, len(slices))  # no uid, one, or a new one per file
@@ -559,8 +558,7 @@ def scan_of(run, problems):
     return Scan([one.hu for one in run], steps, affine, problems, sources)
 
 def read_series(path, workers, give_up):
-    """The Scan of the series that covers most positions. StudyError if these are fewer
-    than MIN_SLICES."""
+    """The Scan of the series of most positions. StudyError if these are too few."""
     slices, problems = read_folder(path, workers, give_up)
     run = longest_run(slices, problems)
     if len(run) < MIN_SLICES:
