@@ -94,8 +94,8 @@ MIN_SLICES = 16  # slices; shorter series are refused (the competition's shortes
 MAX_VOXELS = 2**30  # voxels, 2 GB of int16; a larger study is damaged or fills the memory
 MAX_GAP_MM = 30.0  # mm; a wider gap along the normal separates two scans
 SAME_PLACE_MM = 0.05  # mm; slices closer than this share a position (spacings begin at 0.3)
-TWIN_MM = 0.25  # mm; so do slices of two passes that are closer than this, if their gap is
-TWIN_SHARE = 0.34  # also below this share of the gaps on both sides
+TWIN_MM = 0.25  # mm; slices of two passes share one, too, if they are closer than this and
+TWIN_SHARE = 0.34  # their gap is below this share of the gaps on both sides
 FILLS_FROM = 0.75  # share of a step; least distance of a gap-filling slice to a kept one
 SAME_STEP = 0.01  # share of a pixel; the pixel size within a series may differ by this much
 PASS_APART_S = 30  # s; a longer pause between slice times starts another pass
@@ -119,7 +119,7 @@ LOOK_CLOSER = 0.57  # segment again if the neck needs less than this share of an
 BONE_WINDOW = (500, 2000)  # level, width; HU
 STEPS = 15
 SLICES_PER_STEP = 5
-MASKED_SLICES = dict(last=-1, center=SLICES_PER_STEP // 2)  # its index in a step
+MASKED_SLICES = dict(last=-1, center=SLICES_PER_STEP // 2)  # by mask_of: index in a step
 CHANNELS = SLICES_PER_STEP + 1  # the slices and one mask
 CROP = 224  # pixels per edge
 BOX_MARGIN = 1.0  # cells around the mask (first place)
@@ -137,7 +137,7 @@ KAGGLE_MINUTES = 510.0  # minutes, of the 540 that a submission may run
 MAX_READ_S = 600  # s to read a study in, but at most a quarter of the time left
 ECHO_S = 2  # s; a signal repeated within this time was only forwarded by torchrun
 LOG_S = 60  # s between two lines of progress in a log
-ALONE_S = 5  # s in which one study is read; after that, the next one beside it
+ALONE_S = 5  # s that a study is read alone; if it takes longer, the next is read beside it
 READING_THREADS = 99  # so many because a read that hangs never gives its thread back
 CROPS_ON_CPU = STEPS  # crops per forward pass: their activations about fit a CPU's cache
 CROPS_ON_GPU = 2 * 7 * STEPS  # crops per forward pass: those of two studies
@@ -495,7 +495,7 @@ def one_pass(stack):
         own = np.unique(mm[marks == widest])
         gaps = np.diff(own)
         step = np.median(gaps[gaps > SAME_PLACE_MM])
-        apart = abs(mm[:, None] - own).min(1)  # from the nearest kept slice
+        apart = abs(mm[:, None] - own).min(1)  # mm from that pass's nearest slice
         kept = (marks == widest) | (apart >= FILLS_FROM * step)
         stack = [one for one, keep in zip(stack, kept) if keep]
     return sorted(stack, key=lambda one: one.of_pass[-3:])  # by both times, then number
@@ -922,9 +922,10 @@ def create_backbone(name, **arguments):
     try:
         return timm.create_model(name, pretrained=False, **arguments)
     except TypeError:
+        # Some networks have no drop_path_rate; one of 0 need not be given.
         if arguments.pop("drop_path_rate", True):
             raise
-        return create_backbone(name, **arguments)  # some have no such argument
+        return create_backbone(name, **arguments)
 
 class ConvBlock(nn.Module):
     """Convolution, norm, ReLU, then scSE attention (Roy et al. 2018)."""
