@@ -2127,11 +2127,11 @@ def read_calibration(weights, hashes=None):
             return Calibration()
         answers = Answers(**content.pop("answers", {}))
         found = Calibration(*rows.reshape(8, 3).T, answers=answers, **content)
-        known = type(answers.top_k) is int and 0 < answers.top_k <= STEPS
-        known &= all(0 <= one <= 1 for one in [*found.unseen, answers.noisy_or])
+        within = type(answers.top_k) is int and 0 < answers.top_k <= STEPS
+        within &= all(0 <= one <= 1 for one in [*found.unseen, answers.noisy_or])
         sizes = [*found.scale, *found.weights.values()]
-        known &= all(0 <= one < math.inf for one in sizes)
-        if not known:
+        within &= all(0 <= one < math.inf for one in sizes)
+        if not within:
             raise ValueError(f"{answers}, scale, unseen or a weight is out of bounds")
         return found
 
