@@ -1452,7 +1452,8 @@ def crops_wanted(ensemble):
 def answer_study(volume, read_s, ensemble, folds):
     """(row of the report, strongest_steps, segment's probability) of a study.
     The row: answers, what was seen, seconds of each stage. StudyError: no finite answer."""
-    problems = [*filter(None, (not_in_hu(volume.hu), *volume.problems[::-1]))]
+    problems = [not_in_hu(volume.hu), *volume.problems[::-1]]  # reasons first, then files
+    problems = [*filter(None, problems)]
     start = monotonic()
     segmenters = ensemble.models["segmenter"][:folds]
     probability = segment(segmenters, volume, ensemble.device, problems.append)
