@@ -365,7 +365,7 @@ def read_slices(path):
     return found, problems
 
 def place_frame(stored, data, k, source):
-    """The Slice of frame k: `stored` (Y, X) in HU, with its place (DICOM PS3.3 C.7.6.2)."""
+    """The Slice in HU of frame k, `stored` (Y, X), with its place (PS3.3 C.7.6.2)."""
     groups = [*data.get("SharedFunctionalGroupsSequence", [])]  # of an enhanced CT
     groups += data.get("PerFrameFunctionalGroupsSequence", [])[k : k + 1]
     macros = [one for group in groups for one in group if one.VR == "SQ" and one.keyword]
