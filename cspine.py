@@ -3795,9 +3795,9 @@ def calibrate(outputs, folds, truth, weights):
     """Write the fit to all held-out answers; gives them, each fold fitted by the others;
     of one fold alone, each fifth of its studies."""
     made = {f"{one.name}_fold{folds[uid]}.pt" for uid in outputs for one in outputs[uid]}
-    for lost in sorted(made - model_hashes(weights).keys()):
-        say(f"{lost} is not there, but its held-out answers are, and count in the fit")
-    for name in sorted(made & model_hashes(weights).keys()):
+    for name in sorted(made):
+        if not (weights / name).exists():
+            say(f"{name} is not there, but its held-out answers are, and count in the fit")
         with suppress(UserError):
             load_checkpoint(weights / name)  # says what is not trained to its end
     write_calibration(weights, fit_calibration(outputs, truth))
