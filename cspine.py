@@ -3956,12 +3956,11 @@ def run_mode(modes, argv, others=()):
     cv2.setNumThreads(1)  # the threads of prefetch share the cores
     cv2.utils.logging.setLogLevel(0)  # else it prints a line a slice of JPEG 2000
     benchmark = torch.backends.cudnn.benchmark  # which trainings switch on
-    validation = pydicom.config.settings.reading_validation_mode
-    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE  # of odd uids
     try:
         refuse_foreign_ranks()
         options = build_parser(modes, others, preset_given(argv)).parse_args(argv)
-        modes[options.mode].run(options)
+        with pydicom.config.disable_value_validation():  # uids may be odd
+            modes[options.mode].run(options)
         return 0
     except (RuntimeError, MemoryError) as error:
         text = " ".join(str(error).split())
@@ -3986,7 +3985,6 @@ def run_mode(modes, argv, others=()):
         cv2.setNumThreads(threads)
         cv2.utils.logging.setLogLevel(level)
         torch.backends.cudnn.benchmark = benchmark
-        pydicom.config.settings.reading_validation_mode = validation
 
 def main(argv=None):
     """Run a mode of the command line: its exit status."""
