@@ -2707,9 +2707,8 @@ class Trainer:
             if value != then[name]:
                 other.append(f"--{name.replace('_', '-')} (it was {then[name]})")
         if other:
-            names = ", ".join(other)
-            raise UserError(f"{path}: made with other {names}: give the same as before, or "
-                            "delete it to begin anew")
+            raise UserError(f"{path}: made with other {', '.join(other)}: give the same as "
+                            "before, or delete it to begin anew")
         with errors_as(UserError, f"{path}: made with another version; delete it"):
             for name in self.SAVED:
                 state = copy.deepcopy(saved["state"][name])  # the file is memory-mapped
@@ -2934,8 +2933,7 @@ def classifier_task(kind, recipe, device, folder, truth):
         labels = truth[uid][targets]  # a copy: targets is a list
         unseen = ~crops.any((1, 2, 3, 4))
         labels[: len(crops)][unseen] = np.nan
-        crops = np.concatenate(crops)  # (V * T, K, S, S)
-        return crops, labels
+        return np.concatenate(crops), labels  # (V * T, K, S, S)
 
     def answer(model, crops):
         models = dict.fromkeys(KINDS, []) | {kind: [model]}
