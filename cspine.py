@@ -51,7 +51,7 @@ import threading
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import islice, permutations
 from pathlib import Path
@@ -3175,18 +3175,17 @@ class Stop:
 
 @contextmanager
 def stop_signals(minutes=0.0, begun=None):
-    """A Stop that notes SIGINT, SIGTERM and SIGHUP; the old handlers are put back."""
-    stop = Stop(minutes, begun=begun)  # begun: before any mask was read
-    before = {}
-    with suppress(ValueError):  # outside of the main thread there are no handlers
-        for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if kind != signal.SIGHUP or signal.getsignal(kind) != signal.SIG_IGN:  # nohup
-                before[kind] = signal.signal(kind, stop.note)
-    try:
+    """A Stop that notes SIGINT, SIGTERM and SIGHUP; the old handlers are put back.
+    The minutes count from `begun`, the start of the run: reading masks takes some, too."""
+    stop = Stop(minutes, begun=begun)
+    kinds = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # else nohup has started the run
+        kinds.append(signal.SIGHUP)
+    with ExitStack() as handlers:
+        with suppress(ValueError):  # outside of the main thread there are no handlers
+            for kind in kinds:
+                handlers.callback(signal.signal, kind, signal.signal(kind, stop.note))
         yield stop
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
 
 
 # ==== Decoding ====
