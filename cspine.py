@@ -3915,10 +3915,9 @@ def preset_given(argv):
 
 def presets_text(name, defaults):
     """What each preset sets in a mode, as a table."""
-    columns = {
+    table = pd.DataFrame({
         preset: pd.Series(values.get(name, {}), dtype=object)  # whole numbers stay whole
-        for preset, values in PRESETS.items()}
-    table = pd.DataFrame(columns)
+        for preset, values in PRESETS.items()})
     table["standard"] = [defaults[option] for option in table.index]
     table.index = [f"--{option}".replace("_", "-") for option in table.index]
     return f"What presets set; empty: as standard.\n\n{table.to_string(na_rep='')}"
