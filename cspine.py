@@ -2272,7 +2272,7 @@ def draw_greys(rng, ranges, width):
     window = ranges["window"] * rng.uniform(-1, 1, 2)
     stretch, shift = window.tolist()
     gamma = math.exp(ranges["gamma"] * rng.uniform(-1, 1))
-    noise, coarse, hole = rng.random(3)
+    noise, blur, hole = rng.random(3)
     seed = int(rng.integers(2**31))
     edge = top = left = 0
     if hole < ranges["hole"]:
@@ -2280,7 +2280,7 @@ def draw_greys(rng, ranges, width):
         top, left = rng.integers(0, width - edge, 2)
     gone = slice(top, top + edge), slice(left, left + edge)
     noise = ranges["noise"] * noise**2
-    return Greys(1 + stretch, shift, gamma, coarse < ranges["blur"], noise, seed, gone)
+    return Greys(1 + stretch, shift, gamma, blur < ranges["blur"], noise, seed, gone)
 
 def grey_levels(image, rng, ranges):
     """Change the grey levels of (N, C, ...) in 0..1, in place, as draw_greys says."""
@@ -3595,8 +3595,8 @@ def extract(options):
             f"{len(known)} studies are masked by segmenters that may have trained on them")
 
     def written(uid):
-        masks = [Path(options.masks) / f"{uid}.nii.gz"] if options.masks else []
-        return [out / f"{uid}.npz", *masks]
+        own_masks = [Path(options.masks) / f"{uid}.nii.gz"] if options.masks else []
+        return [out / f"{uid}.npz", *own_masks]
 
     rank, world = ranks()
     mine = chosen[rank::world]
