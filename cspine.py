@@ -657,10 +657,9 @@ def read_volume(folder, workers=2, give_up=lambda: False):
 
         affine = flip_affine(scan.affine[:, [*axes, 3]], hu.shape, flip)
         spacing = np.linalg.norm(affine[:3, :3], axis=0).tolist()
-        sources = []
-        if scan.sources and axes[0] == 0:
-            sources = [scan.sources[round(at)] for at in steps]
-            sources = sources[::-1] if flip[0] else sources
+        axial = scan.sources and axes[0] == 0
+        sources = [scan.sources[round(at)] for at in steps] if axial else []
+        sources = sources[::-1] if flip[0] else sources
     problems = tuple(scan.problems)
     volume = Volume(path.name, hu, tuple(spacing), affine, problems, tuple(sources))
     grid = (axes, tuple(flip.tolist()))
@@ -1789,8 +1788,8 @@ FITTED_WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)  # tried for every model name
 LEAST_GAIN = 0.001  # of the score; a smaller gain may be chance and changes nothing
 UNSEEN_PULL = 10.0  # studies that the prior counts for, in the rate of unseen vertebrae
 CALIBRATION_PULL = 2.0  # towards the identity: a Gaussian of SD 0.5 on log scale, shift
-FIT_ROUNDS = 100  # of Newton's method at most; five to twenty are usual
-LEAST_STEP, LARGEST_STEP = 1e-7, 0.5  # of log scale and shift, in a round
+FIT_ROUNDS = 200  # of L-BFGS at most; five to thirty are usual
+LEAST_SLOPE = 1e-4  # of what is fitted: scale and shift are then right to five digits
 
 # The columns of a classifier's held-out answers: every step of C1..C7, and the patient.
 STEP_TARGETS = [f"{name}_{step}" for name in VERTEBRAE for step in range(1, STEPS + 1)]
@@ -2024,24 +2023,24 @@ def fit_scale(answers, labels):
     weight /= (weight * TARGET_WEIGHTS).sum(1, keepdims=True).clip(1e-9)
     both = (labels == 1).any(0) & (labels == 0).any(0)
     weight *= both / weight.mean(0).clip(1e-9)  # mean 1 per target; 0 for one class
-    logits = logits_of(answers)
+    known = logits_of(answers), np.nan_to_num(labels), weight
+    logits, truth, weight = map(torch.from_numpy, known)
+    fit = torch.zeros(2, 8, dtype=torch.float64, requires_grad=True)  # log scale, shift
+    optimizer = torch.optim.LBFGS(
+        [fit], max_iter=FIT_ROUNDS, tolerance_grad=LEAST_SLOPE, tolerance_change=0,
+        line_search_fn="strong_wolfe")
 
-    fit = np.zeros((2, 8))  # log scale, shift
-    for _ in range(FIT_ROUNDS):  # of Newton's method
-        scaled = logits * np.exp(fit[0])
-        moved = 1 / (1 + np.exp(-scaled - fit[1]))  # (N, 8) probabilities
-        error = weight * (moved - np.nan_to_num(labels))
-        slopes = np.stack([scaled, np.ones_like(scaled)])  # (2, N, 8)
-        gradient = (slopes * error).sum(1) + 2 * CALIBRATION_PULL * fit
-        curvature = weight * moved * (1 - moved)
-        hessian = np.einsum("inv,jnv,nv->vij", slopes, slopes, curvature)  # (8, 2, 2)
-        hessian += 2 * CALIBRATION_PULL * np.eye(2)
-        hessian[:, 0, 0] += (scaled * error).sum(0).clip(0)  # below 0: not convex there
-        step = np.linalg.solve(hessian, gradient.T[..., None])[..., 0].T  # (2, 8)
-        fit -= step.clip(-LARGEST_STEP, LARGEST_STEP)
-        if np.abs(step).max() < LEAST_STEP:
-            break
-    return np.stack([np.exp(fit[0]), fit[1]])
+    def loss():
+        optimizer.zero_grad()
+        moved = logits * fit[0].exp() + fit[1]
+        entropy = F.binary_cross_entropy_with_logits(moved, truth, weight, reduction="sum")
+        total = entropy + CALIBRATION_PULL * fit.square().sum()
+        total.backward()
+        return total
+
+    optimizer.step(loss)
+    scale, shift = fit.detach().numpy()
+    return np.stack([np.exp(scale), shift])
 
 def other_blends(found, names):
     """The Calibrations that differ from `found` in one choice of the blend."""
@@ -3586,8 +3585,7 @@ def extract(options):
     makers = makers_of(options.weights)
     wanted = CropsHead(options.size, options.z_margin, makers)
     refuse_other_crops(out, crops_heads(out, truth, options.workers), wanted)
-    # With --folds 1, held out are the very studies trained on: none is unseen.
-    held_out = {path: held_out_of(path) for path in models if options.folds > 1}
+    held_out = {path: held_out_of(path) for path in models}
     unseen = set().union(*held_out.values())
     chosen = sorted(truth, key=hash_of)[:options.studies or None]
     if known := {*chosen} & masks.keys() - unseen:

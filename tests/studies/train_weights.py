@@ -44,7 +44,7 @@ import real_necks  # noqa: E402
 EDGE = 128  # of a cube
 DRAWN = 240  # studies of phantoms.py; tubes.py only measures
 OLD_HANDS = "lofts", "metaballs", "fourth_hand"  # generators that have left the repository
-HAND_SEED = 7777  # no seed that anything is measured on
+HAND_SEED, CUBE_SEED = 7777, 8888  # no seeds that anything is measured on
 COLUMNS = 256
 LEVELS = 8  # T1 is taught too: the network answers for it only while it is trained
 UNKNOWN = 255  # label of cells that teach nothing
@@ -76,13 +76,15 @@ class Stage:
     seed: int
     necks: int  # samples of a step
     drawn: int
+    cubes: int = 0  # whole drawn studies, as predict shows them to the segmenter
     windows: float = 0.0  # share of the steps that show windows; the others half the samples
 
 
 STAGES = dict(
     long=Stage(steps=2000, lr=8e-4, seed=1, necks=4, drawn=4),
     sharp=Stage(steps=500, lr=3e-4, seed=2, necks=2, drawn=6),  # back to the drawn edges
-    windows=Stage(steps=1300, lr=4e-4, seed=5, necks=2, drawn=2, windows=0.5))
+    windows=Stage(steps=1300, lr=4e-4, seed=5, necks=2, drawn=2, windows=0.5),
+    edges=Stage(steps=1200, lr=3e-4, seed=6, necks=2, drawn=1, cubes=3, windows=0.5))
 
 
 # ==== What is trained on ====
@@ -114,6 +116,19 @@ def make_hand(folder, hand, number):
     hu, labels, spacing, _ = draw_hand(hand, HAND_SEED, number)
     labels = np.where(labels <= LEVELS, labels, 0).astype(np.uint8)
     save(path, hu=hu, spacing=np.array(spacing), labels=labels, taught=labels)
+
+
+def make_cube(folder, hand, number):
+    """A drawn study in `folder` as cells of predict's cube: uint8 grey levels and labels."""
+    path = folder / f"{hand}_{number:03}.npz"
+    if path.exists():
+        return
+    hu, labels, spacing, _ = draw_hand(hand, CUBE_SEED, number)
+    cube = cspine.segmenter_input(cspine.Volume("", hu, tuple(spacing), np.eye(4)))[0]
+    middles = [(np.arange(EDGE) + 0.5) * count // EDGE for count in labels.shape]
+    labels = labels[np.ix_(*[one.astype(int) for one in middles])]
+    labels = np.where(labels <= LEVELS, labels, 0).astype(np.uint8)
+    save(path, cube=np.rint(cube.numpy() * 255).astype(np.uint8), labels=labels)
 
 
 def hand_items(o):
@@ -176,8 +191,15 @@ def read_all(folder, device):
             study = real_necks.Neck(path.stem, hu, file["spacing"], {}, None)
             ends = real_necks.vertebrae_ends(study, file["labels"])
         out.append((replace(study, ends=ends), taught))
-    if not out:
-        raise SystemExit(f"nothing in {folder}: run the steps before")
+    return out
+
+
+def read_cubes(folder, device):
+    """[(grey levels, labels)], uint8 (D, D, D), of all cubes of a folder, on the device."""
+    out = []
+    for path in sorted(folder.glob("*.npz")):
+        with np.load(path) as file:
+            out.append([torch.from_numpy(file[n]).to(device) for n in ("cube", "labels")])
     return out
 
 
@@ -191,6 +213,8 @@ def make_batch(stage, step, studies):
     share = 2 if stage.windows and not windows else 1
     sources = ["neck"] * (stage.necks // share) + ["drawn"] * (stage.drawn // share)
     samples = [cut_sample(studies[source], source, shape, rng) for source in sources]
+    for _ in range(stage.cubes // share):
+        samples.append(cut_cube(studies["cubes"], shape, rng))
     cubes, labels = zip(*samples)
     return torch.stack(cubes), torch.stack(labels)
 
@@ -222,6 +246,19 @@ def cut_sample(studies, source, shape, rng):
     cube = ((hu - level + width / 2) / width).clip(0, 1)[None]
     cspine.grey_levels(cube[None], rng, cspine.VOLUME_RANGES)
     return cube, labels
+
+
+def cut_cube(cubes, shape, rng):
+    """A cube, mirrored or not, or a window of it around the spine, as cut_sample gives it."""
+    cube, labels = cubes[rng.integers(len(cubes))]
+    spine = (labels > 0).nonzero().double().mean(0).cpu().numpy() * 2 / EDGE - 1
+    low, _ = draw_window(rng, spine, shape)
+    first = np.rint((low + 1) * EDGE / 2).astype(int)
+    window = tuple(slice(at, at + count) for at, count in zip(first, shape))
+    mirrored = (2,) * int(rng.integers(2))
+    cube = cube[window].flip(mirrored)[None].float() / 255
+    cspine.grey_levels(cube[None], rng, cspine.VOLUME_RANGES)
+    return cube, labels[window].flip(mirrored)
 
 
 # ==== Network and loss ====
@@ -318,7 +355,8 @@ class Run:
         cspine.write_atomic(out / "last.pt", lambda new: torch.save(state, new))
         recipe = cspine.Recipe(
             backbone=self.settings["backbone"], epochs=1, lr=self.stage.lr, size=EDGE,
-            batch_size=self.stage.necks + self.stage.drawn, seed=self.stage.seed)
+            batch_size=self.stage.necks + self.stage.drawn + self.stage.cubes,
+            seed=self.stage.seed)
         cspine.save_checkpoint(
             out / "segmenter_fold0.pt", "segmenter", recipe,
             settings=self.settings, tensors=self.averaged.shipped_tensors())
@@ -339,6 +377,11 @@ def train_segmenter(o, stage):
 
     studies = dict(
         neck=read_all(o.work / "necks", o.device), drawn=read_all(o.work / "hands", o.device))
+    if stage.cubes:
+        studies["cubes"] = read_cubes(o.work / "cubes", o.device)
+    for source, found in studies.items():
+        if not found:
+            raise SystemExit(f"no {source} in {o.work}: run the steps before")
     losses = []
     with ThreadPoolExecutor(1) as pool:
         batch = pool.submit(make_batch, stage, run.step, studies)
@@ -407,7 +450,7 @@ def measure_norms(o, batch=4):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("step", choices=("hands", "necks", *STAGES, "norms"))
+    parser.add_argument("step", choices=("hands", "cubes", "necks", *STAGES, "norms"))
     parser.add_argument("--work", type=Path, default=Path("work"))
     parser.add_argument("--necks", type=Path, help="folder of <patient>.nii.gz")
     parser.add_argument("--init", default=str(ROOT / "weights/segmenter_fold0.pt"))
@@ -424,8 +467,9 @@ def main():
     cspine.keep_memory()
     if o.old_hands:
         sys.path.append(str(Path(o.old_hands).resolve()))
-    if o.step == "hands":
-        make_all(make_hand, o.work / "hands", hand_items(o), o.workers)
+    if o.step in ("hands", "cubes"):
+        make = make_hand if o.step == "hands" else make_cube
+        make_all(make, o.work / o.step, hand_items(o), o.workers)
     elif o.step == "necks":
         coarse = zip(real_necks.read_necks(o.necks, "train"))
         make_all(make_neck, o.work / "necks", coarse, o.workers)
