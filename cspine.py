@@ -304,8 +304,8 @@ class Volume(NamedTuple):
     affine: np.ndarray  # (4, 4) LPS mm (DICOM's axes) from (z, y, x, 1)
     problems: tuple = ()  # what was odd, in words
     sources: tuple = ()  # of each slice, if axial: its file and SOPInstanceUID
-    # The axes of a mask's file that are Z, Y, X, and which of them run backwards: those of
-    # a NIfTI CT's own file; masks of a DICOM series are axial, foot first.
+    # Which axes of a mask's file are Z, Y, X, and which of these run backwards: as in the
+    # file of a NIfTI CT; of a DICOM series axial, foot first.
     grid: tuple = ((0, 1, 2), (True, False, False))
     header: Any = None  # of a NIfTI CT, whose masks copy their placement from it
 
@@ -538,9 +538,8 @@ def scan_of(run, problems):
     mm = along_normal(run)
     steps = even_steps(mm)
     if not np.array_equal(steps, np.arange(len(mm))):
-        filled = f"gaps of up to {np.diff(mm).max():.1f} mm filled"
-        found = f"uneven positions: {len(mm)} slices, brought to {len(steps)}"
-        problems.append(f"{found}, {filled}")
+        problems.append(f"uneven positions: {len(mm)} slices, brought to {len(steps)}, "
+                        f"gaps of up to {np.diff(mm).max():.1f} mm filled")
     origins = np.array([one.lps_from_pixel[:, 2] for one in run])
     axis = origins[-1] - origins[0]  # (3,) mm
     cosine = np.ptp(mm) / np.linalg.norm(axis)  # between the stack's axis and its normal
@@ -918,13 +917,9 @@ def create_backbone(name, **arguments):
     if ":" in name:  # hf-hub:... would be downloaded
         raise UserError("no plain name")
     import timm  # here, as it takes 0.2 GB that only networks need
-    try:
-        return timm.create_model(name, pretrained=False, **arguments)
-    except TypeError:
-        # Some networks have no drop_path_rate; one of 0 need not be given.
-        if arguments.pop("drop_path_rate", True):
-            raise
-        return create_backbone(name, **arguments)
+    if not arguments.get("drop_path_rate"):  # some networks do not know it
+        arguments["drop_path_rate"] = None  # which timm leaves out
+    return timm.create_model(name, pretrained=False, **arguments)
 
 class ConvBlock(nn.Module):
     """Convolution, norm, ReLU, then scSE attention (Roy et al. 2018)."""
@@ -1403,13 +1398,14 @@ def rows_asked(path):
     """[(row_id, uid, target)] of test.csv, each row once."""
     columns = ["row_id", STUDY, "prediction_type"]
     table = read_csv(path, columns).astype(object).fillna("").astype(str)
-    table = table.drop_duplicates("row_id")
+    if unnamed := int((table.row_id == "").sum()):
+        say_once(f"{path}: rows without a row_id, left out: {unnamed}")
+    table = table[table.row_id != ""].drop_duplicates("row_id")
     target = table.row_id.str.extract(f"_({'|'.join(TARGETS)})$")[0]
     target = target.fillna(table.prediction_type.str.strip())
-    unknown = target[~target.isin(TARGETS)]
-    if len(unknown):
-        say_once(
-            f"{path}: rows that ask for {unknown.iloc[0]!r}, answered 0.5: {len(unknown)}")
+    odd = target[~target.isin(TARGETS)]
+    if len(odd):
+        say_once(f"{path}: rows that ask for {odd.iloc[0]!r}, answered 0.5: {len(odd)}")
     return [*zip(table.row_id, table[STUDY], target)]
 
 def strongest_steps(volume, probability, outputs, z_margin):
@@ -1452,7 +1448,6 @@ def answer_study(volume, read_s, ensemble, folds):
     """(row of the report, strongest_steps, segment's probability) of a study.
     The row: answers, what was seen, seconds of each stage. StudyError: no finite answer."""
     problems = [not_in_hu(volume.hu), *volume.problems[::-1]]  # reasons first, then files
-    problems = [*filter(None, problems)]
     start = monotonic()
     segmenters = ensemble.models["segmenter"][:folds]
     probability = segment(segmenters, volume, ensemble.device, problems.append)
@@ -1475,7 +1470,7 @@ def answer_study(volume, read_s, ensemble, folds):
     row = dict(zip(TARGETS, answers), status=status, slices=len(volume.hu))
     row |= dict(seen="+".join(places), read_s=read_s, segment_s=segmented - start)
     row |= dict(crops_s=cropped - segmented, classify_s=classified - cropped)
-    row |= dict(device=ensemble.device, warnings="; ".join(problems))
+    row |= dict(device=ensemble.device, warnings="; ".join(filter(None, problems)))
     return row, places, probability
 
 def answer_somewhere(volume, read_s, ensemble, folds=None):
@@ -2026,9 +2021,8 @@ def fit_scale(answers, labels):
     known = logits_of(answers), np.nan_to_num(labels), weight
     logits, truth, weight = map(torch.from_numpy, known)
     fit = torch.zeros(2, 8, dtype=torch.float64, requires_grad=True)  # log scale, shift
-    optimizer = torch.optim.LBFGS(
-        [fit], max_iter=FIT_ROUNDS, tolerance_grad=LEAST_SLOPE, tolerance_change=0,
-        line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([fit], max_iter=FIT_ROUNDS, tolerance_grad=LEAST_SLOPE,
+                                  line_search_fn="strong_wolfe")
 
     def loss():
         optimizer.zero_grad()
@@ -2600,21 +2594,21 @@ def init_file(options, kind, fold, held_out):
     A patient classifier's may be a vertebra classifier of its fold and backbone, first that
     of its own --name (without --name, no other: named sets come later), but none that has
     seen studies that are now held out. UserError if the file that is named is not there."""
-    weights = Path(options.weights)
     if options.init == "none":
         return None
     if options.init != "auto":
         path = Path(options.init)
         if not path.is_file():
             raise UserError(f"--init {path}: cannot be read: no such file")
-        own = [file for _, name, file in model_files(weights, kind) if name == options.name]
+        models = model_files(options.weights, kind)
+        own = [file for _, name, file in models if name == options.name]
         if any(map(path.samefile, own)):
             raise UserError(f"--init {path}: may be overwritten: copy it elsewhere first")
         unseen = held_out_of(path)
         if unseen and options.folds > 1 and not unseen.issuperset(held_out):
             say_once(f"fold {fold}: --init {path} HAS SEEN studies that are held out here")
         return path
-    files = model_files(weights, "vertebra") if kind == "patient" else []
+    files = model_files(options.weights, "vertebra") if kind == "patient" else []
     files = [file for file in files if file[0] == fold and (options.name or not file[1])]
     for _, _, path in sorted(files, key=lambda file: file[1] != options.name):
         made = load_checkpoint(path).get("settings", {})
@@ -2793,9 +2787,8 @@ class Trainer:
     def write_model(self, task, path):
         """Write the averaged weights as of the last scoring, for load_model."""
         # Copies: on a GPU an LSTM's weights share a storage, which each would save whole.
-        tensors = {
-            name: tensor.half() if tensor.ndim > 1 else tensor.clone()
-            for name, tensor in self.averaged.state_dict().items()}
+        tensors = {name: tensor.half() if tensor.ndim > 1 else tensor.clone()
+                   for name, tensor in self.averaged.state_dict().items()}
         epoch = int(self.state.history[-1]["epoch"])
         save_checkpoint(path, task.kind, task.recipe, settings=self.model.settings,
                         tensors=tensors, epoch=epoch, made_of=task.made_of)
@@ -3747,8 +3740,7 @@ def predict(options):
     Reads test.csv and test_images of --data and the models of --weights; writes the
     submission to --out, and predict_report.csv beside it: a row a study, with what was seen
     and odd. With PATH: reads these studies; writes answers.csv to the folder --out (default
-    answers): a row a study, with where to look and how large each vertebra is. For
-    research, not for diagnosis."""
+    answers): where to look, how large vertebrae are. For research, not for diagnosis."""
     if options.path:
         if options.resume or "time_limit" in options.given:
             raise UserError("--resume and --time-limit are for the competition, not a PATH")
@@ -3823,9 +3815,8 @@ def evaluate(options):
     """Score a submission, or the folds' held-out answers.
     Reads train.csv (and test_labels.csv of phantoms) of --data, and --submission or, with
     --folds, the *_heldout.csv of --weights; prints the score with its 95 % interval, each
-    target's log loss, AUC, sensitivity and specificity at the threshold where they are
-    equal, the Dice where there are masks (by all segmenters: not held out), and how far
-    answers can be believed."""
+    target's log loss, AUC, and sensitivity and specificity where they are equal, Dice where
+    there are masks (by all segmenters: not held out), how far answers can be believed."""
     data, weights = data_folder(options, "train.csv"), Path(options.weights)
     if options.calibrate and not options.folds:
         raise UserError("--calibrate needs --folds: it is fitted to held-out answers")
@@ -3875,9 +3866,6 @@ MODES["evaluate"] = Mode(evaluate, f"{READING} submission", Evaluation())
 
 class Parser(argparse.ArgumentParser):
     """A parser that raises UserError: main says it in one line."""
-    def __init__(self, *given, **named):  # --fold is no --folds
-        super().__init__(*given, allow_abbrev=False, **named)
-
     def error(self, message):
         raise UserError(f"{message}; --help after the mode tells its options")
 
@@ -3913,7 +3901,7 @@ def add_option(parser, one, default):
 
 def preset_given(argv):
     """The --preset of a command line, known before the parser, whose defaults it sets."""
-    parser = Parser("cspine.py", add_help=False)
+    parser = Parser("cspine.py", add_help=False, allow_abbrev=False)
     parser.add_argument("--preset")
     return parser.parse_known_args(argv)[0].preset
 
@@ -3935,7 +3923,7 @@ def build_parser(modes, others=(), preset=""):
     for name, mode in modes.items():
         text = textwrap.fill(" ".join(mode.run.__doc__.split()), 79)
         first = mode.run.__doc__.partition("\n")[0]
-        one = parsers.add_parser(name, help=first, description=text)
+        one = parsers.add_parser(name, help=first, description=text, allow_abbrev=False)
         one.formatter_class = argparse.RawDescriptionHelpFormatter
         one.set_defaults(given=(), begun=monotonic())
         defaults = vars(Shared()) | vars(mode.own)
