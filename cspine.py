@@ -3794,23 +3794,6 @@ def calibrate(outputs, folds, truth, weights):
         folds = {uid: k % 5 for k, uid in enumerate(sorted(outputs, key=hash_of))}
     return cross_fitted(outputs, folds, truth)
 
-def answers_to_score(options, answers, truth):
-    """(the answers of the studies that have labels, these labels (N, 8)); the prior takes
-    the place of what is missing. Says what is missing, and what is not scored."""
-    known = answers[answers.index.isin(truth.index)]
-    if missing := int(known.isna().sum().sum()):
-        say(f"{missing} answers are missing or no probabilities: scored as the prior")
-    labels = truth.loc[known.index].to_numpy()
-    if np.isnan(labels).all():
-        raise UserError(
-            f"nothing to score: no answered study has labels in {Path(options.data)}/")
-    if len(known) < max(len(answers), len(truth)) and not options.folds:
-        others = len(answers) - len(known)
-        rest = f", nor {others} without labels" if others else ""
-        say(f"{options.submission} answers {len(known)} of {len(truth)} labelled studies; "
-            f"the others are not scored{rest}")
-    return known.fillna(PRIOR_ANSWERS), labels
-
 def evaluate(options):
     """Score a submission, or the folds' held-out answers.
     Reads train.csv (and test_labels.csv of phantoms) of --data, and --submission or, with
@@ -3830,7 +3813,18 @@ def evaluate(options):
         answers = blend(outputs)
     else:
         answers = read_answers(options.submission)
-    answers, labels = answers_to_score(options, answers, truth)
+    answered = len(answers)
+    answers = answers[answers.index.isin(truth.index)]
+    if missing := int(answers.isna().sum().sum()):
+        say(f"{missing} answers are missing or no probabilities: scored as the prior")
+    answers = answers.fillna(PRIOR_ANSWERS)
+    labels = truth.loc[answers.index].to_numpy()
+    if np.isnan(labels).all():
+        raise UserError(f"nothing to score: no answered study has labels in {data}/")
+    if len(answers) < max(answered, len(truth)) and not options.folds:
+        found = f"{len(answers)} of {len(truth)} labelled studies"
+        rest = f", nor {answered - len(answers)} without labels" * (answered > len(answers))
+        say(f"{options.submission} answers {found}; the others are not scored{rest}")
     print_scores(answers.to_numpy(), labels)
     if options.calibrate:
         answers = calibrate(outputs, folds, truth, weights).loc[answers.index]
