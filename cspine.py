@@ -53,7 +53,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
-from itertools import islice, permutations
+from itertools import islice, permutations, product
 from pathlib import Path
 from time import monotonic
 from typing import Any, Callable, NamedTuple
@@ -123,6 +123,8 @@ MASKED_SLICES = dict(last=-1, center=SLICES_PER_STEP // 2)  # by mask_of: index 
 CHANNELS = SLICES_PER_STEP + 1  # the slices and one mask
 CROP = 224  # pixels per edge
 BOX_MARGIN = 1.0  # cells around the mask (first place)
+BESIDE = np.array([*product((1e-4, -1e-4), repeat=3), (1e-4,) * 3])  # voxels around the
+# middle of a cell, which may lie between several; an odd number, so that votes decide
 LEAST_INSIDE = 0.5  # share of a mask's labels inside the study; with less it is another's
 BONE_HU = 100  # HU; cancellous bone of a vertebra has about 150 to 350
 LEAST_BONE = 0.25  # share of a mask's labels on bone; with less it is misplaced
@@ -466,9 +468,8 @@ def places_of(mm):
     return np.array([min(place) for place in parts_of(order, at, near)])
 
 def passes_by_time(times):
-    """The number of its pass for each ContentTime, "HHMMSS...": a pause of more than
-    PASS_APART_S starts another pass. Within a pass, times need not follow the order of
-    slices, as several computers may have reconstructed them."""
+    """The number of its pass for each ContentTime, "HHMMSS...": a pause above PASS_APART_S
+    starts another. Within one, several computers may make slices: in no order of times."""
     stamps = pd.Series([time[:6] for time in times])
     stamps = pd.to_datetime(stamps, format="%H%M%S", errors="coerce")  # NaT: no stamp
     is_next = stamps.sort_values().diff() > pd.Timedelta(seconds=PASS_APART_S)
@@ -526,9 +527,8 @@ def longest_run(slices, problems):
         places = max(parts_of(order, mm[order], MAX_GAP_MM), key=len)
         if len(places) > len(run):  # most positions, not most images
             run = [stack[k] for k in places]
-    if len(run) < len(slices):
-        why = "of another series, pass, size or position"
-        problems.append(f"{len(slices) - len(run)} images {why} left out")
+    if rest := len(slices) - len(run):
+        problems.append(f"{rest} images of another series, pass, size or position left out")
     if len(studies) > 1:
         problems.append(f"images of {len(studies)} studies: give each its own folder")
     return run
@@ -659,10 +659,9 @@ def read_volume(folder, workers=2, give_up=lambda: False):
         axial = scan.sources and axes[0] == 0
         sources = [scan.sources[round(at)] for at in steps] if axial else []
         sources = sources[::-1] if flip[0] else sources
-    problems = tuple(scan.problems)
-    volume = Volume(path.name, hu, tuple(spacing), affine, problems, tuple(sources))
-    grid = (axes, tuple(flip.tolist()))
-    return volume._replace(grid=grid, header=scan.header) if nifti else volume
+    own = dict(grid=(axes, tuple(flip.tolist())), header=scan.header) if nifti else {}
+    return Volume(path.name, hu, tuple(spacing), affine, tuple(scan.problems),
+                  tuple(sources), **own)
 
 
 # ==== Masks ====
@@ -750,10 +749,9 @@ def refuse_to_overwrite(path):
 
 def write_nifti(path, labels, volume):
     """Write uint8 labels (Z, Y, X) on a Volume's grid as NIfTI-1, gzipped.
-    The mask of a NIfTI CT has the CT's own voxels and placement; that of a DICOM series is
-    axial, evenly spaced, foot first, and placed by both sform and qform. A qform cannot
-    shear: of a tilted series it keeps the axes within a slice, as ITK does.
-    UserError if the path holds a file of another program."""
+    The mask of a NIfTI CT has its voxels and placement; that of a DICOM series is axial,
+    evenly spaced, foot first, placed by sform and qform. A qform cannot shear: of a tilted
+    series it keeps the axes within a slice, as ITK does. UserError: not our file there."""
     axes, flip = volume.grid
     order = [*np.argsort(axes)]
     stored = np.flip(labels, np.flatnonzero(flip).tolist()).transpose(order)  # (K, J, I)
@@ -785,25 +783,35 @@ def write_nifti(path, labels, volume):
 def read_mask(path, volume, shape=None):
     """Labels uint8 (Z, Y, X) on the volume's grid, or on a coarser one of `shape`, by
     nearest neighbour: 1-7 = C1-C7, others below 255 as stored, 0 outside. The mask may
-    have any grid: its affine places it. StudyError if it is damaged."""
+    have any grid: its affine places it. StudyError if it is damaged.
+    Of 512 pixels, four are as near to the middle of one of 128 cells: most of them decide,
+    where rounding would otherwise."""
     with errors_as(StudyError, f"{path}: not a readable NIfTI-1 mask"):
         stored, slope, intercept, voxel_from_lps, _ = read_nifti(path)
     out = np.zeros(shape or volume.hu.shape, np.uint8)
-    matrix = (voxel_from_lps @ volume.affine)[:3, :, None, None]
+    matrix = (voxel_from_lps @ volume.affine)[:3, :, None]
     cells = [np.arange(count) + 0.5 for count in out.shape]
     z, y, x = (c * n / len(c) - 0.5 for c, n in zip(cells, volume.hu.shape))  # in voxels
-    down, back, left, start = matrix.swapaxes(0, 1)
-    flat = back * y[:, None] + left * x  # (3, Y, X)
-    flat = flat + start + 0.5  # so that floor finds the nearest
-    limits = np.reshape(stored.shape, (3, 1, 1))
+    down, back, left, start = matrix.swapaxes(0, 1)  # (3, 1) each
+    rows = back * y.repeat(len(x))
+    flat = rows + left * np.tile(x, len(y)) + start  # (3, Y * X)
+    around = BESIDE if shape else np.zeros((1, 3))
     for plane, depth in zip(out, z):
-        at = np.floor(flat + down * depth).astype(int)  # (3, Y, X)
-        inside = (at >= 0) & (at < limits)
-        inside = inside.all(0)
-        values = stored[tuple(at[:, inside])] * slope + intercept
-        is_label = (values > 0) & (values < 255)
-        plane[inside] = np.where(is_label, np.rint(values), 0)
+        at = flat + down * depth
+        near = [voxels_at(stored, at + aside[:, None]) for aside in around]
+        near = np.array(near) * slope + intercept  # (9, Y * X); NaN outside
+        is_label = (near > 0) & (near < 255)
+        near = np.where(is_label, near, 0).round()
+        plane.flat = torch.from_numpy(near).mode(0).values
     return out
+
+def voxels_at(stored, places):
+    """(N,) values of the voxels nearest to places (3, N), in voxels; NaN outside."""
+    at = np.floor(places + 0.5).astype(int)
+    inside = ((at >= 0) & (at < np.reshape(stored.shape, (3, 1)))).all(0)
+    values = np.full(len(inside), np.nan)
+    values[inside] = stored[tuple(at[:, inside])]
+    return values
 
 def mask_fit(path, volume, labels):
     """(share of a mask's C1..C7 inside the study, share of its labels there on bone).
@@ -917,8 +925,8 @@ def create_backbone(name, **arguments):
     if ":" in name:  # hf-hub:... would be downloaded
         raise UserError("no plain name")
     import timm  # here, as it takes 0.2 GB that only networks need
-    if not arguments.get("drop_path_rate"):  # some networks do not know it
-        arguments["drop_path_rate"] = None  # which timm leaves out
+    if not arguments.get("drop_path_rate"):
+        arguments["drop_path_rate"] = None  # timm leaves it out: some know none
     return timm.create_model(name, pretrained=False, **arguments)
 
 class ConvBlock(nn.Module):
@@ -1398,9 +1406,7 @@ def rows_asked(path):
     """[(row_id, uid, target)] of test.csv, each row once."""
     columns = ["row_id", STUDY, "prediction_type"]
     table = read_csv(path, columns).astype(object).fillna("").astype(str)
-    if unnamed := int((table.row_id == "").sum()):
-        say_once(f"{path}: rows without a row_id, left out: {unnamed}")
-    table = table[table.row_id != ""].drop_duplicates("row_id")
+    table = table.drop_duplicates("row_id")
     target = table.row_id.str.extract(f"_({'|'.join(TARGETS)})$")[0]
     target = target.fillna(table.prediction_type.str.strip())
     odd = target[~target.isin(TARGETS)]
@@ -1783,8 +1789,8 @@ FITTED_WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)  # tried for every model name
 LEAST_GAIN = 0.001  # of the score; a smaller gain may be chance and changes nothing
 UNSEEN_PULL = 10.0  # studies that the prior counts for, in the rate of unseen vertebrae
 CALIBRATION_PULL = 2.0  # towards the identity: a Gaussian of SD 0.5 on log scale, shift
-FIT_ROUNDS = 200  # of L-BFGS at most; five to thirty are usual
-LEAST_SLOPE = 1e-4  # of what is fitted: scale and shift are then right to five digits
+FIT_ROUNDS = 200  # of L-BFGS; five to thirty are usual
+LEAST_SLOPE = 1e-4  # of the fit; scale and shift are right to five digits
 
 # The columns of a classifier's held-out answers: every step of C1..C7, and the patient.
 STEP_TARGETS = [f"{name}_{step}" for name in VERTEBRAE for step in range(1, STEPS + 1)]
@@ -1911,8 +1917,7 @@ def read_answers(path):
         raise UserError(f"no {path}: run predict first")
     table = read_csv(path, ("row_id", "fractured"))
     table[["uid", "target"]] = table.row_id.str.extract(f"^(.*)_({'|'.join(TARGETS)})$")
-    names = table.row_id.dropna()
-    twice = names[names.duplicated()]
+    twice = table.row_id[table.row_id.duplicated()].dropna()
     if len(twice):
         raise UserError(f"{path}: {twice.iloc[0]} stands there twice")
     values = pd.to_numeric(table.fractured, "coerce")
@@ -2787,8 +2792,9 @@ class Trainer:
     def write_model(self, task, path):
         """Write the averaged weights as of the last scoring, for load_model."""
         # Copies: on a GPU an LSTM's weights share a storage, which each would save whole.
-        tensors = {name: tensor.half() if tensor.ndim > 1 else tensor.clone()
-                   for name, tensor in self.averaged.state_dict().items()}
+        tensors = {
+            name: tensor.half() if tensor.ndim > 1 else tensor.clone()
+            for name, tensor in self.averaged.state_dict().items()}
         epoch = int(self.state.history[-1]["epoch"])
         save_checkpoint(path, task.kind, task.recipe, settings=self.model.settings,
                         tensors=tensors, epoch=epoch, made_of=task.made_of)
@@ -3799,7 +3805,7 @@ def evaluate(options):
     Reads train.csv (and test_labels.csv of phantoms) of --data, and --submission or, with
     --folds, the *_heldout.csv of --weights; prints the score with its 95 % interval, each
     target's log loss, AUC, and sensitivity and specificity where they are equal, Dice where
-    there are masks (by all segmenters: not held out), how far answers can be believed."""
+    there are masks (by all segmenters: not held out), and what to believe."""
     data, weights = data_folder(options, "train.csv"), Path(options.weights)
     if options.calibrate and not options.folds:
         raise UserError("--calibrate needs --folds: it is fitted to held-out answers")

@@ -499,14 +499,6 @@ def test_a_row_that_asks_for_something_unknown_is_said(tmp_path, capsys):
     assert "rows that ask for 'c1', answered 0.5: 1" in capsys.readouterr().err
 
 
-def test_rows_without_a_row_id_are_left_out_and_counted(tmp_path, capsys):
-    """They counted as one row, whose study alone was answered, in silence."""
-    path = tmp_path / "test.csv"
-    path.write_text(f"row_id,{STUDY},prediction_type\n,a,C1\n,b,C2\nc_C3,c,C3\n,,\n")
-    assert cspine.rows_asked(path) == [("c_C3", "c", "C3")]
-    assert "rows without a row_id, left out: 3" in capsys.readouterr().err
-
-
 def test_nothing_but_a_plain_file_is_written_over(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path):

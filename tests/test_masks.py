@@ -278,6 +278,22 @@ def test_the_cubes_labels_are_the_mask_at_the_centres_of_its_cells(tmp_path):
     assert cube.dtype == np.uint8 and np.array_equal(cube, labels[::2, ::3, ::4])
 
 
+@pytest.mark.parametrize("spacing", [1.0, 0.1, 0.3, 1 / 3, 0.488281])
+def test_where_a_cells_middle_lies_between_voxels_most_of_them_decide(spacing, tmp_path):
+    """As with 512 pixels in 128 cells: rounding would give a mask other labels by its spacing."""
+    labels = np.random.default_rng(0).choice([0, 3, 5], (8, 16, 16), p=[0.6, 0.3, 0.1])
+    path = tmp_path / "mask.nii"
+    ras = np.c_[np.diag([-spacing, -spacing, -spacing]), [0.7, 20.3, 5.1]]
+    path.write_bytes(nifti(labels, sform=ras))
+    cube = read_mask(path, volume_at(LPS @ [*ras, [0, 0, 0, 1]], labels.shape), (4, 8, 8))
+    voxels = labels.reshape(4, 2, 8, 2, 8, 2).transpose(0, 2, 4, 1, 3, 5).reshape(4, 8, 8, 8)
+    votes = np.stack([(voxels == value).sum(3) for value in (0, 3, 5)])
+    clear = votes.max(0) > 4
+    expected = np.array([0, 3, 5])[votes.argmax(0)]
+    assert clear.sum() > 100 and np.array_equal(cube[clear], expected[clear])
+    assert np.isin(cube[~clear], [0, 3, 5]).all()
+
+
 # ---- What is no mask ----
 
 GOOD = nifti(LABELS, sform=SFORM)
