@@ -1,6 +1,7 @@
 """The segmenter that ships, of real necks and drawn ones: on one GPU, or on CPU cores.
 
     python tests/studies/train_weights.py hands --work WORK --workers 16
+    python tests/studies/train_weights.py cubes --work WORK --workers 16 --drawn 360
     python tests/studies/train_weights.py necks --work WORK --workers 16 --necks NECKS
     python tests/studies/train_weights.py long --work WORK --init OLDER --out LONG
     python tests/studies/train_weights.py sharp --work WORK --init LONG/SEGMENTER --out NEW
@@ -8,12 +9,14 @@
         --necks NECKS
 
 Each step keeps what it has done and goes on where it was stopped. `hands` draws studies (2 to
-10 s each on a core), `necks` brings the CTs to a fine grid and masks them (3 to 6 s each), the
-stages train and write `segmenter_fold0.pt`: `long` and `sharp` on a GPU, `windows` on two CPU
-cores (2 to 3 s a step with bfloat16, 12 without; all studies are held in memory: 180 drawn ones
-and the necks take 12 GB). `norms` measures the mean and variance of the network's norms anew
-on whole cubes, after `windows` above all, which showed them parts (2 minutes). NECKS holds
-`<patient>.nii.gz`; who is kept out, and what a view is, says tests/necks/real_necks.py.
+10 s each on a core), `cubes` others, as predict shows them to the segmenter, `necks` brings the
+CTs to a fine grid and masks them (3 to 6 s each), the stages train and write
+`segmenter_fold0.pt`: `long` and `sharp` on a GPU, `windows` and then `edges`, which sees the
+cubes, on two CPU cores (2 to 3 s a step with bfloat16, 12 without; all studies are held in
+memory: 180 drawn ones, the necks and 480 cubes take 15 GB). `norms` measures the mean and
+variance of the network's norms anew on whole cubes, after `windows` above all, which showed
+them parts (2 minutes). NECKS holds `<patient>.nii.gz`; who is kept out, and what a view is,
+says tests/necks/real_necks.py.
 """
 
 import argparse
@@ -84,7 +87,7 @@ STAGES = dict(
     long=Stage(steps=2000, lr=8e-4, seed=1, necks=4, drawn=4),
     sharp=Stage(steps=500, lr=3e-4, seed=2, necks=2, drawn=6),  # back to the drawn edges
     windows=Stage(steps=1300, lr=4e-4, seed=5, necks=2, drawn=2, windows=0.5),
-    edges=Stage(steps=1200, lr=3e-4, seed=6, necks=2, drawn=1, cubes=3, windows=0.5))
+    edges=Stage(steps=1400, lr=3e-4, seed=6, necks=2, drawn=1, cubes=3, windows=0.5))
 
 
 # ==== What is trained on ====
@@ -125,10 +128,17 @@ def make_cube(folder, hand, number):
         return
     hu, labels, spacing, _ = draw_hand(hand, CUBE_SEED, number)
     cube = cspine.segmenter_input(cspine.Volume("", hu, tuple(spacing), np.eye(4)))[0]
-    middles = [(np.arange(EDGE) + 0.5) * count // EDGE for count in labels.shape]
-    labels = labels[np.ix_(*[one.astype(int) for one in middles])]
-    labels = np.where(labels <= LEVELS, labels, 0).astype(np.uint8)
-    save(path, cube=np.rint(cube.numpy() * 255).astype(np.uint8), labels=labels)
+    cube = np.rint(cube.numpy() * 255).astype(np.uint8)
+    save(path, cube=cube, labels=labels_of_cells(labels))
+
+
+def labels_of_cells(labels):
+    """uint8 (D, D, D): of labels (Z, Y, X), in each cell of a cube that of most voxels."""
+    shares = []
+    for level in range(LEVELS + 1):
+        inside = torch.from_numpy(labels == level)[None].float()
+        shares.append(F.adaptive_avg_pool3d(inside, EDGE))
+    return torch.cat(shares).argmax(0).byte().numpy()  # of equals the first: background
 
 
 def hand_items(o):
