@@ -306,9 +306,8 @@ class Volume(NamedTuple):
     affine: np.ndarray  # (4, 4) LPS mm (DICOM's axes) from (z, y, x, 1)
     problems: tuple = ()  # what was odd, in words
     sources: tuple = ()  # of each slice, if axial: its file and SOPInstanceUID
-    # Which axes of a mask's file are Z, Y, X, and which of these run backwards: as in the
-    # file of a NIfTI CT; of a DICOM series axial, foot first.
-    grid: tuple = ((0, 1, 2), (True, False, False))
+    # Which axes of its mask's file are Z, Y, X, and which of these run backwards.
+    grid: tuple = ((0, 1, 2), (True, False, False))  # axial, foot first: of a DICOM series
     header: Any = None  # of a NIfTI CT, whose masks copy their placement from it
 
 class Slice(NamedTuple):
@@ -327,7 +326,7 @@ class Scan(NamedTuple):
     steps: np.ndarray  # even_steps of the planes
     affine: np.ndarray  # (4, 4) LPS mm from (step, row, column, 1)
     problems: list  # what was odd, in words
-    sources: tuple = ()  # of a DICOM series: the source of each plane
+    sources: Any = ()  # of a DICOM series: the source of each plane
     header: Any = None  # of a NIfTI CT
 
 PASS_TAGS = (  # these tell apart two scans of the same positions within one series
@@ -553,8 +552,7 @@ def scan_of(run, problems):
         problems.append("no ImageOrientationPatient: axial and supine are guessed")
     affine = np.eye(4)
     affine[:3] = np.c_[axis / (len(steps) - 1), run[0].lps_from_pixel]
-    sources = tuple(one.source for one in run)
-    return Scan([one.hu for one in run], steps, affine, problems, sources)
+    return Scan([one.hu for one in run], steps, affine, problems, [s.source for s in run])
 
 def read_series(path, workers, give_up):
     """The Scan of the series of most positions. StudyError if these are too few."""
@@ -925,9 +923,12 @@ def create_backbone(name, **arguments):
     if ":" in name:  # hf-hub:... would be downloaded
         raise UserError("no plain name")
     import timm  # here, as it takes 0.2 GB that only networks need
-    if not arguments.get("drop_path_rate"):
-        arguments["drop_path_rate"] = None  # timm leaves it out: some know none
-    return timm.create_model(name, pretrained=False, **arguments)
+    try:
+        return timm.create_model(name, pretrained=False, **arguments)
+    except TypeError:  # some have no drop_path_rate; one of 0 need not be given
+        if arguments.pop("drop_path_rate", True):
+            raise
+        return create_backbone(name, **arguments)
 
 class ConvBlock(nn.Module):
     """Convolution, norm, ReLU, then scSE attention (Roy et al. 2018)."""
@@ -2038,8 +2039,7 @@ def fit_scale(answers, labels):
         return total
 
     optimizer.step(loss)
-    scale, shift = fit.detach().numpy()
-    return np.stack([np.exp(scale), shift])
+    return torch.stack([fit[0].exp(), fit[1]]).detach().numpy()
 
 def other_blends(found, names):
     """The Calibrations that differ from `found` in one choice of the blend."""
