@@ -123,8 +123,7 @@ MASKED_SLICES = dict(last=-1, center=SLICES_PER_STEP // 2)  # by mask_of: index 
 CHANNELS = SLICES_PER_STEP + 1  # the slices and one mask
 CROP = 224  # pixels per edge
 BOX_MARGIN = 1.0  # cells around the mask (first place)
-BESIDE = np.array([*product((1e-4, -1e-4), repeat=3), (1e-4,) * 3])  # voxels around the
-# middle of a cell, which may lie between several; an odd number, so that votes decide
+BESIDE = np.array([*product((1e-4, -1e-4), repeat=3), (1e-4,) * 3])  # voxels; read_mask's
 LEAST_INSIDE = 0.5  # share of a mask's labels inside the study; with less it is another's
 BONE_HU = 100  # HU; cancellous bone of a vertebra has about 150 to 350
 LEAST_BONE = 0.25  # share of a mask's labels on bone; with less it is misplaced
@@ -782,34 +781,39 @@ def read_mask(path, volume, shape=None):
     """Labels uint8 (Z, Y, X) on the volume's grid, or on a coarser one of `shape`, by
     nearest neighbour: 1-7 = C1-C7, others below 255 as stored, 0 outside. The mask may
     have any grid: its affine places it. StudyError if it is damaged.
-    Of 512 pixels, four are as near to the middle of one of 128 cells: most of them decide,
-    where rounding would otherwise."""
+    Of 512 pixels, four are as near to the middle of one of 128 cells: nine places BESIDE
+    it vote, so that rounding does not decide."""
     with errors_as(StudyError, f"{path}: not a readable NIfTI-1 mask"):
-        stored, slope, intercept, voxel_from_lps, _ = read_nifti(path)
+        *mask, voxel_from_lps, _ = read_nifti(path)
     out = np.zeros(shape or volume.hu.shape, np.uint8)
-    matrix = (voxel_from_lps @ volume.affine)[:3, :, None]
     cells = [np.arange(count) + 0.5 for count in out.shape]
     z, y, x = (c * n / len(c) - 0.5 for c, n in zip(cells, volume.hu.shape))  # in voxels
-    down, back, left, start = matrix.swapaxes(0, 1)  # (3, 1) each
+    down, back, left, start = (voxel_from_lps @ volume.affine)[:3].T[..., None]  # (3, 1)
     rows = back * y.repeat(len(x))
     flat = rows + left * np.tile(x, len(y)) + start  # (3, Y * X)
-    around = BESIDE if shape else np.zeros((1, 3))
     for plane, depth in zip(out, z):
-        at = flat + down * depth
-        near = [voxels_at(stored, at + aside[:, None]) for aside in around]
-        near = np.array(near) * slope + intercept  # (9, Y * X); NaN outside
-        is_label = (near > 0) & (near < 255)
-        near = np.where(is_label, near, 0).round()
-        plane.flat = torch.from_numpy(near).mode(0).values
+        plane.flat = labels_at(flat + down * depth, *mask)
+    if shape:
+        shown = torch.from_numpy(out)[None].float()
+        wider = F.max_pool3d(shown, 3, 1, 1)[0].numpy()
+        k, j, i = wider.nonzero()  # other cells have no label in reach
+        at = back * y[j] + left * x[i]
+        at += start + down * z[k]  # (3, N)
+        near = [labels_at(at + aside[:, None], *mask) for aside in BESIDE]
+        near = torch.from_numpy(np.array(near))  # (9, N)
+        out[k, j, i] = near.mode(0).values
     return out
 
-def voxels_at(stored, places):
-    """(N,) values of the voxels nearest to places (3, N), in voxels; NaN outside."""
+def labels_at(places, stored, slope, intercept):
+    """uint8 (N,) of the voxels nearest to places (3, N), in voxels; see read_mask."""
     at = np.floor(places + 0.5).astype(int)
-    inside = ((at >= 0) & (at < np.reshape(stored.shape, (3, 1)))).all(0)
-    values = np.full(len(inside), np.nan)
-    values[inside] = stored[tuple(at[:, inside])]
-    return values
+    limits = np.reshape(stored.shape, (3, 1))
+    inside = ((at >= 0) & (at < limits)).all(0)
+    labels = np.zeros(len(inside), np.uint8)
+    values = stored[tuple(at[:, inside])] * slope + intercept
+    is_label = (values > 0) & (values < 255)
+    labels[inside] = np.where(is_label, values, 0).round()
+    return labels
 
 def mask_fit(path, volume, labels):
     """(share of a mask's C1..C7 inside the study, share of its labels there on bone).
@@ -1957,8 +1961,7 @@ def blend(outputs, calibration=Calibration()):
     return pd.DataFrame(calibrated(raw, calibration), [*outputs], TARGETS)
 
 def print_scores(answers, labels):
-    """Print the score of (N, 8) answers, its interval, and the prior's, which are the best
-    constants for the competition's training labels."""
+    """Print the score of (N, 8) answers, its interval, and that of PRIOR's constants."""
     study, column = competition_scores(answers, labels)
     prior, prior_column = competition_scores(np.broadcast_to(PRIOR, answers.shape), labels)
     low, high = interval(study_scores(answers, labels))
@@ -2185,8 +2188,7 @@ def pack_differences(pixels, edge):
     return packer.compress(image) + packer.flush()
 
 def read_crops(path, vertebrae=range(7), steps=slice(None)):
-    """uint8 (V, T, 6, S, S) of some vertebrae and steps of a study.
-    StudyError if the file is damaged."""
+    """uint8 (V, T, 6, S, S) of some vertebrae and steps of a study. StudyError: damaged."""
     with errors_as(StudyError, f"{path}: {NO_CROPS}"), np.load(path) as file:
         index = file["index"][:, steps]
         edge = int(file["edge"])
@@ -2209,9 +2211,8 @@ def undo_differences(packed, edge):
     return images.numpy()
 
 class CropsHead(NamedTuple):
-    """What a file of crops says of itself, without its images.
-    `made_by` holds the hashes of the segmenters. They identify crops even if another
-    machine has rounded differently."""
+    """What a file of crops says of itself, without its images. `made_by`, the segmenters'
+    hashes, identifies crops even if another machine has rounded differently."""
     edge: int  # pixels
     z_margin: float  # cells of the cube
     made_by: set
@@ -2230,8 +2231,7 @@ def crops_heads(folder, uids, workers):
     """{uid: CropsHead} of the studies whose crops are in a folder, read in threads."""
     paths = [folder / f"{uid}.npz" for uid in uids]
     there = [path for path in paths if path.exists()]
-    ahead = 4 * workers  # a folder on a network answers many as fast as one
-    heads = prefetch(crops_head, there, workers, ahead)
+    heads = prefetch(crops_head, there, workers, 4 * workers)  # for folders on a network
     return {path.stem: future.result() for path, future in heads}
 
 def draw_matrix(rng, ranges, axes):
