@@ -123,7 +123,7 @@ MASKED_SLICES = dict(last=-1, center=SLICES_PER_STEP // 2)  # by mask_of: index 
 CHANNELS = SLICES_PER_STEP + 1  # the slices and one mask
 CROP = 224  # pixels per edge
 BOX_MARGIN = 1.0  # cells around the mask (first place)
-BESIDE = np.array([*product((1e-4, -1e-4), repeat=3), (1e-4,) * 3])  # voxels; read_mask's
+BESIDE = np.array([*product((1e-4, -1e-4), repeat=3), (1e-4,) * 3])  # voxels; nine: no tie
 LEAST_INSIDE = 0.5  # share of a mask's labels inside the study; with less it is another's
 BONE_HU = 100  # HU; cancellous bone of a vertebra has about 150 to 350
 LEAST_BONE = 0.25  # share of a mask's labels on bone; with less it is misplaced
@@ -781,8 +781,8 @@ def read_mask(path, volume, shape=None):
     """Labels uint8 (Z, Y, X) on the volume's grid, or on a coarser one of `shape`, by
     nearest neighbour: 1-7 = C1-C7, others below 255 as stored, 0 outside. The mask may
     have any grid: its affine places it. StudyError if it is damaged.
-    Of 512 pixels, four are as near to the middle of one of 128 cells: nine places BESIDE
-    it vote, so that rounding does not decide."""
+    Of 512 pixels, four are equally near to the middle of one of 128 cells: nine places
+    BESIDE it vote, not rounding."""
     with errors_as(StudyError, f"{path}: not a readable NIfTI-1 mask"):
         *mask, voxel_from_lps, _ = read_nifti(path)
     out = np.zeros(shape or volume.hu.shape, np.uint8)

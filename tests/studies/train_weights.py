@@ -5,6 +5,7 @@
     python tests/studies/train_weights.py necks --work WORK --workers 16 --necks NECKS
     python tests/studies/train_weights.py long --work WORK --init OLDER --out LONG
     python tests/studies/train_weights.py sharp --work WORK --init LONG/SEGMENTER --out NEW
+    python tests/studies/train_weights.py edges --work WORK --init OLDER --out NEW
     python tests/studies/train_weights.py norms --work WORK --init NEW/SEGMENTER --out LAST \
         --necks NECKS
 
