@@ -467,7 +467,7 @@ def places_of(mm):
 
 def passes_by_time(times):
     """The number of its pass for each ContentTime, "HHMMSS...": a pause above PASS_APART_S
-    starts another. Within one, several computers may make slices: in no order of times."""
+    starts another. Times need not follow slices: several computers may reconstruct them."""
     stamps = pd.Series([time[:6] for time in times])
     stamps = pd.to_datetime(stamps, format="%H%M%S", errors="coerce")  # NaT: no stamp
     is_next = stamps.sort_values().diff() > pd.Timedelta(seconds=PASS_APART_S)
@@ -567,8 +567,7 @@ def read_series(path, workers, give_up):
     return scan_of(run, problems)
 
 def read_nifti_ct(path):
-    """The Scan of a CT as NIfTI-1.
-    StudyError if its values are not a body in HU, but labels, MR or another unit."""
+    """The Scan of a NIfTI-1 CT. StudyError if it is labels, MR or not in HU."""
     problems = []
     stored, slope, intercept, voxel_from_lps, header = read_nifti(path, problems.append)
     if min(stored.shape) < MIN_SLICES:
@@ -748,7 +747,7 @@ def write_nifti(path, labels, volume):
     """Write uint8 labels (Z, Y, X) on a Volume's grid as NIfTI-1, gzipped.
     The mask of a NIfTI CT has its voxels and placement; that of a DICOM series is axial,
     evenly spaced, foot first, placed by sform and qform. A qform cannot shear: of a tilted
-    series it keeps the axes within a slice, as ITK does. UserError: not our file there."""
+    series it keeps a slice's axes, as ITK does. UserError over another program's file."""
     axes, flip = volume.grid
     order = [*np.argsort(axes)]
     stored = np.flip(labels, np.flatnonzero(flip).tolist()).transpose(order)  # (K, J, I)
@@ -1961,7 +1960,7 @@ def blend(outputs, calibration=Calibration()):
     return pd.DataFrame(calibrated(raw, calibration), [*outputs], TARGETS)
 
 def print_scores(answers, labels):
-    """Print the score of (N, 8) answers, its interval, and that of PRIOR's constants."""
+    """Print the score of (N, 8) answers, its interval, and that of the best constants."""
     study, column = competition_scores(answers, labels)
     prior, prior_column = competition_scores(np.broadcast_to(PRIOR, answers.shape), labels)
     low, high = interval(study_scores(answers, labels))
@@ -2188,7 +2187,7 @@ def pack_differences(pixels, edge):
     return packer.compress(image) + packer.flush()
 
 def read_crops(path, vertebrae=range(7), steps=slice(None)):
-    """uint8 (V, T, 6, S, S) of some vertebrae and steps of a study. StudyError: damaged."""
+    """uint8 (V, T, 6, S, S) of some vertebrae and steps. StudyError if it is damaged."""
     with errors_as(StudyError, f"{path}: {NO_CROPS}"), np.load(path) as file:
         index = file["index"][:, steps]
         edge = int(file["edge"])
@@ -2212,7 +2211,7 @@ def undo_differences(packed, edge):
 
 class CropsHead(NamedTuple):
     """What a file of crops says of itself, without its images. `made_by`, the segmenters'
-    hashes, identifies crops even if another machine has rounded differently."""
+    hashes, identifies crops even if another machine rounds differently."""
     edge: int  # pixels
     z_margin: float  # cells of the cube
     made_by: set
@@ -2231,7 +2230,7 @@ def crops_heads(folder, uids, workers):
     """{uid: CropsHead} of the studies whose crops are in a folder, read in threads."""
     paths = [folder / f"{uid}.npz" for uid in uids]
     there = [path for path in paths if path.exists()]
-    heads = prefetch(crops_head, there, workers, 4 * workers)  # for folders on a network
+    heads = prefetch(crops_head, there, workers, 4 * workers)  # a network: many cost as one
     return {path.stem: future.result() for path, future in heads}
 
 def draw_matrix(rng, ranges, axes):
@@ -3746,7 +3745,7 @@ def predict(options):
     Reads test.csv and test_images of --data and the models of --weights; writes the
     submission to --out, and predict_report.csv beside it: a row a study, with what was seen
     and odd. With PATH: reads these studies; writes answers.csv to the folder --out (default
-    answers): where to look, how large vertebrae are. For research, not for diagnosis."""
+    answers), a row a study: where to look, sizes. For research, not for diagnosis."""
     if options.path:
         if options.resume or "time_limit" in options.given:
             raise UserError("--resume and --time-limit are for the competition, not a PATH")
@@ -3804,8 +3803,8 @@ def evaluate(options):
     """Score a submission, or the folds' held-out answers.
     Reads train.csv (and test_labels.csv of phantoms) of --data, and --submission or, with
     --folds, the *_heldout.csv of --weights; prints the score with its 95 % interval, each
-    target's log loss, AUC, and sensitivity and specificity where they are equal, Dice where
-    there are masks (by all segmenters: not held out), and what to believe."""
+    target's log loss, AUC, sensitivity and specificity where they are equal, Dice (by
+    all segmenters: not held out) where there are masks, and how far to believe answers."""
     data, weights = data_folder(options, "train.csv"), Path(options.weights)
     if options.calibrate and not options.folds:
         raise UserError("--calibrate needs --folds: it is fitted to held-out answers")
@@ -3865,7 +3864,8 @@ MODES["predict"] = Mode(predict, f"{READING} out masks resume time_limit", Asked
 MODES["evaluate"] = Mode(evaluate, f"{READING} submission", Evaluation())
 
 class Parser(argparse.ArgumentParser):
-    """A parser that raises UserError: main says it in one line."""
+    """A parser that raises UserError, which main says; --fold is no --folds."""
+    __init__ = functools.partialmethod(argparse.ArgumentParser.__init__, allow_abbrev=False)
     def error(self, message):
         raise UserError(f"{message}; --help after the mode tells its options")
 
@@ -3901,7 +3901,7 @@ def add_option(parser, one, default):
 
 def preset_given(argv):
     """The --preset of a command line, known before the parser, whose defaults it sets."""
-    parser = Parser("cspine.py", add_help=False, allow_abbrev=False)
+    parser = Parser("cspine.py", add_help=False)
     parser.add_argument("--preset")
     return parser.parse_known_args(argv)[0].preset
 
@@ -3923,7 +3923,7 @@ def build_parser(modes, others=(), preset=""):
     for name, mode in modes.items():
         text = textwrap.fill(" ".join(mode.run.__doc__.split()), 79)
         first = mode.run.__doc__.partition("\n")[0]
-        one = parsers.add_parser(name, help=first, description=text, allow_abbrev=False)
+        one = parsers.add_parser(name, help=first, description=text)
         one.formatter_class = argparse.RawDescriptionHelpFormatter
         one.set_defaults(given=(), begun=monotonic())
         defaults = vars(Shared()) | vars(mode.own)

@@ -40,7 +40,8 @@ sys.path[:0] = [str(ROOT / folder) for folder in FOLDERS]
 import breaks  # noqa: E402
 import cspine  # noqa: E402
 import real_necks  # noqa: E402
-from train_weights import COLUMNS, draw_hand, run_all, save as write_arrays  # noqa: E402
+from train_weights import (  # noqa: E402
+    COLUMNS, draw_hand, run_all, save as write_arrays, volume_of)
 
 # Seed, number of studies, share with a copy; no seed that anything is measured on.
 HANDS = dict(
@@ -163,7 +164,7 @@ makers_of = functools.cache(cspine.makers_of)
 
 
 def mask(weights, device, hu, spacing):
-    volume = cspine.Volume("", hu, tuple(spacing), np.eye(4))
+    volume = volume_of(hu, spacing)
     models = segmenters(weights, device)
     return cspine.segment(models, volume, torch.device(device), [].append)
 
@@ -241,7 +242,7 @@ def cut_crops(weights, device, work, path):
         return
     with np.load(path) as file:
         hu, spacing, broken = (file[name] for name in ("hu", "spacing", "broken"))
-    volume = cspine.Volume("", hu, tuple(spacing), np.eye(4))
+    volume = volume_of(hu, spacing)
     crops = cspine.vertebra_slices(
         volume, mask(weights, device, hu, spacing), z_margin=Z_MARGIN)
     path = work / part / "last" / f"{uid}.npz"

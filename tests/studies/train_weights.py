@@ -122,13 +122,18 @@ def make_hand(folder, hand, number):
     save(path, hu=hu, spacing=np.array(spacing), labels=labels, taught=labels)
 
 
+def volume_of(hu, spacing):
+    """A drawn study, head first, as read_volume would give it."""
+    return cspine.Volume("", hu, tuple(spacing), np.eye(4))
+
+
 def make_cube(folder, hand, number):
     """A drawn study in `folder` as cells of predict's cube: uint8 grey levels and labels."""
     path = folder / f"{hand}_{number:03}.npz"
     if path.exists():
         return
     hu, labels, spacing, _ = draw_hand(hand, CUBE_SEED, number)
-    cube = cspine.segmenter_input(cspine.Volume("", hu, tuple(spacing), np.eye(4)))[0]
+    cube = cspine.segmenter_input(volume_of(hu, spacing))[0]
     cube = np.rint(cube.numpy() * 255).astype(np.uint8)
     save(path, cube=cube, labels=labels_of_cells(labels))
 
@@ -206,11 +211,14 @@ def read_all(folder, device):
 
 
 def read_cubes(folder, device):
-    """[(grey levels, labels)], uint8 (D, D, D), of all cubes of a folder, on the device."""
+    """[(grey levels, labels, spine)] of all cubes of a folder: uint8 (D, D, D) on the device,
+    and the middle of all vertebrae, from -1 to 1."""
     out = []
     for path in sorted(folder.glob("*.npz")):
         with np.load(path) as file:
-            out.append([torch.from_numpy(file[n]).to(device) for n in ("cube", "labels")])
+            cube, labels = file["cube"], file["labels"]
+        spine = np.argwhere(labels).mean(0) * 2 / EDGE - 1
+        out.append((torch.from_numpy(cube).to(device), torch.from_numpy(labels).to(device), spine))
     return out
 
 
@@ -261,8 +269,7 @@ def cut_sample(studies, source, shape, rng):
 
 def cut_cube(cubes, shape, rng):
     """A cube, mirrored or not, or a window of it around the spine, as cut_sample gives it."""
-    cube, labels = cubes[rng.integers(len(cubes))]
-    spine = (labels > 0).nonzero().double().mean(0).cpu().numpy() * 2 / EDGE - 1
+    cube, labels, spine = cubes[rng.integers(len(cubes))]
     low, _ = draw_window(rng, spine, shape)
     first = np.rint((low + 1) * EDGE / 2).astype(int)
     window = tuple(slice(at, at + count) for at, count in zip(first, shape))
@@ -424,7 +431,7 @@ def norm_cubes(o):
     paths = sorted((o.work / "hands").glob("*.npz"))
     for path in paths[:: math.ceil(len(paths) / NORM_STUDIES)]:  # of every generator
         with np.load(path) as file:
-            volume = cspine.Volume("", file["hu"], tuple(file["spacing"]), np.eye(4))
+            volume = volume_of(file["hu"], file["spacing"])
         drawn.append(cspine.segmenter_input(volume))
     coarse = islice(real_necks.read_necks(o.necks, "train"), NORM_STUDIES)
     for seed, neck in enumerate(map(real_necks.finer, coarse), NORM_SEED):

@@ -53,7 +53,7 @@ def run(arguments, cards):
 def parser():
     """The parser of the options that go to each of the modes."""
     how = "What a preset sets: cspine.py train-seg --preset NAME --help, and so on."
-    one = cspine.Parser("train_all.py", description=__doc__, epilog=how, allow_abbrev=False,
+    one = cspine.Parser("train_all.py", description=__doc__, epilog=how,
                         formatter_class=argparse.RawDescriptionHelpFormatter)
     one.set_defaults(given=())
     known = [{*cspine.MODES[mode].shared.split()} for mode in kaggle_training.STEPS]
