@@ -795,7 +795,7 @@ def read_mask(path, volume, shape=None):
     if shape:
         shown = torch.from_numpy(out)[None].float()
         wider = F.max_pool3d(shown, 3, 1, 1)[0].numpy()
-        k, j, i = wider.nonzero()  # other cells have no label in reach
+        k, j, i = wider.nonzero()  # what lies further off has no label
         at = back * y[j] + left * x[i]
         at += start + down * z[k]  # (3, N)
         near = [labels_at(at + aside[:, None], *mask) for aside in BESIDE]
@@ -1380,7 +1380,7 @@ def calibrated(raw, calibration):
     logits = torch.tensor(raw) * scale + shift
     intact = 1 - logits[:, :7].sigmoid()
     either = 1 - intact.nan_to_num(1).prod(1)  # not in view counts as intact
-    either = torch.where(either > 0, either, math.nan)  # no vertebra in view: no answer
+    either[intact.isnan().all(1)] = math.nan  # no vertebra in view: no answer
     own = torch.tensor(raw[:, 7]).sigmoid()
     own = torch.where(own.isnan(), either, own)  # without a patient classifier
     share = calibration.answers.noisy_or

@@ -58,6 +58,8 @@ def pytest_sessionfinish(session):
             process.kill()
         if process.wait() != 0 and session.exitstatus == 0:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        if plugin := session.config.pluginmanager.get_plugin("lfplugin"):  # for --lf
+            plugin.lastfailed.update(session.config.cache.get("cache/lastfailed", {}))
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -89,12 +91,13 @@ def fork_server():
 
     Whoever starts the real command instead pays 5 s of imports a process.
     """
-    os.environ["PYTHONPATH"] = os.pathsep.join(map(str, [TESTS, *ROOMS]))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["cspine", "timm"])
     first = context.Process(target=os.getpid)
-    first.start()  # whoever comes first waits for the server, and measures no time
-    first.join()
+    with pytest.MonkeyPatch.context() as patch:  # the server's alone: commands have their own
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, [TESTS, *ROOMS])))
+        first.start()  # whoever comes first waits for the server, and measures no time
+        first.join()
     return context
 
 
@@ -112,12 +115,6 @@ def start_process(fork_server):
     for process in started:
         process.kill()
         process.join()
-
-
-@pytest.fixture(scope="session")
-def make_dicom():
-    """dicom_bytes: one CT file as bytes."""
-    return dicom_bytes
 
 
 @pytest.fixture

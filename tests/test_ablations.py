@@ -1,6 +1,7 @@
 """The small trainings of ablations.py run, and differ in what they say they differ in; the
 other measurements count what they say."""
 
+import dataclasses
 import subprocess
 import sys
 import warnings
@@ -67,11 +68,17 @@ def test_a_run_trains_and_the_table_shows_it(variant, found, tmp_path, monkeypat
         np.save(tmp_path / f"square/{k}.npy", rng.integers(0, 255, (7, 15, 6, 32, 32), np.uint8))
     rows = ["C1,C2,C3,C4,C5,C6,C7,held_out", *["0,1,0,1,0,0,1,False"] * 8, *["1,0,0,0,1,1,0,True"] * 2]
     (tmp_path / "labels.csv").write_text("\n".join(rows))
-    for more in (["run", str(tmp_path), variant, "--epochs", "1", "--device", "cpu"],
-                 ["table", str(tmp_path)]):
-        ablations.main(more)
-    table = capsys.readouterr().out
-    assert f"{variant}, seed 0" in table and found in table
+    init = tmp_path / "imagenet.pth"
+    torch.save(cspine.create_backbone(ablations.BACKBONE).state_dict(), init)
+    command = ["run", str(tmp_path), variant, "--epochs", "1", "--device", "cpu"]
+    with pytest.raises(SystemExit):
+        ablations.main(command)  # from scratch, it would be another comparison
+    assert f"{variant} needs --init" in capsys.readouterr().err
+    ablations.main([*command, "--init", str(init)])
+    ablations.main(["table", str(tmp_path)])
+    head, row = capsys.readouterr().out.splitlines()[-2:]
+    assert row.startswith(f"{variant}, seed 0")
+    assert row.split()[head.split().index(found) - len(head.split())] != "-"
 
 
 # ---- The other measurements ----
@@ -100,6 +107,25 @@ def test_the_segmenter_that_is_taught_t1_too_answers_as_the_stored_one():
         assert both.shape == (1, 8, 32, 48, 32) and torch.allclose(both[:, :7], stored(cube))
     kept = taught.shipped_tensors()
     assert all(kept[name].shape == t.shape for name, t in stored.state_dict().items())
+
+
+def test_a_training_of_the_weights_that_goes_on_says_no_step_twice(tmp_path):
+    """Its state is saved less often than its loss is said."""
+    recipe = cspine.Recipe("test_resnet", size=32)
+    model, init = cspine.new_model("segmenter", dataclasses.asdict(recipe)), tmp_path / "init.pt"
+    cspine.save_checkpoint(init, "segmenter", recipe, settings=model.settings,
+                           tensors=model.state_dict())
+    stage = train_weights.STAGES["windows"]
+    run = train_weights.Run(init, stage, "cpu")
+    for run.step in range(20, 161, 20):
+        train_weights.report(tmp_path, run, 0.5)
+        if run.step == 100:
+            run.save(tmp_path)
+    again = train_weights.Run(init, stage, "cpu")
+    again.load(tmp_path)
+    assert again.step == 100
+    log = pd.read_csv(tmp_path / "segmenter_fold0_log.csv")
+    assert log.step.tolist() == [20, 40, 60, 80, 100]
 
 
 @pytest.mark.parametrize("status, failed", [(0, 0), (1, 1)])

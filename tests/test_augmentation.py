@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import cspine
-from cspine import CROP_RANGES, MILD, VOLUME_RANGES, augment_crops, augment_volumes
+from cspine import CROP_RANGES, VOLUME_RANGES, augment_crops, augment_volumes
 
 MILD, STRONG = CROP_RANGES["mild"], CROP_RANGES["strong"]
 

@@ -16,7 +16,7 @@ import torch
 import cspine
 import demo
 import modes
-from small_kernel import make_study, make_test_set, make_weights, write_test_csv
+from small_kernel import make_test_set, make_weights, write_test_csv
 
 
 def test_an_interrupted_tool_ends_without_a_traceback(monkeypatch):
@@ -270,7 +270,7 @@ def test_a_tampered_weights_file_is_refused(name, number, refused, data, weights
     shutil.copytree(weights, folder)
     content = torch.load(weights / "vertebra_fold0.pt", weights_only=True)
     torch.save(list(tampered(content))[number][1], folder / "vertebra_fold0.pt")
-    refused("predict", "--data", data, "--weights", folder)
+    assert "vertebra_fold0.pt: " in refused("predict", "--data", data, "--weights", folder)
 
 
 @pytest.mark.parametrize("content", (b"", b"text", b"PK\3\4" + bytes(100), None))

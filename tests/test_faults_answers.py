@@ -19,6 +19,7 @@ from torch import nn
 import cspine
 from cspine import PRIOR, STUDY, TARGETS, Calibration, Output, UserError, Volume, combine
 from small_kernel import make_study, make_test_set, make_weights
+from test_blend import sigmoid
 from test_faults_reading import bony_study, write_mask
 
 CPU = torch.device("cpu")
@@ -57,10 +58,6 @@ def write_labels(data, labels, name="train.csv"):
 
 def logit(p):
     return np.log(p) - np.log1p(-np.asarray(p))
-
-
-def sigmoid(x):
-    return 1 / (1 + np.exp(-np.asarray(x)))
 
 
 # ---- 1 to 5: answers ----
@@ -913,13 +910,6 @@ def test_cross_fitted_answers_are_scored_with_their_own_labels(said, tmp_path):
     right = truth.loc[answers.index].to_numpy()
     expected = cspine.competition_scores(answers.to_numpy(), right)[0]
     assert re.findall(r"better: (\d\.\d+) per study", out)[1] == f"{expected:.4f}"
-
-
-def test_a_full_disk_is_named_where_torch_does_not(tmp_path):
-    def fails(new):
-        raise RuntimeError("unexpected pos 64 vs 0")  # torch.save's, on a full disk
-    with pytest.raises(UserError, match=r"unexpected pos 64 vs 0 \(a full disk\?\)$"):
-        cspine.write_atomic(tmp_path / "x.pt", fails)
 
 
 def test_spaces_after_the_commas_of_a_table_are_no_part_of_it(tmp_path):

@@ -19,10 +19,9 @@ from test_masks import nifti
 
 import cspine
 from cspine import StudyError, Volume, read_mask, read_volume
-from dicom_files import AXIAL, EXPLICIT, IMPLICIT, dicom_bytes
+from dicom_files import AXIAL, BIG, EXPLICIT, IMPLICIT, dicom_bytes, item
 from lossless_jpeg_encoder import dicom_file
 
-BIG = "1.2.840.10008.1.2.2"
 SLICES, ROWS, COLUMNS = 20, 6, 8
 
 
@@ -35,14 +34,6 @@ def noise(seed=0, slices=SLICES, low=0, high=2000, shape=(ROWS, COLUMNS)):
 def places(count=SLICES, start=0.0):
     """Positions of slices 1 mm apart; the first lies nearest to the head."""
     return [(0.0, 0.0, start - k) for k in range(count)]
-
-
-def item(**tags):
-    """An item of a sequence."""
-    data = Dataset()
-    for name, value in tags.items():
-        setattr(data, name, value)
-    return data
 
 
 # ---- Byte orders ----

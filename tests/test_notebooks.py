@@ -147,8 +147,8 @@ def tiny_preset(monkeypatch):
     """Make "fast" faster. Segmenters as tiny as these see nothing, so that all vertebrae are
     where extract looks."""
     monkeypatch.setitem(cspine.PRESETS, "fast", {
-        mode: TINY | (dict(hidden=8, thin=15) if STEP else {})
-        for mode, STEP in (("train-seg", 0), ("train-cls", 1), ("train-patient", 1))})
+        mode: TINY | (dict(hidden=8, thin=15) if classifies else {})
+        for mode, classifies in (("train-seg", 0), ("train-cls", 1), ("train-patient", 1))})
     everywhere = np.full((7, 32, 32, 32), 0.4, np.float32)
     monkeypatch.setattr(cspine, "segment", lambda *given: everywhere)
 

@@ -862,20 +862,6 @@ def test_a_calibration_fitted_to_other_models_is_not_used_and_that_is_said(
     assert (plain == other).all() and "fitted to other models" in capsys.readouterr().err
 
 
-def test_a_vertebra_out_of_view_gets_the_rate_of_such_vertebrae():
-    """Ten studies of the prior's rate and thirty unseen C7, six of them broken."""
-    outputs = {f"u{k}": [Output(steps(*[0.1] * 6), np.nan)] for k in range(30)}
-    labels = pd.DataFrame(0.0, [*outputs], cspine.TARGETS)
-    labels.loc[[*outputs][:6], "C7"] = 1
-    unseen = cspine.fit_calibration(outputs, labels).unseen
-    prior = cspine.PRIOR[6] / (2 - cspine.PRIOR[6])
-    rate = (6 + 10 * prior) / 40
-    assert unseen[6] == pytest.approx(2 * rate / (1 + rate))
-    assert np.allclose(unseen[:6], cspine.PRIOR[:6])
-    answer = cspine.combine(outputs["u0"], Calibration(unseen=unseen))
-    assert answer[6] == pytest.approx(unseen[6])
-
-
 @pytest.mark.parametrize("text", ("{", '{"C1": [1, 0]}', "null", json.dumps(
     {t: [1, 0, float("nan")] for t in cspine.TARGETS})))
 def test_a_calibration_of_another_form_is_refused(text, predict, tmp_path, capsys):

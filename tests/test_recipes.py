@@ -381,13 +381,17 @@ def test_help_shows_the_defaults_of_the_preset_that_is_named(capsys):
 
 
 def test_the_plan_counts_operations():
-    """A 1 x 1 network would be counted by hand; here twice the samples are twice the work."""
+    """In proportion to samples, vertebrae, steps, epochs and passes."""
     recipe = dataclasses.replace(cspine.RECIPES["vertebra"], backbone="test_resnet", size=64)
     once = training_flops("vertebra", recipe, 10)
     thin = dataclasses.replace(recipe, thin=3)
     assert training_flops("vertebra", recipe, 20) == 2 * once
     assert training_flops("patient", recipe, 10) == 7 * once
     assert training_flops("vertebra", thin, 10) * 3 == once
+    longer = dataclasses.replace(recipe, epochs=2 * recipe.epochs)
+    assert training_flops("vertebra", longer, 10) == 2 * once > 1e9
+    twice = dataclasses.replace(recipe, checkpoint=True)  # four passes instead of three
+    assert training_flops("vertebra", twice, 10) * 3 == 4 * once
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -25,8 +25,10 @@ def test_the_shipped_weights_see_and_name_vertebrae(tmp_path, capsys):
     data, torch_threads = tmp_path / "data", torch.get_num_threads()
     main(["phantom", str(data), "--studies", "0", "--test-studies", "2", "--seed", "77"])
     torch.set_num_threads(2)
-    assert main(["predict", "--data", str(data), "--out", str(tmp_path / "s.csv")]) == 0
-    torch.set_num_threads(torch_threads)
+    try:
+        assert main(["predict", "--data", str(data), "--out", str(tmp_path / "s.csv")]) == 0
+    finally:
+        torch.set_num_threads(torch_threads)
     report = pd.read_csv(tmp_path / "predict_report.csv")
     assert (report.seen.str.count(r"\+") >= 4).all()
     capsys.readouterr()

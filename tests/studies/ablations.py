@@ -250,9 +250,11 @@ def main(argv=None):
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=1, help="times a sample is shown")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--init", default="")
+    parser.add_argument("--init", default="", help="ImageNet's weights of BACKBONE, a file")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args(argv)
+    if options.what == "run" and options.variant != "from scratch" and not options.init:
+        parser.error(f"{options.variant} needs --init: it is compared with what began there")
     work = dict(make=make, run=run, table=table)[options.what]
     work(options)
 

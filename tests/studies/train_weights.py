@@ -69,6 +69,7 @@ NORM_SEED = 50  # of the necks' views
 NORM_KINDS = "neck", "whole", "closer"
 SAVE_EVERY = 100  # steps
 SAY_EVERY = 20
+LOG = "segmenter_fold0_log.csv"
 
 
 @dataclass(frozen=True)
@@ -384,6 +385,11 @@ class Run:
         self.step = state.pop("step")
         for name, part in state.items():
             getattr(self, name).load_state_dict(part)
+        log = out / LOG
+        if log.exists():  # what was said after this state was saved will be said again
+            head, *lines = log.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if int(line.split(",")[0]) <= self.step]
+            log.write_text("".join([head, *kept]))
 
 
 def train_segmenter(o, stage):
@@ -416,7 +422,7 @@ def train_segmenter(o, stage):
 def report(out, run, loss):
     line = f"{run.step},{loss:.4f},{run.optimizer.param_groups[0]['lr']:.3g}"
     print(line, flush=True)
-    path = out / "segmenter_fold0_log.csv"
+    path = out / LOG
     if not path.exists():
         path.write_text("step,train_loss,lr\n")
     with path.open("a") as file:

@@ -21,6 +21,9 @@ BLANK = {
     tokenize.ENCODING,
     tokenize.COMMENT,
 }
+MOST_TOKENS = 15  # of a line, on average over a function
+SHORT = 3  # code lines; shorter functions are not judged
+MANY_NODES = 45  # syntax nodes of a statement
 
 
 class Function(NamedTuple):
@@ -107,6 +110,16 @@ def statements_of(source):
     return found
 
 
+def dense_functions(source):
+    """The functions of more than SHORT code lines and more than MOST_TOKENS a line."""
+    return [f for f in functions_of(source) if f.tokens > MOST_TOKENS and f.lines > SHORT]
+
+
+def large_statements(source):
+    """The lines of statements of MANY_NODES or more."""
+    return [line for nodes, line in statements_of(source) if nodes >= MANY_NODES]
+
+
 def public_definitions(source):
     """The functions and classes, and the methods of classes, whose names are no secret."""
     tree = ast.parse(source)
@@ -122,13 +135,14 @@ def main():
     """Print a line a file that the command line names."""
     for path in sys.argv[1:]:
         source = Path(path).read_text()
-        dense = [f for f in functions_of(source) if f.tokens > 15 and f.lines > 3]
-        large = [line for nodes, line in statements_of(source) if nodes >= 45]
+        dense = dense_functions(source)
+        large = large_statements(source)
         lines = source.splitlines()
         print(f"{path}: {len(lines)} lines, widest {max(map(len, lines))}, "
               f"{len(source.encode()) / 1024:.1f} KiB, "
               f"{tokens_a_line(source):.1f} tokens a code line; "
-              f"{len(dense)} functions over 15; {len(large)} statements of 45 nodes or more")
+              f"{len(dense)} functions over {MOST_TOKENS}; "
+              f"{len(large)} statements of {MANY_NODES} nodes or more")
 
 
 if __name__ == "__main__":

@@ -89,3 +89,11 @@ def dicom_bytes(
     buffer = io.BytesIO()
     dataset.save_as(buffer, enforce_file_format=True)
     return buffer.getvalue()
+
+
+def item(**tags):
+    """An item of a sequence."""
+    dataset = pydicom.Dataset()
+    for name, value in tags.items():
+        setattr(dataset, name, value)
+    return dataset

@@ -134,9 +134,8 @@ def upsample(coarse, shape):
     for at in np.clip(z, 0, len(coarse) - 1.001):
         below, share = divmod(at, 1)
         k = int(below)
-        plane = coarse[k] * np.float32(1 - share) + coarse[k + 1] * np.float32(
-            share
-        )
+        upper, lower = np.float32(1 - share), np.float32(share)
+        plane = coarse[k] * upper + coarse[k + 1] * lower
         planes.append(cv2.resize(plane, shape[:0:-1]))
     return np.stack(planes)
 
@@ -326,9 +325,8 @@ def paint_spine(rng, scene, frames, measures, fractured):
 
 def shells_of(rng, variety):
     """{material: its shells (tissue, mm grown)} of body and skull."""
-    wrap = [("cloth", 9), ("air", 6)] * (
-        rng.random() < 0.12 * variety
-    )  # mask, collar, blanket
+    wrapped = rng.random() < 0.12 * variety  # in a mask, collar or blanket
+    wrap = [("cloth", 9), ("air", 6)] * wrapped
     fascia = ("fascia", -rng.uniform(5, 14))
     return dict(
         body=[*wrap, ("skin", 0), ("fat", -2), fascia],
@@ -383,9 +381,7 @@ def draw_grid(rng, level, matrix, variety):
     spacing_mm = rng.uniform(0.5, 3 if wild else 1.25)
     slices = int(np.clip((top - bottom) / spacing_mm, 60, 400))
     extent_mm = (140, 225) if usual else (90, 400) if wild else (120, 260)
-    if (
-        not wild
-    ):  # pixels of 0.3 to 0.7 mm, but for matrices that are too small for a neck
+    if not wild:  # pixels of 0.3 to 0.7 mm, but for matrices too small for a neck
         extent_mm = np.clip(extent_mm, 0.3 * matrix, max(0.7 * matrix, 170))
     pixel = rng.uniform(*extent_mm) / matrix
     spacing = ((top - bottom) / slices, pixel, pixel)
