@@ -85,6 +85,16 @@ def test_the_share_of_noisy_or_is_low_where_the_patients_head_knows_more():
     assert cspine.fit_calibration(outputs, labels).answers.noisy_or <= 0.4
 
 
+def test_a_neck_that_is_surely_whole_is_not_taken_for_an_unseen_one():
+    """A steep fit rounds every vertebra's chance to 0; only a NaN means: not in view."""
+    steep = Calibration(scale=np.full(8, 5.0))
+    raw = np.full((2, 8), -9.2)
+    raw[1] = np.nan
+    sure, unseen = cspine.calibrated(raw, steep)
+    assert sure == pytest.approx([cspine.LEAST_ANSWER] * 8)
+    assert unseen == pytest.approx(cspine.PRIOR)
+
+
 def test_no_fold_is_blended_by_a_fit_to_itself():
     """A leak is planted: one name knows the labels of fold 0, and lies in fold 1."""
     labels = labelled(44)

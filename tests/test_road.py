@@ -20,7 +20,7 @@ def main(arguments):
 
 
 def test_the_shipped_weights_see_and_name_vertebrae(tmp_path, capsys):
-    """Two phantoms of 256 x 256 gave Dice 0.927, log loss 0.259 and every name right; the best
+    """Two phantoms of 256 x 256 gave Dice 0.927, log loss 0.274 and every name right; the best
     constants score 0.455 there. The bounds leave room for other arithmetic, none for other pixels."""
     data, torch_threads = tmp_path / "data", torch.get_num_threads()
     main(["phantom", str(data), "--studies", "0", "--test-studies", "2", "--seed", "77"])
@@ -39,7 +39,7 @@ def test_the_shipped_weights_see_and_name_vertebrae(tmp_path, capsys):
     labels = pd.read_csv(data / "test_labels.csv")[list(TARGETS)].to_numpy()
     answers = pd.read_csv(tmp_path / "s.csv").fractured.to_numpy().reshape(-1, 8)
     score, _ = competition_scores(answers, labels)
-    assert dice > 0.88 and named > 0.97 and abs(score - 0.26) < 0.03, printed
+    assert dice > 0.88 and named > 0.97 and abs(score - 0.27) < 0.03, printed
     assert np.ptp(answers) > 0.2, "answers that differ"
 
 
