@@ -324,8 +324,8 @@ def test_an_enhanced_ct_file_takes_place_and_hu_from_its_functional_groups(tmp_p
     shared = item(PixelMeasuresSequence=[item(PixelSpacing=[0.4, 0.7], SliceThickness=1.0)],
                   PlaneOrientationSequence=[item(ImageOrientationPatient=[1, 0, 0, 0, 1, 0])])
     data = dicom_bytes(stored, None, directions=None, spacing=None, slope=None, intercept=None,
-                      PerFrameFunctionalGroupsSequence=frames,
-                      SharedFunctionalGroupsSequence=[shared])
+                       PerFrameFunctionalGroupsSequence=frames,
+                       SharedFunctionalGroupsSequence=[shared])
     (tmp_path / "all.dcm").write_bytes(data)
     volume = read_volume(tmp_path)
     expected = stored[np.argsort(order)] - np.arange(20)[:, None, None]
@@ -358,7 +358,7 @@ def spoil(good):
         "large.dcm": dicom_bytes(image, at, directions=["1e200", 0, 0, 0, "1e200", 0]),
         "report.dcm": dicom_bytes(image, at, PixelRepresentation=None, Rows=None),
         "mpeg.dcm": dicom_bytes(image, at).replace(b"1.2.840.10008.1.2.1\0",
-                                                  b"1.2.840.10008.1.2.4\0"),
+                                                   b"1.2.840.10008.1.2.4\0"),
     }
 
 

@@ -961,7 +961,8 @@ def test_a_full_disk_is_one_line(tmp_path):
     def full(new):
         new.write_bytes(b"half")
         raise RuntimeError("unexpected pos 64 vs 0")
-    with pytest.raises(cspine.UserError, match=r"cannot write .*model.pt: unexpected pos .*\(a full disk\?\)$"):
+    said = r"cannot write .*model.pt: unexpected pos .*\(a full disk\?\)$"
+    with pytest.raises(cspine.UserError, match=said):
         cspine.write_atomic(tmp_path / "model.pt", full)
     assert not any(tmp_path.iterdir())
 

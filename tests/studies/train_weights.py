@@ -33,6 +33,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -69,7 +70,6 @@ NORM_SEED = 50  # of the necks' views
 NORM_KINDS = "neck", "whole", "closer"
 SAVE_EVERY = 100  # steps
 SAY_EVERY = 20
-LOG = "segmenter_fold0_log.csv"
 
 
 @dataclass(frozen=True)
@@ -333,6 +333,7 @@ class Run:
         content = cspine.load_checkpoint(init)
         torch.manual_seed(stage.seed)
         self.stage, self.settings, self.step = stage, content["settings"], 0
+        self.history = []  # a dict a line of the log
         self.device = device
         self.model = TeachingSegmenter(self.settings, content["tensors"])
         self.model.to(device, memory_format=torch.channels_last_3d)
@@ -370,7 +371,7 @@ class Run:
     def save(self, out):
         parts = dict(model=self.model, averaged=self.averaged, optimizer=self.optimizer)
         state = {name: part.state_dict() for name, part in parts.items()}
-        state["step"] = self.step
+        state |= dict(step=self.step, history=self.history)
         cspine.write_atomic(out / "last.pt", lambda new: torch.save(state, new))
         recipe = cspine.Recipe(
             backbone=self.settings["backbone"], epochs=1, lr=self.stage.lr, size=EDGE,
@@ -382,14 +383,13 @@ class Run:
 
     def load(self, out):
         state = torch.load(out / "last.pt", weights_only=True, map_location=self.device)
-        self.step = state.pop("step")
+        self.step, self.history = state.pop("step"), state.pop("history")
         for name, part in state.items():
             getattr(self, name).load_state_dict(part)
-        log = out / LOG
-        if log.exists():  # what was said after this state was saved will be said again
-            head, *lines = log.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if int(line.split(",")[0]) <= self.step]
-            log.write_text("".join([head, *kept]))
+        self.write_log(out)  # what was said after this state was saved will be said again
+
+    def write_log(self, out):
+        cspine.write_csv(out / "segmenter_fold0_log.csv", pd.DataFrame(self.history))
 
 
 def train_segmenter(o, stage):
@@ -420,13 +420,10 @@ def train_segmenter(o, stage):
 
 
 def report(out, run, loss):
-    line = f"{run.step},{loss:.4f},{run.optimizer.param_groups[0]['lr']:.3g}"
-    print(line, flush=True)
-    path = out / LOG
-    if not path.exists():
-        path.write_text("step,train_loss,lr\n")
-    with path.open("a") as file:
-        file.write(line + "\n")
+    lr = float(f"{run.optimizer.param_groups[0]['lr']:.3g}")
+    run.history.append(dict(step=run.step, train_loss=round(loss, 4), lr=lr))
+    print(*run.history[-1].values(), sep=",", flush=True)
+    run.write_log(out)
 
 
 # ==== Norms ====
