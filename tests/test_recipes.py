@@ -15,7 +15,7 @@ from torch import nn
 
 import cspine
 from cspine import MODES, PRESETS, VertebraClassifier, build_parser, imagenet_file
-from bench import MASKED_STUDIES, TRAINED_STUDIES
+from bench import MASKED_STUDIES, TRAINED_STUDIES, values_kept
 from kaggle_training import CARD_TFLOPS, crops_gb, planned_hours, training_flops
 from small_kernel import make_study, make_weights
 
@@ -431,15 +431,7 @@ def test_crops_of_384_train_on_16_gb_with_their_blocks_computed_twice():
     """105 crops: what is kept for the backward pass, 2 bytes a value, counted on shapes."""
     def kept(checkpoint):
         model = VertebraClassifier(TIMM, 384, hidden=8, checkpoint=checkpoint)
-        backbone, held = model.encoder.backbone.to("meta").train(), {}
-
-        def pack(tensor):
-            held[id(tensor)] = tensor
-            return tensor
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            backbone(torch.empty(1, 6, 384, 384, device="meta"))
-        own = {id(p) for p in backbone.parameters()}
-        return 105 * 2 * sum(t.numel() for k, t in held.items() if k not in own) / 1e9
+        return 105 * 2 * values_kept(model.encoder.backbone, (1, 6, 384, 384)) / 1e9
     assert kept(False) > 20 and kept(True) < 4
 
 

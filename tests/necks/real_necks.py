@@ -60,6 +60,7 @@ WIDTH_MM = 100, 360
 USUAL_MM = 190  # wide
 PARTIAL_MM = 50, 140  # long; lacks C1, C7 or both
 CLOSER_REACH = 0.25, 0.75, 0.75  # around the vertebrae in `segment`'s second look
+PARENTS = dict(whole=0.40, neck=0.45, partial=0.15)  # shares of what it looks into
 MAX_TURN = 12  # degrees
 MAX_STRETCH = 0.12  # log
 AIR_HU = -1024
@@ -412,11 +413,11 @@ def partial_view(neck, labels, rng):
 
 def closer_view(neck, labels, rng):
     """What `segment` looks at the second time: a box around what it found, inaccurate."""
-    parent = whole_view(neck, labels)
-    if rng.random() >= 0.4:
-        parent = neck_view(neck, labels, rng)
+    kind = rng.choice([*PARENTS], p=[*PARENTS.values()])
+    parent = KINDS[kind](neck, labels, rng)
     low, high = parent.centre + np.outer([-1, 1], parent.axes.sum(1))
-    first, last = vertebrae_ends(neck, labels) + rng.normal(0, (7, 5, 5), (2, 3))
+    ends = vertebrae_ends(neck, labels).clip(low, high)
+    first, last = ends + rng.normal(0, (7, 5, 5), (2, 3))
     missed = rng.random(2) < 0.12  # C1 or C7 not found
     first[0] += 15 * missed[0]
     last[0] -= 15 * missed[1]

@@ -746,27 +746,32 @@ card GB | disk GB |
 |---|---|---|---|---|---|---|---|---|---|"""
 
 
+def values_kept(module, shape):
+    """How many values a module keeps for the backward pass of an input, counted on shapes."""
+    module = module.to("meta").train()
+    kept = {}
+
+    def pack(tensor):
+        kept[id(tensor)] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        module(torch.empty(shape, device="meta"))
+    own = {id(one) for one in module.parameters()}
+    return sum(tensor.numel() for key, tensor in kept.items() if key not in own)
+
+
 def card_gb(kind, recipe, cards):
-    """GB on a card in a step: kept for the backward pass, counted on shapes, and the weights with
-    their average, gradient and AdamW's two moments."""
-    model, edge = cspine.new_model(kind, asdict(recipe)).to("meta").train(), recipe.size
+    """GB on a card in a step: kept for the backward pass, and the weights with their average,
+    gradient and AdamW's two moments."""
+    model, edge = cspine.new_model(kind, asdict(recipe)), recipe.size
     part, shape, images = model, (1, 1, edge, edge, edge), 1
     if kind != "segmenter":
         part, shape = model.encoder.backbone, (1, cspine.CHANNELS, edge, edge)
         images = (7 if kind == "patient" else 1) * cspine.STEPS // recipe.thin
-    held = {}
-
-    def pack(tensor):
-        held[id(tensor)] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        part(torch.empty(shape, device="meta"))
-    own = {id(one) for one in model.parameters()}
-    kept = sum(tensor.numel() for name, tensor in held.items() if name not in own)
     weights = sum(one.numel() for one in model.parameters())
     samples = max(recipe.batch_size // cards, 2 if getattr(recipe, "mixup", 0) else 1)
-    return (2 * kept * images * samples + 20 * weights) / 1e9
+    return (2 * values_kept(part, shape) * images * samples + 20 * weights) / 1e9
 
 
 def bench_plan():
