@@ -60,7 +60,7 @@ WIDTH_MM = 100, 360
 USUAL_MM = 190  # wide
 PARTIAL_MM = 50, 140  # long; lacks C1, C7 or both
 CLOSER_REACH = 0.25, 0.75, 0.75  # around the vertebrae in `segment`'s second look
-PARENTS = dict(whole=0.40, neck=0.45, partial=0.15)  # shares of what it looks into
+PARENTS = dict(whole=0.38, neck=0.42, partial=0.20)  # shares of what it looks into
 MAX_TURN = 12  # degrees
 MAX_STRETCH = 0.12  # log
 AIR_HU = -1024

@@ -54,8 +54,8 @@ COLUMNS = 256
 LEVELS = 8  # T1 is taught too: the network answers for it only while it is trained
 UNKNOWN = 255  # label of cells that teach nothing
 VIEWS = dict(  # shares of how a sample is cut
-    neck=dict(closer=0.45, neck=0.25, whole=0.13, partial=0.17),
-    drawn=dict(closer=0.40, neck=0.10, whole=0.37, partial=0.13))
+    neck=dict(closer=0.42, neck=0.20, whole=0.10, partial=0.28),
+    drawn=dict(closer=0.40, neck=0.10, whole=0.30, partial=0.20))
 
 WINDOW = 128, 80, 80  # cells of a cube around the spine: a third of the time of a whole one
 OFF_CENTRE = 0.25  # of a window, in half edges of the cube
