@@ -70,8 +70,8 @@ from tqdm import tqdm
 
 
 # ==== Facts and settings ====
-# All numbers of the pipeline, with unit and source; those without a source come from the
-# starting solution, a public one that scored 0.3567. "First place" is the write-up of the
+# All numbers of the pipeline, with unit and source; those without one are ours, or the
+# starting solution's, a public one that scored 0.3567. "First place" is the write-up of the
 # winner, Kaggle discussion 362787, and its public code. Facts are constants; what a run may
 # change is a setting and an option.
 
@@ -697,8 +697,7 @@ def nifti_affine(header):
         mirror = -1 if pixdim[0] < 0 else 1
         affine[:3, :3] = turn * zooms * (1, 1, mirror)
         affine[:3, 3] = header["qoffset"]
-    unit = int(header["xyzt_units"]) & 7
-    affine[:3] *= {1: 1000, 3: 0.001}.get(unit, 1)  # m, um
+    affine[:3] *= {1: 1000, 3: 0.001}.get(int(header["xyzt_units"]) & 7, 1)  # m, um
     return affine
 
 def read_nifti(path, report=None):
@@ -1082,7 +1081,7 @@ def segment(models, volume, device, report=print):
         probability = (probability + inner) / 2
     return in_order(probability.numpy(), report)
 
-def in_order(probability, report):
+def in_order(probability, report=print):
     """The probability (7, D, D, D), changed in place so that C1..C7 lie head to foot.
     Two neighbours in the wrong order swap names if they are of similar mass and lie apart;
     else the fainter one is emptied. report(text) is called for each pair."""
@@ -1504,6 +1503,8 @@ def answer_or_prior(uid, future, ensemble, folds, seconds):
     try:
         volume, read_s = read_in_time(future, seconds)
         row, places, _ = answer_somewhere(volume, read_s, ensemble, folds)
+        if not places:
+            say(f"study {uid}: nothing seen; answered with the prior")
         return row | as_columns(places)
     except Exception as error:  # damaged data raises nearly every kind
         reason = in_words(error)
@@ -1873,8 +1874,7 @@ def dice_scores(probability, labels):
 
 def named_right(probability, labels):
     """[7 bools]: whether most of each mask (7, D, D, D) lies in its true vertebra."""
-    masks = probability > LABEL_THRESHOLD
-    inside = [labels[mask] == v for v, mask in enumerate(masks, 1)]
+    inside = [labels[mask] == v for v, mask in enumerate(probability > LABEL_THRESHOLD, 1)]
     return [cells.size > 0 and cells.mean() > 0.5 for cells in inside]
 
 def assign_folds(table, folds, masked):
@@ -2106,8 +2106,8 @@ def cross_fitted(outputs, folds, labels):
 
 def write_calibration(weights, found):
     """Write calibration.json: scale, shift, unseen of each target; blend; the models."""
-    columns = np.transpose(found[:3]).tolist()
-    content = dict(zip(TARGETS, columns), files=model_hashes(weights))
+    content = dict(zip(TARGETS, np.transpose(found[:3]).tolist()))
+    content["files"] = model_hashes(weights)
     content |= dict(answers=asdict(found.answers), weights=found.weights)
     path = Path(weights) / "calibration.json"
     write_atomic(path, lambda new: new.write_text(json.dumps(content, indent=1)))
@@ -2228,9 +2228,8 @@ def crops_head(path):
 
 def crops_heads(folder, uids, workers):
     """{uid: CropsHead} of the studies whose crops are in a folder, read in threads."""
-    paths = [folder / f"{uid}.npz" for uid in uids]
-    there = [path for path in paths if path.exists()]
-    heads = prefetch(crops_head, there, workers, 4 * workers)  # a network: many cost as one
+    paths = filter(Path.exists, (folder / f"{uid}.npz" for uid in uids))
+    heads = prefetch(crops_head, paths, workers, 4 * workers)  # a network: many cost as one
     return {path.stem: future.result() for path, future in heads}
 
 def draw_matrix(rng, ranges, axes):
@@ -2426,8 +2425,7 @@ def new_model(kind, settings, device="cpu"):
     """A model with random weights, in the fastest memory layout; UserError: no backbone."""
     layout = torch.channels_last
     if kind == "segmenter":
-        on_cpu = str(device) == "cpu"
-        layout = torch.channels_last_3d if on_cpu else torch.contiguous_format
+        layout = torch.channels_last_3d if str(device) == "cpu" else torch.contiguous_format
     with errors_as(UserError, f"--backbone {settings['backbone']}"):
         return KINDS[kind](**settings).to(memory_format=layout)
 
@@ -2455,8 +2453,7 @@ def model_files(weights, kind):
 
 def load_models(weights, kind, device):
     """{Path: model} of all models of a kind in a folder."""
-    files = model_files(weights, kind)
-    return {path: load_model(path, kind, device) for *_, path in files}
+    return {path: load_model(path, kind, device) for *_, path in model_files(weights, kind)}
 
 def held_out_of(path):
     """The uids that a model's training held out; none with --folds 1 or without its csv."""
@@ -2502,20 +2499,23 @@ def load_ensemble(weights, device, calibration=Calibration()):
 def fuse_norms(model):
     """The model for inference: each norm is fused into the convolution that feeds only it.
     A forward pass shows which convolution that is."""
-    made_by = {}
+    fed = {}
 
     def note(module, given, out):
         if isinstance(module, (nn.Conv2d, nn.Conv3d)):
             out.made_by = module
         elif hasattr(module, "running_var"):
-            made_by[module] = getattr(given[0], "made_by", None)
+            fed[module] = given[0]
+        elif isinstance(out, list):  # features, which a decoder uses
+            for one in out:
+                one.made_by = None
 
     shape = (1, 1, 32, 32, 32) if isinstance(model, Segmenter) else (1, 1, CHANNELS, 64, 64)
     with nn.modules.module.register_module_forward_hook(note):
         model.eval()(torch.ones(shape))
     for part in model.modules():
         for name, norm in part.named_children():
-            conv = made_by.get(norm)
+            conv = getattr(fed.get(norm), "made_by", None)
             if conv in part.modules():  # else other parts may use its output
                 fused = nn.utils.fuse_conv_bn_eval(conv, norm)
                 conv.weight, conv.bias = fused.weight, fused.bias
@@ -2892,8 +2892,7 @@ def segmenter_task(recipe, device, images, masks):
     def read(uid):
         volume = read_volume(images / uid)
         cube = segmenter_input(volume, recipe.size)[0] * 255
-        labels = fitting_mask(masks[uid], volume, cube.shape)
-        return cube.round().byte().numpy(), labels
+        return cube.round().byte().numpy(), fitting_mask(masks[uid], volume, cube.shape)
 
     def answer(model, study):
         cube, labels = study
@@ -2928,8 +2927,7 @@ def classifier_task(kind, recipe, device, folder, truth):
         steps = slice(first, None, recipe.thin)
         crops = read_crops(folder / f"{uid}.npz", targets[:7], steps)  # (V, T, K, S, S)
         labels = truth[uid][targets]  # a copy: targets is a list
-        unseen = ~crops.any((1, 2, 3, 4))
-        labels[: len(crops)][unseen] = np.nan
+        labels[: len(crops)][~crops.any((1, 2, 3, 4))] = np.nan  # not in view
         return np.concatenate(crops), labels  # (V * T, K, S, S)
 
     def answer(model, crops):
@@ -2940,8 +2938,7 @@ def classifier_task(kind, recipe, device, folder, truth):
     def judge(table):  # the prior where nothing was asked or in view
         values = table.to_numpy(float)
         steps = values[:, :-1].reshape(-1, 7, STEPS)
-        vertebrae = vertebra_answers(steps, Answers().top_k)
-        answers = np.column_stack([vertebrae, values[:, -1]])
+        answers = np.column_stack([vertebra_answers(steps, Answers().top_k), values[:, -1]])
         answers = np.where(np.isnan(answers), PRIOR, answers)
         right = np.array([truth[uid] for uid in table.index])
         score, _ = competition_scores(answers, right)
@@ -3011,9 +3008,9 @@ def write_atomic(path, write):
 
 def try_writing(folder):
     """Make a folder, then write and delete a file in it. Raises UserError if that fails."""
-    probe = Path(folder) / f".{os.urandom(4).hex()}.probe"  # others may try the same folder
+    probe = Path(folder) / ".probe"
     write_atomic(probe, lambda new: new.touch())
-    probe.unlink()
+    probe.unlink(missing_ok=True)  # others may try the same folder
 
 def write_csv(path, table):
     """Write a table without its index."""
@@ -3248,7 +3245,7 @@ def decode_words(data, shape, allocated):
         raise StudyError(f"{syntax.name}: {JPEG_PLUGINS}")
     frames = pydicom.encaps.generate_frames(data.PixelData, number_of_frames=shape[0])
     if is_lossless:
-        return np.stack([decode_lossless_jpeg(frame) for frame in frames])
+        return np.stack([*map(decode_lossless_jpeg, frames)])
     signed = data.get("PixelRepresentation") == 1
     return np.stack([decode_jpeg_2000(frame, signed) for frame in frames])
 
@@ -3256,8 +3253,7 @@ def sign_extend(words, stored, signed):
     """Whole numbers of the `stored` lowest bits; those above may hold overlays."""
     size = max(2, words.itemsize)
     spare = 8 * size - stored
-    kind = "i" if signed else "u"
-    return (words.astype(f"u{size}") << spare).view(f"{kind}{size}") >> spare
+    return (words.astype(f"u{size}") << spare).view(f"{'ui'[signed]}{size}") >> spare
 
 def decode_jpeg_2000(jpeg, negative=False):
     """(rows, columns) uint16 by OpenCV, negative numbers as two's complement.
@@ -3699,7 +3695,7 @@ def predict_own(options):
     for folder in folders:
         if folder.is_file() or folder.suffix == ".csv":
             raise UserError(f"{folder}: with a PATH, --out and --masks are folders")
-    written = {Path(os.path.realpath(folder)) for folder in folders}
+    written = {folder.resolve() for folder in folders}
     studies = named_studies(options.path, written)
     for folder in folders:
         try_writing(folder)  # now, not after an hour
@@ -3937,6 +3933,7 @@ def build_parser(modes, others=(), preset=""):
         parsers.add_parser(name, help=others[name])
     return parser
 
+@torch.random.fork_rng([])  # a notebook's draws go on
 def run_mode(modes, argv, others=()):
     """Run a mode of {name: Mode}: its exit status, and one line if it failed."""
     keep_memory()
@@ -3954,8 +3951,7 @@ def run_mode(modes, argv, others=()):
         text = " ".join(str(error).split())
         kinds = torch.OutOfMemoryError, MemoryError
         if isinstance(error, kinds) or "can't allocate memory" in text:  # the latter: a CPU
-            say("cspine: out of memory: try --device cpu, a smaller --batch-size, "
-                "--checkpoint")
+            say("cspine: out of memory: try --batch-size 1, --checkpoint, --device cpu")
             return 2
         if "CUDA error" not in text or "assert triggered" in text:
             raise  # a fault of ours, whose place is worth seeing

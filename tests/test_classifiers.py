@@ -201,7 +201,8 @@ FUSED = [("vertebra", name, left) for name, left in (
     ("tf_efficientnetv2_b0", 0), ("convnext_nano", 0), ("resnet18d", 0), ("lcnet_050", 0),
     ("mobilenetv4_conv_small", 0), ("resnetv2_50d", None))] + [
     ("segmenter", name, left) for name, left in (
-        ("tf_efficientnetv2_b0", 0), ("resnet18d", 0), ("lcnet_050", 0), ("repvgg_a0", None))]
+        ("tf_efficientnetv2_b0", 0), ("resnet18d", 0), ("lcnet_050", 0), ("repvgg_a0", None),
+        ("ghostnet_050", None))]  # whose first feature is a convolution that a norm follows
 
 
 @pytest.mark.parametrize("kind, name, left", FUSED)

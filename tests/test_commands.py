@@ -363,6 +363,18 @@ def test_demo_goes_from_phantoms_to_scores_and_dice(weights, tmp_path, monkeypat
     assert (tmp_path / "work" / "demo" / "overview.png").exists()
 
 
+def test_a_mode_leaves_the_notebooks_random_numbers_as_they_were():
+    """Trainings seed torch's generator at every step."""
+    def seed(options):
+        """Seed it."""
+        torch.manual_seed(1)
+
+    before = torch.get_rng_state()
+    mode = cspine.MODES["predict"]._replace(run=seed)
+    assert cspine.run_mode({"predict": mode}, ["predict"]) == 0
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_mode_leaves_opencv_as_it_was():
     """Its threads and its words are the notebook's."""
     before = cspine.cv2.getNumThreads(), cspine.cv2.utils.logging.getLogLevel()

@@ -195,6 +195,14 @@ def test_tables_of_phantoms_are_renewed(many, tmp_path):
         assert all(pd.read_csv(tmp_path / name).empty for name in tables)
 
 
+def test_phantoms_of_an_earlier_run_are_said(tmp_path, capsys):
+    phantoms = f"phantom {tmp_path} --studies 1 --test-studies 1 --matrix 32 --seed ".split(" ")
+    for seed, others in (("1", 0), ("1", 0), ("2", 2)):
+        assert main([*phantoms[:-1], seed]) == 0
+        said = f"{tmp_path}: {others} studies of an earlier run stay, without labels\n"
+        assert capsys.readouterr().err == said * bool(others)
+
+
 def test_a_folder_that_the_terminal_cannot_show_gets_its_data(tmp_path, monkeypatch):
     """What cspine.py starts for the mode, on a terminal of ASCII alone."""
     printed = io.BytesIO()

@@ -169,12 +169,14 @@ def test_a_vertebra_out_of_sight_gets_its_prior_and_the_rest_is_predicted(predic
             assert submission[f"{uid}_{target}"] != PRIOR[target]
 
 
-def test_a_study_without_any_vertebra_gets_the_prior(predict, tmp_path):
+def test_a_study_without_any_vertebra_gets_the_prior_and_is_named(predict, tmp_path, capsys):
     weights = make_weights(tmp_path / "weights", unseen=cspine.VERTEBRAE)
     submission, report, status = predict(weights=weights)
     assert status == 3 and (report.status == "nothing seen").all()
+    said = capsys.readouterr().err
     for uid in UIDS:
         assert_prior(submission, uid)
+        assert f"study {uid}: nothing seen; answered with the prior" in said
 
 
 def test_a_model_that_answers_nan_is_left_out(predict, tmp_path):

@@ -40,6 +40,10 @@ def phantom(options):
         options.matrix, options.workers, options.variety, options.fractures)
     counts = f"{options.studies} training and {options.test_studies} test studies"
     print(f"{options.target}: {counts}")
+    known = cspine.read_labels(Path(options.target)).index
+    studies = Path(options.target).glob("*_images/*")
+    if others := sum(path.name not in known for path in studies):
+        cspine.say(f"{options.target}: {others} studies of an earlier run stay, without labels")
 
 
 def run_mode(*arguments):
