@@ -3193,7 +3193,7 @@ PREDICTOR_HALVES = {1: (2, 0, 0), 2: (0, 2, 0), 3: (0, 0, 2), 4: (2, 2, -2)}
 PREDICTOR_HALVES |= {5: (2, 1, -1), 6: (1, 2, -1), 7: (1, 1, 0)}
 STREAM_PARTS = 2048  # of a stream, walked side by side
 LEAST_PART = 256  # bits; a code and its difference have 32 at most
-FEW_PARTS = 32  # if no more are left, they are walked code by code
+FEW_PARTS = 64  # if no more are left, they are walked code by code
 WALK_ROUNDS = 5  # at most; a round walks the parts that have not begun at the right bit
 ONE_DECODES = threading.Lock()  # two threads wait for Python's lock at each NumPy call
 
