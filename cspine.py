@@ -1043,9 +1043,11 @@ def mean_probability(models, volume, device):
 
 def neck_part(probability, shape):
     """(low, high), voxels (3,) each: the part of the study with the neck and a margin;
-    None if no neck is seen, or if it is so large that the cube's cells are fine enough."""
+    None if no neck is seen, if the study's first or last slice cuts it (a closer look would
+    misname it more often), or if it is so large that the cube's cells are fine enough."""
     cells = probability.shape[-1]
-    if (box := vertebra_box(probability.amax(0).numpy(), gap=cells)) is None:
+    box = vertebra_box(probability.amax(0).numpy(), gap=cells)
+    if box is None or not 0 < box[0, 0] < box[0, 1] < cells - 1:
         return None
     shape = np.array(shape)
     reach = np.ptp(box, 1) * LOOK_AROUND
@@ -1773,7 +1775,7 @@ def print_own(table):
         file = f", {row[f'{name}_file']}" if row[f"{name}_file"] else ""
         where = f"slice {row[f'{name}_slice']} of {row.slices} from the head{file}"
         print(f"{row.study}: look at {where}: {name}, {row[name]:.2f}")
-        if isinstance(row.warnings, str) and row.warnings:
+        if row.warnings:
             say(f"study {row.study}: {row.warnings:.300}")
 
 
@@ -1856,10 +1858,10 @@ def equal_point(answers, labels):
     broken, intact = by_label(answers, labels)
     if not len(broken) or not len(intact):
         return (math.nan,) * 3
-    thresholds = np.unique(np.r_[broken, intact])
+    thresholds = np.union1d(broken, intact)
     sensitivity = 1 - np.searchsorted(broken, thresholds) / len(broken)
     specificity = np.searchsorted(intact, thresholds) / len(intact)
-    best = np.abs(sensitivity - specificity).argmin()
+    best = abs(sensitivity - specificity).argmin()
     return thresholds[best], sensitivity[best], specificity[best]
 
 def dice_scores(probability, labels):
@@ -2413,7 +2415,7 @@ def load_checkpoint(path):
                 raise ValueError("damaged")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises many kinds, and advises to load pickles
-        raise UserError(f"{path}: no checkpoint that can be read") from error
+        raise UserError(f"{path}: damaged, or no checkpoint: delete it") from error
     if not isinstance(content, dict) or content.get("program") != "cspine":
         raise UserError(f"{path}: not one of our checkpoints")
     epochs = content.get("recipe", {}).get("epochs", 0)
@@ -2475,19 +2477,16 @@ def makers_of(weights):
 def load_ensemble(weights, device, calibration=Calibration()):
     """The Ensemble of all models of a folder; UserError if a kind is missing."""
     models = {kind: [*load_models(weights, kind, "cpu").values()] for kind in KINDS}
-    classifiers = models["vertebra"] + models["patient"]
-    if not models["segmenter"] or not classifiers:
-        lacking = "classifier" if models["segmenter"] else "segmenter"
-        raise UserError(f"--weights {weights}: no {lacking} there; the repository comes "
-                        "with some in weights/")
-    if len({(m.settings["mask_of"], m.settings["z_margin"]) for m in classifiers}) > 1:
-        raise UserError(f"--weights {weights}: classifiers of unlike --mask-of, --z-margin")
     for kind in ("vertebra", "patient"):  # what weighs nothing would only cost time
         models[kind] = [
             m for m in models[kind] if calibration.weights.get(m.settings["name"], 1)]
-    if not models["vertebra"] + models["patient"]:
-        raise UserError(f"--weights {weights}: by calibration.json every classifier there "
-                        "weighs 0: evaluate --folds --calibrate anew")
+    classifiers = models["vertebra"] + models["patient"]
+    if not models["segmenter"] or not classifiers:
+        lacking = "classifier" if models["segmenter"] else "segmenter"
+        raise UserError(f"--weights {weights}: no {lacking} there, or none that counts by "
+                        "calibration.json; the repository comes with some in weights/")
+    if len({(m.settings["mask_of"], m.settings["z_margin"]) for m in classifiers}) > 1:
+        raise UserError(f"--weights {weights}: classifiers of unlike --mask-of, --z-margin")
     on_cpu = Ensemble(models, torch.device("cpu"), calibration)
     if device.type == "cpu":
         return on_cpu
@@ -2577,8 +2576,8 @@ def imagenet_file(backbone, data):
     at_start = rf"(?:^|/|timm_+){re.escape(in_underscores(backbone))}(?=[_/])"
     longer = timm.list_models(f"{backbone}_*")  # convnext_nano_ols is no convnext_nano
     others = tuple(name.removeprefix(backbone) for name in longer)
-    places = {KAGGLE / "input": INIT_LEVELS, Path(data): 1}
-    places[HERE / "weights" / "pretrained"] = INIT_LEVELS
+    own = HERE / "weights/pretrained"
+    places = {KAGGLE / "input": INIT_LEVELS, Path(data): 1, own: INIT_LEVELS}
     for folder, levels in places.items():
         found = []
         for path in files_below(folder, levels):
@@ -2616,7 +2615,7 @@ def init_file(options, kind, fold, held_out):
     files = [file for file in files if file[0] == fold and (options.name or not file[1])]
     for _, _, path in sorted(files, key=lambda file: file[1] != options.name):
         made = load_checkpoint(path).get("settings", {})
-        if made.get("backbone") != options.backbone or "hidden" not in made:
+        if made.get("backbone") != options.backbone:
             continue
         reason = "it may have seen studies held out here"
         if made["hidden"] != options.hidden:
@@ -3055,12 +3054,10 @@ def ranks():
 
 def refuse_foreign_ranks():
     """UserError if ranks() are not torchrun's: one process of two does half of the work."""
-    found = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE")]
-    hint = f"RANK and WORLD_SIZE are {found}, not as torchrun sets them: unset both"
-    with errors_as(UserError, hint):
+    with errors_as(UserError, "RANK, WORLD_SIZE: not as torchrun sets them; unset both"):
         rank, world = ranks()
         if not 0 <= rank < world or (world > 1 and "RANK" not in os.environ):
-            raise ValueError("no process of several has these numbers")
+            raise ValueError(f"process {rank} of {world}")
 
 def join_processes(device):
     """Let the processes of torchrun speak to each other, each on its device."""
@@ -3170,7 +3167,8 @@ class Stop:
 @contextmanager
 def stop_signals(minutes=0.0, begun=None):
     """A Stop that notes SIGINT, SIGTERM and SIGHUP; the old handlers are put back.
-    The minutes count from `begun`, the start of the run: reading masks takes some, too."""
+    The minutes count from `begun`, the start of the run: reading masks takes some, too.
+    Raises Stopped at the end after a signal that nobody has acted on."""
     stop = Stop(minutes, begun=begun)
     kinds = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # else nohup has started the run
@@ -3180,6 +3178,8 @@ def stop_signals(minutes=0.0, begun=None):
             for kind in kinds:
                 handlers.callback(signal.signal, kind, signal.signal(kind, stop.note))
         yield stop
+    if stop.signal:  # after the last step or study: a script must not go on, either
+        raise Stopped(f"stopped by {stop.signal}, with all done", 130)
 
 
 # ==== Decoding ====
@@ -3587,7 +3587,7 @@ def extract(options):
             f"{len(known)} studies are masked by segmenters that may have trained on them")
 
     def written(uid):
-        own_masks = [Path(options.masks) / f"{uid}.nii.gz"] if options.masks else []
+        own_masks = [Path(options.masks, f"{uid}.nii.gz")] if options.masks else []
         return [out / f"{uid}.npz", *own_masks]
 
     rank, world = ranks()
@@ -3823,9 +3823,8 @@ def evaluate(options):
     if np.isnan(labels).all():
         raise UserError(f"nothing to score: no answered study has labels in {data}/")
     if len(answers) < max(answered, len(truth)) and not options.folds:
-        found = f"{len(answers)} of {len(truth)} labelled studies"
-        rest = f", nor {answered - len(answers)} without labels" * (answered > len(answers))
-        say(f"{options.submission} answers {found}; the others are not scored{rest}")
+        say(f"{options.submission}: answers {len(answers)} of {len(truth)} labelled "
+            f"studies; unscored: the others, and {answered - len(answers)} without labels")
     print_scores(answers.to_numpy(), labels)
     if options.calibrate:
         answers = calibrate(outputs, folds, truth, weights).loc[answers.index]
@@ -3961,7 +3960,7 @@ def run_mode(modes, argv, others=()):
         return 141
     except (UserError, Stopped, OSError) as error:  # such as a folder one may not read
         say(f"cspine: {error}")
-        return error.status if isinstance(error, Stopped) else 2
+        return getattr(error, "status", 2)
     except KeyboardInterrupt:
         say("cspine: interrupted")
         return 130
@@ -3974,10 +3973,10 @@ def main(argv=None):
     """Run a mode of the command line: its exit status."""
     argv = [*map(str, sys.argv[1:] if argv is None else argv)]
     if argv and argv[0] in TOOL_MODES:
-        tools = HERE / "tests" / "tools"
+        tools = HERE / "tests/tools"
         if tools.exists():
             with suppress(KeyboardInterrupt):
-                return subprocess.call([sys.executable, str(tools), *argv])
+                return subprocess.call([sys.executable, tools, *argv])
             return 130
         say(f"cspine: {argv[0]} needs the repository: no {tools}")
         return 2

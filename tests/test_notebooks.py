@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import timm
 import torch
@@ -194,7 +195,6 @@ def kaggle(tmp_path, monkeypatch, phantom_data, one_thread):
 
         monkeypatch.setattr(cspine, "stop_signals", real_stop)
         monkeypatch.setattr(time, "monotonic", cspine.monotonic)
-        monkeypatch.setattr(subprocess, "call", call)
         monkeypatch.setattr(cspine, "KAGGLE", root)
         (root / "working").mkdir(parents=True)
         for place, real in ((NAME, phantom_data), ("last-output", earlier)):
@@ -209,7 +209,9 @@ def kaggle(tmp_path, monkeypatch, phantom_data, one_thread):
         look = look.replace('DEVICE = "cuda"', 'DEVICE = "cpu"')
         assert look.endswith("minutes=690)")
         look = look.replace("minutes=690)", "minutes=690, from_scratch=True)")
-        for cell in (look, train, close):
+        exec(look, kernel)
+        kernel["call"] = call
+        for cell in (train, close):
             exec(cell, kernel)
         return capsys.readouterr().out, [command[0] for command in commands]
 
@@ -257,7 +259,7 @@ def test_one_command_trains_all_models_of_a_preset_and_goes_on(
     command = ["--preset", "fast", "--data", str(phantom_data), "--weights", str(tmp_path),
                "--work", str(tmp_path / "work"), "--workers", "1", "--device", "cpu"]
     assert train_all.main([*command, "--time-limit", "1e-6"]) == 0
-    assert "train-seg is not finished: the same command goes on" in capsys.readouterr().err
+    assert "the time is over before train-seg: the same command goes on" in capsys.readouterr().err
     assert train_all.main(command) == 0
     assert "weighted log loss" in capsys.readouterr().out
     assert {f"{kind}_fold0.pt" for kind in cspine.KINDS} <= {p.name for p in tmp_path.iterdir()}
@@ -270,7 +272,7 @@ def test_one_command_trains_all_models_of_a_preset_and_goes_on(
 
 def test_several_gpus_get_a_process_each(monkeypatch):
     called = []
-    monkeypatch.setattr(train_all, "call", lambda command: called.append(command) or 7)
+    monkeypatch.setattr(kaggle_training, "call", lambda command: called.append(command) or 7)
     assert train_all.run(["train-seg", "--data", "d"], 2) == 7
     assert called[0][1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     assert Path(called[0][5]).samefile(cspine.__file__)
@@ -283,7 +285,26 @@ def test_a_run_that_is_ended_ends_its_processes_which_save():
              "print(flush=True); time.sleep(60)")
     timer = threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGTERM))
     timer.start()
-    assert train_all.call([sys.executable, "-c", child]) == 7
+    assert kaggle_training.call([sys.executable, "-c", child]) == 7
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of a parent's death")
+def test_a_run_that_is_killed_ends_its_processes_too(tmp_path):
+    """They trained on, and the same command began a second training beside them."""
+    child = ("import pathlib, signal, sys, time; here = pathlib.Path(sys.argv[1]); "
+             "save = lambda *_: ((here / 'saved').touch(), sys.exit()); "
+             "signal.signal(signal.SIGTERM, save); (here / 'begun').touch(); time.sleep(60)")
+    outer = (f"import sys; sys.path[:0] = {sys.path!r}; import kaggle_training; "
+             f"kaggle_training.call([sys.executable, '-c', {child!r}, {str(tmp_path)!r}])")
+    process = subprocess.Popen([sys.executable, "-c", outer])
+    for name in ("begun", "saved"):
+        until = time.monotonic() + 60
+        while not (tmp_path / name).exists():
+            assert process.poll() is None or name == "saved"
+            assert time.monotonic() < until, name
+            time.sleep(0.05)
+        process.kill()
+        process.wait()
 
 
 @pytest.mark.parametrize("text", (
@@ -399,21 +420,41 @@ def test_folds_may_be_fewer_and_crops_that_are_cut_short_are_not_taken_for_all(
     command = ["--preset", "fast", "--data", str(phantom_data), "--weights", str(tmp_path),
                "--work", str(tmp_path / "work"), "--workers", "1", "--device", "cpu",
                "--folds", "2"]
-    ran = []
+    ran, limits = [], []
 
     def run(arguments, cards):
         ran.append(arguments[0])
+        if "--time-limit" in arguments:
+            limits.append(arguments[-1])
         return cspine.main(arguments)
 
     monkeypatch.setattr(train_all, "run", run)
     ticks = itertools.count(0, 60)
     monkeypatch.setattr(train_all.time, "monotonic", lambda: next(ticks))
-    assert train_all.main([*command, "--time-limit", "1"]) == 0
-    assert ran == ["train-seg", "extract"]
+    assert train_all.main([*command, "--time-limit", "4"]) == 0  # of all modes together
+    assert ran == ["train-seg", "extract"] and limits == ["3.000", "1.000"]
     assert "extract is not finished" in capsys.readouterr().err
     monkeypatch.setattr(train_all.time, "monotonic", time.perf_counter)
     assert train_all.main(command) == 0
     assert ran[2:] == ["train-seg", "extract", "train-cls", "train-patient", "evaluate"]
+
+
+@pytest.mark.parametrize("cut, status", [(1, 3), (2, 0)])
+def test_classifiers_are_not_trained_if_most_studies_have_no_crops(
+        cut, status, phantom_data, tmp_path, monkeypatch, capsys):
+    """With a process a GPU `extract` ends with 0 whatever it has cut; the rest went on."""
+    train = pd.read_csv(phantom_data / "train.csv")
+    (tmp_path / "last").mkdir()
+    for uid in train.StudyInstanceUID[: math.ceil(len(train) / 2) if cut > 1 else 1]:
+        (tmp_path / "last" / f"{uid}.npz").touch()
+    ran = []
+    monkeypatch.setattr(train_all, "run", lambda arguments, cards: ran.append(arguments[0]) or 0)
+    monkeypatch.setattr(kaggle_training, "trained", lambda *_: True)
+    monkeypatch.setattr(kaggle_training, "closed", lambda *_: False)
+    command = ["--data", str(phantom_data), "--work", str(tmp_path), "--weights", str(tmp_path)]
+    assert train_all.main(command) == status
+    assert ran[:2] == ["train-seg", "extract"] and (len(ran) > 2) == (status == 0)
+    assert (f"crops of 1 of {len(train)} studies" in capsys.readouterr().err) == (status == 3)
 
 
 def test_without_imagenet_a_session_ends_before_it_begins(phantom_data, monkeypatch, tmp_path):
@@ -467,6 +508,7 @@ def test_gold_is_followed_by_its_second_set(monkeypatch, tmp_path):
         return not first
 
     monkeypatch.setattr(kaggle_training, "trained", trained)
+    monkeypatch.setattr(kaggle_training, "few_crops", lambda *_: "")
     given = ["--preset", "gold", "--data", "d", "--weights", str(tmp_path)]
     assert train_all.main(given) == 0
     modes_run = [(one[0], cspine.preset_given(one)) for one in ran]

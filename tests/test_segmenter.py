@@ -340,3 +340,12 @@ def test_a_loaded_segmenter_lies_as_its_device_is_fastest_with(device, layout):
         layers = model.modules() if model else ()
         kernels = [layer.weight for layer in layers if isinstance(layer, nn.Conv3d)]
         assert all(weight.is_contiguous(memory_format=wanted) for weight in kernels)
+
+
+@pytest.mark.parametrize("first, end, again", ((1, 20, True), (0, 20, False), (40, 63, True),
+                                               (40, 64, False)))
+def test_a_neck_that_the_study_cuts_is_not_looked_at_again(first, end, again):
+    """Without the context of the wide view, the vertebra at the cut was misnamed more often."""
+    probability = torch.zeros(7, 64, 64, 64)
+    probability[3, first:end, 28:36, 28:36] = 1
+    assert (cspine.neck_part(probability, (200, 512, 512)) is not None) == again

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -1212,12 +1213,24 @@ def test_a_second_signal_ends_a_run_at_once():
 def test_a_terminal_that_closes_ends_a_run_in_order_unless_nohup_started_it(before, noted):
     kept = signal.signal(signal.SIGHUP, before)
     try:
-        with cspine.stop_signals() as stop:
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert stop.reason() == noted and stop.status() == (130 if noted else 0)
+        with pytest.raises(Stopped) if noted else nullcontext():
+            with cspine.stop_signals() as stop:
+                os.kill(os.getpid(), signal.SIGHUP)
+                assert stop.reason() == noted and stop.status() == (130 if noted else 0)
         assert signal.getsignal(signal.SIGHUP) is before
     finally:
         signal.signal(signal.SIGHUP, kept)
+
+
+def test_a_signal_during_the_last_scoring_ends_the_run_with_its_status(tmp_path):
+    """It was swallowed: status 0, and `train_all.py` went on with the next mode."""
+    task = toy_task(judge=lambda table: os.kill(os.getpid(), signal.SIGTERM) or {"score": 1},
+                    recipe=replace(TOY, epochs=1))
+    with pytest.raises(Stopped, match="SIGTERM, with all") as stopped:
+        with cspine.stop_signals() as stop:
+            cspine.train(task, tmp_path, stop)
+    assert stopped.value.status == 130
+    assert (tmp_path / "vertebra_fold0.pt").exists()
 
 
 def test_processes_share_the_studies_of_extract_out(extraction, launch, tmp_path):

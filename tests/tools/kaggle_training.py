@@ -3,10 +3,12 @@
 `cspine.py notebook --train` writes this file into its second cell; the last cell of a session
 says what to attach to the next one, which goes on from there."""
 
+import ctypes
 import functools
 import json
 import math
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -278,10 +280,44 @@ def finished(weights, preset, mode):
     return all(trained(weights, preset, one) for one in needed)
 
 
+def few_crops(data, work, preset):
+    """What `extract` has cut, in words, if most studies have no crops, else "": one of several
+    processes cannot know, and ends with 0."""
+    known = {*cspine.read_truth(Path(data) / "train.csv")[cspine.STUDY]}
+    images = known.intersection(path.name for path in Path(data, "train_images").glob("*"))
+    wanted = cut_studies(preset, len(images))
+    folder = Path(work, options_of(preset, "extract").mask_of)
+    found = len([*folder.glob("*.npz")])
+    return f"crops of {found} of {wanted} studies" if 2 * found < wanted else ""
+
+
 def torchrun(cards, script):
     """A command that runs a script with a process a GPU, but for its arguments."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return [*launcher, f"--nproc_per_node={cards}", str(script)]
+
+
+def end_with_parent():
+    """Have Linux send this process SIGTERM when its parent ends, in whatever way: else
+    `kill -9` would leave a training behind, and the same command begin a second one."""
+    with suppress(AttributeError):  # macOS has no prctl
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def call(command, folder=None):
+    """The exit status of a command, run in a folder. SIGTERM and SIGHUP are passed on, SIGINT it gets from the
+    terminal; then it saves and ends by itself, which is waited for."""
+    with suppress(cspine.Stopped), cspine.stop_signals() as stop:  # the status tells
+        with subprocess.Popen(command, cwd=folder, preexec_fn=end_with_parent) as process:
+            try:
+                while process.poll() is None:
+                    time.sleep(0.1)
+                    if stop.signal in ("SIGTERM", "SIGHUP"):
+                        process.send_signal(signal.Signals[stop.signal])
+                        stop.signal = ""
+            except KeyboardInterrupt:  # a second signal
+                process.terminate()
+    return process.returncode
 
 
 def run_step(session, mode):
@@ -293,7 +329,7 @@ def run_step(session, mode):
         "--work", str(session.work), "--time-limit", f"{left:.3f}"]
     if mode != "extract":  # which always goes on
         command.append("--resume")
-    return subprocess.call(command, cwd=KAGGLE / "working")
+    return call(command, KAGGLE / "working")
 
 
 def train_all(session):
@@ -310,12 +346,15 @@ def train_all(session):
             done = finished(session.weights, session.preset, mode)
             if over if mode == "extract" else not done:
                 return f"the time was over in {mode}"
+            few = few_crops(session.data, session.work, session.preset)
+            if mode == "extract" and few:
+                return f"extract FAILED, {few}: its lines say why"
         if STEPS[mode]:  # the states of finished trainings; the logs tell that they are
             for stem in stems(session.weights, session.preset, mode):
                 Path(f"{stem}_last.pt").unlink(missing_ok=True)
     command = [sys.executable, "cspine.py", "evaluate", "--folds", "--calibrate"]
     command += ["--data", str(session.data), "--weights", str(session.weights)]
-    status = subprocess.call(command, cwd=KAGGLE / "working")
+    status = call(command, KAGGLE / "working")
     return f"evaluate FAILED with exit status {status}" if status else ""
 
 

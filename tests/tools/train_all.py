@@ -9,8 +9,6 @@ it. The same command goes on where it stopped. Options go to each mode.
 
 import argparse
 import math
-import signal
-import subprocess
 import sys
 import time
 from dataclasses import fields
@@ -27,27 +25,12 @@ import kaggle_training  # noqa: E402
 FOLLOWED = {"gold": ["gold-second"]}  # preset: those that are trained after it
 
 
-def call(command):
-    """The exit status of a command. SIGTERM and SIGHUP are passed on, SIGINT it gets from the
-    terminal; then it saves and ends by itself, which is waited for."""
-    with cspine.stop_signals() as stop, subprocess.Popen(command) as process:
-        try:
-            while process.poll() is None:
-                time.sleep(0.1)
-                if stop.signal in ("SIGTERM", "SIGHUP"):
-                    process.send_signal(signal.Signals[stop.signal])
-                    stop.signal = ""
-        except KeyboardInterrupt:  # a second signal
-            process.terminate()
-    return process.returncode
-
-
 def run(arguments, cards):
     """The exit status of a mode: in this process, or in one on each of several GPUs."""
     if cards < 2:
         return cspine.main(arguments)
     command = kaggle_training.torchrun(cards, ROOT / "cspine.py")
-    return call([*command, *arguments])
+    return kaggle_training.call([*command, *arguments])
 
 
 def parser():
@@ -63,8 +46,9 @@ def parser():
     return one
 
 
-def train_preset(preset, options, argv):
-    """Run the modes of a preset in a row: the exit status; None if work is left."""
+def train_preset(preset, options, argv, end):
+    """Run the modes of a preset in a row, until the time `end`: the exit status; None if work
+    is left."""
     cards = torch.cuda.device_count() if options.device == "auto" else 1
     folds = "--folds", str(options.folds)
     for mode, kind in kaggle_training.STEPS.items():
@@ -72,14 +56,22 @@ def train_preset(preset, options, argv):
             cspine.say(f"train_all: {mode} of {preset}: finished before in {options.weights}; "
                        "other --data needs another --weights")
             continue
-        go_on = ["--resume"] if kind else []  # extract always does
-        start = time.monotonic()
-        status = run([mode, *argv, "--preset", preset, *go_on], cards)
+        more = ["--resume"] if kind else []  # extract always does
+        left = end - time.monotonic()
+        if left < 1:
+            cspine.say(f"train_all: the time is over before {mode}: the same command goes on")
+            return None
+        if left < math.inf:
+            more += ["--time-limit", f"{left / 60:.3f}"]  # of all modes together
+        status = run([mode, *argv, "--preset", preset, *more], cards)
         if status:
             return status
-        whole = time.monotonic() - start < 60 * (cspine.minutes_of(options) or math.inf)
+        whole = time.monotonic() < end
         if kind:
             whole = kaggle_training.trained(options.weights, preset, mode, *folds)
+        elif whole and (few := kaggle_training.few_crops(options.data, options.work, preset)):
+            cspine.say(f"train_all: {few}: the lines above say why")
+            return 3
         if not whole:
             cspine.say(f"train_all: {mode} is not finished: the same command goes on")
             return None
@@ -101,10 +93,11 @@ def main(argv=None):
         return 2
     for later in FOLLOWED.get(options.preset, ()):
         cspine.say(f"train_all: then {later}, about {cspine.PLANS[later]}")
+    end = time.monotonic() + 60 * (cspine.minutes_of(options) or math.inf)
     status = 0
     for preset in (options.preset, *FOLLOWED.get(options.preset, ())):
         if status == 0:
-            status = train_preset(preset, options, argv)
+            status = train_preset(preset, options, argv, end)
     return status or 0
 
 
