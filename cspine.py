@@ -3887,6 +3887,7 @@ def add_option(parser, one, default):
     if "positional" in about:
         parser.add_argument(name, nargs=about["count"], metavar=name.upper(), **how)
     elif isinstance(default, bool):
+        how["help"] += f" (default: {'on' if default else 'off'})"
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, **how)
     else:
         how |= dict(about, type=type(default), choices=about["choices"] or None)

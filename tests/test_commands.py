@@ -94,8 +94,8 @@ def test_every_mode_says_what_it_does_and_every_option_what_it_is(mode, capsys, 
         meaning = " ".join(one.metadata["help"].split())
         assert len(meaning.split()) > 1 and meaning in text
         assert (one.name.upper() if one.metadata.get("positional") else flag(one)) in text
-        plain = isinstance(default, bool) or default == ""
-        assert plain or f"(default: {default})" in text
+        said = ("off", "on")[default] if isinstance(default, bool) else default
+        assert default == "" or f"{meaning} (default: {said})" in text or "positional" in one.metadata
         for choice in one.metadata.get("choices", ()):
             assert str(choice) in text
 

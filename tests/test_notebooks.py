@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -268,6 +269,19 @@ def test_one_command_trains_all_models_of_a_preset_and_goes_on(
     assert capsys.readouterr().err.count("finished before") == 3
     assert train_all.main([*command, "--fold", "0"]) == 2  # and no short form of --folds
     assert "unrecognized arguments: --fold" in capsys.readouterr().err
+
+
+def test_what_two_gpus_have_begun_one_goes_on_with(phantom_data, tmp_path, monkeypatch):
+    """Two processes had made a batch of two one of four; one asked for two, and was refused."""
+    ran = []
+    monkeypatch.setattr(train_all, "run", lambda arguments, cards: ran.append(arguments) or 1)
+    recipe = replace(cspine.RECIPES["segmenter"], batch_size=6)
+    cspine.save_checkpoint(tmp_path / "segmenter_fold3_last.pt", "segmenter", recipe)
+    command = ["--data", str(phantom_data), "--weights", str(tmp_path)]
+    assert train_all.main(command) == 1
+    assert ran[0][0] == "train-seg" and ran[0][-3:] == ["--resume", "--batch-size", "6"]
+    (tmp_path / "segmenter_fold3_last.pt").unlink()
+    assert train_all.main(command) == 1 and ran[1][-1] == "--resume"
 
 
 def test_several_gpus_get_a_process_each(monkeypatch):

@@ -273,6 +273,16 @@ def closed(weights, preset, mode, *more):
     return trained(weights, preset, mode, *more) and not any(map(Path.exists, states))
 
 
+def batch_begun(weights, preset, mode, *more):
+    """The option by which a training goes on that was begun on another number of GPUs, whose
+    processes may have needed a larger batch; nothing if none was begun."""
+    for stem in stems(weights, preset, mode, *more):
+        if Path(f"{stem}_last.pt").exists():
+            recipe = cspine.load_checkpoint(f"{stem}_last.pt")["recipe"]
+            return ["--batch-size", str(recipe["batch_size"])]
+    return []
+
+
 def finished(weights, preset, mode):
     """Whether a step need not be taken; crops are needed until the classifiers are
     trained."""
@@ -328,7 +338,7 @@ def run_step(session, mode):
         "--data", str(session.data), "--weights", str(session.weights),
         "--work", str(session.work), "--time-limit", f"{left:.3f}"]
     if mode != "extract":  # which always goes on
-        command.append("--resume")
+        command += ["--resume", *batch_begun(session.weights, session.preset, mode)]
     return call(command, KAGGLE / "working")
 
 

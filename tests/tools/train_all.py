@@ -56,7 +56,10 @@ def train_preset(preset, options, argv, end):
             cspine.say(f"train_all: {mode} of {preset}: finished before in {options.weights}; "
                        "other --data needs another --weights")
             continue
-        more = ["--resume"] if kind else []  # extract always does
+        more = []
+        if kind:  # extract always goes on
+            batch = kaggle_training.batch_begun(options.weights, preset, mode, *folds)
+            more = ["--resume", *batch]
         left = end - time.monotonic()
         if left < 1:
             cspine.say(f"train_all: the time is over before {mode}: the same command goes on")
