@@ -4,7 +4,8 @@
 
 train-seg, extract, train-cls and train-patient, a process on each GPU, then evaluate
 --folds --calibrate. After gold the same for gold-second, whose models of other backbones join
-it. The same command goes on where it stopped. Options go to each mode.
+it. The same command goes on where it stopped. Options go to each mode; --time-limit is for
+all of them together.
 """
 
 import argparse
