@@ -280,7 +280,7 @@ def test_what_two_gpus_have_begun_one_goes_on_with(phantom_data, tmp_path, monke
     command = ["--data", str(phantom_data), "--weights", str(tmp_path)]
     assert train_all.main(command) == 1
     assert ran[0][0] == "train-seg" and ran[0][-3:] == ["--resume", "--batch-size", "6"]
-    (tmp_path / "segmenter_fold3_last.pt").unlink()
+    (tmp_path / "segmenter_fold3_last.pt").write_text("damaged, as the training will say")
     assert train_all.main(command) == 1 and ran[1][-1] == "--resume"
 
 

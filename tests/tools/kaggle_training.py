@@ -278,8 +278,9 @@ def batch_begun(weights, preset, mode, *more):
     processes may have needed a larger batch; nothing if none was begun."""
     for stem in stems(weights, preset, mode, *more):
         if Path(f"{stem}_last.pt").exists():
-            recipe = cspine.load_checkpoint(f"{stem}_last.pt")["recipe"]
-            return ["--batch-size", str(recipe["batch_size"])]
+            with suppress(UserError):  # the training says it
+                recipe = cspine.load_checkpoint(f"{stem}_last.pt")["recipe"]
+                return ["--batch-size", str(recipe["batch_size"])]
     return []
 
 
