@@ -42,7 +42,6 @@ import os
 import re
 import resource
 import signal
-import statistics
 import struct
 import subprocess
 import sys
@@ -562,8 +561,8 @@ def read_series(path, workers, give_up):
         if path.is_file():
             found += ": give the folder of its series"
         reasons = [one.partition(": ")[2] for one in problems]  # without its file name
-        usual = [problems[reasons.index(statistics.mode(reasons))]] if problems else []
-        raise StudyError("; ".join([found, *usual]))
+        usual = reasons.index(max(reasons, key=reasons.count)) if problems else 0
+        raise StudyError("; ".join([found, *problems[usual : usual + 1]]))
     return scan_of(run, problems)
 
 def read_nifti_ct(path):
@@ -770,8 +769,7 @@ def write_nifti(path, labels, volume):
         header[name] = value
 
     refuse_to_overwrite(path)
-    content = header.tobytes() + bytes(4)
-    content += stored.tobytes()
+    content = header.tobytes() + bytes(4) + stored.tobytes()
     content = gzip.compress(content, 1, mtime=0)
     write_atomic(path, lambda new: new.write_bytes(content))
 
@@ -1043,8 +1041,8 @@ def mean_probability(models, volume, device):
 
 def neck_part(probability, shape):
     """(low, high), voxels (3,) each: the part of the study with the neck and a margin;
-    None if no neck is seen, if the study's first or last slice cuts it (a closer look would
-    misname it more often), or if it is so large that the cube's cells are fine enough."""
+    None if no neck is seen, if the study's first or last slice cuts it (a closer look
+    misnames it more often), or if it is so large that the cube's cells are fine enough."""
     cells = probability.shape[-1]
     box = vertebra_box(probability.amax(0).numpy(), gap=cells)
     if box is None or not 0 < box[0, 0] < box[0, 1] < cells - 1:
@@ -1528,12 +1526,8 @@ def tried_on_device(ensemble):
 
 def report_paths(out):
     """{rank: report} of all processes that have written one beside the submission."""
-    found = {}
-    for path in sorted(out.parent.glob("predict_report*.csv")):
-        named = re.fullmatch(r"predict_report(\d{,2})", path.stem)
-        if named:  # not a copy by another name, such as a date
-            found[int(named[1] or 0)] = path
-    return found
+    paths = {rank: out.with_name(f"predict_report{rank or ''}.csv") for rank in range(99)}
+    return {rank: path for rank, path in paths.items() if path.exists()}
 
 def read_reports(submission):
     """{uid: row} of the studies that are answered, by any process of this run."""
@@ -3063,6 +3057,8 @@ def join_processes(device):
     """Let the processes of torchrun speak to each other, each on its device."""
     if ranks()[1] == 1:
         return
+    with suppress(AttributeError):  # not on macOS
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with torchrun
     if device.type == "cuda":
         torch.cuda.set_device(device)  # NCCL takes the current card
     # Objects go by gloo: the default of a machine with GPUs knows NCCL alone.

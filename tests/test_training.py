@@ -1233,6 +1233,38 @@ def test_a_signal_during_the_last_scoring_ends_the_run_with_its_status(tmp_path)
     assert (tmp_path / "vertebra_fold0.pt").exists()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of a parent's death")
+def test_processes_end_with_what_has_started_them(tmp_path):
+    """Two that joined waited for each other for ever after torchrun was killed."""
+    rank = ("import os, pathlib, sys, time, torch, cspine; "
+            "cspine.join_processes(torch.device('cpu')); "
+            "pathlib.Path(sys.argv[1], os.environ['RANK']).write_text(str(os.getpid())); "
+            "time.sleep(100)")
+    outer = ("import os, subprocess, sys; "
+             "both = [subprocess.Popen([sys.executable, '-c', *sys.argv[1:]], env=os.environ "
+             "| dict(RANK=rank)) for rank in '01']; both[0].wait()")
+    shared = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), WORLD_SIZE="2",
+                  PYTHONPATH=str(Path(cspine.__file__).parent))
+    process = subprocess.Popen([sys.executable, "-c", outer, rank, str(tmp_path)],
+                               env=os.environ | shared)
+
+    def states():  # of the two; Z: ended, and nobody has asked yet
+        files = [Path("/proc", path.read_text(), "stat") for path in tmp_path.iterdir()]
+        return [file.read_text().split()[2] if file.exists() else "Z" for file in files]
+
+    def wait_until(true):
+        until = time.monotonic() + 60
+        while not true():
+            assert time.monotonic() < until
+            time.sleep(0.1)
+
+    wait_until(lambda: len(states()) == 2)
+    assert "Z" not in states()
+    process.kill()
+    process.wait()
+    wait_until(lambda: states() == ["Z", "Z"])
+
+
 def test_processes_share_the_studies_of_extract_out(extraction, launch, tmp_path):
     """Two, told who they are as torchrun tells them."""
     shared = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), WORLD_SIZE="2")
