@@ -769,7 +769,8 @@ def write_nifti(path, labels, volume):
         header[name] = value
 
     refuse_to_overwrite(path)
-    content = header.tobytes() + bytes(4) + stored.tobytes()
+    content = header.tobytes() + bytes(4)
+    content += stored.tobytes()
     content = gzip.compress(content, 1, mtime=0)
     write_atomic(path, lambda new: new.write_bytes(content))
 
@@ -3058,7 +3059,7 @@ def join_processes(device):
     if ranks()[1] == 1:
         return
     with suppress(AttributeError):  # not on macOS
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with torchrun
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: with torchrun
     if device.type == "cuda":
         torch.cuda.set_device(device)  # NCCL takes the current card
     # Objects go by gloo: the default of a machine with GPUs knows NCCL alone.
@@ -3164,7 +3165,7 @@ class Stop:
 def stop_signals(minutes=0.0, begun=None):
     """A Stop that notes SIGINT, SIGTERM and SIGHUP; the old handlers are put back.
     The minutes count from `begun`, the start of the run: reading masks takes some, too.
-    Raises Stopped at the end after a signal that nobody has acted on."""
+    Raises Stopped at the end after a signal that has ended nothing."""
     stop = Stop(minutes, begun=begun)
     kinds = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # else nohup has started the run
@@ -3174,7 +3175,7 @@ def stop_signals(minutes=0.0, begun=None):
             for kind in kinds:
                 handlers.callback(signal.signal, kind, signal.signal(kind, stop.note))
         yield stop
-    if stop.signal:  # after the last step or study: a script must not go on, either
+    if stop.signal:  # after the last step or study; a script must end, too
         raise Stopped(f"stopped by {stop.signal}, with all done", 130)
 
 
@@ -3820,7 +3821,7 @@ def evaluate(options):
         raise UserError(f"nothing to score: no answered study has labels in {data}/")
     if len(answers) < max(answered, len(truth)) and not options.folds:
         say(f"{options.submission}: answers {len(answers)} of {len(truth)} labelled "
-            f"studies; unscored: the others, and {answered - len(answers)} without labels")
+            f"studies; unscored: others, and {answered - len(answers)} without labels")
     print_scores(answers.to_numpy(), labels)
     if options.calibrate:
         answers = calibrate(outputs, folds, truth, weights).loc[answers.index]

@@ -781,7 +781,7 @@ def test_labelled_studies_without_an_answer_are_counted(said, tmp_path):
     (tmp_path / "s.csv").write_text("\n".join(["row_id,fractured", *rows]))
     _, errors = said(["evaluate", "--data", tmp_path, "--submission", tmp_path / "s.csv",
                       "--weights", tmp_path / "none"])
-    assert "s.csv: answers 2 of 3 labelled studies; unscored: the others" in errors
+    assert "s.csv: answers 2 of 3 labelled studies; unscored: others" in errors
 
 
 def test_no_dice_is_told_of_a_mask_that_no_training_would_take(tmp_path, capsys):
@@ -1004,4 +1004,4 @@ def test_answers_of_studies_without_labels_are_counted(said, tmp_path):
     (tmp_path / "s.csv").write_text("\n".join(["row_id,fractured", *rows]))
     _, errors = said(["evaluate", "--data", tmp_path, "--submission", tmp_path / "s.csv",
                       "--weights", tmp_path / "none"])
-    assert "1 of 1 labelled studies; unscored: the others, and 1 without labels" in errors
+    assert "1 of 1 labelled studies; unscored: others, and 1 without labels" in errors
