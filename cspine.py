@@ -1423,6 +1423,7 @@ def strongest_steps(volume, probability, outputs, z_margin):
     `slice` counts from 1 at the head; `lps_mm` is the centre of the crop in that slice;
     `steps` are the probabilities of all 15, the mean of the models that answer."""
     steps = torch.tensor(np.array([one.steps for one in outputs])).nanmean(0)  # (7, 15)
+    steps = steps.nan_to_num()  # argmax would take NaN for the largest
     places = {}
     for name, cells, chances in zip(VERTEBRAE, probability, steps):
         found = vertebra_box(cells)
@@ -1434,7 +1435,7 @@ def strongest_steps(volume, probability, outputs, z_margin):
         file, uid = volume.sources[z] if volume.sources else ("", "")
         place = (volume.affine @ [z, y, x, 1])[:3].tolist()
         places[name] = dict(slice=z + 1, file=file, sop_instance_uid=uid, lps_mm=place,
-                            steps=chances.nan_to_num().tolist())
+                            steps=chances.tolist())
     return places
 
 def as_columns(places):

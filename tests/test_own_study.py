@@ -638,6 +638,9 @@ def test_a_step_is_the_strongest_by_the_models_that_answer():
     outputs = [cspine.Output(steps, np.nan), cspine.Output(np.full((7, 15), np.nan), np.nan)]
     place = cspine.strongest_steps(volume, probability, outputs, 1.0)["C3"]
     assert place["slice"] == 41 and place["steps"] == pytest.approx(steps[2])
+    steps[2, 3] = np.nan  # no model answers this step: it was taken for the strongest
+    place = cspine.strongest_steps(volume, probability, outputs, 1.0)["C3"]
+    assert place["slice"] == 41 and place["steps"] == pytest.approx(np.nan_to_num(steps[2]))
 
 
 def test_masks_go_with_a_path(tmp_path, capsys):
