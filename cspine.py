@@ -179,54 +179,6 @@ def argument(meaning, count=None):
     """A settings field for positional arguments; `count` is argparse's nargs."""
     return field(default="", metadata=dict(help=meaning, positional=True, count=count))
 
-# A preset replaces defaults of a mode's options; what it does not name stays the recipe's.
-# Hours come from `tests/studies/bench.py plan`.
-FAST = {  # ours: one fold within an hour on two T4s, most of it spent on reading studies
-    "train-seg": dict(fold="0", epochs=60),  # 1,020 steps
-    "extract": dict(studies=550),
-    "train-cls": dict(fold="0", epochs=16, thin=3),
-    "train-patient": dict(fold="0", epochs=12, thin=3)}
-GOLD_CROPS = dict(  # first place's, but its 50 to 75 epochs see all steps, not every third
-    size=384, epochs=50, thin=3, mixup=0.5, drop_path=0.3, dropout=0.3, augment="strong")
-GOLD = {
-    "train-seg": dict(epochs=1000, drop_path=0.2),  # 17,000 steps; first place: 17,400
-    "extract": dict(size=384),
-    # First place's rates. Its batch is 7 or 8; with `thin`, norms see a third of a batch.
-    "train-cls": dict(GOLD_CROPS, batch_size=12, lr=2e-4, drop_path=0.2),
-    "train-patient": dict(GOLD_CROPS, batch_size=4, lr=6e-5, checkpoint=True)}  # for 16 GB
-OTHERS = {  # a second set, whose errors differ from the first's; classifiers' rates: ours
-    "train-seg": dict(name="second", lr=3e-4, backbone="resnet18d"),  # first place's
-    "train-cls": dict(name="second", lr=1e-4, backbone="convnext_nano"),
-    "train-patient": dict(name="second", lr=1e-4, backbone="tf_efficientnetv2_s")}
-SECOND = {mode: values | OTHERS.get(mode, {}) for mode, values in GOLD.items()}
-PRESETS = {"fast": FAST, "standard": {}, "gold": GOLD, "gold-second": SECOND}
-
-@dataclass(frozen=True)
-class Shared:
-    """Options that several modes have."""
-    data: str = setting(KAGGLE_DATA, "folder of the data set")
-    weights: str = setting(str(HERE / "weights"), "folder of the models")
-    work: str = setting("work", "folder of the crops")
-    out: str = setting("submission.csv", "file or folder to write")
-    masks: str = setting("", "folder to write the vertebrae's masks to, as NIfTI")
-    submission: str = setting("submission.csv", "file to score")
-    device: str = setting("auto", "cpu, cuda:0, ...; auto takes a GPU where there is one")
-    workers: int = setting(os.cpu_count() or 1, "threads that read files", least=0)
-    fold: str = setting("all", "the fold to train, from 0 on, or all of them")
-    folds: int = setting(5, "parts of cross-validation; 1: train and score on all", least=1)
-    resume: bool = setting(
-        False, "go on where it stopped, as a training with --fold all always does")
-    time_limit: float = setting(
-        0.0, "minutes until a run saves and ends; 0: none, but 510 on Kaggle", least=0)
-    init: str = setting(
-        "auto", "file of weights to start from, ours or timm's; or none; auto looks for "
-        "timm's under /kaggle/input, in --data and in weights/pretrained beside cspine.py; "
-        "train-patient takes the vertebra classifier of its fold, where that fits")
-    name: str = setting(
-        "", "names a second set of models, as vertebra_NAME_fold0.pt; it only repeats the "
-        "first unless --backbone or --seed differs")
-    preset: str = setting("standard", "defaults of a whole training", tuple(PRESETS))
-
 @dataclass(frozen=True)
 class Cut:
     """How crops are cut; options of extract and of the classifiers' trainings."""
@@ -275,6 +227,58 @@ RECIPES = dict(
     patient=ClassifierRecipe(
         "convnext_nano", epochs=15, batch_size=2, lr=2e-4, size=CROP, dropout=0.2))
 
+# A preset replaces defaults of a mode's options; what it does not name stays the recipe's.
+# Hours come from `tests/studies/bench.py plan`.
+FAST = {  # ours: one fold within an hour on two T4s, most of it spent on reading studies
+    "train-seg": dict(fold="0", epochs=60),  # 1,020 steps
+    "extract": dict(studies=550),
+    "train-cls": dict(fold="0", epochs=16, thin=3),
+    "train-patient": dict(fold="0", epochs=12, thin=3)}
+GOLD_CROPS = dict(  # first place's, but its 50 to 75 epochs see all steps, not every third
+    size=384, epochs=50, thin=3, mixup=0.5, drop_path=0.3, dropout=0.3, augment="strong")
+GOLD = {
+    "train-seg": dict(epochs=1000, drop_path=0.2),  # 17,000 steps; first place: 17,400
+    "extract": dict(size=384),
+    # First place's rates. Its batch is 7 or 8; with `thin`, norms see a third of a batch.
+    "train-cls": dict(GOLD_CROPS, batch_size=12, lr=2e-4, drop_path=0.2),
+    "train-patient": dict(GOLD_CROPS, batch_size=4, lr=6e-5, checkpoint=True)}  # for 16 GB
+OTHERS = {  # a second set, whose errors differ from the first's; classifiers' rates: ours
+    "train-seg": dict(name="second", lr=3e-4, backbone="resnet18d"),  # first place's
+    "train-cls": dict(name="second", lr=1e-4, backbone="convnext_nano"),
+    "train-patient": dict(name="second", lr=1e-4, backbone="tf_efficientnetv2_s")}
+SECOND = {mode: values | OTHERS.get(mode, {}) for mode, values in GOLD.items()}
+PRESETS = {"fast": FAST, "standard": {}, "gold": GOLD, "gold-second": SECOND}
+
+PLANS = {  # hours, and disk of the crops, on the competition's data: bench.py plan
+    "fast": "1 hour and 6 GB", "standard": "17 hours and 21 GB",
+    "gold": "49 hours and 63 GB", "gold-second": "48 hours more than gold"}
+
+@dataclass(frozen=True)
+class Shared:
+    """Options that several modes have."""
+    data: str = setting(KAGGLE_DATA, "folder of the data set")
+    weights: str = setting(str(HERE / "weights"), "folder of the models")
+    work: str = setting("work", "folder of the crops")
+    out: str = setting("submission.csv", "file or folder to write")
+    masks: str = setting("", "folder to write the vertebrae's masks to, as NIfTI")
+    submission: str = setting("submission.csv", "file to score")
+    device: str = setting("auto", "cpu, cuda:0, ...; auto takes a GPU where there is one")
+    workers: int = setting(os.cpu_count() or 1, "threads that read files", least=0)
+    fold: str = setting("all", "the fold to train, from 0 on, or all of them")
+    folds: int = setting(5, "parts of cross-validation; 1: train and score on all", least=1)
+    resume: bool = setting(
+        False, "go on where it stopped, as a training with --fold all always does")
+    time_limit: float = setting(
+        0.0, "minutes until a run saves and ends; 0: none, but 510 on Kaggle", least=0)
+    init: str = setting(
+        "auto", "file of weights to start from, ours or timm's; or none; auto looks for "
+        "timm's under /kaggle/input, in --data and in weights/pretrained beside cspine.py; "
+        "train-patient takes the vertebra classifier of its fold, where that fits")
+    name: str = setting(
+        "", "names a second set of models, as vertebra_NAME_fold0.pt; it only repeats the "
+        "first unless --backbone or --seed differs")
+    preset: str = setting("standard", "defaults of a whole training", tuple(PRESETS))
+
 @dataclass(frozen=True)
 class Answers:
     """How logits become answers; its fields are options of predict."""
@@ -283,13 +287,6 @@ class Answers:
     noisy_or: float = setting(
         0.8, "share of 1 - prod(1 - P(Ck)) in patient_overall; not given: as fitted",
         least=0, most=1)
-
-@dataclass(frozen=True)
-class Asked(Answers):
-    """All that predict may be given."""
-    path: tuple = argument(
-        "a CT: a NIfTI or DICOM file, a folder with one series, or of such folders", "*")
-    json: bool = setting(False, "with PATH: write answers.json, all that is known")
 
 
 # ==== Reading ====
@@ -3430,10 +3427,6 @@ TOOL_MODES = {  # they need the repository, and stand in tests/tools
     "notebook": "Write a Kaggle notebook ready to push.",
     "demo": "Make phantoms, predict and score them, draw one."}
 
-PLANS = {  # hours, and disk of the crops, on the competition's data: bench.py plan
-    "fast": "1 hour and 6 GB", "standard": "17 hours and 21 GB",
-    "gold": "49 hours and 63 GB", "gold-second": "48 hours more than gold"}
-
 def data_folder(options, *needed):
     """The Path of --data, which must hold the files needed; else UserError."""
     for name in needed:
@@ -3683,6 +3676,13 @@ def calibration_asked(options):
     if given and fitted.answers != Answers():
         say(f"{given} as asked for, in place of the fitted {fitted.answers}")
     return fitted._replace(answers=replace(fitted.answers, **given)), hashes
+
+@dataclass(frozen=True)
+class Asked(Answers):
+    """All that predict may be given."""
+    path: tuple = argument(
+        "a CT: a NIfTI or DICOM file, a folder with one series, or of such folders", "*")
+    json: bool = setting(False, "with PATH: write answers.json, all that is known")
 
 def predict_own(options):
     """predict, of the paths given."""
