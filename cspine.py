@@ -69,10 +69,10 @@ from tqdm import tqdm
 
 
 # ==== Facts and settings ====
-# All numbers of the pipeline, with unit and source; those without one are ours, or the
-# starting solution's, a public one that scored 0.3567. "First place" is the write-up of the
-# winner, Kaggle discussion 362787, and its public code. Facts are constants; what a run may
-# change is a setting and an option.
+# The numbers of the pipeline, with unit and source (of one room alone: at its head); those
+# without source are ours, or of the starting solution, a public one that scored 0.3567.
+# "First place" is the winner's write-up, Kaggle discussion 362787, and public code. Facts
+# are constants; what a run may change is a setting and an option.
 
 VERTEBRAE = ("C1", "C2", "C3", "C4", "C5", "C6", "C7")
 TARGETS = VERTEBRAE + ("patient_overall",)
@@ -89,12 +89,12 @@ LEAST_ANSWER = 1e-4  # answers stay this far from 0 and 1
 # A study.
 AIR_HU = -1024  # HU; lower values are padding outside the circular field of view
 MAX_HU = 32767  # HU; the largest int16
-MIN_SLICES = 16  # slices; shorter series are refused (the competition's shortest has 69)
+LEAST_SLICES = 16  # slices; shorter series are refused (the competition's shortest has 69)
 MAX_VOXELS = 2**30  # voxels, 2 GB of int16; a larger study is damaged or fills the memory
 MAX_GAP_MM = 30.0  # mm; a wider gap along the normal separates two scans
 SAME_PLACE_MM = 0.05  # mm; slices closer than this share a position (spacings begin at 0.3)
-TWIN_MM = 0.25  # mm; slices of two passes share one, too, if they are closer than this and
-TWIN_SHARE = 0.34  # their gap is below this share of the gaps on both sides
+TWIN_MM = 0.25  # mm; so do slices of two passes closer than this, if the gap between them
+TWIN_SHARE = 0.34  # is below this share of the gaps on both sides
 FILLS_FROM = 0.75  # share of a step; least distance of a gap-filling slice to a kept one
 SAME_STEP = 0.01  # share of a pixel; the pixel size within a series may differ by this much
 PASS_APART_S = 30  # s; a longer pause between slice times starts another pass
@@ -109,7 +109,7 @@ SEGMENTER_WINDOW = (300, 1600)  # level, width; HU
 CUBE = 128  # cells per edge
 MASK_THRESHOLDS = (0.2, 0.05)  # first place's; the second is tried if the first finds none
 LABEL_THRESHOLD = 0.5  # of labels and Dice; crops begin lower, so as to lose no bone
-MIN_CELLS = 12  # cells; a smaller mask is not a vertebra
+LEAST_CELLS = 12  # cells; a smaller mask is not a vertebra
 STRAY_SHARE = 0.05  # planes with less than this share of the fullest plane are strays
 STRAY_GAP = 2  # cells; a wider gap separates a stray from its vertebra
 APART_CELLS = 2  # cells; masks in the wrong order that are further apart swap names
@@ -145,7 +145,7 @@ CROPS_ON_GPU = 2 * 7 * STEPS  # crops per forward pass: those of two studies
 # The trainings.
 LEAST_SEEN = 0.5  # share of all vertebrae that must be visible in crops to train on them
 MAX_SKIPPED_STEPS = 20  # steps in a row without a finite gradient; more end a training
-VALIDATION_SHARE = 0.1  # studies that a segmenter scores, at most, per study it trains on
+VALIDATION_SHARE = 0.1  # a segmenter scores at most so many studies per study it trains on
 INIT_LEVELS = 6  # folder levels: models, owner, model, framework, variation, version
 
 class UserError(Exception):
@@ -228,7 +228,6 @@ RECIPES = dict(
         "convnext_nano", epochs=15, batch_size=2, lr=2e-4, size=CROP, dropout=0.2))
 
 # A preset replaces defaults of a mode's options; what it does not name stays the recipe's.
-# Hours come from `tests/studies/bench.py plan`.
 FAST = {  # ours: one fold within an hour on two T4s, most of it spent on reading studies
     "train-seg": dict(fold="0", epochs=60),  # 1,020 steps
     "extract": dict(studies=550),
@@ -249,7 +248,7 @@ OTHERS = {  # a second set, whose errors differ from the first's; classifiers' r
 SECOND = {mode: values | OTHERS.get(mode, {}) for mode, values in GOLD.items()}
 PRESETS = {"fast": FAST, "standard": {}, "gold": GOLD, "gold-second": SECOND}
 
-PLANS = {  # hours, and disk of the crops, on the competition's data: bench.py plan
+PLANS = {  # hours and disk of crops on the competition's data: tests/studies/bench.py plan
     "fast": "1 hour and 6 GB", "standard": "17 hours and 21 GB",
     "gold": "49 hours and 63 GB", "gold-second": "48 hours more than gold"}
 
@@ -485,7 +484,7 @@ def one_pass(stack):
         marks = np.array(marks)
         covered = {mark: len(places_of(mm[marks == mark])) for mark in np.unique(marks)}
         widest = max(covered, key=covered.get)
-        if len(covered) == 1 or covered[widest] < MIN_SLICES:
+        if len(covered) == 1 or covered[widest] < LEAST_SLICES:
             continue
         own = np.unique(mm[marks == widest])
         gaps = np.diff(own)
@@ -509,7 +508,7 @@ def longest_run(slices, problems):
     stacks = stacks_of(slices)
     studies = {one.study for one in slices} - {""}
     one_neck = len(studies) in (0, 1, len(slices))  # no uid, one, or a new one per file
-    if one_neck and len(stacks) > 1 and max(map(len, stacks)) < MIN_SLICES:
+    if one_neck and len(stacks) > 1 and max(map(len, stacks)) < LEAST_SLICES:
         stacks = stacks_of([one._replace(series="", study="") for one in slices])
         problems.append("no series of enough images: SeriesInstanceUID is not looked at")
     run = []
@@ -553,8 +552,8 @@ def read_series(path, workers, give_up):
     """The Scan of the series of most positions. StudyError if these are too few."""
     slices, problems = read_folder(path, workers, give_up)
     run = longest_run(slices, problems)
-    if len(run) < MIN_SLICES:
-        found = f"only {len(run)} usable slices; at least {MIN_SLICES} are needed"
+    if len(run) < LEAST_SLICES:
+        found = f"only {len(run)} usable slices; at least {LEAST_SLICES} are needed"
         if path.is_file():
             found += ": give the folder of its series"
         reasons = [one.partition(": ")[2] for one in problems]  # without its file name
@@ -566,8 +565,8 @@ def read_nifti_ct(path):
     """The Scan of a NIfTI-1 CT. StudyError if it is labels, MR or not in HU."""
     problems = []
     stored, slope, intercept, voxel_from_lps, header = read_nifti(path, problems.append)
-    if min(stored.shape) < MIN_SLICES:
-        raise StudyError(f"{stored.shape} voxels; each axis needs at least {MIN_SLICES}")
+    if min(stored.shape) < LEAST_SLICES:
+        raise StudyError(f"{stored.shape} voxels; each axis needs at least {LEAST_SLICES}")
     planes = []
     for plane in stored.T:  # (K, J, I)
         hu = np.nan_to_num(plane * slope + intercept, nan=AIR_HU)
@@ -626,7 +625,7 @@ def read_volume(folder, workers=2, give_up=lambda: False):
     `folder` is a folder of DICOM files, a multi-frame DICOM file or a NIfTI CT. Slices are
     ordered by position along their normal, never by name; the series of most positions is
     taken, gaps are interpolated, sagittal and coronal slices are made axial. Raises only
-    StudyError: fewer than MIN_SLICES, too large or damaged, or give_up() became true."""
+    StudyError: fewer than LEAST_SLICES, too large or damaged, or give_up() became true."""
     path = Path(folder)
     with errors_as(StudyError, path):
         nifti = is_nifti(path)
@@ -1008,7 +1007,7 @@ def vertebra_box(probability, gap=STRAY_GAP):
     """(3, 2) first and last cell per axis of a probability (D, D, D); None if not seen."""
     for threshold in MASK_THRESHOLDS:
         mask = probability > threshold
-        if mask.sum() >= MIN_CELLS:
+        if mask.sum() >= LEAST_CELLS:
             profiles = [mask.sum(others) for others in ((1, 2), (0, 2), (0, 1))]
             return np.array([fullest_run(profile, gap) for profile in profiles])
     return None
@@ -1086,7 +1085,7 @@ def in_order(probability, report=print):
     weight = (probability * (probability > LABEL_THRESHOLD)).sum((2, 3))  # (7, D)
     mass = weight.sum(1)
     centre = weight @ np.arange(weight.shape[1]) / np.maximum(mass, 1)
-    seen = [v for v in range(7) if mass[v] > MIN_CELLS]
+    seen = [v for v in range(7) if mass[v] > LEAST_CELLS]
     while wrong := [[a, b] for a, b in zip(seen, seen[1:]) if centre[a] >= centre[b]]:
         pair = wrong[0]
         report(f"{VERTEBRAE[pair[0]]} and {VERTEBRAE[pair[1]]} out of order")
@@ -1620,7 +1619,7 @@ def studies_in(path, left_out=()):
     others = [one for one in inside if one not in inner and one.is_file()]
     inner = [one for one in inner if one.resolve() not in above]
     nothing_inside = not inner and (others or not inside)
-    if nothing_inside or sum(map(begins_as_dicom, others)) >= MIN_SLICES:
+    if nothing_inside or sum(map(begins_as_dicom, others)) >= LEAST_SLICES:
         return [path]
     if others:
         say(f"{path}: a folder of studies; other files in it, left out: {len(others)}")
@@ -2672,7 +2671,7 @@ class Trainer:
         groups = [dict(params=matrices), dict(params=others, weight_decay=0)]
         self.optimizer = torch.optim.AdamW(
             groups, recipe.lr, weight_decay=recipe.weight_decay)
-        in_float16 = half_type(device) is torch.half
+        in_float16 = half_type(device) is torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=in_float16)
         self.state = TrainingState()
         # Not state_dict's tensors: on a GPU an LSTM's move when cuDNN flattens its weights.

@@ -18,7 +18,7 @@ from cspine import (
     BONE_WINDOW,
     CHANNELS,
     LABEL_THRESHOLD,
-    MIN_SLICES,
+    LEAST_SLICES,
     SLICES_PER_STEP,
     STUDY,
     VERTEBRAE,
@@ -411,8 +411,8 @@ def describe_study(folder):
     """A row of studies.csv, from headers alone; StudyError if they cannot be read."""
     with errors_as(StudyError, "headers"):
         files = sorted(folder.iterdir(), key=lambda path: (len(path.name), path.name))
-        if len(files) < MIN_SLICES:
-            raise StudyError(f"{len(files)} files of at least {MIN_SLICES}")
+        if len(files) < LEAST_SLICES:
+            raise StudyError(f"{len(files)} files of at least {LEAST_SLICES}")
         head, at = read_headers(files)
         steps = np.diff(at)
         down, up = min(steps) > 0, max(steps) < 0
