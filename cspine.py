@@ -1592,8 +1592,8 @@ def predict_studies(images, submission, ensemble, stop, workers, resume=False):
         reports.append({STUDY: uid, **row, "peak_gb": peak_gb()})
         write_submission(submission, reports)
         if stop.signal:
-            state = f"{submission.out} is complete, --resume goes on"
-            raise Stopped(f"stopped by {stop.signal}; {state}", 130)
+            raise Stopped(f"stopped by {stop.signal}; {submission.out} is complete, "
+                          "--resume goes on", 130)
         fold_s = max((stop.clock() - start) / folds, 0.8 * fold_s)  # falls slowly
 
 
@@ -1942,8 +1942,8 @@ def read_held_out(weights):
             steps = row[:-1].reshape(7, STEPS)
             outputs.setdefault(uid, []).append(Output(steps, row[-1], name))
             if folds.setdefault(uid, fold) != fold:
-                found = f"study {uid} is held out by fold {folds[uid]}, too"
-                raise UserError(f"{path}: {found}: of other --folds; delete what is old")
+                raise UserError(f"{path}: study {uid} is held out by fold {folds[uid]}, "
+                                "too: of other --folds; delete what is old")
     if not outputs:
         raise UserError(f"no vertebra_fold*_heldout.csv in {weights}: run train-cls first")
     return outputs, folds
@@ -2866,8 +2866,8 @@ def train(task, weights, stop, workers=2, go_on=False, init=""):
         reason = max(over_ranks(stop.reason(1.1 * now.slowest)))  # one ends all processes
         if reason:
             run.save(last, task)
-            where = f"{name}: stopped by {reason} at step {step} of {total}"
-            raise Stopped(f"{where}; --resume goes on", stop.status())
+            raise Stopped(f"{name}: stopped by {reason} at step {step} of {total}; "
+                          "--resume goes on", stop.status())
         batch = [future.result() for _, future in islice(loaded, size // world)]
         run.update(task, batch, total)
         now.seconds += stop.clock() - started
@@ -3444,8 +3444,8 @@ def training_data(options):
     folders = {path.name for path in (data / "train_images").glob("*") if path.is_dir()}
     here = {uid: labels for uid, labels in truth if uid in folders}
     if len(here) < len(table):
-        found = f"{len(here)} of the {len(table)} studies of train.csv"
-        say_once(f"{data}/train_images has {found}")
+        say_once(f"{data}/train_images has {len(here)} of the {len(table)} studies of "
+                 "train.csv")
     return here, folds, masks
 
 def recipe_from(options, kind):
@@ -3586,8 +3586,8 @@ def extract(options):
     with stop_signals(minutes_of(options), options.begun) as stop:
         for uid, future in progress(volumes, "study", len(todo)):
             if stop.reason():
-                message = f"extract: stopped by {stop.reason()}; the same command goes on"
-                raise Stopped(message, stop.status())
+                raise Stopped(f"extract: stopped by {stop.reason()}; the same command "
+                              "goes on", stop.status())
             own = [models[path] for path, uids in held_out.items() if uid in uids]
             try:
                 volume = future.result()
@@ -3622,12 +3622,12 @@ def crops_to_train_on(options, folder, truth):
     if not heads:
         raise UserError(f"no crops in {folder}: run extract first")
     if len(heads) < len(truth):
-        found = f"crops of {len(heads)} of {len(truth)} studies"
-        say_once(f"{folder}: {found}; the others are left out")
+        say_once(f"{folder}: crops of {len(heads)} of {len(truth)} studies; the others "
+                 "are left out")
     share = np.mean([head.seen for head in heads.values()])
     if share < LEAST_SEEN:
-        found = f"only {share:.0%} of C1..C7 were found in {len(heads)} studies"
-        raise UserError(f"{folder}: {found}: train better segmenters first")
+        raise UserError(f"{folder}: only {share:.0%} of C1..C7 were found in {len(heads)} "
+                        "studies: train better segmenters first")
     cuts = {(head.edge, head.z_margin) for head in heads.values()}
     if len(cuts) > 1:
         raise UserError(f"{folder}: crops of unlike (edge, z margin): {cuts}")
