@@ -3388,12 +3388,14 @@ def code_places(words, bits, advance_of):
 def walk(at, end, words, advance_of, codes):
     """Mark the codes from each bit `at` on, up to its `end`; gives the bits they end at."""
     left = at.copy()
-    inside = np.flatnonzero(at < end)
-    while len(inside):
-        at = left[inside]
+    number = np.arange(len(at))
+    while len(at):
+        walking = at < end
+        if not walking.all():
+            left[number] = at
+            at, end, number = at[walking], end[walking], number[walking]
         codes[at] = True
-        left[inside] = at + advance_of.take(peek(words, at))
-        inside = inside[left[inside] < end[inside]]
+        at = at + advance_of.take(peek(words, at))
     return left
 
 def undo_prediction(grid, left, above, corner):
