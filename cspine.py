@@ -317,8 +317,8 @@ class Slice(NamedTuple):
 class Scan(NamedTuple):
     """A CT with its axes as they are stored; read_volume puts them in order."""
     planes: list  # int16 (row, column) in HU, in order of position
-    steps: np.ndarray  # even_steps of the planes
-    affine: np.ndarray  # (4, 4) LPS mm from (step, row, column, 1)
+    places: np.ndarray  # even_places of the planes
+    affine: np.ndarray  # (4, 4) LPS mm from (place, row, column, 1)
     problems: list  # what was odd, in words
     sources: Any = ()  # of a DICOM series: the source of each plane
     header: Any = None  # of a NIfTI CT
@@ -494,8 +494,8 @@ def one_pass(stack):
         stack = [one for one, keep in zip(stack, kept) if keep]
     return sorted(stack, key=lambda one: one.of_pass[-3:])  # by both times, then number
 
-def even_steps(mm):
-    """Evenly spaced planes as fractions of slice indices: 2.5 is halfway from 2 to 3."""
+def even_places(mm):
+    """Evenly spaced places as fractions of slice indices: 2.5 is halfway from 2 to 3."""
     index = np.arange(len(mm))
     step = np.median(np.diff(mm))
     even = np.linspace(mm[0], mm[-1], round(np.ptp(mm) / step) + 1)
@@ -529,9 +529,9 @@ def longest_run(slices, problems):
 def scan_of(run, problems):
     """The Scan of slices in order; `problems` gets what is odd about their places."""
     mm = along_normal(run)
-    steps = even_steps(mm)
-    if not np.array_equal(steps, np.arange(len(mm))):
-        problems.append(f"uneven positions: {len(mm)} slices, brought to {len(steps)}, "
+    places = even_places(mm)
+    if not np.array_equal(places, np.arange(len(mm))):
+        problems.append(f"uneven positions: {len(mm)} slices, brought to {len(places)}, "
                         f"gaps of up to {np.diff(mm).max():.1f} mm filled")
     origins = np.array([one.lps_from_pixel[:, 2] for one in run])
     axis = origins[-1] - origins[0]  # (3,) mm
@@ -545,8 +545,8 @@ def scan_of(run, problems):
     if any(one.guessed for one in run):
         problems.append("no ImageOrientationPatient: axial and supine are guessed")
     affine = np.eye(4)
-    affine[:3] = np.c_[axis / (len(steps) - 1), run[0].lps_from_pixel]
-    return Scan([one.hu for one in run], steps, affine, problems, [s.source for s in run])
+    affine[:3] = np.c_[axis / (len(places) - 1), run[0].lps_from_pixel]
+    return Scan([one.hu for one in run], places, affine, problems, [s.source for s in run])
 
 def read_series(path, workers, give_up):
     """The Scan of the series of most positions. StudyError if these are too few."""
@@ -630,8 +630,8 @@ def read_volume(folder, workers=2, give_up=lambda: False):
     with errors_as(StudyError, path):
         nifti = is_nifti(path)
         scan = read_nifti_ct(path) if nifti else read_series(path, workers, give_up)
-        planes, steps = scan.planes, scan.steps
-        shape = (len(steps), *planes[0].shape)
+        planes, places = scan.planes, scan.places
+        shape = (len(places), *planes[0].shape)
         if math.prod(shape) > MAX_VOXELS:
             raise StudyError(f"{shape} voxels: damaged, or too large")
 
@@ -639,7 +639,7 @@ def read_volume(folder, workers=2, give_up=lambda: False):
         hu = np.empty([shape[k] for k in axes], np.int16)
         backwards = np.flatnonzero(flip).tolist()
         stored = np.flip(hu, backwards).transpose(np.argsort(axes))  # a view of hu
-        for k, at in enumerate(steps):  # a step is interpolated between two planes
+        for k, at in enumerate(places):  # interpolated between two planes
             low = min(int(at), len(planes) - 2)
             planes[:low] = [None] * low  # freed: a volume is never held twice
             stored[k] = cv2.addWeighted(
@@ -648,7 +648,7 @@ def read_volume(folder, workers=2, give_up=lambda: False):
         affine = flip_affine(scan.affine[:, [*axes, 3]], hu.shape, flip)
         spacing = np.linalg.norm(affine[:3, :3], axis=0).tolist()
         axial = scan.sources and axes[0] == 0
-        sources = [scan.sources[round(at)] for at in steps] if axial else []
+        sources = [scan.sources[round(at)] for at in places] if axial else []
         sources = sources[::-1] if flip[0] else sources
     own = dict(grid=(axes, tuple(flip.tolist())), header=scan.header) if nifti else {}
     return Volume(path.name, hu, tuple(spacing), affine, tuple(scan.problems),
