@@ -3452,8 +3452,8 @@ def training_data(options):
 
 def recipe_from(options, kind):
     """The Recipe that the options of a training make."""
-    recipe = type(RECIPES[kind])
-    return recipe(**{one.name: getattr(options, one.name) for one in fields(recipe)})
+    default = RECIPES[kind]
+    return replace(default, **{name: getattr(options, name) for name in vars(default)})
 
 def minutes_of(options):
     """--time-limit in minutes; if none is given, KAGGLE_MINUTES on Kaggle, else 0."""
@@ -3672,8 +3672,7 @@ def calibration_asked(options):
     Answers that was given wins over a fit."""
     hashes = model_hashes(options.weights)
     fitted = read_calibration(options.weights, hashes)
-    names = [one.name for one in fields(Answers) if one.name in options.given]
-    given = {name: getattr(options, name) for name in names}
+    given = {n: getattr(options, n) for n in vars(Answers()) if n in options.given}
     if given and fitted.answers != Answers():
         say(f"{given} as asked for, in place of the fitted {fitted.answers}")
     return fitted._replace(answers=replace(fitted.answers, **given)), hashes
@@ -3972,12 +3971,12 @@ def main(argv=None):
     argv = [*map(str, sys.argv[1:] if argv is None else argv)]
     if argv and argv[0] in TOOL_MODES:
         tools = HERE / "tests/tools"
-        if tools.exists():
-            with suppress(KeyboardInterrupt):
-                return subprocess.call([sys.executable, tools, *argv])
-            return 130
-        say(f"cspine: {argv[0]} needs the repository: no {tools}")
-        return 2
+        if not tools.exists():
+            say(f"cspine: {argv[0]} needs the repository: no {tools}")
+            return 2
+        with suppress(KeyboardInterrupt):
+            return subprocess.call([sys.executable, tools, *argv])
+        return 130
     return run_mode(MODES, argv, TOOL_MODES)
 
 if __name__ == "__main__" and "__file__" in globals():
