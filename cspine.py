@@ -1053,7 +1053,7 @@ def neck_part(probability, shape):
 
 def place_back(part, low, high, shape):
     """The probability (7, D, D, D) over a whole study of `shape`, from that of a `part`
-    of it, its voxels from `low` to `high`; all three are z, y, x. It is 0 elsewhere."""
+    of it, its voxels from `low` to `high` (z, y, x each). It is 0 elsewhere."""
     size = high - low
     scale = np.divide(shape, size)
     shift = np.subtract(shape, low + high) / size
@@ -1686,7 +1686,7 @@ def vertebra_labels(volume, probability):
                 np.maximum(highest, chance, out=highest)
     return labels
 
-def lower_end(voxels, volume):
+def endplate_angle(voxels, volume):
     """Degrees by which the lower endplate of a vertebral body falls from front to back.
     `voxels` (N, 3) are its mask's. In the midline the body ends where the spinal canal
     begins; None if no canal is found there, or too little of a body."""
@@ -1718,7 +1718,7 @@ def measure(labels, volume, places):
             centre = (volume.affine @ [*mine.mean(0), 1])[:3].tolist()
             places[name] |= dict(cm3=len(mine) * voxel_mm3 / 1000, height_mm=height,
                                  depth_mm=depth, width_mm=width, centroid_lps_mm=centre)
-            ends[name] = lower_end(mine, volume)
+            ends[name] = endplate_angle(mine, volume)
     upper, lower = ends.get("C2"), ends.get("C7")
     return None if None in (upper, lower) else upper - lower
 
@@ -2223,7 +2223,7 @@ def crops_head(path):
 def crops_heads(folder, uids, workers):
     """{uid: CropsHead} of the studies whose crops are in a folder, read in threads."""
     paths = filter(Path.exists, (folder / f"{uid}.npz" for uid in uids))
-    heads = prefetch(crops_head, paths, workers, 4 * workers)  # a network: many cost as one
+    heads = prefetch(crops_head, paths, workers, 4 * workers)  # a network disk is slow
     return {path.stem: future.result() for path, future in heads}
 
 def draw_matrix(rng, ranges, axes):
@@ -3233,7 +3233,7 @@ def decode_words(data, shape, allocated):
     if not is_jpeg_2000 and pydicom.pixels.get_decoder(syntax).is_available:
         others = f", try {JPEG_PLUGINS}" if "JPEG" in syntax.name else ""
         advice = errors_as(StudyError, syntax.name + others)
-        with suppress(Exception) if is_lossless else advice:  # ours reads on
+        with suppress(Exception) if is_lossless else advice:  # if it fails: ours, below
             return pydicom.pixels.pixel_array(data, raw=True)  # big endian, RLE, plug-ins
     if not is_jpeg_2000 and not is_lossless:
         raise StudyError(f"{syntax.name}: {JPEG_PLUGINS}")

@@ -589,22 +589,22 @@ def body_of(depth, ends=lambda y: 40, rows=range(20, 54)):
 @pytest.mark.parametrize("rows, measured", [(4, False), (5, True), (49, True), (51, False)])
 def test_a_line_is_fitted_to_what_may_be_a_body(rows, measured):
     """Five rows at least and 30 mm at most: deeper, no canal divides body and arch."""
-    assert (cspine.lower_end(*body_of(rows)) is not None) == measured
+    assert (cspine.endplate_angle(*body_of(rows)) is not None) == measured
 
 
 def test_rounded_edges_of_an_endplate_do_not_tilt_it():
     """The front edge is bevelled; the endplate between the edges is level."""
     voxels, volume = body_of(40, lambda y: 40 - max(0, 26 - y))
-    assert cspine.lower_end(voxels, volume) == pytest.approx(0, abs=0.1)
+    assert cspine.endplate_angle(voxels, volume) == pytest.approx(0, abs=0.1)
 
 
 def test_a_lower_end_is_that_of_the_middle_3_mm_to_either_side():
     voxels, volume = body_of(34)
     aside = [[z, y, x] for z in range(20, 60) for y in range(30, 40) for x in (22, 37)]
     both = np.concatenate([voxels, aside])  # 7.5 columns, 3.75 mm, from the middle
-    assert cspine.lower_end(both, volume) == pytest.approx(0, abs=0.1)
+    assert cspine.endplate_angle(both, volume) == pytest.approx(0, abs=0.1)
     near = [[z, y, x] for z in range(20, 60) for y in range(30, 40) for x in (24, 35)]
-    assert cspine.lower_end(np.concatenate([voxels, near]), volume) != pytest.approx(0, abs=0.1)
+    assert cspine.endplate_angle(np.concatenate([voxels, near]), volume) != pytest.approx(0, abs=0.1)
 
 
 def test_the_volume_of_a_mask_is_that_of_sheared_voxels_too():
