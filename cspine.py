@@ -2037,27 +2037,27 @@ def fit_scale(answers, labels):
     optimizer.step(loss)
     return torch.stack([fit[0].exp(), fit[1]]).detach().numpy()
 
-def other_blends(found, names):
-    """The Calibrations that differ from `found` in one choice of the blend."""
-    answers = [replace(found.answers, top_k=steps) for steps in FITTED_STEPS]
-    answers += [replace(found.answers, noisy_or=share) for share in FITTED_SHARES]
-    yield from (found._replace(answers=other) for other in answers)
+def other_blends(fit, names):
+    """The Calibrations that differ from `fit` in one choice of the blend."""
+    answers = [replace(fit.answers, top_k=steps) for steps in FITTED_STEPS]
+    answers += [replace(fit.answers, noisy_or=share) for share in FITTED_SHARES]
+    yield from (fit._replace(answers=other) for other in answers)
     for name in names if len(names) > 1 else ():
         for weight in FITTED_WEIGHTS:
-            weights = found.weights | {name: weight}
+            weights = fit.weights | {name: weight}
             if any(weights.get(one, 1) for one in names):  # else nobody answers
-                yield found._replace(weights=weights)
+                yield fit._replace(weights=weights)
 
-def fit_moves(outputs, found, labels):
-    """(score, Calibration): `found` with the scale and shift that suit its blend.
+def fit_moves(outputs, fit, labels):
+    """(score, Calibration): `fit` with the scale and shift that suit its blend.
     The patient's answer blends calibrated vertebrae, and is fitted after them."""
-    raw = mean_logits(outputs.values(), found)
-    found = found._replace(scale=np.ones(8), shift=np.zeros(8))
+    raw = mean_logits(outputs.values(), fit)
+    fit = fit._replace(scale=np.ones(8), shift=np.zeros(8))
     for part in (slice(7), slice(7, 8)):
-        scale, shift = fit_scale(calibrated(raw, found), labels)
-        found.scale[part] = scale[part]
-        found.shift[part] = shift[part]
-    return np.nanmean(study_scores(calibrated(raw, found), labels)), found
+        scale, shift = fit_scale(calibrated(raw, fit), labels)
+        fit.scale[part] = scale[part]
+        fit.shift[part] = shift[part]
+    return np.nanmean(study_scores(calibrated(raw, fit), labels)), fit
 
 def fit_unseen(outputs, labels):
     """(Calibration of what is not in view, labels (N, 8) of what is; others are NaN).
@@ -2076,17 +2076,17 @@ def fit_calibration(outputs, labels):
     """The Calibration of {uid: outputs} and labels (N, 8), a table by uid.
     Scale and shift are fitted to every blend that is tried; the one choice that lowers the
     score most is changed, as long as it gains LEAST_GAIN."""
-    found, in_view = fit_unseen(outputs, labels)
-    score, found = fit_moves(outputs, found, in_view)
+    fit, in_view = fit_unseen(outputs, labels)
+    score, fit = fit_moves(outputs, fit, in_view)
     names = {output.name for one in outputs.values() for output in one}
     while len(outputs) >= LEAST_STUDIES:
-        blends = other_blends(found, sorted(names))
+        blends = other_blends(fit, sorted(names))
         tried = [fit_moves(outputs, other, in_view) for other in blends]
         best, other = min(tried, key=lambda pair: pair[0])
         if not best <= score - LEAST_GAIN:  # or NaN: no label is known
             break
-        score, found = best, other
-    return found
+        score, fit = best, other
+    return fit
 
 def cross_fitted(outputs, folds, labels):
     """The answers to {uid: outputs}, blended and calibrated by a fit to the other folds."""
@@ -2094,19 +2094,19 @@ def cross_fitted(outputs, folds, labels):
     for fold in sorted({folds[uid] for uid in outputs}):
         here = {uid: one for uid, one in outputs.items() if folds[uid] == fold}
         others = {uid: one for uid, one in outputs.items() if uid not in here}
-        found = fit_calibration(others, labels) if others else Calibration()
-        parts.append(blend(here, found))
+        fit = fit_calibration(others, labels) if others else Calibration()
+        parts.append(blend(here, fit))
     return pd.concat(parts)
 
-def write_calibration(weights, found):
+def write_calibration(weights, fit):
     """Write calibration.json: scale, shift, unseen of each target; blend; the models."""
-    content = dict(zip(TARGETS, np.transpose(found[:3]).tolist()))
+    content = dict(zip(TARGETS, np.transpose(fit[:3]).tolist()))
     content["files"] = model_hashes(weights)
-    content |= dict(answers=asdict(found.answers), weights=found.weights)
+    content |= dict(answers=asdict(fit.answers), weights=fit.weights)
     path = Path(weights) / "calibration.json"
     write_atomic(path, lambda new: new.write_text(json.dumps(content, indent=1)))
     print(f"{path} is written: predict uses it from now on, with these models alone\n"
-          f"Blended by {found.answers}, weights {found.weights or 'alike'}")
+          f"Blended by {fit.answers}, weights {fit.weights or 'alike'}")
 
 def read_calibration(weights, hashes=None):
     """The Calibration of a folder of models; if fitted to others, the default and a word.
@@ -2121,14 +2121,14 @@ def read_calibration(weights, hashes=None):
             say(f"{path} was fitted to other models: not used")
             return Calibration()
         answers = Answers(**content.pop("answers", {}))
-        found = Calibration(*rows.reshape(8, 3).T, answers=answers, **content)
+        fit = Calibration(*rows.reshape(8, 3).T, answers=answers, **content)
         within = type(answers.top_k) is int and 0 < answers.top_k <= STEPS
-        within &= all(0 <= one <= 1 for one in [*found.unseen, answers.noisy_or])
-        sizes = [*found.scale, *found.weights.values()]
+        within &= all(0 <= one <= 1 for one in [*fit.unseen, answers.noisy_or])
+        sizes = [*fit.scale, *fit.weights.values()]
         within &= all(0 <= one < math.inf for one in sizes)
         if not within:
             raise ValueError(f"{answers}, scale, unseen or a weight is out of bounds")
-        return found
+        return fit
 
 
 # ==== Batches and augmentation ====
