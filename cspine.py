@@ -379,10 +379,22 @@ def place_frame(stored, data, k, source):
     spacing = tag("PixelSpacing", [0, 0])  # between rows, between columns
     normal = np.cross(row, column)
     lps_from_pixel = np.c_[column * spacing[0], row * spacing[1], origin]
-    farthest = abs(lps_from_pixel).max()  # NaN without a position
-    if not (spacing.min() > 0 and farthest < 1e6 and 0.9 < normal @ normal < 1.1):
+    far = abs(lps_from_pixel).max()  # NaN without a position
+    if not (spacing.min() > 0 and far < 1e6 and 0.9 < normal @ normal < 1.1):
         raise StudyError("no usable position, orientation or pixel spacing")
 
+    hu = in_hu(stored, data, tag)
+    study = str(data.get("StudyInstanceUID") or "")
+    series = str(data.get("SeriesInstanceUID") or study)  # never mix patients
+    of_pass = [str(own.get(name, data.get(name, ""))) for name in PASS_TAGS]
+    number = 0
+    with suppress(ValueError, TypeError):  # used only to break the last ties
+        number = int(data.get("InstanceNumber") or 0)
+    of_pass = *of_pass, number
+    return Slice(hu, lps_from_pixel, source, study, series, of_pass, guessed)
+
+def in_hu(stored, data, tag):
+    """`stored` in HU, int16; padding becomes air."""
     slope, intercept = tag("RescaleSlope", 1), tag("RescaleIntercept", 0)
     if not (0 < abs(slope) < math.inf and abs(intercept) < math.inf):
         raise StudyError(f"no usable rescaling: slope {slope}, intercept {intercept}")
@@ -397,13 +409,7 @@ def place_frame(stored, data, k, source):
     padding = np.array(padding, np.int64).astype(stored.dtype)  # the pixels' sign
     if len(padding):  # may be the top of an unsigned range, and would look like metal
         hu[(stored >= padding.min()) & (stored <= padding.max())] = AIR_HU
-    study = str(data.get("StudyInstanceUID") or "")
-    series = str(data.get("SeriesInstanceUID") or study)  # never mix patients
-    of_pass = [str(own.get(name, data.get(name, ""))) for name in PASS_TAGS]
-    number = 0
-    with suppress(ValueError, TypeError):  # used only to break the last ties
-        number = int(data.get("InstanceNumber") or 0)
-    return Slice(hu, lps_from_pixel, source, study, series, (*of_pass, number), guessed)
+    return hu
 
 def read_folder(path, workers, give_up):
     """What read_slices gives, for a folder's files. StudyError once give_up() is true."""
@@ -3453,7 +3459,7 @@ def training_data(options):
 def recipe_from(options, kind):
     """The Recipe that the options of a training make."""
     default = RECIPES[kind]
-    return replace(default, **{name: getattr(options, name) for name in vars(default)})
+    return replace(default, **{n: getattr(options, n) for n in vars(default)})
 
 def minutes_of(options):
     """--time-limit in minutes; if none is given, KAGGLE_MINUTES on Kaggle, else 0."""
