@@ -368,7 +368,7 @@ def place_frame(stored, data, k, source):
 
     def tag(name, default):
         values = (own.get(name), data.get(name), default)
-        given = [value for value in values if value not in (None, "")]  # 0 is a value
+        given = [one for one in values if one not in (None, "")]  # 0 counts
         return np.array(given[0], float)
 
     origin = tag("ImagePositionPatient", [math.nan] * 3)
@@ -383,7 +383,6 @@ def place_frame(stored, data, k, source):
     if not (spacing.min() > 0 and far < 1e6 and 0.9 < normal @ normal < 1.1):
         raise StudyError("no usable position, orientation or pixel spacing")
 
-    hu = in_hu(stored, data, tag)
     study = str(data.get("StudyInstanceUID") or "")
     series = str(data.get("SeriesInstanceUID") or study)  # never mix patients
     of_pass = [str(own.get(name, data.get(name, ""))) for name in PASS_TAGS]
@@ -391,6 +390,7 @@ def place_frame(stored, data, k, source):
     with suppress(ValueError, TypeError):  # used only to break the last ties
         number = int(data.get("InstanceNumber") or 0)
     of_pass = *of_pass, number
+    hu = in_hu(stored, data, tag)
     return Slice(hu, lps_from_pixel, source, study, series, of_pass, guessed)
 
 def in_hu(stored, data, tag):
@@ -1530,8 +1530,8 @@ def tried_on_device(ensemble):
 
 def report_paths(out):
     """{rank: report} of all processes that have written one beside the submission."""
-    paths = {rank: out.with_name(f"predict_report{rank or ''}.csv") for rank in range(99)}
-    return {rank: path for rank, path in paths.items() if path.exists()}
+    paths = {k: out.with_name(f"predict_report{k or ''}.csv") for k in range(99)}
+    return {k: path for k, path in paths.items() if path.exists()}
 
 def read_reports(submission):
     """{uid: row} of the studies that are answered, by any process of this run."""
@@ -1624,8 +1624,8 @@ def studies_in(path, left_out=()):
     inner = [one for one in inside if one.is_dir() or is_nifti(one)]
     others = [one for one in inside if one not in inner and one.is_file()]
     inner = [one for one in inner if one.resolve() not in above]
-    nothing_inside = not inner and (others or not inside)
-    if nothing_inside or sum(map(begins_as_dicom, others)) >= LEAST_SLICES:
+    nothing = not inner and (others or not inside)
+    if nothing or sum(map(begins_as_dicom, others)) >= LEAST_SLICES:
         return [path]
     if others:
         say(f"{path}: a folder of studies; other files in it, left out: {len(others)}")
@@ -3052,7 +3052,7 @@ def ranks():
 
 def refuse_foreign_ranks():
     """UserError if ranks() are not torchrun's: one process of two does half of the work."""
-    with errors_as(UserError, "RANK, WORLD_SIZE: not as torchrun sets them; unset both"):
+    with errors_as(UserError, "RANK, WORLD_SIZE: not torchrun's; unset both"):
         rank, world = ranks()
         if not 0 <= rank < world or (world > 1 and "RANK" not in os.environ):
             raise ValueError(f"process {rank} of {world}")

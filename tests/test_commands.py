@@ -303,7 +303,7 @@ def test_ranks_that_cannot_be_are_refused(rank, world, refused, monkeypatch):
         monkeypatch.delenv(name, raising=False)
         if value is not None:
             monkeypatch.setenv(name, value)
-    assert "RANK, WORLD_SIZE: not as torchrun sets them; unset both: " in refused("predict")
+    assert "RANK, WORLD_SIZE: not torchrun's; unset both: " in refused("predict")
 
 
 @pytest.fixture
